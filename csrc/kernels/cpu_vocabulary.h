@@ -1,0 +1,242 @@
+// What CPU kernel bodies are written in: 64-byte vectors of channels, and panels of them.
+//
+// A panel holds [H * W] vectors, one per position, each with the same position of L neighbouring channels.
+// Packing brings any layout and element type into that one form, so a kernel's arithmetic is written once. The
+// vectors are as wide in every instruction set (the compiler splits them where registers are narrower), lanes never
+// mix, and sums run in a fixed order: hence results are bitwise equal over instruction sets and thread counts.
+//
+// Everything lives in an unnamed namespace and uses nothing of the standard library: each .inl is compiled once per
+// instruction set, and a symbol shared between those files could be linked from the wrong one.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/scalar.h"
+
+#define PYDISTILL_INLINE inline __attribute__((always_inline))
+#define PYDISTILL_LAMBDA __attribute__((always_inline))
+
+namespace pydistill {
+namespace {
+
+template <class T>
+struct Lanes {
+  static constexpr int count = 64 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(64)));
+  typedef T Unaligned __attribute__((vector_size(64), aligned(sizeof(T))));
+};
+template <class T>
+using Vec = typename Lanes<T>::Vector;
+
+template <class T>
+PYDISTILL_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
+}
+
+template <class T>
+PYDISTILL_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = v;
+}
+
+template <class T>
+PYDISTILL_INLINE Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+PYDISTILL_INLINE float sqrt_lane(float v) { return __builtin_sqrtf(v); }
+PYDISTILL_INLINE double sqrt_lane(double v) { return __builtin_sqrt(v); }
+
+template <class T>
+PYDISTILL_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {  // correctly rounded root and quotient, unlike rsqrt instructions
+  for (int i = 0; i < Lanes<T>::count; ++i) v[i] = T(1) / sqrt_lane(v[i]);
+  return v;
+}
+
+// A sum over H rows of W vectors, each row in four interleaved partial sums: independent additions for the pipeline
+// and a rounding error that grows with W/4 + H, not H * W. `term(position)` adds to nothing itself.
+template <class T, int K, class Term>
+PYDISTILL_INLINE void sum_positions(int64_t H, int64_t W, Vec<T> (&total)[K], Term term) {
+  for (int k = 0; k < K; ++k) total[k] = Vec<T>{};
+  for (int64_t h = 0; h < H; ++h) {
+    Vec<T> part[4][K] = {};
+    const int64_t row = h * W;
+    int64_t w = 0;
+    for (; w + 4 <= W; w += 4)
+      for (int u = 0; u < 4; ++u) term(row + w + u, part[u]);
+    for (; w < W; ++w) term(row + w, part[0]);
+    for (int k = 0; k < K; ++k) total[k] += (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
+  }
+}
+
+// Storage types. bf16 and fp16 are only ever stored: arithmetic is in fp32.
+struct Bf16 {
+  uint16_t bits;
+};
+using F16 = _Float16;
+
+PYDISTILL_INLINE float widen(float v) { return v; }
+PYDISTILL_INLINE double widen(double v) { return v; }
+PYDISTILL_INLINE float widen(F16 v) { return static_cast<float>(v); }
+PYDISTILL_INLINE float widen(Bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
+}
+
+PYDISTILL_INLINE void narrow(float v, float& out) { out = v; }
+PYDISTILL_INLINE void narrow(double v, double& out) { out = v; }
+PYDISTILL_INLINE void narrow(float v, F16& out) { out = static_cast<F16>(v); }
+PYDISTILL_INLINE void narrow(float v, Bf16& out) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(v == v ? rounded : 0x7FC0u);
+}
+
+// L neighbouring elements of storage type S as one vector of T, and back.
+template <class T, class S>
+PYDISTILL_INLINE Vec<T> load_widened(const S* p) {
+  Vec<T> v;
+  for (int i = 0; i < Lanes<T>::count; ++i) v[i] = widen(p[i]);
+  return v;
+}
+template <>
+PYDISTILL_INLINE Vec<float> load_widened<float, float>(const float* p) {
+  return load(p);
+}
+template <>
+PYDISTILL_INLINE Vec<double> load_widened<double, double>(const double* p) {
+  return load(p);
+}
+
+template <class T, class S>
+PYDISTILL_INLINE void store_narrowed(S* p, Vec<T> v) {
+  for (int i = 0; i < Lanes<T>::count; ++i) narrow(v[i], p[i]);
+}
+template <>
+PYDISTILL_INLINE void store_narrowed<float, float>(float* p, Vec<float> v) {
+  store(p, v);
+}
+template <>
+PYDISTILL_INLINE void store_narrowed<double, double>(double* p, Vec<double> v) {
+  store(p, v);
+}
+
+// One perfect shuffle of two vectors: (a0, b0, a1, b1, ...), its lower and its upper half.
+PYDISTILL_INLINE void zip(Vec<float> a, Vec<float> b, Vec<float>& lower, Vec<float>& upper) {
+  lower = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  upper = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+PYDISTILL_INLINE void zip(Vec<double> a, Vec<double> b, Vec<double>& lower, Vec<double>& upper) {
+  lower = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  upper = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+
+// Transposes an L x L block: log2(L) rounds of zipping row i with row i + L/2.
+template <class T>
+PYDISTILL_INLINE void transpose(Vec<T> (&rows)[Lanes<T>::count]) {
+  constexpr int L = Lanes<T>::count;
+  for (int round = 1; round < L; round *= 2) {
+    Vec<T> next[L];
+    for (int i = 0; i < L / 2; ++i) zip(rows[i], rows[i + L / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+// Runs `block` over L positions at a time where positions are neighbours in memory (and every lane has a channel of
+// its own), `vector` over single positions where channels are neighbours, `scalar` for all that is left.
+template <class T, class Block, class Vector, class Scalar_>
+PYDISTILL_INLINE void walk(const Map& map, int lanes, int64_t H, int64_t W, Block block, Vector vector, Scalar_ scalar) {
+  constexpr int L = Lanes<T>::count;
+  const bool flat = map.h == W * map.w;  // rows follow one another: walk the plane as one long row
+  const int64_t rows = flat ? 1 : H, columns = flat ? H * W : W;
+  for (int64_t h = 0; h < rows; ++h) {
+    int64_t w = 0;
+    if (lanes == L && map.c == 1) {
+      for (; w < columns; ++w) vector(h * W + w, h * map.h + w * map.w);
+    } else if (map.w == 1) {
+      for (; w + L <= columns; w += L) block(h * W + w, h * map.h + w);
+    }
+    for (; w < columns; ++w) scalar(h * W + w, h * map.h + w * map.w);
+  }
+}
+
+template <class T, class S>
+__attribute__((noinline)) void pack_from(const Map& map, int64_t n, int64_t c, int lanes, int64_t H, int64_t W, Vec<T>* panel) {
+  constexpr int L = Lanes<T>::count;
+  const S* from = static_cast<const S*>(map.data) + n * map.n + c * map.c;
+  walk<T>(
+      map, lanes, H, W,
+      [&](int64_t position, int64_t offset) {
+        Vec<T> rows[L];
+        for (int i = 0; i < L; ++i) rows[i] = i < lanes ? load_widened<T>(from + offset + i * map.c) : Vec<T>{};
+        transpose<T>(rows);
+        for (int i = 0; i < L; ++i) panel[position + i] = rows[i];
+      },
+      [&](int64_t position, int64_t offset) { panel[position] = load_widened<T>(from + offset); },
+      [&](int64_t position, int64_t offset) {
+        Vec<T> v{};
+        for (int i = 0; i < lanes; ++i) v[i] = widen(from[offset + i * map.c]);
+        panel[position] = v;
+      });
+}
+
+template <class T, class S>
+__attribute__((noinline)) void unpack_to(const Vec<T>* panel, int64_t n, int64_t c, int lanes, int64_t H, int64_t W,
+                             const Map& map) {
+  constexpr int L = Lanes<T>::count;
+  S* to = static_cast<S*>(map.data) + n * map.n + c * map.c;
+  walk<T>(
+      map, lanes, H, W,
+      [&](int64_t position, int64_t offset) {
+        Vec<T> rows[L];
+        for (int i = 0; i < L; ++i) rows[i] = panel[position + i];
+        transpose<T>(rows);
+        for (int i = 0; i < lanes; ++i) store_narrowed<T>(to + offset + i * map.c, rows[i]);
+      },
+      [&](int64_t position, int64_t offset) { store_narrowed<T>(to + offset, panel[position]); },
+      [&](int64_t position, int64_t offset) {
+        for (int i = 0; i < lanes; ++i) narrow(panel[position][i], to[offset + i * map.c]);
+      });
+}
+
+// Sample n, channels [c, c + lanes) of `map` into a panel; lanes without a channel become zero.
+template <class T>
+void pack(Scalar scalar, const Map& map, int64_t n, int64_t c, int lanes, int64_t H, int64_t W, Vec<T>* panel) {
+  if constexpr (sizeof(T) == 8) {
+    pack_from<T, double>(map, n, c, lanes, H, W, panel);
+  } else {
+    if (scalar == Scalar::f32) pack_from<T, float>(map, n, c, lanes, H, W, panel);
+    if (scalar == Scalar::bf16) pack_from<T, Bf16>(map, n, c, lanes, H, W, panel);
+    if (scalar == Scalar::f16) pack_from<T, F16>(map, n, c, lanes, H, W, panel);
+  }
+}
+
+// The way back: the first `lanes` lanes of a panel into `map`.
+template <class T>
+void unpack(Scalar scalar, const Vec<T>* panel, int64_t n, int64_t c, int lanes, int64_t H, int64_t W, const Map& map) {
+  if constexpr (sizeof(T) == 8) {
+    unpack_to<T, double>(panel, n, c, lanes, H, W, map);
+  } else {
+    if (scalar == Scalar::f32) unpack_to<T, float>(panel, n, c, lanes, H, W, map);
+    if (scalar == Scalar::bf16) unpack_to<T, Bf16>(panel, n, c, lanes, H, W, map);
+    if (scalar == Scalar::f16) unpack_to<T, F16>(panel, n, c, lanes, H, W, map);
+  }
+}
+
+// L neighbouring values of a per-channel vector, zero where there is no channel; and back.
+template <class T>
+PYDISTILL_INLINE Vec<T> load_channels(const void* values, int64_t c, int lanes) {
+  Vec<T> v{};
+  for (int i = 0; i < lanes; ++i) v[i] = static_cast<const T*>(values)[c + i];
+  return v;
+}
+
+template <class T>
+PYDISTILL_INLINE void store_channels(Vec<T> v, void* values, int64_t offset, int lanes) {
+  for (int i = 0; i < lanes; ++i) static_cast<T*>(values)[offset + i] = v[i];
+}
+
+}  // namespace
+}  // namespace pydistill

@@ -1,0 +1,351 @@
+// The ConvNet block after the convolution, on CUDA; instance_norm_relu_avg_pool.h says what each form computes.
+//
+// One block of threads owns a panel: one sample, `lanes` neighbouring channels, all H*W positions. Everything a plane
+// needs is inside, so each tensor is read from global memory once, kept in shared memory, and written once:
+//   1. read the inputs, sum x [and x_t]
+//   2. sum the squared deviations of x [and their products with those of x_t]
+//   3. backward: sum the shares of grad_weight and grad_bias, from which the means in grad_x follow as well
+//   4. write y and grad_x
+// A panel too large for shared memory is read again from global memory in every pass (`kept` is false).
+//
+// With `lanes` = 1 the threads run along W, which suits NCHW. With channels-last they run along C first, and `lanes`
+// channels fill one 32-byte sector, the least that global memory moves.
+//
+// Derivation. With mean m, r = 1/sqrt(var + eps), h = (x - m) r, a = h weight + bias and a_bar = [a > 0] grad_y spread
+// over its window:
+//   grad_weight = sum a_bar h        grad_bias = sum a_bar
+//   grad_x      = r (weight a_bar - mean(weight a_bar) - h mean(weight a_bar h))
+// Along a direction, with s = mean(h x_t):
+//   h_t = r (x_t - mean(x_t) - h s)     a_t = h_t weight + h weight_t + bias_t     y_t = pool([a > 0] a_t)
+// and the product rule on the three lines of the backward, with r_t = -r^2 s, gives what the last pass writes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda_vocabulary.h"
+#include "instance_norm_relu_avg_pool.h"
+
+namespace pydistill::instance_norm_relu_avg_pool {
+
+using Call = InstanceNormReluAvgPool;
+using Form = Call::Form;
+
+constexpr int max_threads = 512;
+
+__host__ __device__ constexpr bool has_tangents(Form form) { return form == Form::jvp || form == Form::backward_jvp; }
+__host__ __device__ constexpr bool has_backward(Form form) { return form == Form::backward || form == Form::backward_jvp; }
+
+// How many sums over the panel the widest pass forms at once.
+__host__ __device__ constexpr int most_sums(Form form) {
+  return form == Form::backward_jvp ? 4 : form == Form::forward ? 1 : 2;
+}
+
+template <class T>
+__device__ T* element(const Map& map, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return static_cast<T*>(map.data) + n * map.n + c * map.c + h * map.h + w * map.w;
+}
+
+// The positions of a plane that one thread visits: every `step`-th, row by row. Counting rows and columns along costs
+// a few additions; dividing a running index at every step would cost more than the arithmetic.
+struct Walk {
+  int height, width, h, w, step_h, step_w;
+
+  __device__ Walk(int height, int width, int first, int step)
+      : height(height),
+        width(width),
+        h(width > 0 ? first / width : height),
+        w(width > 0 ? first % width : 0),
+        step_h(width > 0 ? step / width : 0),
+        step_w(width > 0 ? step % width : 0) {}
+
+  __device__ bool inside() const { return h < height; }
+  __device__ void next() {
+    h += step_h;
+    w += step_w;
+    if (w >= width) {
+      w -= width;
+      ++h;
+    }
+  }
+};
+
+// One input's part of the panel, as a thread sees it: a plane of its channel.
+template <class T, bool kept>
+struct Plane {
+  const T* global = nullptr;
+  int64_t stride_h = 0, stride_w = 0;
+  T* shared = nullptr;  // [height * width][lanes], from this thread's lane on
+  int width = 0, lanes = 0;
+
+  // The first visit of a position. Others may ask for it after the next barrier.
+  __device__ Accumulator<T> read(int h, int w) const {
+    const T value = global_load(global + h * stride_h + w * stride_w);
+    if constexpr (kept) shared[(h * width + w) * lanes] = value;
+    return widen(value);
+  }
+
+  // Every later visit.
+  __device__ Accumulator<T> operator()(int h, int w) const {
+    if constexpr (kept) return widen(shared[(h * width + w) * lanes]);
+    return widen(global_load(global + h * stride_h + w * stride_w));
+  }
+};
+
+// Sums over the block's threads, apart for each of its `lanes` channels (a power of two up to 32), in an order that
+// depends on the block size alone. Every thread gets its channel's sums. Also a barrier, before and after.
+template <int count, class A>
+__device__ void sum_over_block(A (&values)[count], int lanes, A* scratch /* [count][warps][lanes] */) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, thread = threadIdx.x % 32;
+  for (int i = 0; i < count; ++i) {
+    for (int step = 16; step >= lanes; step /= 2) values[i] += __shfl_xor_sync(0xFFFFFFFF, values[i], step);
+    if (thread < lanes) scratch[(i * warps + warp) * lanes + thread] = values[i];
+  }
+  __syncthreads();
+  for (int i = 0; i < count; ++i) {
+    values[i] = 0;
+    for (int other = 0; other < warps; ++other) values[i] += scratch[(i * warps + other) * lanes + thread % lanes];
+  }
+  __syncthreads();  // the next sum writes to scratch again
+}
+
+template <class T, Form form, bool kept>
+__global__ void __launch_bounds__(max_threads) kernel(const Call call, const int lanes) {
+  using A = Accumulator<T>;
+  constexpr bool tangents = has_tangents(form), backward = has_backward(form);
+
+  const int lane = threadIdx.x % lanes, slot = threadIdx.x / lanes, slots = blockDim.x / lanes;
+  const unsigned panels = static_cast<unsigned>((call.C + lanes - 1) / lanes);  // of one sample
+  const int64_t n = blockIdx.x / panels, c = int64_t{blockIdx.x % panels} * lanes + lane;
+  // Past the last channel there is nothing to visit, but every thread must come to the barriers.
+  const bool active = c < call.C;
+
+  const int H = static_cast<int>(call.H), W = static_cast<int>(call.W);
+  const int halved = call.pool ? 1 : 0, H_y = H >> halved, W_y = W >> halved;
+  const A size = static_cast<A>(int64_t{H} * W);
+  const Walk over_x(active ? H : 0, W, slot, slots), over_y(active ? H_y : 0, W_y, slot, slots);
+
+  A* const scratch = reinterpret_cast<A*>(dynamic_shared());
+  T* room = reinterpret_cast<T*>(scratch + most_sums(form) * (blockDim.x / 32) * lanes);
+  const auto plane = [&](const Map& map, int height, int width) -> Plane<T, kept> {
+    if (!map.data) return {};
+    T* const shared = room + lane;
+    room += height * width * lanes;
+    return {element<const T>(map, n, c, 0, 0), map.h, map.w, shared, width, lanes};
+  };
+  const Plane<T, kept> x = plane(call.x, H, W), x_t = plane(call.x_t, H, W);
+  const Plane<T, kept> grad_y = plane(call.grad_y, H_y, W_y), grad_y_t = plane(call.grad_y_t, H_y, W_y);
+  const bool has_grad_y_t = call.grad_y_t.data != nullptr;
+
+  const auto channel = [&](const void* values) { return active ? global_load(static_cast<const A*>(values) + c) : A(0); };
+  const A weight = channel(call.weight), bias = channel(call.bias);
+  A weight_t = 0, bias_t = 0;
+  if constexpr (tangents) weight_t = channel(call.weight_t), bias_t = channel(call.bias_t);
+
+  // Pass 1: sum x [, sum x_t]
+  A first[tangents ? 2 : 1] = {};
+  for (Walk at = over_x; at.inside(); at.next()) {
+    first[0] += x.read(at.h, at.w);
+    if constexpr (tangents) first[1] += x_t.read(at.h, at.w);
+  }
+  if constexpr (backward && kept) {
+    for (Walk at = over_y; at.inside(); at.next()) {
+      grad_y.read(at.h, at.w);
+      if (tangents && has_grad_y_t) grad_y_t.read(at.h, at.w);
+    }
+  }
+  sum_over_block(first, lanes, scratch);
+  const A mean = first[0] / size, mean_t = tangents ? first[tangents] / size : 0;
+
+  // Pass 2: sum (x - mean)^2 [, sum (x - mean)(x_t - mean_t)]
+  A second[tangents ? 2 : 1] = {};
+  for (Walk at = over_x; at.inside(); at.next()) {
+    const A deviation = x(at.h, at.w) - mean;
+    second[0] = std::fma(deviation, deviation, second[0]);
+    if constexpr (tangents) second[1] = std::fma(deviation, x_t(at.h, at.w) - mean_t, second[1]);
+  }
+  sum_over_block(second, lanes, scratch);
+  const A r = 1 / std::sqrt(second[0] / size + static_cast<A>(call.eps));
+  const A s = tangents ? r * (second[tangents] / size) : 0;
+
+  // The ReLU must open at the same positions in every form, to the bit, or a gradient would not be that of its
+  // forward. So h and a are written once, in operations that leave the compiler nothing to contract.
+  // NaN counts as open: it shows in y, and its gradient passes, as in torch.
+  const auto normalized = [&](int h, int w) { return (x(h, w) - mean) * r; };
+  const auto affine = [&](A norm) { return std::fma(norm, weight, bias); };
+  const auto open = [&](A norm) { return !(call.relu && affine(norm) <= 0); };
+
+  const auto normalized_t = [&](A norm, int h, int w) { return r * (x_t(h, w) - mean_t - norm * s); };
+  const auto affine_t = [&](A norm, A norm_t) { return norm_t * weight + norm * weight_t + bias_t; };
+
+  if constexpr (backward) {
+    // Gradient of the affine map's output: grad_y over its window, nothing where the pool dropped a row or column.
+    const A share = call.pool ? A(0.25) : A(1);
+    const auto spread = [&](const Plane<T, kept>& grad, A norm, const Walk& at) {
+      const int h = at.h >> halved, w = at.w >> halved;
+      return h < H_y && w < W_y && open(norm) ? grad(h, w) * share : A(0);
+    };
+
+    // Pass 3: sum a_bar, sum a_bar h [, both along the direction]
+    A third[tangents ? 4 : 2] = {};
+    for (Walk at = over_x; at.inside(); at.next()) {
+      const A norm = normalized(at.h, at.w), a_bar = spread(grad_y, norm, at);
+      third[0] += a_bar;
+      third[1] = std::fma(a_bar, norm, third[1]);
+      if constexpr (tangents) {
+        const A norm_t = normalized_t(norm, at.h, at.w), a_bar_t = has_grad_y_t ? spread(grad_y_t, norm, at) : A(0);
+        third[2] += a_bar_t;
+        third[3] += a_bar_t * norm + a_bar * norm_t;
+      }
+    }
+    sum_over_block(third, lanes, scratch);
+    const A* const shares = third + (tangents ? 2 : 0);
+    if (slot == 0 && active) {
+      global_store(static_cast<A*>(call.grad_weight) + n * call.C + c, shares[1]);
+      global_store(static_cast<A*>(call.grad_bias) + n * call.C + c, shares[0]);
+    }
+
+    // Pass 4: grad_x. The means of weight a_bar and weight a_bar h are those sums, and so are their tangents.
+    const A m1 = weight * third[0] / size, m2 = weight * third[1] / size;
+    A m1_t = 0, m2_t = 0;
+    if constexpr (tangents) {
+      m1_t = (weight_t * third[0] + weight * third[2]) / size;
+      m2_t = (weight_t * third[1] + weight * third[3]) / size;
+    }
+    for (Walk at = over_x; at.inside(); at.next()) {
+      const A norm = normalized(at.h, at.w), a_bar = spread(grad_y, norm, at);
+      A grad = r * (weight * a_bar - m1 - norm * m2);
+      if constexpr (tangents) {
+        const A norm_t = normalized_t(norm, at.h, at.w), a_bar_t = has_grad_y_t ? spread(grad_y_t, norm, at) : A(0);
+        grad = r * (weight_t * a_bar + weight * a_bar_t - m1_t - norm_t * m2 - norm * m2_t - s * grad);
+      }
+      global_store(element<T>(call.grad_x, n, c, at.h, at.w), narrow<T>(grad));
+    }
+  }
+
+  if constexpr (form != Form::backward) {
+    const auto activated = [&](int h, int w) {
+      const A norm = normalized(h, w);
+      if (!open(norm)) return A(0);
+      if constexpr (tangents) return affine_t(norm, normalized_t(norm, h, w));
+      return affine(norm);
+    };
+    for (Walk at = over_y; at.inside(); at.next()) {
+      const int h = at.h << halved, w = at.w << halved;
+      A y = activated(h, w);
+      if (call.pool) y = (y + activated(h, w + 1) + activated(h + 1, w) + activated(h + 1, w + 1)) * A(0.25);
+      global_store(element<T>(call.y, n, c, at.h, at.w), narrow<T>(y));
+    }
+  }
+}
+
+// One channel a column of threads, `rows` samples at a time: enough loads in flight for thousands of samples.
+constexpr int sum_columns = 32, sum_rows = 16;
+
+template <class A>
+__global__ void __launch_bounds__(sum_columns* sum_rows)
+    sum_over_batch_kernel(const A* shares /* [N, C] */, A* sum /* [C] */, int64_t N, int64_t C) {
+  double* const partial = reinterpret_cast<double*>(dynamic_shared());  // [sum_rows][sum_columns]
+  const int64_t c = int64_t{blockIdx.x} * sum_columns + threadIdx.x;
+  double total = 0;
+  for (int64_t n = threadIdx.y; n < N && c < C; n += sum_rows) total += global_load(shares + n * C + c);
+  partial[threadIdx.y * sum_columns + threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y == 0 && c < C) {
+    for (int row = 1; row < sum_rows; ++row) total += partial[row * sum_columns + threadIdx.x];
+    global_store(sum + c, static_cast<A>(total));
+  }
+}
+
+struct Plan {
+  int lanes = 1, threads = 0;
+  bool kept = false;
+  int64_t blocks = 0, shared_bytes = 0;
+};
+
+template <class T>
+Plan plan(const Call& call, int64_t shared_limit) {
+  constexpr int64_t sector = 32 / sizeof(T);
+  const int64_t plane = call.H * call.W, plane_y = call.pool ? (call.H / 2) * (call.W / 2) : plane;
+  const int64_t positions =
+      plane * (1 + has_tangents(call.form)) + plane_y * (has_backward(call.form) + (call.grad_y_t.data ? 1 : 0));
+
+  const auto with_lanes = [&](int64_t lanes) {
+    // About eight elements a thread: enough to pay for the sums over the block, and loads to hide latency with.
+    const int64_t threads = std::clamp<int64_t>((plane * lanes / 8 + 31) / 32 * 32, 32, max_threads);
+    const int64_t scratch = most_sums(call.form) * (threads / 32) * lanes * int64_t{sizeof(Accumulator<T>)};
+    const int64_t panel = positions * lanes * int64_t{sizeof(T)};
+    const bool kept = scratch + panel <= shared_limit;
+    return Plan{static_cast<int>(lanes), static_cast<int>(threads), kept, call.N * ((call.C + lanes - 1) / lanes),
+                kept ? scratch + panel : scratch};
+  };
+
+  if (call.C == 1 || call.x.c != 1) return with_lanes(1);
+  // A part of a sector a block is still cheaper than a panel read in every pass: the blocks that want the sector's
+  // other parts run at the same time and find it in the L2 cache.
+  for (int64_t lanes = sector; lanes >= sector / 4; lanes /= 2) {
+    if (const Plan plan = with_lanes(lanes); plan.kept) return plan;
+  }
+  return with_lanes(sector);
+}
+
+template <class T, Form form>
+void launch_form(const Call& call, cudaStream_t stream) {
+  const Plan p = plan<T>(call, shared_memory_limit());
+  if (p.blocks == 0) return;
+  if (call.H * call.W > int64_t{1} << 30) throw std::invalid_argument("x: planes of more than 2^30 positions");
+  if (p.blocks > 0x7FFFFFFF) throw std::invalid_argument("x: more than 2^31 - 1 planes");
+  launch(p.kept ? &kernel<T, form, true> : &kernel<T, form, false>, dim3(static_cast<unsigned>(p.blocks)),
+         dim3(static_cast<unsigned>(p.threads)), p.shared_bytes, stream, call, p.lanes);
+}
+
+template <class T>
+void launch_scalar(const Call& call, cudaStream_t stream) {
+  switch (call.form) {
+    case Form::forward:
+      return launch_form<T, Form::forward>(call, stream);
+    case Form::backward:
+      return launch_form<T, Form::backward>(call, stream);
+    case Form::jvp:
+      return launch_form<T, Form::jvp>(call, stream);
+    case Form::backward_jvp:
+      return launch_form<T, Form::backward_jvp>(call, stream);
+  }
+}
+
+template <class A>
+void launch_sum(const void* shares, void* sum, int64_t N, int64_t C, cudaStream_t stream) {
+  launch(&sum_over_batch_kernel<A>, dim3(static_cast<unsigned>((C + sum_columns - 1) / sum_columns)),
+         dim3(sum_columns, sum_rows), sum_columns * sum_rows * int64_t{sizeof(double)}, stream,
+         static_cast<const A*>(shares), static_cast<A*>(sum), N, C);
+}
+
+}  // namespace pydistill::instance_norm_relu_avg_pool
+
+namespace pydistill {
+
+inline void launch_instance_norm_relu_avg_pool(const InstanceNormReluAvgPool& call, cudaStream_t stream) {
+  using namespace instance_norm_relu_avg_pool;
+  switch (call.scalar) {
+    case Scalar::f32:
+      return launch_scalar<float>(call, stream);
+    case Scalar::f64:
+      return launch_scalar<double>(call, stream);
+    case Scalar::bf16:
+      return launch_scalar<__nv_bfloat16>(call, stream);
+    case Scalar::f16:
+      return launch_scalar<__half>(call, stream);
+  }
+}
+
+// sum[c] = sum of shares[n, c] over n: the grad_weight or grad_bias of the whole batch.
+inline void launch_sum_over_batch(Scalar scalar, const void* shares, void* sum, int64_t N, int64_t C,
+                                  cudaStream_t stream) {
+  using namespace instance_norm_relu_avg_pool;
+  if (C == 0) return;
+  scalar == Scalar::f64 ? launch_sum<double>(shares, sum, N, C, stream) : launch_sum<float>(shares, sum, N, C, stream);
+}
+
+}  // namespace pydistill
