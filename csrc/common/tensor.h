@@ -57,11 +57,16 @@ inline Map map_of(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), stride[0], stride[1], stride[2], stride[3]};
 }
 
-// Dense channels-last and not dense NCHW as well (with one channel or one pixel it may be both: NCHW wins).
+// torch's is_contiguous(channels_last), for tensors that are not NCHW-contiguous as well: NCHW wins where both hold.
 inline bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
   const auto size = t.sizes(), stride = t.strides();
-  return !t.is_contiguous() && stride[1] == 1 && stride[3] == size[1] && stride[2] == size[3] * size[1] &&
-         stride[0] == size[2] * size[3] * size[1];
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (size[dim] != 1 && stride[dim] != expected) return false;
+    expected *= size[dim];
+  }
+  return true;
 }
 
 // [N, C, H, W], uninitialised, in the layout, dtype and device of x.

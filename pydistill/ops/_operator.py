@@ -1,0 +1,101 @@
+"""What makes a registered operator compose with the rest of torch.
+
+An operator here is a pure function ``name(*tensors, *options)`` whose kernels are registered in C++. From its closed
+formulas (fake, vjp, jvp, vmap) `Operator` builds everything the framework asks for:
+
+- eager autograd to the second order, ``torch.func.grad``, ``vmap`` and ``jvp``: an ``autograd.Function`` in its
+  ``setup_context`` form, because formulas given to ``register_autograd`` fail under ``torch.func.grad`` and are
+  silently wrong under ``torch.func.jvp``;
+- ``torch.compile`` and ``torch.export``: the registered operator with fake and autograd formulas, because dynamo does
+  not trace a Function that has a ``jvp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydistill import _library
+
+Formula = Callable[..., Any]
+
+
+class Operator:
+    """``torch.ops.pydistill.<name>`` with its first ``tensors`` arguments tensors (or None) and the rest options.
+
+    ``vjp(saved, options, *grads)`` returns a gradient (or None) per tensor, ``jvp(saved, options, *tangents)`` the
+    outputs' tangents; both are written in operators, so that they are differentiable in turn. An operator whose
+    ``vjp`` is None raises when a gradient is asked of it: it never gives a wrong one.
+    """
+
+    def __init__(
+        self, name: str, *, tensors: int, fake: Formula, vmap: Formula, vjp: Formula | None, jvp: Formula | None
+    ):
+        self.name = name
+        self.raw = getattr(torch.ops.pydistill, name).default
+        qualified = f"pydistill::{name}"
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:tensors])
+            if hasattr(ctx, "save_for_forward"):  # absent where register_autograd calls
+                ctx.save_for_forward(*inputs[:tensors])
+            ctx.options = inputs[tensors:]
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple:
+            if vjp is None:
+                raise NotImplementedError(f"{qualified} has no derivative: the family is differentiable twice, not more")
+            return (*vjp(ctx.saved_tensors, ctx.options, *grads), *(None for _ in ctx.options))
+
+        def forward_derivative(ctx: Any, *tangents: Tensor | None) -> Any:
+            if jvp is None:
+                raise NotImplementedError(f"{qualified} has no forward derivative")
+            filled = [
+                torch.zeros_like(x) if t is None and x is not None else t
+                for x, t in zip(ctx.saved_tensors, tangents, strict=False)
+            ]
+            return jvp(ctx.saved_tensors, ctx.options, *filled)
+
+        self.function = type(
+            name,
+            (torch.autograd.Function,),
+            {
+                "generate_vmap_rule": True,
+                "forward": staticmethod(lambda *args: self.raw(*args)),
+                "setup_context": staticmethod(setup_context),
+                "backward": staticmethod(backward),
+                "jvp": staticmethod(forward_derivative),
+            },
+        )
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        torch.library.register_vmap(qualified, vmap)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.raw(*args) if torch.compiler.is_dynamo_compiling() else self.function.apply(*args)
+
+
+def choose_backend(op: str, backend: str, device: torch.device, available: Sequence[str]) -> str:
+    """The backend that runs ``op`` on ``device``: the named one, or for "auto" the device's own. Never another.
+
+    Raises ``ValueError`` for a name that is no backend, ``NotImplementedError`` with the reason for one that cannot run.
+    """
+    names = ("auto", "reference", "cpu", "cuda", "triton")
+    if backend not in names:
+        raise ValueError(f"backend: expected one of {', '.join(names)}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    # "meta" tensors hold shapes only: the CPU's registration answers for them
+    native = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(device.type)
+    chosen = native if backend == "auto" else backend
+    if chosen is None:
+        raise NotImplementedError(f"{op} has no kernel for {device.type} tensors; backend='reference' runs anywhere")
+    if chosen not in available:
+        raise NotImplementedError(f"{op} has no {chosen} kernel; it has {', '.join(available)}")
+    if chosen != native:
+        raise NotImplementedError(f"{op}: backend={chosen!r} cannot run on {device.type} tensors")
+    if reason := _library.unavailable(chosen):
+        raise NotImplementedError(f"{op}: backend={chosen!r} cannot run: {reason}")
+    return chosen
