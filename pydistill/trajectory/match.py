@@ -1,0 +1,61 @@
+"""Trajectory matching: how far from an expert's parameters a student trained on synthetic images ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pydistill.trajectory.unroll import unroll
+
+
+def trajectory_match(
+    net: nn.Module,
+    theta0: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor | float,
+    *,
+    steps: int,
+    targets: Mapping[int, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """The loss of MTT (Cazenavette et al., CVPR 2022), differentiable in images, labels, lr and theta0.
+
+    Equivalent to ``(theta_T - target).square().sum() / (theta0 - target).square().sum()`` with
+    ``theta_T = pydistill.unroll(net, theta0, images, labels, lr, steps=steps, **options)``.
+
+    Args:
+        net, theta0, images, labels, lr, steps, **options: as for `pydistill.unroll` (without ``at``).
+        target: ``[P]``, the expert's parameters to arrive at, dtype and device of theta0.
+        targets: intermediate targets by step number in 1..T (AST, Shen et al., 2023): each adds the same ratio with
+            the parameters after that step and its own target.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        TypeError, ValueError: as `pydistill.unroll`, or a target of the wrong kind, or equal to theta0.
+        FloatingPointError: as `pydistill.unroll`.
+    """
+    if "at" in options:
+        raise TypeError("at: expected no such option; trajectory_match takes targets={step: parameters}")
+    pairs = [(f"targets[{t}]", t, goal) for t, goal in (targets or {}).items()] + [("target", steps, target)]
+    for name, _, goal in pairs:
+        if not isinstance(goal, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(goal).__name__}")
+        if goal.shape != theta0.shape or goal.dtype != theta0.dtype or goal.device != theta0.device:
+            raise ValueError(
+                f"{name}: expected {theta0.dtype} {list(theta0.shape)} on {theta0.device} as theta0, "
+                f"got {goal.dtype} {list(goal.shape)} on {goal.device}"
+            )
+    thetas = unroll(net, theta0, images, labels, lr, steps=steps, at=[t for _, t, _ in pairs], **options)
+    loss = theta0.new_zeros(())
+    for (name, _, goal), theta in zip(pairs, thetas, strict=True):
+        distance = (theta0 - goal).square().sum()
+        if distance == 0:
+            raise ValueError(f"{name}: it equals theta0, which leaves no distance to normalise by")
+        loss = loss + (theta - goal).square().sum() / distance
+    return loss
