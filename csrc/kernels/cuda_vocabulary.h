@@ -134,8 +134,9 @@ struct Fault : std::runtime_error {
 
 class Machine {
  public:
-  int64_t shared_memory_limit = 99 * 1024;           // a consumer card's; tests lower it to reach other launch plans
-  int64_t bytes_loaded = 0, bytes_stored = 0;        // by global_load and global_store; no caches, no sectors
+  static constexpr int64_t default_shared_memory_limit = 99 * 1024;  // the least among current architectures
+  int64_t shared_memory_limit = default_shared_memory_limit;         // tests lower it to reach other launch plans
+  int64_t bytes_loaded = 0, bytes_stored = 0;                        // by global_load and global_store
   unsigned char* dynamic_shared() { return shared_.get(); }
 
   void seed(uint64_t value) { random_.seed(value); }

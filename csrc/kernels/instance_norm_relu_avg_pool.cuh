@@ -33,10 +33,16 @@ namespace pydistill::instance_norm_relu_avg_pool {
 using Call = InstanceNormReluAvgPool;
 using Form = Call::Form;
 
+// Two blocks of 512 threads on a multiprocessor leave 64 registers a thread. Without the bound ptxas aims for fewer and
+// spills; double needs more, and one block.
 constexpr int max_threads = 512;
+template <class T>
+constexpr int blocks_at_once = std::is_same_v<T, double> ? 1 : 2;
 
 __host__ __device__ constexpr bool has_tangents(Form form) { return form == Form::jvp || form == Form::backward_jvp; }
-__host__ __device__ constexpr bool has_backward(Form form) { return form == Form::backward || form == Form::backward_jvp; }
+__host__ __device__ constexpr bool has_backward(Form form) {
+  return form == Form::backward || form == Form::backward_jvp;
+}
 
 // How many sums over the panel the widest pass forms at once.
 __host__ __device__ constexpr int most_sums(Form form) {
@@ -94,8 +100,9 @@ struct Plane {
   }
 };
 
-// Sums over the block's threads, apart for each of its `lanes` channels (a power of two up to 32), in an order that
-// depends on the block size alone. Every thread gets its channel's sums. Also a barrier, before and after.
+// Sums over the block's threads, apart for each of its `lanes` channels (a power of two up to 32), in an order that the
+// launch fixes. Every thread gets its channel's sums. Also a barrier: what was written to shared memory before is there
+// for all.
 template <int count, class A>
 __device__ void sum_over_block(A (&values)[count], int lanes, A* scratch /* [count][warps][lanes] */) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, thread = threadIdx.x % 32;
@@ -112,9 +119,10 @@ __device__ void sum_over_block(A (&values)[count], int lanes, A* scratch /* [cou
 }
 
 template <class T, Form form, bool kept>
-__global__ void __launch_bounds__(max_threads) kernel(const Call call, const int lanes) {
+__global__ void __launch_bounds__(max_threads, blocks_at_once<T>) kernel(const Call call, const int lanes) {
   using A = Accumulator<T>;
   constexpr bool tangents = has_tangents(form), backward = has_backward(form);
+  constexpr int each = tangents ? 2 : 1;  // sums come alone, or with their tangents behind them
 
   const int lane = threadIdx.x % lanes, slot = threadIdx.x / lanes, slots = blockDim.x / lanes;
   const unsigned panels = static_cast<unsigned>((call.C + lanes - 1) / lanes);  // of one sample
@@ -139,13 +147,13 @@ __global__ void __launch_bounds__(max_threads) kernel(const Call call, const int
   const Plane<T, kept> grad_y = plane(call.grad_y, H_y, W_y), grad_y_t = plane(call.grad_y_t, H_y, W_y);
   const bool has_grad_y_t = call.grad_y_t.data != nullptr;
 
-  const auto channel = [&](const void* values) { return active ? global_load(static_cast<const A*>(values) + c) : A(0); };
+  const auto channel = [&](const void* values) { return active ? static_cast<const A*>(values)[c] : A(0); };
   const A weight = channel(call.weight), bias = channel(call.bias);
   A weight_t = 0, bias_t = 0;
   if constexpr (tangents) weight_t = channel(call.weight_t), bias_t = channel(call.bias_t);
 
   // Pass 1: sum x [, sum x_t]
-  A first[tangents ? 2 : 1] = {};
+  A first[each] = {};
   for (Walk at = over_x; at.inside(); at.next()) {
     first[0] += x.read(at.h, at.w);
     if constexpr (tangents) first[1] += x_t.read(at.h, at.w);
@@ -157,10 +165,10 @@ __global__ void __launch_bounds__(max_threads) kernel(const Call call, const int
     }
   }
   sum_over_block(first, lanes, scratch);
-  const A mean = first[0] / size, mean_t = tangents ? first[tangents] / size : 0;
+  const A mean = first[0] / size, mean_t = tangents ? first[each - 1] / size : 0;
 
   // Pass 2: sum (x - mean)^2 [, sum (x - mean)(x_t - mean_t)]
-  A second[tangents ? 2 : 1] = {};
+  A second[each] = {};
   for (Walk at = over_x; at.inside(); at.next()) {
     const A deviation = x(at.h, at.w) - mean;
     second[0] = std::fma(deviation, deviation, second[0]);
@@ -168,7 +176,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Call call, const int
   }
   sum_over_block(second, lanes, scratch);
   const A r = 1 / std::sqrt(second[0] / size + static_cast<A>(call.eps));
-  const A s = tangents ? r * (second[tangents] / size) : 0;
+  const A s = tangents ? r * (second[each - 1] / size) : 0;
 
   // The ReLU must open at the same positions in every form, to the bit, or a gradient would not be that of its
   // forward. So h and a are written once, in operations that leave the compiler nothing to contract.
@@ -189,7 +197,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Call call, const int
     };
 
     // Pass 3: sum a_bar, sum a_bar h [, both along the direction]
-    A third[tangents ? 4 : 2] = {};
+    A third[2 * each] = {};
     for (Walk at = over_x; at.inside(); at.next()) {
       const A norm = normalized(at.h, at.w), a_bar = spread(grad_y, norm, at);
       third[0] += a_bar;
@@ -201,7 +209,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Call call, const int
       }
     }
     sum_over_block(third, lanes, scratch);
-    const A* const shares = third + (tangents ? 2 : 0);
+    const A* const shares = third + 2 * (each - 1);
     if (slot == 0 && active) {
       global_store(static_cast<A*>(call.grad_weight) + n * call.C + c, shares[1]);
       global_store(static_cast<A*>(call.grad_bias) + n * call.C + c, shares[0]);
@@ -241,7 +249,7 @@ __global__ void __launch_bounds__(max_threads) kernel(const Call call, const int
   }
 }
 
-// One channel a column of threads, `rows` samples at a time: enough loads in flight for thousands of samples.
+// A channel to a column of threads, and sum_rows samples at a time: enough loads in flight for thousands of samples.
 constexpr int sum_columns = 32, sum_rows = 16;
 
 template <class A>
@@ -265,30 +273,43 @@ struct Plan {
   int64_t blocks = 0, shared_bytes = 0;
 };
 
+inline int64_t positions(const Call& call) { return call.H * call.W; }
+inline int64_t positions_y(const Call& call) { return call.pool ? (call.H / 2) * (call.W / 2) : positions(call); }
+
+// How many channels a block takes. All forms of one x must agree on it, for it sets the order of the sums and with
+// them the last bits of mean and r, where a ReLU opens.
+template <class T>
+int lanes_of(const Call& call, int64_t shared_limit) {
+  if (call.C == 1 || call.x.c != 1) return 1;
+  constexpr int sector = 32 / sizeof(T);
+  const int64_t plane_bytes = (positions(call) + positions_y(call)) * int64_t{sizeof(T)};  // of x and grad_y
+  // A part of a sector is still cheaper than a panel read in every pass: the blocks that want the other parts run at
+  // the same time and find them in the L2 cache. Room for tangents as well also means two blocks of the other forms.
+  for (const int64_t planes : {2 * plane_bytes, plane_bytes}) {
+    for (int lanes = sector; lanes >= sector / 4; lanes /= 2) {
+      if (planes * lanes <= shared_limit * 15 / 16) return lanes;  // the rest is for the sums
+    }
+  }
+  return sector;
+}
+
 template <class T>
 Plan plan(const Call& call, int64_t shared_limit) {
-  constexpr int64_t sector = 32 / sizeof(T);
-  const int64_t plane = call.H * call.W, plane_y = call.pool ? (call.H / 2) * (call.W / 2) : plane;
-  const int64_t positions =
-      plane * (1 + has_tangents(call.form)) + plane_y * (has_backward(call.form) + (call.grad_y_t.data ? 1 : 0));
+  Plan plan;
+  plan.lanes = lanes_of<T>(call, shared_limit);
+  plan.blocks = call.N * ((call.C + plan.lanes - 1) / plan.lanes);
 
-  const auto with_lanes = [&](int64_t lanes) {
-    // About eight elements a thread: enough to pay for the sums over the block, and loads to hide latency with.
-    const int64_t threads = std::clamp<int64_t>((plane * lanes / 8 + 31) / 32 * 32, 32, max_threads);
-    const int64_t scratch = most_sums(call.form) * (threads / 32) * lanes * int64_t{sizeof(Accumulator<T>)};
-    const int64_t panel = positions * lanes * int64_t{sizeof(T)};
-    const bool kept = scratch + panel <= shared_limit;
-    return Plan{static_cast<int>(lanes), static_cast<int>(threads), kept, call.N * ((call.C + lanes - 1) / lanes),
-                kept ? scratch + panel : scratch};
-  };
+  // About eight elements a thread: enough to pay for the sums over the block, and loads to hide latency with.
+  plan.threads =
+      static_cast<int>(std::clamp<int64_t>((positions(call) * plan.lanes / 8 + 31) / 32 * 32, 32, max_threads));
 
-  if (call.C == 1 || call.x.c != 1) return with_lanes(1);
-  // A part of a sector a block is still cheaper than a panel read in every pass: the blocks that want the sector's
-  // other parts run at the same time and find it in the L2 cache.
-  for (int64_t lanes = sector; lanes >= sector / 4; lanes /= 2) {
-    if (const Plan plan = with_lanes(lanes); plan.kept) return plan;
-  }
-  return with_lanes(sector);
+  const int64_t panel = (positions(call) * (1 + has_tangents(call.form)) +
+                         positions_y(call) * (has_backward(call.form) + (call.grad_y_t.data != nullptr))) *
+                        plan.lanes * int64_t{sizeof(T)};
+  plan.shared_bytes = most_sums(call.form) * (plan.threads / 32) * plan.lanes * int64_t{sizeof(Accumulator<T>)};
+  plan.kept = plan.shared_bytes + panel <= shared_limit;
+  if (plan.kept) plan.shared_bytes += panel;
+  return plan;
 }
 
 template <class T, Form form>

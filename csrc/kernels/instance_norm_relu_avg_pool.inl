@@ -10,7 +10,7 @@ using Form = InstanceNormReluAvgPool::Form;
 // The panels of one unit of work (one sample, L neighbouring channels), cut from the thread's scratch memory.
 template <class T>
 struct Panels {
-  Vec<T>*x, *x_t;                 // [H * W]; overwritten by h and h_t once the statistics are known
+  Vec<T>*x, *x_t;                 // [H * W]; soon overwritten by the deviations from their means
   Vec<T>*grad_y, *grad_y_t, *y;   // [output positions]
 
   Panels(void* scratch, int64_t in, int64_t out) {
@@ -50,33 +50,40 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
   const V g = load_channels<T>(call.weight, c, lanes), b = load_channels<T>(call.bias, c, lanes);
   const V zero{};
 
-  // statistics; along a direction: h_t = r (x_t - mean x_t - h slope), slope = mean(h x_t)
+  // Statistics. The deviations' own mean, zero but for rounding, corrects the mean that they were taken from: without
+  // it a plane far from zero loses digits. Along a direction: h_t = r (x_t - mean x_t - h slope), slope = mean(h x_t).
   pack<T>(call.scalar, call.x, n, c, lanes, H, W, panel.x);
-  V r, g_t = zero, b_t = zero, slope = zero;
+  V r, rest, rest_t = zero, g_t = zero, b_t = zero, slope = zero;
   {
-    V mean[2], spread[2];
     if constexpr (TANGENT) {
       g_t = load_channels<T>(call.weight_t, c, lanes), b_t = load_channels<T>(call.bias_t, c, lanes);
       pack<T>(call.scalar, call.x_t, n, c, lanes, H, W, panel.x_t);
     }
+    V mean[2], moment[4];
     sum_positions<T>(H, W, mean, [&](int64_t i, V(&sum)[2]) PYDISTILL_LAMBDA {
       sum[0] += panel.x[i];
       if constexpr (TANGENT) sum[1] += panel.x_t[i];
     });
     mean[0] /= count, mean[1] /= count;
-    sum_positions<T>(H, W, spread, [&](int64_t i, V(&sum)[2]) PYDISTILL_LAMBDA {
+    sum_positions<T>(H, W, moment, [&](int64_t i, V(&sum)[4]) PYDISTILL_LAMBDA {
       const V d = panel.x[i] - mean[0];
       panel.x[i] = d;
-      sum[0] += d * d;
+      sum[0] += d;
+      sum[1] += d * d;
       if constexpr (TANGENT) {
         const V d_t = panel.x_t[i] - mean[1];
         panel.x_t[i] = d_t;
-        sum[1] += d * d_t;
+        sum[2] += d_t;
+        sum[3] += d * d_t;
       }
     });
-    r = reciprocal_sqrt<T>(spread[0] / count + T(call.eps));
-    slope = r * (spread[1] / count);
+    for (V& m : moment) m /= count;
+    rest = moment[0], rest_t = moment[2];
+    r = reciprocal_sqrt<T>(moment[1] - rest * rest + T(call.eps));
+    slope = r * (moment[3] - rest * rest_t);
   }
+  const auto normalised = [&](int64_t i) PYDISTILL_LAMBDA { return (panel.x[i] - rest) * r; };
+  const auto normalised_t = [&](int64_t i, V h) PYDISTILL_LAMBDA { return r * (panel.x_t[i] - rest_t - h * slope); };
 
   // h and the activation's argument are formed alike in every form, so that all agree on which units are on. NaN is
   // neither above nor below zero and stays NaN, as in torch.
@@ -87,9 +94,9 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
       for (int64_t ow = 0; ow < OW; ++ow) {
         V sum{};
         for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t) PYDISTILL_LAMBDA {
-          const V h = panel.x[i] * r;
+          const V h = normalised(i);
           V a = h * g + b;
-          if constexpr (TANGENT) a = g_t * h + g * (r * (panel.x_t[i] - h * slope)) + b_t;
+          if constexpr (TANGENT) a = g_t * h + g * normalised_t(i, h) + b_t;
           if constexpr (RELU) a = off(h) ? zero : a;
           sum += a;
         });
@@ -108,14 +115,14 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
       for (int64_t ow = 0; ow < OW; ++ow) {
         V y{};
         for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
-          const V h = panel.x[i] * r;
+          const V h = normalised(i);
           const auto is_off = off(h);
           V e = panel.grad_y[o] * share;
           if constexpr (RELU) e = is_off ? zero : e;
           row[0] += e;
           row[1] += e * h;
           if constexpr (TANGENT) {
-            const V h_t = r * (panel.x_t[i] - h * slope);
+            const V h_t = normalised_t(i, h);
             V e_t = g_t * h + g * h_t + b_t;
             if constexpr (RELU) e_t = is_off ? zero : e_t;
             y += e_t;
@@ -141,10 +148,10 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
     }
     // grad_x = r (g e - m1 - h m2); its tangent = -r slope grad_x + r (g_t e + g e_t - n1 - h_t m2 - h n2)
     const auto finish = [&](int64_t i, V e, V e_t) PYDISTILL_LAMBDA {
-      const V h = panel.x[i] * r;
+      const V h = normalised(i);
       const V grad = r * (g * e - m1 - h * m2);
       if constexpr (TANGENT) {
-        const V h_t = r * (panel.x_t[i] - h * slope);
+        const V h_t = normalised_t(i, h);
         panel.x[i] = r * (g_t * e + g * e_t - n1 - h_t * m2 - h * n2) - r * slope * grad;
       } else {
         panel.x[i] = grad;
@@ -155,7 +162,7 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
         for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
           V e = panel.grad_y[o] * share, e_t = moving ? panel.grad_y_t[o] * share : zero;
           if constexpr (RELU) {
-            const auto is_off = off(panel.x[i] * r);
+            const auto is_off = off(normalised(i));
             e = is_off ? zero : e;
             e_t = is_off ? zero : e_t;
           }

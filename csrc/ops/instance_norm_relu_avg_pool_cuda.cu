@@ -1,14 +1,13 @@
-#include "../kernels/instance_norm_relu_avg_pool.cuh"
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "../kernels/instance_norm_relu_avg_pool.cuh"
 #include "instance_norm_relu_avg_pool.h"
 
 // torch's header declares it only where torch itself was built with CUDA; this library is built without such a torch
 // and loaded only where one is there.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace pydistill {
 namespace {
@@ -19,9 +18,8 @@ struct Cuda {
   }
 
   static void sum_over_batch(const void* shares, void* sum, const InstanceNormReluAvgPool& call, const Tensor& x) {
-    on_stream_of(x, [&](cudaStream_t stream) {
-      launch_sum_over_batch(call.scalar, shares, sum, call.N, call.C, stream);
-    });
+    on_stream_of(x,
+                 [&](cudaStream_t stream) { launch_sum_over_batch(call.scalar, shares, sum, call.N, call.C, stream); });
   }
 
  private:

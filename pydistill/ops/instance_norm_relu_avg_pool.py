@@ -115,7 +115,7 @@ def _batch_into_channels(op: Any, tensors: int, pattern: str) -> Any:
             if arg.dim() == 5:  # [B, N, C, H, W] -> [N, B * C, H, W]
                 folded.append(arg.transpose(0, 1).flatten(1, 2))
             else:  # [B, C] -> [B * C]
-                folded.append(arg.reshape(-1))
+                folded.append(arg.reshape(-1).contiguous())
         out = op(*folded, *args[tensors:])
         outs = out if isinstance(out, tuple) else (out,)
         unfolded = tuple(
@@ -127,7 +127,12 @@ def _batch_into_channels(op: Any, tensors: int, pattern: str) -> Any:
     return rule
 
 
-# In every formula below: `saved` are the operator's tensors, `options` are (eps, relu, pool).
+# In every formula below: `saved` are the operator's tensors, `options` are (eps, relu, pool). Directions may come with
+# any strides (a sum's gradient is expanded), while kernels want per-channel vectors dense.
+
+
+def _dense(x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x_t, weight_t.contiguous(), bias_t.contiguous()
 
 
 def _forward_vjp(saved: tuple, options: tuple, grad_y: Tensor) -> tuple:
@@ -135,17 +140,17 @@ def _forward_vjp(saved: tuple, options: tuple, grad_y: Tensor) -> tuple:
 
 
 def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
-    return _jvp(*saved, x_t, weight_t, bias_t, *options)
+    return _jvp(*saved, *_dense(x_t, weight_t, bias_t), *options)
 
 
 def _backward_vjp(saved: tuple, options: tuple, *direction: Tensor) -> tuple:
     grad_y, *inputs = saved
-    return _backward_jvp(grad_y, None, *inputs, *direction, *options)
+    return _backward_jvp(grad_y, None, *inputs, *_dense(*direction), *options)
 
 
 def _backward_forward_jvp(saved: tuple, options: tuple, grad_y_t: Tensor, *direction: Tensor) -> tuple:
     grad_y, *inputs = saved
-    return _backward_jvp(grad_y, grad_y_t, *inputs, *direction, *options)[1:]
+    return _backward_jvp(grad_y, grad_y_t, *inputs, *_dense(*direction), *options)[1:]
 
 
 def _jvp_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:

@@ -1,0 +1,238 @@
+"""`check_op`: the matrix of properties that every operator is held to.
+
+    check_op(pydistill.instance_norm_relu_avg_pool, pydistill.reference.instance_norm_relu_avg_pool, cases)
+
+The operator and its reference are called alike, ``op(*tensors, **options)``. Each check is a function of its own in
+`CHECKS`, so that a test file can run them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one kind: ``make(dtype)`` builds the differentiable tensors, the same ones for every dtype."""
+
+    name: str
+    make: Callable[[torch.dtype], tuple[Tensor, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # beside float64, always
+
+
+def check_op(
+    op: Function,
+    reference: Function,
+    cases: Iterable[Case],
+    *,
+    raw_calls: Callable[..., list[tuple[Any, tuple]]] | None = None,
+    checks: Iterable[str] | None = None,
+) -> None:
+    """Hold ``op`` to ``reference`` in every check on every case.
+
+    Args:
+        op: the public function, differentiable twice.
+        reference: its definition in plain torch.
+        cases: the inputs.
+        raw_calls: from ``(*tensors, **options)`` the registered operators behind ``op`` with arguments, for
+            ``torch.library.opcheck``; None leaves that check out.
+        checks: names out of `CHECKS`; all by default.
+
+    Raises:
+        AssertionError: naming the check, the case and what was off.
+    """
+    for case in cases:
+        for name in CHECKS if checks is None else checks:
+            try:
+                if name == "opcheck":
+                    if raw_calls is not None:
+                        check_registrations(raw_calls, case)
+                else:
+                    CHECKS[name](op, reference, case)
+            except Exception as error:
+                raise AssertionError(f"{name} on {case.name}: {error}") from error
+
+
+def assert_close(name: str, actual: Tensor, truth: Tensor, plain: Tensor | None = None, rtol: float = 0.0) -> None:
+    """Elementwise closeness, direction, size, and no true value turned into zero.
+
+    The elementwise bound is twice what ``plain`` (torch's own result in the same precision) is off by, plus ``rtol``
+    of the largest true value. Tolerances alone would let a gradient pass that is zero where the truth is small.
+    """
+    assert actual.shape == truth.shape, f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    actual, truth = actual.detach().double(), truth.detach().double()
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    scale = truth.abs().max().item()
+    bound = rtol * scale
+    if plain is not None:
+        bound += 2 * (plain.detach().double() - truth).abs().max().item()
+    error = (actual - truth).abs().max().item()
+    assert error <= bound, f"{name}: off by {error:.3e}, at most {bound:.3e} allowed"
+    if scale > 0 and truth.norm() > 1e-6 * truth.numel() ** 0.5 and bound < 0.1 * scale:
+        cosine = torch.nn.functional.cosine_similarity(actual.flatten(), truth.flatten(), 0).item()
+        assert cosine > 0.999, f"{name}: cosine {cosine:.6f} to the truth"
+        relative = ((actual - truth).norm() / truth.norm()).item()
+        assert relative < 0.05, f"{name}: relative L2 error {relative:.3e}"
+    lost = ((actual == 0) & (truth.abs() > max(bound, 1e-30))).sum().item()
+    assert lost == 0, f"{name}: {lost} values are zero and should not be"
+
+
+def _leaves(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(t.detach().requires_grad_() for t in case.make(dtype))
+
+
+def _weights(like: Iterable[Tensor], seed: int) -> list[Tensor]:
+    """Fixed cotangents: normal numbers, rounded to the tensors' dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in like]
+
+
+def _orders(function: Function, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, first and second derivatives along fixed cotangents."""
+    leaves = _leaves(case, dtype)
+    out = function(*leaves, **case.options)
+    cotangent = _weights([out], 1)[0].requires_grad_()
+    first = torch.autograd.grad(out, leaves, cotangent, create_graph=True)
+    wanted = (*leaves, cotangent)
+    second = torch.autograd.grad(first, wanted, _weights(first, 2), allow_unused=True, materialize_grads=True)
+    return {
+        "output": out,
+        **{f"gradient {i}": g for i, g in enumerate(first)},
+        **{f"second derivative {i}": g for i, g in enumerate(second)},
+    }
+
+
+def check_values(op: Function, reference: Function, case: Case) -> None:
+    """Output, gradients and second derivatives: float64 to rounding, others within twice torch's own error."""
+    truth = _orders(reference, case, torch.float64)
+    for name, actual in _orders(op, case, torch.float64).items():
+        assert_close(f"float64 {name}", actual, truth[name], rtol=1e-11)
+    for dtype in case.dtypes:
+        rounded = Case(case.name, lambda _, dtype=dtype: tuple(t.to(dtype).double() for t in case.make(dtype)), case.options)
+        truth = _orders(reference, rounded, torch.float64)
+        plain = _orders(reference, case, dtype)
+        for name, actual in _orders(op, case, dtype).items():
+            assert actual.dtype == dtype, f"{dtype} {name}: has dtype {actual.dtype}"
+            floor = 4 * torch.finfo(dtype).eps
+            assert_close(f"{dtype} {name}", actual, truth[name], plain[name], rtol=floor)
+
+
+def check_gradcheck(op: Function, reference: Function, case: Case) -> None:
+    """Numerical derivatives, first and second order, reverse and forward mode, batched."""
+    leaves = _leaves(case, torch.float64)
+    if any(t.numel() == 0 or _overlaps(t) for t in leaves):  # nothing to step along, or not one value at a time
+        return
+    function = lambda *tensors: op(*tensors, **case.options)  # noqa: E731
+    torch.autograd.gradcheck(
+        function, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True
+    )
+    torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def check_registrations(raw_calls: Callable[..., list[tuple[Any, tuple]]], case: Case) -> None:
+    """``opcheck`` of every registered operator: schema, fake kernel, autograd registration, under AOT autograd."""
+    for operator, args in raw_calls(*_leaves(case, torch.float64), **case.options):
+        torch.library.opcheck(operator, args)
+
+
+def check_func(op: Function, reference: Function, case: Case) -> None:
+    """``torch.func``: grad, vmap, vmap of grad, jvp, and jvp of grad against the reference."""
+    tensors = case.make(torch.float64)
+    tangents = tuple(_weights(tensors, 3))
+    cotangent = _weights([reference(*tensors, **case.options)], 4)[0]
+
+    def scalar(function: Function) -> Function:
+        return lambda *args: (function(*args, **case.options) * cotangent).sum()
+
+    def compare(name: str, transform: Callable[[Function], Any]) -> None:
+        actual, truth = transform(op), transform(reference)
+        flat = torch.utils._pytree.tree_leaves
+        for a, t in zip(flat(actual), flat(truth), strict=True):
+            assert_close(name, a, t, rtol=1e-11)
+
+    every = tuple(range(len(tensors)))
+    stacked = tuple(torch.stack([t, 2 * t + 1, -t]) for t in tensors)
+    first_only = (0, *(None for _ in tensors[1:]))
+    compare("func.grad", lambda f: torch.func.grad(scalar(f), every)(*tensors))
+    compare("func.jvp", lambda f: torch.func.jvp(lambda *a: f(*a, **case.options), tensors, tangents)[1])
+    compare("jvp of grad", lambda f: torch.func.jvp(torch.func.grad(scalar(f), every), tensors, tangents)[1])
+    compare("vmap", lambda f: torch.func.vmap(lambda *a: f(*a, **case.options))(*stacked))
+    compare(
+        "vmap over the first argument",
+        lambda f: torch.func.vmap(lambda *a: f(*a, **case.options), first_only)(stacked[0], *tensors[1:]),
+    )
+    compare("vmap of grad", lambda f: torch.func.vmap(torch.func.grad(scalar(f), every))(*stacked))
+
+
+def check_compile(op: Function, reference: Function, case: Case) -> None:
+    """``torch.compile(fullgraph=True)`` forward and backward, and ``torch.export``."""
+    leaves = _leaves(case, torch.float64)
+    function = lambda *tensors: op(*tensors, **case.options)  # noqa: E731
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    out, truth = compiled(*leaves), reference(*leaves, **case.options)
+    assert_close("compiled output", out, truth, rtol=1e-11)
+    cotangent = _weights([out], 5)[0]
+    pairs = zip(
+        torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(truth, leaves, cotangent), strict=True
+    )
+    for i, (actual, expected) in enumerate(pairs):
+        assert_close(f"compiled gradient {i}", actual, expected, rtol=1e-11)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return function(*tensors)
+
+    exported = torch.export.export(Module(), tuple(t.detach() for t in leaves)).module()
+    assert_close("exported output", exported(*(t.detach() for t in leaves)), truth, rtol=1e-11)
+
+
+def check_repeats(op: Function, reference: Function, case: Case) -> None:
+    """Equal bits from run to run and over thread counts."""
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, threads, max(2, threads), 3):
+            torch.set_num_threads(count)
+            results.append(_orders(op, case, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), f"{name}: bits differ between runs"
+
+
+def check_nan(op: Function, reference: Function, case: Case) -> None:
+    """NaN and Inf in give what they give in the reference: NaN in the same places, no crash."""
+    for poison in (float("nan"), float("inf")):
+        tensors = [t.clone() if _overlaps(t) else t for t in case.make(torch.float32)]
+        if tensors[0].numel() == 0:
+            return
+        tensors[0][tuple(size // 2 for size in tensors[0].shape)] = poison
+        actual, truth = (f(*tensors, **case.options).isnan() for f in (op, reference))
+        assert torch.equal(actual, truth), f"{poison}: NaN in {actual.sum()} places, in the reference in {truth.sum()}"
+
+
+CHECKS: dict[str, Callable[[Function, Function, Case], None] | None] = {
+    "values": check_values,
+    "gradcheck": check_gradcheck,
+    "opcheck": None,  # check_registrations, which looks at the registered operators instead
+    "func": check_func,
+    "compile": check_compile,
+    "repeats": check_repeats,
+    "nan": check_nan,
+}
