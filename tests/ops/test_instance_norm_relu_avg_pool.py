@@ -71,7 +71,7 @@ CASES = [
     Case("7 channels, primes", images((1, 7, 13, 11))),
     Case("8 channels", images((2, 8, 4, 4), "channels_last")),
     Case("9 channels", images((2, 9, 5, 4))),
-    Case("smallest plane", images((2, 4, 2, 2))),
+    Case("smallest plane", images((6, 16, 2, 2))),
     Case("slice", images((2, 6, 6, 5), "slice")),
     Case("transposed", images((2, 6, 6, 5), "transposed")),
     Case("expanded", images((3, 6, 4, 5), "expanded")),
