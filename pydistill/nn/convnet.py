@@ -86,5 +86,6 @@ class ConvNet(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Images to the flattened features before the classifier, ``[N, width * h * w]``."""
         if x.dim() != 4 or x.shape[1] != self.channels or tuple(x.shape[2:]) != self.image_size:
-            raise ValueError(f"images: expected [N, {self.channels}, *{self.image_size}], got {list(x.shape)}")
+            H, W = self.image_size
+            raise ValueError(f"images: expected [N, {self.channels}, {H}, {W}], got {list(x.shape)}")
         return torch.flatten(self.features(x), 1)
