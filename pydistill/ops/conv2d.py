@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BACKENDS = ("reference",)  # torch's own convolutions on every device
+
 Pair = tuple[int, int]
 
 

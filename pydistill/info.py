@@ -1,0 +1,59 @@
+"""What was built and what of it runs here: ``python -m pydistill.info``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import platform
+from typing import Any
+
+import torch
+
+import pydistill
+from pydistill import _host, _library, ops
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Per operator and backend: "available", or why it is not."""
+    table: dict[str, dict[str, str]] = {}
+    for module in pkgutil.iter_modules(ops.__path__):
+        if module.name.startswith("_"):
+            continue
+        has = importlib.import_module(f"{ops.__name__}.{module.name}").BACKENDS
+        table[module.name] = {
+            backend: (_library.unavailable(backend) or "available") if backend in has else "no such kernel"
+            for backend in ("reference", "cpu", "cuda", "triton")
+        }
+    return table
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `main` prints, as plain values."""
+    build = _host.build_info()
+    return {
+        "pydistill": pydistill.__version__,
+        "torch": torch.__version__,
+        "built with": f"torch {build['torch_headers']} headers, {build['compiler']}",
+        "python": platform.python_version(),
+        "CPU instruction set": _host.isa(),
+        "CPU threads": torch.get_num_threads(),
+        "CUDA architectures built": build["cuda_architectures"].replace(";", ", ") or "none",
+        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "operators": backends(),
+    }
+
+
+def main() -> None:
+    facts = collect()
+    operators = facts.pop("operators")
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    for op, table in operators.items():
+        print(f"\n{op}")
+        for backend, state in table.items():
+            print(f"  {backend:{width - 2}}  {state}")
+
+
+if __name__ == "__main__":
+    main()

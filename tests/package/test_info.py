@@ -1,0 +1,67 @@
+"""The import, the report, and the compiled libraries' manners."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import pydistill
+from pydistill import _host, info
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_report_names_every_operator_and_reason():
+    report = subprocess.run(
+        [sys.executable, "-m", "pydistill.info"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert re.search(r"CPU instruction set +(base|avx2|avx512)\n", report)
+    facts = info.collect()
+    ops = {p.stem for p in (ROOT / "pydistill/ops").glob("*.py") if not p.stem.startswith("_")}
+    assert set(facts["operators"]) == ops
+    table = facts["operators"]["instance_norm_relu_avg_pool"]
+    assert table["cpu"] == "available"
+    assert (table["cuda"] == "available") == torch.cuda.is_available()
+    assert table["triton"] == "no such kernel"
+
+
+def test_host_module_does_without_torch():
+    code = (
+        "import importlib.util as u, sys; "
+        f"s = u.spec_from_file_location('_host', {find_spec('pydistill._host').origin!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); "
+        "assert 'torch' not in sys.modules; print(m.build_info()['version'], m.isa())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert out.split() == [pydistill.__version__, _host.isa()]
+
+
+def test_instruction_set_files_share_no_symbols(tmp_path):
+    """A weak symbol from an AVX-512 file, linked into the baseline's, would be an illegal instruction elsewhere."""
+    for isa, flags in (("base", []), ("avx2", ["-mavx2", "-mfma", "-mf16c"])):
+        source = ROOT / f"csrc/kernels/instance_norm_relu_avg_pool_{isa}.cpp"
+        built = tmp_path / f"{isa}.o"
+        command = ["g++", "-std=c++20", "-O1", "-Wno-psabi", *flags, "-c", str(source), "-o", str(built)]
+        subprocess.run(command, check=True, timeout=300)
+        symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout
+        exported = [line for line in symbols.splitlines() if re.search(r" [TWVuBDR] ", line)]
+        assert len(exported) == 1, exported
+        assert f"pydistill::instance_norm_relu_avg_pool_{isa}(" in exported[0]
+
+
+def test_backends_are_never_swapped_silently():
+    x = torch.randn(1, 2, 4, 4)
+    with pytest.raises(NotImplementedError, match="backend='cuda' cannot run on cpu tensors"):
+        pydistill.instance_norm_relu_avg_pool(x, torch.ones(2), torch.zeros(2), backend="cuda")
+
+
+def test_an_import_without_the_library_says_so():
+    code = "import importlib.util as u; u.find_spec = lambda name: None; import pydistill"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "pydistill's compiled operators are missing (pydistill was built without _C)" in result.stderr
+    assert "reinstall with `pip install .`" in result.stderr
