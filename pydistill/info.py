@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "CPU instruction set": _host.isa(),
         "CPU threads": torch.get_num_threads(),
-        "CUDA architectures built": build["cuda_architectures"].replace(";", ", ") or "none",
+        "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": backends(),
     }

@@ -1,0 +1,217 @@
+"""What the CUDA kernels cost before any GPU runs them: registers, spills, shared memory, bytes moved.
+
+``python -m bench.kernels`` compiles every ``csrc/kernels/*.cuh`` with nvcc for the architectures that are shipped, and
+writes ``bench/results/kernels.csv``. Registers, spills and static shared memory are ptxas's words. Dynamic shared
+memory is the launcher's choice for planes of 32x32 and 16 channels on that architecture. Bytes moved are counted, not
+modelled: the same kernel runs on the host machine of ``cuda_vocabulary.h``, which counts what is asked of global
+memory; caches would make it less, half-used sectors more. The minimum is every input read once and every output
+written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+KERNELS = REPOSITORY / "csrc" / "kernels"
+HOST_LAUNCH = REPOSITORY / "tests" / "kernels" / "host_launch.cpp"
+RESULTS = REPOSITORY / "bench" / "results" / "kernels.csv"
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block may opt in to
+
+FORMS = ("forward", "backward", "jvp", "backward_jvp")
+SCALARS = ("f32", "f64", "bf16", "f16")  # in the order of Scalar in csrc/common/scalar.h
+CXX_SCALARS = {"float": "f32", "double": "f64", "__nv_bfloat16": "bf16", "__half": "f16"}
+BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
+SHAPE = (1, 16, 32, 32)
+
+HOST_FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of one kernel on one architecture."""
+
+    kernel: str
+    arch: str
+    registers: int
+    spill_stores: int  # bytes, as the next two
+    spill_loads: int
+    static_shared: int
+
+
+class Launch(ctypes.Structure):
+    """What is asked of the host machine and what it answers: Launch of tests/kernels/host_launch.cpp."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("shared_limit", ctypes.c_int64),
+        ("lanes", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("shared_bytes", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("bytes_loaded", ctypes.c_int64),
+        ("bytes_stored", ctypes.c_int64),
+    )
+
+
+def build_host_launch(library: Path, *extra_flags: str) -> Path:
+    """The launchers on the host machine, as a shared library."""
+    subprocess.run(["g++", *HOST_FLAGS, *extra_flags, str(HOST_LAUNCH), "-o", str(library)], check=True)
+    return library
+
+
+def exercise(
+    library: ctypes.CDLL,
+    form: str,
+    scalar: str,
+    shape: tuple[int, int, int, int] = SHAPE,
+    *,
+    relu: bool = False,
+    pool: bool = True,
+    channels_last: bool = False,
+    shared_limit: int = 99 * 1024,
+) -> Launch:
+    """Runs one form on the host machine, on tensors of zeros that the library allocates.
+
+    Without the ReLU by default: on zeros it would be closed everywhere and spare the kernel most of its reads.
+    """
+    launch = Launch(shared_limit=shared_limit)
+    run = library.exercise_instance_norm_relu_avg_pool
+    run.restype = ctypes.c_char_p
+    error = run(
+        FORMS.index(form),
+        SCALARS.index(scalar),
+        (ctypes.c_int64 * 4)(*shape),
+        ctypes.c_bool(relu),
+        ctypes.c_bool(pool),
+        ctypes.c_bool(channels_last),
+        ctypes.byref(launch),
+    )
+    if error:
+        raise RuntimeError(error.decode())
+    return launch
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc")
+
+
+def compile_kernels(header: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Resources]:
+    """Every kernel that `header` launches, compiled for each architecture."""
+    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in architectures]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernels.cu"
+        source.write_text(f'#include "{header}"\n')
+        command = ["nvcc", "-std=c++20", "-O3", "-fatbin", *targets, "-Xptxas=-v", str(source)]
+        log = subprocess.run([*command, "-o", f"{folder}/kernels.fatbin"], capture_output=True, text=True)
+    if log.returncode:
+        raise RuntimeError(log.stderr)
+    return parse_ptxas(subprocess.run(["c++filt"], input=log.stderr, capture_output=True, text=True, check=True).stdout)
+
+
+def parse_ptxas(log: str) -> list[Resources]:
+    """The demangled output of `ptxas -v`, where each kernel has a few lines of its own."""
+    found = []
+    for name, arch, text in re.findall(
+        r"Compiling entry function '(.*)' for '(sm_\w+)'\n((?:(?!.*Compiling entry).*\n)*)", log
+    ):
+
+        def number(pattern: str, text: str = text) -> int:
+            match = re.search(pattern, text)
+            return int(match[1]) if match else 0
+
+        found.append(
+            Resources(
+                kernel=short_name(name),
+                arch=arch,
+                registers=number(r"Used (\d+) registers"),
+                spill_stores=number(r"(\d+) bytes spill stores"),
+                spill_loads=number(r"(\d+) bytes spill loads"),
+                static_shared=number(r"(\d+) bytes smem"),
+            )
+        )
+    return sorted(found, key=lambda kernel: (ARCHITECTURES.index(kernel.arch), kernel.kernel))
+
+
+def short_name(demangled: str) -> str:
+    """`void pydistill::op::kernel<float, (pydistill::Op::Form)1, true>(...)` -> `op::kernel<f32, backward, kept>`."""
+    name, arguments = re.fullmatch(r"void pydistill::([\w:]+)<(.*?)>\(.*", demangled).groups()
+    words = [CXX_SCALARS.get(word, word) for word in arguments.split(", ")]
+    words = [FORMS[int(form[1])] if (form := re.fullmatch(r"\(.*::Form\)(\d)", word)) else word for word in words]
+    words = [{"true": "kept", "false": "streamed"}.get(word, word) for word in words]
+    return f"{name}<{', '.join(words)}>"
+
+
+@dataclass(frozen=True)
+class Row(Resources):
+    dynamic_shared_nchw: int | None = None  # bytes, for SHAPE
+    dynamic_shared_channels_last: int | None = None
+    bytes_to_minimum: float | None = None  # counted bytes over the least possible
+
+
+def minimum_bytes(form: str, scalar: str, shape: tuple[int, int, int, int]) -> int:
+    N, C, H, W = shape
+    x, y = N * C * H * W, N * C * (H // 2) * (W // 2)
+    images = {"forward": x + y, "backward": 2 * x + y, "jvp": 2 * x + y, "backward_jvp": 3 * x + 3 * y}
+    shares = 2 * N * C if "backward" in form else 0
+    return images[form] * BYTES[scalar] + shares * (8 if scalar == "f64" else 4)
+
+
+def with_launch(kernel: Resources, library: ctypes.CDLL) -> Row:
+    match = re.search(r"<(\w+), (\w+), (kept|streamed)>", kernel.kernel)
+    if not match:
+        return Row(**asdict(kernel))
+    scalar, form, storage = match.groups()
+
+    def launched(channels_last: bool) -> Launch:
+        # A limit under which the sums fit and no panel does is how a launch comes to stream.
+        streamed = 8192 if channels_last else 2048
+        limit = SHARED_MEMORY_LIMIT[kernel.arch] if storage == "kept" else streamed
+        launch = exercise(library, form, scalar, channels_last=channels_last, shared_limit=limit)
+        assert launch.kept == (storage == "kept")
+        return launch
+
+    nchw, channels_last = launched(False), launched(True)
+    return Row(
+        **asdict(kernel),
+        dynamic_shared_nchw=nchw.shared_bytes,
+        dynamic_shared_channels_last=channels_last.shared_bytes,
+        bytes_to_minimum=round((nchw.bytes_loaded + nchw.bytes_stored) / minimum_bytes(form, scalar, SHAPE), 3),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    output: Path = parser.parse_args().output
+    if not find_nvcc():
+        raise SystemExit("bench.kernels: nvcc is not on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        library = ctypes.CDLL(str(build_host_launch(Path(folder) / "host_launch.so")))
+        rows = [
+            with_launch(kernel, library)
+            for header in sorted(KERNELS.glob("*.cuh"))
+            for kernel in compile_kernels(header)
+        ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    print(f"{len(rows)} rows in {output}")
+
+
+if __name__ == "__main__":
+    main()

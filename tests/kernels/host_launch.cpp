@@ -1,0 +1,193 @@
+// The CUDA launchers on the host machine of cuda_vocabulary.h, as plain C functions for ctypes, and a few kernels with
+// known bugs that the machine must see. Each function returns null, or what went wrong as text.
+#include "../../csrc/kernels/cuda_vocabulary.h"
+#include "../../csrc/kernels/instance_norm_relu_avg_pool.cuh"
+
+namespace {
+
+using namespace pydistill;
+
+std::string error;
+
+template <class Body>
+const char* guarded(Body body) {
+  try {
+    cuda_host::machine().shared_memory_limit = cuda_host::Machine::default_shared_memory_limit;
+    body();
+    return nullptr;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+}
+
+int threads() { return static_cast<int>(blockDim.x); }
+int me() { return static_cast<int>(threadIdx.x); }
+float* shared() { return reinterpret_cast<float*>(dynamic_shared()); }
+
+__global__ void right_kernel(float* out) {  // every thread reads what another wrote before the barrier
+  shared()[me()] = static_cast<float>(me());
+  __syncthreads();
+  out[me()] = shared()[threads() - 1 - me()];
+}
+
+__global__ void race_kernel(float* out) {  // the same without the barrier
+  shared()[me()] = static_cast<float>(me());
+  out[me()] = shared()[threads() - 1 - me()];
+}
+
+__global__ void unwritten_kernel(float* out) { out[me()] = shared()[me()]; }
+
+__global__ void out_of_bounds_kernel(float* out) { out[me()] = shared()[me() + 1]; }
+
+__global__ void barrier_for_some_kernel(float* out) {
+  if (me() < 16) __syncthreads();
+  out[me()] = 1;
+}
+
+__global__ void two_barriers_kernel(float* out) {
+  if (me() < 16) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[me()] = 1;
+}
+
+__global__ void shuffle_for_some_kernel(float* out) {
+  if (me() != 5) out[me()] = __shfl_xor_sync(0xFFFFFFFF, 1.0f, 1);
+}
+
+__global__ void shuffle_outside_mask_kernel(float* out) {
+  if (me() < 16) out[me()] = __shfl_xor_sync(0x0000FFFF, 1.0f, 16);
+}
+
+__global__ void warp_sum_kernel(float* out) {
+  float value = static_cast<float>(me());
+  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, step);
+  out[me()] = value;
+}
+
+__global__ void shift_kernel(float* out) {  // half warps apart: each shuffles among its own lanes
+  const uint32_t mask = me() % 32 < 16 ? 0x0000FFFF : 0xFFFF0000;
+  const int last = me() % 16 == 15;
+  out[me()] = __shfl_down_sync(mask, static_cast<float>(me()), last ? 0 : 1);
+  __syncwarp();
+}
+
+__global__ void throw_kernel(float*) {
+  const std::string unwound = "longer than what a string keeps inside itself, so that a leak would be seen";
+  if (me() == 7) throw std::runtime_error("thread 7 of " + std::to_string(threads()) + " threw");
+  __syncthreads();
+}
+
+__global__ void order_kernel(float* out) {  // the turn that each thread of each block had
+  float& turns = out[gridDim.x * blockDim.x];
+  out[blockIdx.x * blockDim.x + threadIdx.x] = turns++;
+}
+
+constexpr std::pair<const char*, void (*)(float*)> kernels[] = {
+    {"right", right_kernel},
+    {"race", race_kernel},
+    {"unwritten", unwritten_kernel},
+    {"out_of_bounds", out_of_bounds_kernel},
+    {"barrier_for_some", barrier_for_some_kernel},
+    {"two_barriers", two_barriers_kernel},
+    {"shuffle_for_some", shuffle_for_some_kernel},
+    {"shuffle_outside_mask", shuffle_outside_mask_kernel},
+    {"warp_sum", warp_sum_kernel},
+    {"shift", shift_kernel},
+    {"throw", throw_kernel},
+    {"order", order_kernel},
+};
+
+struct Launch {  // what a test asks of the machine, and what it hears back
+  uint64_t seed;
+  int64_t shared_limit;
+  int64_t lanes, threads, blocks, shared_bytes, kept;  // the launch plan
+  int64_t bytes_loaded, bytes_stored;
+};
+
+void run(const InstanceNormReluAvgPool& call, Launch& launch) {
+  using namespace instance_norm_relu_avg_pool;
+  const Plan p = call.scalar == Scalar::f64   ? plan<double>(call, launch.shared_limit)
+                 : call.scalar == Scalar::f32 ? plan<float>(call, launch.shared_limit)
+                                              : plan<__half>(call, launch.shared_limit);
+  launch.lanes = p.lanes, launch.threads = p.threads, launch.blocks = p.blocks;
+  launch.shared_bytes = p.shared_bytes, launch.kept = p.kept;
+
+  cuda_host::Machine& machine = cuda_host::machine();
+  machine.seed(launch.seed);
+  machine.shared_memory_limit = launch.shared_limit;
+  machine.bytes_loaded = machine.bytes_stored = 0;
+  launch_instance_norm_relu_avg_pool(call, nullptr);
+  launch.bytes_loaded = machine.bytes_loaded;
+  launch.bytes_stored = machine.bytes_stored;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The test mirrors both structs and compares their sizes before the first call.
+int64_t size_of_call() { return sizeof(InstanceNormReluAvgPool); }
+int64_t size_of_launch() { return sizeof(Launch); }
+
+const char* run_small_kernel(const char* name, uint64_t seed, unsigned grid, unsigned block, int64_t shared_bytes,
+                             float* out) {
+  return guarded([&] {
+    for (const auto& [known, kernel] : kernels) {
+      if (std::strcmp(known, name)) continue;
+      cuda_host::machine().seed(seed);
+      return launch(kernel, dim3(grid), dim3(block), shared_bytes, nullptr, out);
+    }
+    throw std::invalid_argument("no such kernel");
+  });
+}
+
+const char* run_instance_norm_relu_avg_pool(const InstanceNormReluAvgPool* call, Launch* launch) {
+  return guarded([&] { run(*call, *launch); });
+}
+
+// The same on tensors of its own, each a heap block of its exact size: for sanitizers and for counting bytes.
+const char* exercise_instance_norm_relu_avg_pool(int form, int scalar, const int64_t* shape, bool relu, bool pool,
+                                                 bool channels_last, Launch* launch) {
+  return guarded([&] {
+    InstanceNormReluAvgPool call;
+    call.form = static_cast<InstanceNormReluAvgPool::Form>(form);
+    call.scalar = static_cast<Scalar>(scalar);
+    call.N = shape[0], call.C = shape[1], call.H = shape[2], call.W = shape[3];
+    call.eps = 1e-5, call.relu = relu, call.pool = pool;
+    const bool f64 = call.scalar == Scalar::f64;
+    const int64_t element = f64 ? 8 : call.scalar == Scalar::f32 ? 4 : 2, parameter = f64 ? 8 : 4;
+
+    std::vector<std::vector<unsigned char>> memory;
+    const auto zeros = [&](int64_t bytes) -> void* {
+      return memory.emplace_back(static_cast<size_t>(bytes)).data();  // a vector keeps its block when it moves
+    };
+    const auto image = [&](int64_t H, int64_t W) -> Map {
+      void* const data = zeros(call.N * call.C * H * W * element);
+      if (channels_last) return {data, call.C * H * W, 1, W * call.C, call.C};
+      return {data, call.C * H * W, H * W, W, 1};
+    };
+    const int64_t H_y = pool ? call.H / 2 : call.H, W_y = pool ? call.W / 2 : call.W;
+    call.x = image(call.H, call.W), call.x_t = image(call.H, call.W), call.grad_x = image(call.H, call.W);
+    call.y = image(H_y, W_y), call.grad_y = image(H_y, W_y), call.grad_y_t = image(H_y, W_y);
+    call.weight = zeros(call.C * parameter), call.bias = zeros(call.C * parameter);
+    call.weight_t = zeros(call.C * parameter), call.bias_t = zeros(call.C * parameter);
+    call.grad_weight = zeros(call.N * call.C * parameter), call.grad_bias = zeros(call.N * call.C * parameter);
+    if (!instance_norm_relu_avg_pool::has_tangents(call.form)) call.x_t = {};
+    if (!instance_norm_relu_avg_pool::has_backward(call.form)) call.grad_y = call.grad_y_t = {};
+    if (call.form == InstanceNormReluAvgPool::Form::backward) call.grad_y_t = {};
+    run(call, *launch);
+  });
+}
+
+const char* run_sum_over_batch(int scalar, const void* shares, void* sum, int64_t N, int64_t C, uint64_t seed) {
+  return guarded([&] {
+    cuda_host::machine().seed(seed);
+    launch_sum_over_batch(static_cast<Scalar>(scalar), shares, sum, N, C, nullptr);
+  });
+}
+
+}  // extern "C"

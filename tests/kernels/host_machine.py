@@ -1,0 +1,106 @@
+"""The CUDA kernels on the host machine of `csrc/kernels/cuda_vocabulary.h`: load and call."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from bench.kernels import FORMS, Launch
+
+SCALARS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+AMPLE = 99 * 1024  # bytes of shared memory a block may ask for: enough to keep the tests' panels
+
+
+class Map(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "nchw"))
+
+    @staticmethod
+    def of(tensor: torch.Tensor | None) -> Map:
+        return Map() if tensor is None else Map(tensor.data_ptr(), *tensor.stride())
+
+
+class Call(ctypes.Structure):
+    """InstanceNormReluAvgPool of csrc/kernels/instance_norm_relu_avg_pool.h."""
+
+    _fields_ = (
+        ("form", ctypes.c_int),
+        ("scalar", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in "NCHW"),
+        ("eps", ctypes.c_double),
+        ("relu", ctypes.c_bool),
+        ("pool", ctypes.c_bool),
+        *((name, Map) for name in ("x", "x_t", "grad_y", "grad_y_t")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "weight_t", "bias_t")),
+        ("y", Map),
+        ("grad_x", Map),
+        ("grad_weight", ctypes.c_void_p),
+        ("grad_bias", ctypes.c_void_p),
+    )
+
+
+class HostMachine:
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("run_small_kernel", "run_instance_norm_relu_avg_pool", "run_sum_over_batch"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        assert self.library.size_of_call() == ctypes.sizeof(Call)
+        assert self.library.size_of_launch() == ctypes.sizeof(Launch)
+
+    @staticmethod
+    def _check(error: bytes | None) -> None:
+        if error:
+            raise RuntimeError(error.decode())
+
+    def small_kernel(
+        self, name: str, block: int = 64, grid: int = 1, shared_floats: int | None = None, seed: int = 0
+    ) -> torch.Tensor:
+        """Runs a kernel of host_launch.cpp; one float a thread and one more come back."""
+        out = torch.zeros(grid * block + 1)
+        shared = 4 * (block if shared_floats is None else shared_floats)
+        self._check(
+            self.library.run_small_kernel(
+                name.encode(),
+                ctypes.c_uint64(seed),
+                grid,
+                block,
+                ctypes.c_int64(shared),
+                ctypes.c_void_p(out.data_ptr()),
+            )
+        )
+        return out
+
+    def instance_norm_relu_avg_pool(
+        self,
+        form: str,
+        *,
+        x: torch.Tensor,
+        eps: float,
+        relu: bool,
+        pool: bool,
+        seed: int = 0,
+        shared_limit: int = AMPLE,
+        **tensors: torch.Tensor | None,
+    ) -> Launch:
+        """Runs one form on tensors named as in Call, outputs included."""
+        call = Call(FORMS.index(form), SCALARS.index(x.dtype), *x.shape, eps, relu, pool, Map.of(x))
+        for name, tensor in tensors.items():
+            is_map = isinstance(getattr(call, name), Map)
+            setattr(call, name, Map.of(tensor) if is_map else tensor.data_ptr())
+        launch = Launch(seed=seed, shared_limit=shared_limit)
+        self._check(self.library.run_instance_norm_relu_avg_pool(ctypes.byref(call), ctypes.byref(launch)))
+        return launch
+
+    def sum_over_batch(self, shares: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        total = shares.new_full(shares.shape[1:], float("nan"))
+        self._check(
+            self.library.run_sum_over_batch(
+                SCALARS.index(shares.dtype),
+                ctypes.c_void_p(shares.data_ptr()),
+                ctypes.c_void_p(total.data_ptr()),
+                *(ctypes.c_int64(size) for size in shares.shape),
+                ctypes.c_uint64(seed),
+            )
+        )
+        return total

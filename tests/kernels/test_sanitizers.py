@@ -1,0 +1,90 @@
+"""The kernels on the host machine under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.kernels import build_host_launch
+
+REPOSITORY = Path(__file__).parents[2]
+SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+
+# Every form in every layout and storage; odd planes, channels that end within a block, element types of each size.
+EXERCISE = """
+import ctypes, itertools, sys
+from bench.kernels import FORMS, exercise
+library = ctypes.CDLL(sys.argv[1])
+launches = []
+for form, pool, last, (scalar, C) in itertools.product(
+    FORMS, (True, False), (True, False), (("f32", 9), ("f64", 3), ("bf16", 17))
+):
+    for limit in (99 * 1024, 4096):
+        shape, options = (1, C, 23, 29), dict(pool=pool, channels_last=last, shared_limit=limit)
+        launches.append(exercise(library, form, scalar, shape, **options))
+assert {launch.kept for launch in launches} == {0, 1}
+for form in FORMS:
+    exercise(library, form, "f16", (1, 1, 1, 1), pool=False, relu=True)
+    exercise(library, form, "f16", (0, 5, 4, 4))
+print("clean")
+"""
+
+SMALL_KERNEL = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.run_small_kernel.restype = ctypes.c_char_p
+out = (ctypes.c_float * 65)()
+for seed in range(8):
+    error = library.run_small_kernel(sys.argv[2].encode(), ctypes.c_uint64(seed), 1, 64, ctypes.c_int64(256), out)
+    print(error and error.decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_host_launch(tmp_path_factory.mktemp("sanitized") / "host_launch.so", *SANITIZE)
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),  # the interpreter itself is not instrumented
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",  # CPython leaks; fibers must cope with both
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Said at the first switch by a sanitizer that cannot know that the machine announces each of them to it.
+    note = "ASan doesn't fully support makecontext/swapcontext"
+    result.stderr = "".join(line for line in result.stderr.splitlines(True) if note not in line)
+    return result
+
+
+def test_kernels_are_clean(library: Path) -> None:
+    result = run(EXERCISE, str(library))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["clean"]
+    assert not result.stderr
+
+
+def test_shared_memory_out_of_bounds_is_noticed(library: Path) -> None:
+    result = run(SMALL_KERNEL, str(library), "out_of_bounds")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+    assert "out_of_bounds_kernel" in result.stderr
+
+
+@pytest.mark.parametrize("kernel", ["throw", "barrier_for_some", "shuffle_for_some"])
+def test_a_failing_block_unwinds_cleanly(library: Path, kernel: str) -> None:
+    result = run(SMALL_KERNEL, str(library), kernel)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    assert len(result.stdout.splitlines()) == 8
+    assert "None" not in result.stdout
