@@ -1,4 +1,5 @@
-// Every operator's schema, on one page. Kernels are registered in ops/; fake, autograd and vmap rules in pydistill/ops/.
+// Every operator's schema, on one page. Kernels are registered in ops/; fake, autograd and vmap rules in
+// pydistill/ops/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pydistill, m) {

@@ -1,6 +1,10 @@
 """Accelerated kernels and exact constant-memory trajectory gradients for dataset distillation on PyTorch."""
 
 from importlib.metadata import version as _version
+from pkgutil import extend_path as _extend_path
+
+# Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
+__path__ = _extend_path(__path__, __name__)
 
 from pydistill import compat, nn, ops, reference
 from pydistill.ops import instance_norm_relu_avg_pool

@@ -126,7 +126,9 @@ def check_values(op: Function, reference: Function, case: Case) -> None:
     for name, actual in _orders(op, case, torch.float64).items():
         assert_close(f"float64 {name}", actual, truth[name], rtol=1e-11)
     for dtype in case.dtypes:
-        rounded = Case(case.name, lambda _, dtype=dtype: tuple(t.to(dtype).double() for t in case.make(dtype)), case.options)
+        rounded = Case(
+            case.name, lambda _, dtype=dtype: tuple(t.to(dtype).double() for t in case.make(dtype)), case.options
+        )
         truth = _orders(reference, rounded, torch.float64)
         plain = _orders(reference, case, dtype)
         for name, actual in _orders(op, case, dtype).items():
@@ -142,7 +144,12 @@ def check_gradcheck(op: Function, reference: Function, case: Case) -> None:
         return
     function = lambda *tensors: op(*tensors, **case.options)  # noqa: E731
     torch.autograd.gradcheck(
-        function, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True
+        function,
+        leaves,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+        fast_mode=True,
     )
     torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
 
@@ -200,9 +207,7 @@ def check_compile(op: Function, reference: Function, case: Case) -> None:
     out, truth = compiled(*leaves), reference(*leaves, **case.options)
     assert_close("compiled output", out, truth, rtol=1e-11)
     cotangent = _weights([out], 5)[0]
-    pairs = zip(
-        torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(truth, leaves, cotangent), strict=True
-    )
+    pairs = zip(torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(truth, leaves, cotangent), strict=True)
     for i, (actual, expected) in enumerate(pairs):
         assert_close(f"compiled gradient {i}", actual, expected, rtol=1e-11)
 

@@ -1,9 +1,13 @@
 """What every test gets: uninitialised memory holds NaN, and the random state is the same whatever ran before."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # for bench; last, so that pydistill is the installed one
 
 
 @pytest.fixture(autouse=True)

@@ -26,19 +26,22 @@ void check(bool ok, const Parts&... parts) {
 
 inline Scalar scalar_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Scalar::f32;
-    case ScalarType::Double: return Scalar::f64;
-    case ScalarType::BFloat16: return Scalar::bf16;
-    case ScalarType::Half: return Scalar::f16;
-    default: check(false, name, ": expected float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return Scalar::f32;
+    case ScalarType::Double:
+      return Scalar::f64;
+    case ScalarType::BFloat16:
+      return Scalar::bf16;
+    case ScalarType::Half:
+      return Scalar::f16;
+    default:
+      check(false, name, ": expected float32, float64, bfloat16 or float16");
   }
   return Scalar::f32;
 }
 
 // The type that x is computed in, and that its per-channel parameters have.
-inline ScalarType compute_type(Scalar scalar) {
-  return scalar == Scalar::f64 ? ScalarType::Double : ScalarType::Float;
-}
+inline ScalarType compute_type(Scalar scalar) { return scalar == Scalar::f64 ? ScalarType::Double : ScalarType::Float; }
 
 inline void check_image(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like) {
   check(t.dim() == 4, name, ": expected [N, C, H, W], got ", t.dim(), " dimensions");

@@ -147,7 +147,8 @@ PYDISTILL_INLINE void transpose(Vec<T> (&rows)[Lanes<T>::count]) {
 // Runs `block` over L positions at a time where positions are neighbours in memory (and every lane has a channel of
 // its own), `vector` over single positions where channels are neighbours, `scalar` for all that is left.
 template <class T, class Block, class Vector, class Scalar_>
-PYDISTILL_INLINE void walk(const Map& map, int lanes, int64_t H, int64_t W, Block block, Vector vector, Scalar_ scalar) {
+PYDISTILL_INLINE void walk(const Map& map, int lanes, int64_t H, int64_t W, Block block, Vector vector,
+                           Scalar_ scalar) {
   constexpr int L = Lanes<T>::count;
   const bool flat = map.h == W * map.w;  // rows follow one another: walk the plane as one long row
   const int64_t rows = flat ? 1 : H, columns = flat ? H * W : W;
@@ -163,7 +164,8 @@ PYDISTILL_INLINE void walk(const Map& map, int lanes, int64_t H, int64_t W, Bloc
 }
 
 template <class T, class S>
-__attribute__((noinline)) void pack_from(const Map& map, int64_t n, int64_t c, int lanes, int64_t H, int64_t W, Vec<T>* panel) {
+__attribute__((noinline)) void pack_from(const Map& map, int64_t n, int64_t c, int lanes, int64_t H, int64_t W,
+                                         Vec<T>* panel) {
   constexpr int L = Lanes<T>::count;
   const S* from = static_cast<const S*>(map.data) + n * map.n + c * map.c;
   walk<T>(
@@ -184,7 +186,7 @@ __attribute__((noinline)) void pack_from(const Map& map, int64_t n, int64_t c, i
 
 template <class T, class S>
 __attribute__((noinline)) void unpack_to(const Vec<T>* panel, int64_t n, int64_t c, int lanes, int64_t H, int64_t W,
-                             const Map& map) {
+                                         const Map& map) {
   constexpr int L = Lanes<T>::count;
   S* to = static_cast<S*>(map.data) + n * map.n + c * map.c;
   walk<T>(

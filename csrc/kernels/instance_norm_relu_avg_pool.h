@@ -26,16 +26,16 @@ struct InstanceNormReluAvgPool {
   double eps = 0;
   bool relu = true, pool = true;
 
-  Map x, x_t;              // [N, C, H, W]
-  Map grad_y, grad_y_t;    // [N, C, H/2, W/2] with pool, else [N, C, H, W]; grad_y_t may be absent
-  const void* weight = nullptr;    // [C], contiguous, as the next three
+  Map x, x_t;                    // [N, C, H, W]
+  Map grad_y, grad_y_t;          // [N, C, H/2, W/2] with pool, else [N, C, H, W]; grad_y_t may be absent
+  const void* weight = nullptr;  // [C], contiguous, as the next three
   const void* bias = nullptr;
   const void* weight_t = nullptr;
   const void* bias_t = nullptr;
 
-  Map y;                         // as grad_y
-  Map grad_x;                    // as x
-  void* grad_weight = nullptr;   // [N, C], contiguous: one sample's share, summed over N by the caller
+  Map y;                        // as grad_y
+  Map grad_x;                   // as x
+  void* grad_weight = nullptr;  // [N, C], contiguous: one sample's share, summed over N by the caller
   void* grad_bias = nullptr;
 };
 

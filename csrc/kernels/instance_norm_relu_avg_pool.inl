@@ -10,8 +10,8 @@ using Form = InstanceNormReluAvgPool::Form;
 // The panels of one unit of work (one sample, L neighbouring channels), cut from the thread's scratch memory.
 template <class T>
 struct Panels {
-  Vec<T>*x, *x_t;                 // [H * W]; soon overwritten by the deviations from their means
-  Vec<T>*grad_y, *grad_y_t, *y;   // [output positions]
+  Vec<T>*x, *x_t;                // [H * W]; soon overwritten by the deviations from their means
+  Vec<T>*grad_y, *grad_y_t, *y;  // [output positions]
 
   Panels(void* scratch, int64_t in, int64_t out) {
     x = static_cast<Vec<T>*>(scratch);
@@ -200,10 +200,18 @@ void run_units(const InstanceNormReluAvgPool& call, int64_t begin, int64_t end, 
     const int64_t n = unit / panels, c = unit % panels * L;
     const int lanes = static_cast<int>(call.C - c < L ? call.C - c : L);
     switch (call.form) {
-      case Form::forward: run_form<T, Form::forward>(call, n, c, lanes, scratch); break;
-      case Form::backward: run_form<T, Form::backward>(call, n, c, lanes, scratch); break;
-      case Form::jvp: run_form<T, Form::jvp>(call, n, c, lanes, scratch); break;
-      case Form::backward_jvp: run_form<T, Form::backward_jvp>(call, n, c, lanes, scratch); break;
+      case Form::forward:
+        run_form<T, Form::forward>(call, n, c, lanes, scratch);
+        break;
+      case Form::backward:
+        run_form<T, Form::backward>(call, n, c, lanes, scratch);
+        break;
+      case Form::jvp:
+        run_form<T, Form::jvp>(call, n, c, lanes, scratch);
+        break;
+      case Form::backward_jvp:
+        run_form<T, Form::backward_jvp>(call, n, c, lanes, scratch);
+        break;
     }
   }
 }

@@ -42,10 +42,12 @@ struct InstanceNormReluAvgPoolOps {
     return y_t;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
-      const Tensor& grad_y, const std::optional<Tensor>& grad_y_t, const Tensor& x, const Tensor& weight,
-      const Tensor& bias, const Tensor& x_t, const Tensor& weight_t, const Tensor& bias_t, double eps, bool relu,
-      bool pool) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(const Tensor& grad_y,
+                                                                 const std::optional<Tensor>& grad_y_t, const Tensor& x,
+                                                                 const Tensor& weight, const Tensor& bias,
+                                                                 const Tensor& x_t, const Tensor& weight_t,
+                                                                 const Tensor& bias_t, double eps, bool relu,
+                                                                 bool pool) {
     Call call = describe(Form::backward_jvp, x, weight, bias, eps, relu, pool);
     describe_direction(call, x, x_t, weight_t, bias_t);
     call.grad_y = incoming(call, grad_y, "grad_y", x);

@@ -1,11 +1,10 @@
-#include "instance_norm_relu_avg_pool.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
 #include "../common/isa.h"
 #include "../common/scratch.h"
+#include "instance_norm_relu_avg_pool.h"
 
 namespace pydistill {
 

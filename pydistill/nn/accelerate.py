@@ -9,25 +9,38 @@ from pydistill.ops import conv2d, instance_norm_relu_avg_pool
 
 
 class InstanceNormReLUAvgPool(nn.Module):
-    """`pydistill.instance_norm_relu_avg_pool` as a module; ``weight`` and ``bias`` are ``[C]``."""
+    """`pydistill.instance_norm_relu_avg_pool` as a module; ``weight`` and ``bias`` are ``[C]``.
 
-    def __init__(self, channels: int, eps: float = 1e-5, relu: bool = True, pool: bool = True):
+    ``contiguous`` gives the output in NCHW, whatever the layout of the input: for the last block before a ``view``.
+    """
+
+    def __init__(
+        self, channels: int, eps: float = 1e-5, relu: bool = True, pool: bool = True, contiguous: bool = False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps, self.relu, self.pool = eps, relu, pool
+        self.eps, self.relu, self.pool, self.contiguous = eps, relu, pool, contiguous
 
     def forward(self, x: Tensor) -> Tensor:
-        return instance_norm_relu_avg_pool(x, self.weight, self.bias, eps=self.eps, relu=self.relu, pool=self.pool)
+        y = instance_norm_relu_avg_pool(x, self.weight, self.bias, eps=self.eps, relu=self.relu, pool=self.pool)
+        return y.contiguous() if self.contiguous else y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, relu={self.relu}, pool={self.pool}"
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` (zero padding, in numbers) on `pydistill.ops.conv2d`: the same values, a faster second derivative."""
+    """``nn.Conv2d`` (zero padding, in numbers) on `pydistill.ops.conv2d`: the same values, a faster second derivative.
+
+    With ``channels_last`` set, the work is done in that layout on the CPU, where oneDNN is faster in it.
+    """
+
+    channels_last = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last and x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
         return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -35,8 +48,9 @@ def accelerate(module: nn.Module) -> nn.Module:
     """Replace, in place, the blocks of a ConvNet by fused operators; returns ``module``.
 
     In every ``nn.Sequential`` found, ``GroupNorm(C, C)`` with the ``ReLU`` and ``AvgPool2d(2)`` that follow it (either
-    may be missing) becomes one `InstanceNormReLUAvgPool`, and ``nn.Conv2d`` becomes `Conv2d`. Parameters stay the same
-    objects under the same ``state_dict`` keys in the same order; outputs and gradients are the same up to rounding.
+    may be missing) becomes one `InstanceNormReLUAvgPool`, and ``nn.Conv2d`` becomes `Conv2d`; a Sequential that ends in
+    such a block runs in channels-last on the CPU and gives its output in NCHW. Parameters stay the same objects under
+    the same ``state_dict`` keys in the same order; outputs and gradients are the same up to rounding.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
@@ -75,6 +89,10 @@ def _accelerate_sequential(layers: nn.Sequential) -> int:
         for j in gone[1:]:
             layers[j] = nn.Identity()  # keeps the indices, and so the state_dict keys, of what follows
         replaced += 1
+    # A stretch that begins with a convolution and ends with a fused block may choose its own layout in between.
+    inner = [layer for layer in layers if not isinstance(layer, nn.Identity)]
+    if inner and isinstance(inner[0], Conv2d) and isinstance(inner[-1], InstanceNormReLUAvgPool):
+        inner[0].channels_last = inner[-1].contiguous = True
     return replaced
 
 

@@ -21,8 +21,8 @@ _POOLS = {"avg": lambda: nn.AvgPool2d(2), "max": lambda: nn.MaxPool2d(2), "none"
 class ConvNet(nn.Module):
     """``depth`` blocks of 3x3 convolution, norm, activation and 2x2 pool, then a linear classifier.
 
-    Structure, parameter order and ``state_dict`` keys (``features.<i>``, ``classifier``) are those of the ConvNet in the
-    dataset-condensation line of repositories (Zhao et al., ICLR 2021), so that flat parameter vectors and expert
+    Structure, parameter order and ``state_dict`` keys (``features.<i>``, ``classifier``) are those of the ConvNet in
+    the dataset-condensation line of repositories (Zhao et al., ICLR 2021), so that flat parameter vectors and expert
     trajectories can be exchanged: "instance" is ``GroupNorm(C, C)``, and a one-channel input is padded by 3 in the
     first convolution (28x28 becomes 32x32). Blocks of instance norm, ReLU and average pool run as one fused operator.
 

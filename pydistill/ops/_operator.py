@@ -46,7 +46,9 @@ class Operator:
 
         def backward(ctx: Any, *grads: Tensor) -> tuple:
             if vjp is None:
-                raise NotImplementedError(f"{qualified} has no derivative: the family is differentiable twice, not more")
+                raise NotImplementedError(
+                    f"{qualified} has no derivative: the family is differentiable twice, not more"
+                )
             return (*vjp(ctx.saved_tensors, ctx.options, *grads), *(None for _ in ctx.options))
 
         def forward_derivative(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -80,7 +82,7 @@ class Operator:
 def choose_backend(op: str, backend: str, device: torch.device, available: Sequence[str]) -> str:
     """The backend that runs ``op`` on ``device``: the named one, or for "auto" the device's own. Never another.
 
-    Raises ``ValueError`` for a name that is no backend, ``NotImplementedError`` with the reason for one that cannot run.
+    Raises ``ValueError`` for a name that is no backend, ``NotImplementedError`` with the reason where it cannot run.
     """
     names = ("auto", "reference", "cpu", "cuda", "triton")
     if backend not in names:

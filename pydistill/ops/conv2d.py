@@ -76,7 +76,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, bias, ctx.geometry = inputs
+        x, weight, _, ctx.geometry = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
 

@@ -223,8 +223,9 @@ class _InnerLoop:
         if self.label_kind not in ("logits", "probs"):
             raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {self.label_kind!r}")
         if labels.dtype != theta0.dtype:
+            kind = self.label_kind
             raise TypeError(
-                f"labels: expected dtype {theta0.dtype} as theta0 for label_kind={self.label_kind!r}, got {labels.dtype}"
+                f"labels: expected dtype {theta0.dtype} as theta0 for label_kind={kind!r}, got {labels.dtype}"
             )
         if labels.dim() != 2 or len(labels) != N:
             raise ValueError(f"labels: expected shape [{N}, K], got {list(labels.shape)}")
@@ -255,9 +256,9 @@ class _InnerLoop:
             raise ValueError(f"net: expected logits [{len(x)}, K], got shape {list(logits.shape)}")
         if self.label_kind == "hard":
             if self.largest_label >= logits.shape[1]:
-                raise ValueError(
-                    f"labels: expected class numbers below the net's {logits.shape[1]} classes, got {self.largest_label}"
-                )
+                K = logits.shape[1]
+                highest = self.largest_label
+                raise ValueError(f"labels: expected class numbers below the net's {K} classes, got {highest}")
         elif logits.shape[1] != y.shape[1]:
             raise ValueError(f"labels: expected [N, {logits.shape[1]}] for the net's classes, got [N, {y.shape[1]}]")
         elif self.label_kind == "logits":

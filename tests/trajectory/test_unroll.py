@@ -250,9 +250,7 @@ def test_divergence_names_the_step():
     net, theta0, _, images, labels, _ = problem(torch.float32)
     with pytest.raises(FloatingPointError, match=r"non-finite in step 2 of 5"):
         pydistill.unroll(net, theta0, images * 1e4, labels, 1e38, steps=5, label_kind="logits")
-    theta = pydistill.unroll(
-        net, theta0, images * 1e4, labels, 1e38, steps=5, label_kind="logits", check_finite=False
-    )
+    theta = pydistill.unroll(net, theta0, images * 1e4, labels, 1e38, steps=5, label_kind="logits", check_finite=False)
     assert theta.isnan().any()
 
 
@@ -305,7 +303,11 @@ BAD = [
     ({"images": lambda p: p["images"][..., :7]}, ValueError, r"images: expected \[N, 3, 8, 8\]"),
     ({"images": lambda p: "x"}, TypeError, "images: expected a tensor, got str"),
     ({"labels": lambda p: p["labels"][:-1]}, ValueError, r"labels: expected shape \[12, K\], got \[11, 5\]"),
-    ({"labels": lambda p: torch.arange(12)}, TypeError, "labels: expected dtype torch.float64 as theta0 for label_kind"),
+    (
+        {"labels": lambda p: torch.arange(12)},
+        TypeError,
+        "labels: expected dtype torch.float64 as theta0 for label_kind",
+    ),
     ({"labels": lambda p: p["labels"][:, :4]}, ValueError, r"labels: expected \[N, 5\] for the net's classes"),
     ({"label_kind": "hard"}, TypeError, "labels: expected int64 class numbers for label_kind='hard'"),
     ({"label_kind": "hard", "labels": lambda p: torch.arange(12)}, ValueError, "below the net's 5 classes, got 11"),
@@ -319,7 +321,11 @@ BAD = [
     ({"batches": [torch.tensor([0])]}, ValueError, "batches: expected 2 index tensors, one a step, got 1"),
     ({"batches": [torch.tensor([0]), torch.tensor([12])]}, ValueError, r"image numbers in 0..11, got 12"),
     ({"batches": [torch.tensor([0]), torch.tensor([], dtype=torch.int64)]}, ValueError, r"batches\[1\]: .* empty"),
-    ({"batches": [torch.tensor([0]), torch.tensor([0.5])]}, TypeError, r"batches\[1\]: expected a one-dimensional int64"),
+    (
+        {"batches": [torch.tensor([0]), torch.tensor([0.5])]},
+        TypeError,
+        r"batches\[1\]: expected a one-dimensional int64",
+    ),
     ({"batches": [torch.tensor([0])] * 2, "batch_size": 1}, ValueError, "either batches or batch_size, got both"),
     ({"at": (3,)}, ValueError, r"at: expected step numbers in 1..2, got 3"),
     ({"mode": "tesla"}, ValueError, "mode: expected 'exact', 'first_order' or 'full', got 'tesla'"),
@@ -345,7 +351,9 @@ def test_bad_input(change, error, message):
     for name, value in change.items():
         given[name] = value(given) if callable(value) else value
     with pytest.raises(error, match=message):
-        pydistill.unroll(given.pop("net"), given.pop("theta0"), given.pop("images"), given.pop("labels"), given.pop("lr"), **given)
+        pydistill.unroll(
+            given.pop("net"), given.pop("theta0"), given.pop("images"), given.pop("labels"), given.pop("lr"), **given
+        )
 
 
 @pytest.mark.parametrize(
@@ -361,7 +369,9 @@ def test_bad_input(change, error, message):
 def test_bad_targets(target, more, error, message):
     net, theta0, _, images, labels, lr = problem()
     with pytest.raises(error, match=message):
-        pydistill.trajectory_match(net, theta0, target(theta0), images, labels, lr, steps=2, label_kind="logits", **more)
+        pydistill.trajectory_match(
+            net, theta0, target(theta0), images, labels, lr, steps=2, label_kind="logits", **more
+        )
 
 
 MEMORY_SCRIPT = """
