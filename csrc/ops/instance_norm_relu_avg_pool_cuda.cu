@@ -1,13 +1,9 @@
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "../common/cuda_stream.h"
 #include "../kernels/instance_norm_relu_avg_pool.cuh"
 #include "instance_norm_relu_avg_pool.h"
-
-// torch's header declares it only where torch itself was built with CUDA; this library is built without such a torch
-// and loaded only where one is there.
-extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace pydistill {
 namespace {
@@ -27,9 +23,7 @@ struct Cuda {
   static void on_stream_of(const Tensor& x, Launch launch) {
     const int32_t device = x.get_device();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    launch(static_cast<cudaStream_t>(stream));
+    launch(static_cast<cudaStream_t>(current_cuda_stream(device)));
   }
 };
 

@@ -15,4 +15,4 @@ python3 -m venv "$work/run"
 "$work/run/bin/pip" install -q "torch==$newer"
 "$work/run/bin/pip" install -q "$work"/wheel/*.whl pytest
 "$work/run/bin/python" -m pydistill.info
-"$work/run/bin/pytest" tests/ops tests/trajectory
+"$work/run/bin/pytest" tests/ops tests/trajectory tests/package/test_info.py

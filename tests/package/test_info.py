@@ -40,6 +40,21 @@ def test_host_module_does_without_torch():
     assert out.split() == [pydistill.__version__, _host.isa()]
 
 
+@pytest.mark.skipif(find_spec("pydistill._C_cuda") is None, reason="built without CUDA: no nvcc")
+def test_cuda_library_loads_without_a_gpu():
+    """All its symbols resolve, whichever torch this is; a torch with CUDA loads it by itself."""
+    code = "import pydistill, torch; torch.ops.load_library({!r}); print('loaded')"
+    code = code.format(find_spec("pydistill._C_cuda").origin)
+    if torch.version.cuda is not None:
+        assert info.collect()["operators"]["instance_norm_relu_avg_pool"]["cuda"] in (
+            "available",
+            "no CUDA device is visible",
+        )
+        code = "import pydistill; print('loaded')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "loaded\n", result.stderr
+
+
 def test_instruction_set_files_share_no_symbols(tmp_path):
     """A weak symbol from an AVX-512 file, linked into the baseline's, would be an illegal instruction elsewhere."""
     for isa, flags in (("base", []), ("avx2", ["-mavx2", "-mfma", "-mf16c"])):
