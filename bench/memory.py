@@ -1,0 +1,97 @@
+"""Peak memory of one provider, in its own process: `python -m bench.memory CASE PROVIDER X [X ...]` prints JSON lines.
+
+The figure is the peak resident size while the work runs, above the process's size when imports are done, model and
+inputs are built and one step has run (so that thread pools and primitive caches are paid for).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from bench import ROOT
+
+# For every provider alike: blocks of 64 KiB and more go back to the system when they are freed, so the peak is what the
+# work keeps alive and not what the allocator happens to hoard (which moves by tens of MiB from run to run).
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Highest resident size of this process, in bytes, while `work` runs."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
+    except OSError:
+        return _sampled_peak_of(work)
+    work()
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def _sampled_peak_of(work: Callable[[], object]) -> int:
+    process = psutil.Process()
+    peak = process.memory_info().rss
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.001)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        work()
+    finally:
+        done.set()
+        sampler.join()
+    return peak
+
+
+def measure(case: str, provider: str, xs: list[int], quick: bool) -> dict[int, int]:
+    """Peak bytes above the baseline for every x, from one fresh process."""
+    command = [sys.executable, "-m", "bench.memory", case, provider, *map(str, xs), *(["--quick"] if quick else [])]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if finished.returncode != 0:
+        raise RuntimeError(f"peak memory of {case}/{provider} at {xs}: the process ended with {finished.returncode}")
+    rows = [json.loads(line) for line in finished.stdout.splitlines()]
+    return {row["x"]: row["peak"] - row["baseline"] for row in rows}
+
+
+def main() -> None:
+    from bench.registry import CASES
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case")
+    parser.add_argument("provider")
+    parser.add_argument("x", type=int, nargs="+")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+
+    case = CASES[options.case]
+    provider = case.providers[options.provider]
+    problem = case.problem(case.quick if options.quick else case.full, max(options.x))
+    thunks = {x: provider.prepare(problem.with_steps(x)) for x in options.x}
+    provider.prepare(problem.with_steps(1))()
+    gc.collect()
+    baseline = psutil.Process().memory_info().rss
+    for x, thunk in thunks.items():
+        peak = peak_of(thunk)
+        gc.collect()
+        print(json.dumps({"x": x, "peak": peak, "baseline": baseline}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The inner loop as MTT, FTD, DATM and their forks write it: one autograd graph through all T steps, then backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bench.peers.problem import Problem, Result, Thunk
+
+
+def unflatten(net: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """Views of the flat parameter vector under the module's parameter names."""
+    named = dict(net.named_parameters())
+    pieces = theta.split([p.numel() for p in named.values()])
+    return {name: piece.view(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)}
+
+
+def inner_loss(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(functional_call(net, unflatten(net, theta), (x,)), y)
+
+
+def matching_loss(theta: Tensor, problem: Problem) -> Tensor:
+    return (theta - problem.target).square().sum() / (problem.theta0 - problem.target).square().sum()
+
+
+def prepare(problem: Problem, net: nn.Module | None = None, *, first_order: bool = False) -> Thunk:
+    """`net` replaces the plain ConvNet by an accelerated one of the same parameters (the drop-in level of adoption).
+
+    `first_order=True` treats every theta_k inside the steps' gradients as a constant: by definition the estimator that
+    TESLA computes, at the price of the whole graph. It is the truth for TESLA's gate and is never timed.
+    """
+    net = problem.net if net is None else net
+
+    def run() -> Result:
+        images = problem.images.clone().requires_grad_()
+        lr = problem.lr.clone().requires_grad_()
+        theta = problem.theta0.clone().requires_grad_()
+        for index in problem.batches:
+            at = theta.detach().requires_grad_() if first_order else theta
+            loss = inner_loss(net, at, images[index], problem.labels[index])
+            (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
+            theta = theta - lr * gradient
+        loss = matching_loss(theta, problem)
+        d_images, d_lr = torch.autograd.grad(loss, (images, lr))
+        return Result(loss.detach(), d_images, d_lr)
+
+    return run

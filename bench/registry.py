@@ -1,0 +1,290 @@
+"""The benchmark cases: what is timed beside what, what must be right before it is, and what must come out.
+
+A case owns its configuration, its providers (the first is the baseline of every ratio), its points (what is measured)
+and its two gates: `gate` on a small problem in float64, where every digit counts, and `check` on the outputs of the
+very thunks that are about to be timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bench import ours
+from bench.peers import block, compiled, eager, tesla
+from bench.peers.problem import Problem, Result, make_problem
+
+Config = dict[str, Any]
+
+
+class Provider(Protocol):
+    """Turns a problem into the thunk to be measured."""
+
+    def __call__(self, problem: Any) -> Callable[[], Any]: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    prepare: Provider
+    mode: str = ""  # which quantity it computes, where a case's providers differ in that
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a gate, or one bound that a result must keep."""
+
+    subject: str
+    what: str
+    value: float
+    bound: float
+    at_least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        # a NaN fails either way
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        verdict = "ok" if self.ok else "MISSED"
+        return f"{verdict}: {self.subject}, {self.what}: {self.value:.3g} (must be {sign} {self.bound:.3g})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the x axis, with the providers measured there."""
+
+    x: int | str
+    problem: Callable[[], Any]
+    providers: tuple[str, ...]
+    mode: str = ""
+    per: int = 1  # what a measurement is divided by, e.g. the number of inner steps
+
+
+# (mode, x, provider) -> median
+Medians = Mapping[tuple[str, Any, str], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    metric: str
+    unit: str  # "s", "ms": timed; "MiB": peak memory, measured in a subprocess
+    x_name: str
+    providers: dict[str, Entry]
+    full: Config
+    quick: Config
+    repeats: int
+    points: Callable[[Case, Config], list[Point]]
+    gate: Callable[[Case, Config], Iterator[Check]]
+    check: Callable[[Case, Point, Any, dict[str, Any]], Iterator[Check]]
+    must_show: Callable[[Medians, Config], Iterator[Check]] = field(default=lambda medians, config: iter(()))
+    problem: Callable[[Config, int], Problem] | None = None  # how a memory subprocess rebuilds a point's problem
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.providers))
+
+    def only(self, names: list[str]) -> Case:
+        """The case with its baseline and those of the named providers that it has."""
+        kept = {name: entry for name, entry in self.providers.items() if name in names or name == self.baseline}
+        return replace(self, providers=kept)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| in L2."""
+    value, truth = value.double(), truth.double()
+    return float((value - truth).norm() / truth.norm())
+
+
+def _truth(problem: Problem, mode: str) -> Result:
+    """By definition: autograd through all steps, for the first-order estimator with each step's parameters constant."""
+    return eager.prepare(problem, first_order=mode == "first_order")()
+
+
+def _rounding_noise(problem: Problem, truth: Result, mode: str) -> float:
+    """How far the truth itself moves when theta_0 moves by one rounding: an fp32 trajectory is chaotic."""
+    sign = torch.sign(torch.randn(problem.theta0.shape, generator=torch.Generator().manual_seed(1)))
+    nudged = problem.theta0 * (1 + torch.finfo(problem.theta0.dtype).eps * sign.to(problem.theta0.dtype))
+    moved = _truth(replace(problem, theta0=nudged), mode)
+    return max(relative_error(a, b) for a, b in zip(moved[1:], truth[1:], strict=True))
+
+
+def _unroll_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small: minibatches (so that an image stands in several steps), every gradient to 1e-10."""
+    problem = make_problem(**config["gate"], dtype=torch.float64)
+    truths = {entry.mode: _truth(problem, entry.mode) for entry in case.providers.values()}
+    for name, entry in case.providers.items():
+        for what, value, truth in zip(Result._fields, entry.prepare(problem)(), truths[entry.mode], strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _unroll_check(case: Case, point: Point, problem: Problem, outputs: dict[str, Result]) -> Iterator[Check]:
+    """At the size and precision that is timed: 0.1 in L2 (a cosine of 0.995), or twice the measured rounding noise."""
+    truths: dict[str, Result] = {case.providers[case.baseline].mode: outputs[case.baseline]}
+    for name, output in outputs.items():
+        if name == case.baseline:
+            continue
+        mode = case.providers[name].mode
+        if mode not in truths:
+            truths[mode] = _truth(problem, mode)
+        errors = {
+            what: relative_error(value, truth)
+            for what, value, truth in zip(Result._fields, output, truths[mode], strict=True)
+        }
+        bound = 0.1 if max(errors.values()) <= 0.1 else max(0.1, 2 * _rounding_noise(problem, truths[mode], mode))
+        for what, error in errors.items():
+            yield Check(name, f"{problem.images.dtype} {what}, relative error".replace("torch.", ""), error, bound)
+
+
+_CONVNET: Config = {
+    **{"channels": 3, "classes": 10, "width": 128, "depth": 3, "image_size": 32},
+    **{"images": 100, "batch": 100},
+}
+_SMALL: Config = {
+    **{"channels": 3, "classes": 4, "width": 8, "depth": 2, "image_size": 10},
+    **{"images": 6, "batch": 4},
+}
+_GATE: Config = {**_SMALL, "image_size": 18, "depth": 3, "steps": 5, "lr": 0.05}
+
+_UNROLL_PROVIDERS: dict[str, Entry] = {
+    "eager-plain": Entry(eager.prepare, "exact"),
+    "eager-accelerated": Entry(ours.eager_accelerated, "exact"),
+    "tesla": Entry(tesla.prepare, "first_order"),
+    "compiled": Entry(compiled.prepare, "exact"),
+    "exact": Entry(ours.exact, "exact"),
+    "first_order": Entry(ours.first_order, "first_order"),
+}
+
+
+def _step_points(case: Case, config: Config) -> list[Point]:
+    steps = config["steps"]
+    return [Point(steps, lambda: make_problem(**config), tuple(case.providers), per=steps)]
+
+
+def _step_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for (mode, x, provider), value in medians.items():
+        bound = {"exact": 2.0, "eager-accelerated": 1.4}.get(provider)
+        if bound is not None:
+            speedup = medians["exact", x, "eager-plain"] / value
+            yield Check(f"{provider} ({mode})", "speed-up over eager-plain", speedup, bound, at_least=True)
+
+
+UNROLL_STEP = Case(
+    name="unroll_step",
+    metric="time per inner step",
+    unit="s",
+    x_name="steps",
+    providers=_UNROLL_PROVIDERS,
+    full={**_CONVNET, "steps": 10, "gate": _GATE},
+    quick={**_SMALL, "steps": 3, "gate": _GATE},
+    repeats=3,
+    points=_step_points,
+    gate=_unroll_gate,
+    check=_unroll_check,
+    must_show=_step_must_show,
+)
+
+
+def _memory_points(case: Case, config: Config) -> list[Point]:
+    points = []
+    for steps in config["steps"]:
+        # the eager loop keeps every step: beyond 20 steps of 100 images it wants more than 12 GiB
+        fits = tuple(name for name in case.providers if name != "eager-plain" or steps <= config["eager_steps"])
+        points.append(Point(steps, partial(_memory_problem, config, steps), fits))
+    return points
+
+
+def _memory_problem(config: Config, steps: int) -> Problem:
+    return make_problem(**{**config, "steps": steps})
+
+
+def _memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    exact = {x: value for (_, x, provider), value in medians.items() if provider == "exact"}
+    if 10 in exact and 50 in exact:
+        parameters = _memory_problem(config, 1).theta0.numel()
+        # 40 more steps may store 40 more parameter vectors and a fifth for everything else
+        bound = 1.2 * 40 * parameters * 4 / 2**20
+        yield Check("exact", "MiB from T=10 to T=50", exact[50] - exact[10], bound)
+    if 20 in exact and ("exact", 20, "eager-plain") in medians:
+        ratio = medians["exact", 20, "eager-plain"] / exact[20]
+        yield Check("exact", "eager-plain's peak over its own, T=20", ratio, 8.0, at_least=True)
+
+
+UNROLL_MEMORY = Case(
+    name="unroll_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    x_name="steps",
+    providers={name: _UNROLL_PROVIDERS[name] for name in ("eager-plain", "tesla", "exact")},
+    full={**_CONVNET, "steps": (1, 2, 5, 10, 20, 50), "eager_steps": 20, "check_steps": 2, "gate": _GATE},
+    # large enough for the system's resolution
+    quick={**_SMALL, "width": 32, "image_size": 32, "images": 16, "batch": 16, "steps": (1, 4), "eager_steps": 4}
+    | {"check_steps": 2, "gate": _GATE},
+    repeats=1,
+    points=_memory_points,
+    gate=_unroll_gate,
+    check=_unroll_check,
+    must_show=_memory_must_show,
+    problem=_memory_problem,
+)
+
+
+def _block_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(layout, partial(block.make_block, config["shape"], layout, mode), tuple(case.providers), mode)
+        for mode in block.MODES
+        for layout in block.LAYOUTS
+    ]
+
+
+def _block_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, an odd size, both layouts, every output of every mode to 1e-10."""
+    for mode in block.MODES:
+        for layout in block.LAYOUTS:
+            problem = block.make_block(config["gate"], layout, mode, torch.float64)
+            truths = block.eager_block(problem)()
+            for name, entry in case.providers.items():
+                for i, (value, truth) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
+                    what = f"float64 {mode}, {layout}, output {i}, relative error"
+                    yield Check(name, what, relative_error(value, truth), 1e-10)
+
+
+def _block_check(case: Case, point: Point, problem: block.Block, outputs: dict[str, Any]) -> Iterator[Check]:
+    """Against plain torch in float64: at most twice plain torch's own fp32 error.
+
+    The floor of 1e-3 is a dozen activations of 13 million that lie within rounding of zero and fall on the ReLU's other
+    side: an error of order one each, different in every correct implementation.
+    """
+    truths = block.eager_block(problem.double())()
+    for i, truth in enumerate(truths):
+        bound = max(1e-3, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, values in outputs.items():
+            error = relative_error(values[i], truth)
+            yield Check(name, f"float32 {point.mode}, {point.x}, output {i}, relative error", error, bound)
+
+
+INSTANCE_NORM_RELU_AVG_POOL = Case(
+    name="instance_norm_relu_avg_pool",
+    metric="time",
+    unit="ms",
+    x_name="layout",
+    providers={
+        "eager": Entry(block.eager_block),
+        "compiled": Entry(block.compiled_block),
+        "pydistill": Entry(partial(block.eager_block, op=ours.instance_norm_relu_avg_pool)),
+    },
+    full={"shape": (100, 128, 32, 32), "gate": (3, 5, 9, 7)},
+    quick={"shape": (4, 8, 8, 8), "gate": (3, 5, 9, 7)},
+    repeats=10,
+    points=_block_points,
+    gate=_block_gate,
+    check=_block_check,
+)
+
+CASES: dict[str, Case] = {case.name: case for case in (UNROLL_STEP, UNROLL_MEMORY, INSTANCE_NORM_RELU_AVG_POOL)}

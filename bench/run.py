@@ -1,0 +1,242 @@
+"""`python -m bench.run [case ...]`: every case beside its peers in one run, interleaved, after its gate passed in it.
+
+Exit status: 0 all well, 1 a gate is red (then no figure is reported), 3 a bound that a case must show was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import ROOT, memory
+from bench.registry import CASES, Case, Check, Config, Point
+
+RESULTS = ROOT / "bench" / "results"
+COLUMNS = [
+    *("case", "provider", "mode", "metric", "unit", "x_name", "x_value"),
+    *("median", "p20", "p80", "config", "machine", "versions", "commit"),
+]
+RATIO = "baseline / provider"
+
+Row = dict[str, Any]
+Samples = dict[str, list[float]]
+
+
+class RedGate(Exception):
+    """A provider is wrong, so nothing is measured."""
+
+
+def passed(checks: Iterable[Check]) -> int:
+    """The number of checks, all of them green; prints every red one and raises if there is any."""
+    done = list(checks)
+    red = [check for check in done if not check.ok]
+    for check in red:
+        print(f"  {check}")
+    if red:
+        raise RedGate(f"{len(red)} of {len(done)} checks are red")
+    return len(done)
+
+
+def timed(case: Case, point: Point, repeats: int) -> Samples:
+    problem = point.problem()
+    thunks = {name: case.providers[name].prepare(problem) for name in point.providers}
+    # the first run of each warms it up (compilation, caches) and is what its gate looks at
+    checks = passed(case.check(case, point, problem, {name: thunk() for name, thunk in thunks.items()}))
+    print(f"  {_label(case, point)}: {checks} checks green", flush=True)
+    scale = {"s": 1.0, "ms": 1e3}[case.unit] / point.per
+    samples: Samples = {name: [] for name in thunks}
+    for _ in range(repeats):
+        for name, thunk in thunks.items():
+            gc.collect()
+            start = time.perf_counter()
+            thunk()
+            samples[name].append((time.perf_counter() - start) * scale)
+    return samples
+
+
+def peaks(case: Case, config: Config, points: Sequence[Point], repeats: int, quick: bool) -> list[Samples]:
+    check_point = Point(config["check_steps"], lambda: None, tuple(case.providers))
+    assert case.problem is not None
+    problem = case.problem(config, config["check_steps"])
+    outputs = {name: entry.prepare(problem)() for name, entry in case.providers.items()}
+    checks = passed(case.check(case, check_point, problem, outputs))
+    print(f"  {_label(case, check_point)}: {checks} checks green", flush=True)
+    samples: list[Samples] = [{name: [] for name in point.providers} for point in points]
+    for _ in range(repeats):
+        for name in case.providers:
+            at = [point.x for point in points if name in point.providers]
+            found = memory.measure(case.name, name, at, quick)
+            for point, sample in zip(points, samples, strict=True):
+                if name in point.providers:
+                    sample[name].append(found[point.x] / 2**20)
+    return samples
+
+
+def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequence[Samples], repeats: int) -> list[Row]:
+    """One row a measurement, and one for its ratio to the baseline, taken round by round: neighbours in time."""
+    common = {
+        "case": case.name,
+        "x_name": case.x_name,
+        "config": json.dumps(
+            {k: v for k, v in config.items() if k != "gate"}
+            | {"repeats": repeats, "threads": torch.get_num_threads(), "dtype": "float32"}
+        ),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    rows: list[Row] = []
+    for point, sample in zip(points, samples, strict=True):
+        baseline = np.array(sample[case.baseline]) if case.baseline in sample else None
+        for name, values in sample.items():
+            place = {"provider": name, "mode": point.mode or case.providers[name].mode, "x_value": point.x}
+            rows.append(common | place | {"metric": case.metric, "unit": case.unit} | _quantiles(np.array(values)))
+            # a peak below the system's resolution is a zero, which has no ratio
+            if baseline is not None and name != case.baseline and min(values) > 0:
+                rows.append(common | place | {"metric": RATIO, "unit": "x"} | _quantiles(baseline / np.array(values)))
+    return rows
+
+
+def run_case(case: Case, *, quick: bool = False, repeats: int | None = None, out: Path = RESULTS) -> int:
+    """Gate, measure, print, write `out/<case>.csv`; the exit status."""
+    config = case.quick if quick else case.full
+    repeats = repeats or (2 if quick and case.unit != "MiB" else case.repeats)
+    print(f"{case.name}: {case.metric} [{case.unit}]; {machine()}; {versions()}", flush=True)
+    points = case.points(case, config)
+    try:
+        print(f"  gate: {passed(case.gate(case, config))} checks green", flush=True)
+        if case.unit == "MiB":
+            samples = peaks(case, config, points, repeats, quick)
+        else:
+            samples = [timed(case, point, repeats) for point in points]
+    except RedGate as red:
+        print(f"  {case.name}: RED GATE, nothing is measured: {red}", flush=True)
+        return 1
+    rows = rows_of(case, config, points, samples, repeats)
+    _print_table(case, rows)
+    _write(out / f"{case.name}.csv", rows)
+    if quick:
+        return 0
+    medians = {
+        (row["mode"], row["x_value"], row["provider"]): row["median"] for row in rows if row["metric"] == case.metric
+    }
+    bounds = list(case.must_show(medians, config))
+    for bound in bounds:
+        print(f"  must show: {bound}")
+    return 0 if all(bound.ok for bound in bounds) else 3
+
+
+def _label(case: Case, point: Point) -> str:
+    return f"{point.mode + ', ' if point.mode else ''}{case.x_name} {point.x}"
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    median, p20, p80 = np.quantile(values, [0.5, 0.2, 0.8])
+    return {"median": float(median), "p20": float(p20), "p80": float(p80)}
+
+
+def _print_table(case: Case, rows: Sequence[Row]) -> None:
+    ratios = {(r["mode"], r["x_value"], r["provider"]): r for r in rows if r["metric"] == RATIO}
+    header = (case.x_name, "provider", "mode", f"median [{case.unit}]", "20 %", "80 %", f"{case.baseline} / it")
+    lines = [header]
+    for row in rows:
+        if row["metric"] != case.metric:
+            continue
+        ratio = ratios.get((row["mode"], row["x_value"], row["provider"]))
+        if ratio is None:  # the baseline, or a point that it does not reach
+            text = "1" if row["provider"] == case.baseline else ""
+        else:
+            text = f"{ratio['median']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
+        figures = (f"{row[key]:.4g}" for key in ("median", "p20", "p80"))
+        lines.append((str(row["x_value"]), row["provider"], row["mode"], *figures, text))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row | {key: f"{row[key]:.6g}" for key in ("median", "p20", "p80")})
+    os.replace(partial, path)
+
+
+def machine() -> str:
+    """CPU model and core count."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = (line.partition(":") for line in info.read_text().splitlines())
+        model = next((value.strip() for key, _, value in fields if key.strip() == "model name"), model)
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        ours = version("pydistill")
+    except PackageNotFoundError:
+        ours = "not installed"
+    return f"pydistill {ours}, torch {torch.__version__}, python {platform.python_version()}"
+
+
+def commit() -> str:
+    """The commit that was measured; marked where the tree differs from it in more than results."""
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode != 0:
+        return "none"
+    command = [*git, "status", "--porcelain", "--", ":/", ":(exclude)bench/results"]
+    changes = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return head.stdout.strip() + ("+changes" if changes else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="case", help=f"any of {', '.join(CASES)}; all without a name")
+    parser.add_argument("--repeats", type=int, help="rounds; each case has its own number of them")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
+    parser.add_argument("--providers", help="only these beside the baseline, separated by commas")
+    parser.add_argument("--out", type=Path, help="folder of the CSV files (bench/results; a quick run needs another)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(CASES)
+    if unknown:
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if options.repeats is not None and options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.out is None and (options.quick or options.providers):
+        parser.error("a partial run must not replace the results: name a folder with --out")
+    cases = [CASES[name] for name in options.names or CASES]
+    if options.providers:
+        names = options.providers.split(",")
+        unknown = set(names).difference(*(case.providers for case in cases))
+        if unknown:
+            parser.error(f"--providers: none of the cases has {', '.join(sorted(unknown))}")
+        cases = [case.only(names) for case in cases]
+    status = 0
+    for case in cases:
+        found = run_case(case, quick=options.quick, repeats=options.repeats, out=options.out or RESULTS)
+        status = found if status in (0, 3) and found else status
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The benchmark harness at tiny sizes: gates run, a wrong provider turns them red, and no figure follows a red gate."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+# at the end, so that the source tree does not hide an installed pydistill
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from bench import memory, run
+from bench.peers import eager
+from bench.peers.problem import Problem, Result, Thunk, make_problem
+from bench.registry import CASES, Case, Check, Entry
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # at these sizes a thread pool on a busy machine does little but wait at its barriers
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_in(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def halved(problem: Problem) -> Thunk:
+    """The factor that TESLA's published code loses: a right direction of the wrong length."""
+    right = eager.prepare(problem)
+
+    def wrong() -> Result:
+        loss, d_images, d_lr = right()
+        return Result(loss, d_images / 2, d_lr)
+
+    return wrong
+
+
+def with_entry(name: str, entry: Entry) -> Case:
+    case = CASES["unroll_step"]
+    return replace(case, providers={"eager-plain": case.providers["eager-plain"], name: entry})
+
+
+def test_unroll_step_is_green_and_its_rows_are_complete(tmp_path: Path) -> None:
+    providers = "eager-accelerated,tesla,exact,first_order"  # compiling takes longer than this file may
+    assert run.main(["unroll_step", "--quick", "--providers", providers, "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "unroll_step.csv")
+    assert list(rows[0]) == run.COLUMNS
+    assert all(value for row in rows for value in row.values())
+    assert {row["provider"] for row in rows} == {"eager-plain", *providers.split(",")}
+    assert {row["mode"] for row in rows if row["provider"] in ("tesla", "first_order")} == {"first_order"}
+    assert sum(row["metric"] == run.RATIO for row in rows) == 4
+    assert all(float(row["p20"]) <= float(row["median"]) <= float(row["p80"]) for row in rows)
+    assert json.loads(rows[0]["config"])["steps"] == 3
+
+
+def test_unroll_memory_is_measured_in_subprocesses(tmp_path: Path) -> None:
+    assert run.main(["unroll_memory", "--quick", "--providers", "exact", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "unroll_memory.csv")
+    peaks = {(row["provider"], row["x_value"]): float(row["median"]) for row in rows if row["unit"] == "MiB"}
+    assert peaks["eager-plain", "4"] > 2 * peaks["exact", "4"] > 0
+    assert set(peaks) == {(provider, steps) for provider in ("eager-plain", "exact") for steps in ("1", "4")}
+
+
+def test_block_is_green(tmp_path: Path) -> None:
+    name = "instance_norm_relu_avg_pool"
+    assert run.main([name, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / f"{name}.csv")
+    assert {(row["mode"].count("+"), row["x_value"]) for row in rows} == {
+        (derivatives, layout) for derivatives in range(3) for layout in ("nchw", "channels_last")
+    }
+
+
+def test_a_wrong_provider_turns_the_gate_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = with_entry("halved", Entry(halved, "exact"))
+    assert run.run_case(case, quick=True, out=tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "RED GATE" in printed
+    assert "MISSED: halved, float64 d_images" in printed
+    assert "median" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_provider_wrong_only_in_single_precision_turns_the_check_red(tmp_path: Path) -> None:
+    def prepare(problem: Problem) -> Thunk:
+        return (eager.prepare if problem.theta0.dtype == torch.float64 else halved)(problem)
+
+    assert run.run_case(with_entry("halved", Entry(prepare, "exact")), quick=True, out=tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_estimator_cannot_pass_for_the_exact_gradient(tmp_path: Path) -> None:
+    tesla = CASES["unroll_step"].providers["tesla"]
+    assert run.run_case(with_entry("tesla", replace(tesla, mode="exact")), quick=True, out=tmp_path) == 1
+
+
+def test_the_exit_status_of_the_command_is_that_of_its_worst_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CASES, "unroll_step", with_entry("halved", Entry(halved, "exact")))
+    names = ["unroll_step", "instance_norm_relu_avg_pool"]
+    assert run.main([*names, "--quick", "--providers", "halved", "--out", str(tmp_path)]) == 1
+
+
+def test_a_missed_bound_has_its_own_exit_status(tmp_path: Path) -> None:
+    case = with_entry("twice", Entry(eager.prepare, "exact"))
+    unreachable = replace(
+        case,
+        full=case.quick,
+        must_show=lambda medians, config: iter([Check("twice", "speed-up", 1.0, 1e9, at_least=True)]),
+    )
+    assert run.run_case(unreachable, repeats=1, out=tmp_path) == 3
+    assert (tmp_path / "unroll_step.csv").exists()
+
+
+def test_nan_is_red() -> None:
+    assert not Check("provider", "error", float("nan"), 1.0).ok
+    assert not Check("provider", "speed-up", float("nan"), 1.0, at_least=True).ok
+
+
+def test_peak_sees_memory_that_is_gone_again() -> None:
+    def work() -> None:
+        torch.ones(32 << 20, dtype=torch.uint8)
+
+    before = memory.peak_of(lambda: None)
+    assert memory.peak_of(work) - before > 28 << 20
+    assert memory._sampled_peak_of(work) > 0
+
+
+def test_problems_draw_without_replacement_until_used_up() -> None:
+    sizes = {"channels": 3, "classes": 4, "width": 8, "depth": 2, "image_size": 10, "images": 6, "batch": 4}
+    problem = make_problem(**sizes, steps=4)
+    assert [len(batch) for batch in problem.batches] == [4, 2, 4, 2]
+    assert sorted(torch.cat(problem.batches[:2]).tolist()) == list(range(6))
+    assert problem.theta0.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["--quick"], ["--repeats", "0"], ["--providers", "exact"]])
+def test_bad_arguments_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        run.main(arguments)
+    assert refused.value.code == 2
