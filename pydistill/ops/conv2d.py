@@ -94,11 +94,13 @@ def _tangent(
     x: Tensor, weight: Tensor, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, geometry: tuple
 ) -> Tensor | None:
     """The convolution's derivative along (x_t, weight_t, bias_t), each of which may be absent."""
-    return _sum(
-        None if x_t is None else F.conv2d(x_t, weight, None, *geometry),
-        None if weight_t is None else F.conv2d(x, weight_t, None, *geometry),
-        None if bias_t is None else bias_t.view(-1, 1, 1),
-    )
+    # the bias rides along with a convolution: added by itself it costs one more tensor of the output's size
+    along_weight = None if weight_t is None else F.conv2d(x, weight_t, bias_t, *geometry)
+    rest = bias_t if weight_t is None else None
+    along_x = None if x_t is None else F.conv2d(x_t, weight, rest, *geometry)
+    if along_weight is None and along_x is None:
+        return None if bias_t is None else bias_t.view(-1, 1, 1)
+    return _sum(along_weight, along_x)
 
 
 class _Conv2dBackward(torch.autograd.Function):
