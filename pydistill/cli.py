@@ -1,0 +1,565 @@
+"""Dataset distillation from the command line: distil a data set, or evaluate a distilled file."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pydistill import __version__
+from pydistill.data import Dataset, DistilledSet, load, write_atomic
+from pydistill.evaluate import evaluate
+from pydistill.methods.mtt import MTTConfig, MTTState, distill
+from pydistill.nn import ConvNet
+from pydistill.trajectory.experts import completed_epochs, seeded_generator, seeded_net, train_experts
+
+try:
+    import rich.progress
+    import rich.table
+    import tyro
+    from PIL import Image
+except ModuleNotFoundError as _error:
+    _missing = {"PIL": "pillow", "rich": "rich", "tyro": "tyro"}.get((_error.name or "").split(".")[0])
+    if _missing is None:
+        raise
+else:
+    _missing = None
+
+DatasetName = Literal["digits", "fashion-mnist", "cifar10", "image-folder"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a data set's run takes for the options that are not given; chosen for one image per class."""
+
+    # the network: width and depth of the ConvNet
+    width: int
+    depth: int
+    # the experts
+    num_experts: int
+    train_epochs: int
+    lr_expert: float
+    batch_train: int
+    # MTT
+    iterations: int
+    syn_steps: int
+    expert_epochs: int
+    max_start_epoch: int
+    lr_img: float
+    lr_lr: float
+    lr_teacher: float
+    # the students: passes over a small set, passes over the whole training set, their learning rate on real images
+    student_epochs: int
+    whole_epochs: int
+    lr_student: float
+
+
+# fmt: off
+PRESETS: dict[str, Preset] = {
+    "digits": Preset(
+        width=32, depth=3,
+        num_experts=5, train_epochs=6, lr_expert=0.05, batch_train=64,
+        iterations=150, syn_steps=10, expert_epochs=2, max_start_epoch=5, lr_img=100.0, lr_lr=1e-5, lr_teacher=0.05,
+        student_epochs=200, whole_epochs=6, lr_student=0.01,
+    ),
+    "fashion-mnist": Preset(
+        width=64, depth=3,
+        num_experts=6, train_epochs=1, lr_expert=0.02, batch_train=256,
+        iterations=200, syn_steps=30, expert_epochs=1, max_start_epoch=1, lr_img=300.0, lr_lr=1e-5, lr_teacher=0.05,
+        student_epochs=200, whole_epochs=1, lr_student=0.01,
+    ),
+    "cifar10": Preset(
+        width=128, depth=3,
+        num_experts=10, train_epochs=20, lr_expert=0.01, batch_train=256,
+        iterations=5000, syn_steps=50, expert_epochs=2, max_start_epoch=2, lr_img=100.0, lr_lr=1e-7, lr_teacher=0.01,
+        student_epochs=1000, whole_epochs=50, lr_student=0.01,
+    ),
+    "image-folder": Preset(
+        width=128, depth=3,
+        num_experts=10, train_epochs=20, lr_expert=0.01, batch_train=256,
+        iterations=5000, syn_steps=20, expert_epochs=2, max_start_epoch=10, lr_img=1000.0, lr_lr=1e-5, lr_teacher=0.01,
+        student_epochs=1000, whole_epochs=50, lr_student=0.01,
+    ),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil a data set: train experts, match their trajectories, and test fresh students on the result.
+
+    Options that stand at None take the data set's preset. The folder --out receives the experts, a checkpoint,
+    metrics.jsonl, images.png and distilled.safetensors; a run that was cut off goes on with --resume.
+    """
+
+    method: tyro.conf.Positional[Literal["mtt"]] = "mtt"
+    """The distillation method: mtt, matching training trajectories (Cazenavette et al., CVPR 2022)."""
+    dataset: DatasetName = "digits"
+    """What to distil; digits come with scikit-learn, the others are read from --root."""
+    root: Path | None = None
+    """Folder of the data set's files; fashion-mnist looks in /usr/share/datasets/fashion-mnist by itself."""
+    image_size: int | None = None
+    """Pixels to which digits (16) and image folders (32) are resized."""
+    ipc: int = 1
+    """Synthetic images per class."""
+    iterations: int | None = None
+    """Outer steps; a finished run goes on when it is resumed with more of them."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    out: Path | None = None
+    """Folder for the results, new or empty; a new one under runs/ by default."""
+    resume: bool = False
+    """Go on with the run in --out; its options are kept."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    width: int | None = None
+    """Channels of the ConvNet; the papers take 128."""
+    depth: int | None = None
+    """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
+
+    num_experts: int | None = None
+    """Experts to train."""
+    train_epochs: int | None = None
+    """Epochs of each expert."""
+    lr_expert: float | None = None
+    """Learning rate of the experts."""
+    batch_train: int | None = None
+    """Real images per SGD step, of experts and of students."""
+
+    syn_steps: int | None = None
+    """Inner steps on synthetic images."""
+    expert_epochs: int | None = None
+    """How many epochs ahead of its start the target lies."""
+    max_start_epoch: int | None = None
+    """Starts are drawn from that many first epochs."""
+    batch_syn: int | None = None
+    """Synthetic images per inner step; all of them by default."""
+    lr_img: float | None = None
+    """Outer learning rate of the images."""
+    lr_lr: float | None = None
+    """Outer learning rate of the students' learning rate."""
+    lr_teacher: float | None = None
+    """Where the students' learning rate starts."""
+
+    students: int = 5
+    """Fresh students for each accuracy."""
+    student_epochs: int | None = None
+    """Passes of a student over a distilled or random set."""
+    whole_epochs: int | None = None
+    """Passes of a student over the whole training set; 0 leaves that row out."""
+    lr_student: float | None = None
+    """Learning rate of students on real images; on distilled ones they take the learnt rate."""
+    checkpoint_every: int = 25
+    """Iterations between checkpoints."""
+
+    def resolved(self) -> Distill:
+        """The same options with those at None taken from the preset."""
+        preset = asdict(PRESETS[self.dataset])
+        return dataclasses.replace(self, **{k: v for k, v in preset.items() if getattr(self, k) is None})
+
+    def stored(self) -> dict[str, Any]:
+        """The options as JSON has them, without those that say where the run lies."""
+        options = {name: value for name, value in asdict(self).items() if name not in ("out", "resume")}
+        return options | {"root": str(self.root.absolute()) if self.root else None}
+
+    def mtt(self) -> MTTConfig:
+        names = {f.name for f in dataclasses.fields(MTTConfig)} & {f.name for f in dataclasses.fields(self)}
+        return MTTConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Train fresh students on a distilled file and test them on the data set it was made from."""
+
+    file: tyro.conf.Positional[Path]
+    """A distilled.safetensors that pydistill distill wrote."""
+    root: Path | None = None
+    """Folder of the data set's files, as for pydistill distill."""
+    students: int = 5
+    """Fresh students."""
+    epochs: int | None = None
+    """Passes of a student over the distilled set; by default as many as when it was made."""
+    seed: int = 0
+    """Of the students; 0 gives the very students of pydistill distill at its default seed."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and the step under way is done."""
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into `Interrupted` at the next call; a second one ends the process at once."""
+
+    requested = False
+
+    def __call__(self) -> None:
+        if self.requested:
+            raise Interrupted
+
+    @contextmanager
+    def installed(self) -> Iterator[Stop]:
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def request(number: int, frame: Any) -> None:
+            self.requested = True
+            for each in previous:
+                signal.signal(each, signal.SIG_DFL)
+
+        for number in previous:
+            signal.signal(number, request)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console command ``pydistill``; exits with 0, 1 after an error, 130 after SIGINT or SIGTERM."""
+    if _missing:
+        sys.exit(f"pydistill: the command line needs {_missing}, which is not installed: pip install 'pydistill[cli]'")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = tyro.cli(
+        Annotated[Distill, tyro.conf.subcommand("distill")] | Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        args=argv,
+        prog="pydistill",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    try:
+        with Stop().installed() as stop:
+            if isinstance(command, Distill):
+                config = _options_of_resumed(command, argv[1:]) if command.resume else command
+                _Run(config.resolved(), _folder(config), console, stop).go()
+            else:
+                _evaluate(command, console, stop)
+    except Interrupted:
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        print(f"pydistill: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _folder(config: Distill) -> Path:
+    if config.out is None:
+        return Path("runs") / f"{config.method}-{config.dataset}-ipc{config.ipc}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out: expected a folder, {config.out} is a file")
+    if not config.resume and config.out.exists() and any(config.out.iterdir()):
+        raise ValueError(
+            f"--out: expected a new or empty folder, {config.out} is not empty; --resume goes on with a run"
+        )
+    return config.out
+
+
+def _options_of_resumed(command: Distill, arguments: list[str]) -> Distill:
+    """The options in the run's config.json; one that is given again has to say the same, the iterations excepted."""
+    if command.out is None:
+        raise ValueError("--resume: expected --out with the folder of the run to go on with")
+    path, wanted = command.out / "config.json", "the options of a run of pydistill distill"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected {wanted} to go on with, found no file")
+    try:
+        options = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected {wanted}; it is truncated or foreign ({error})") from error
+    if not isinstance(options, dict) or options.keys() != Distill().stored().keys():
+        raise ValueError(f"{path}: expected {wanted}; it holds other fields")
+    options["root"] = Path(options["root"]) if options["root"] else None
+    saved = Distill(**options, out=command.out)
+    config = (tyro.conf.FlagCreatePairsOff,)
+    given = tyro.cli(Distill, args=arguments, prog="pydistill distill", default=saved, config=config)
+    for name, value in saved.stored().items():
+        if name not in ("iterations", "root", "device", "checkpoint_every") and given.stored()[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: expected {value} as the run in {command.out} has, got {given.stored()[name]}")
+    return given
+
+
+class _Run:
+    """One ``pydistill distill``: its folder, and the phases that fill it. Each phase goes on where its files end."""
+
+    def __init__(self, config: Distill, folder: Path, console: rich.console.Console, stop: Stop):
+        self.config, self.folder, self.console, self.stop = config, folder, console, stop
+        self.mtt = config.mtt()
+        if config.students < 1 or config.checkpoint_every < 1:
+            raise ValueError("--students, --checkpoint-every: expected at least 1 of each")
+        self.experts_file, self.state_file = folder / "experts.safetensors", folder / "state.safetensors"
+        self.metrics, self.results_file = folder / "metrics.jsonl", folder / "results.json"
+        columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
+        self.progress = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+
+    def go(self) -> None:
+        began = time.monotonic()
+        kept = self.config.resume
+        try:
+            dataset = load(self.config.dataset, self.config.root, image_size=self.config.image_size)
+            self.dataset = dataset.to(_device(self.config.device))
+            self.net = seeded_net(self.make_net, self.config.seed, device=self.device)
+            state = MTTState.load(self.state_file, self.mtt, self.device) if self.state_file.exists() else None
+            state = state or MTTState.initial(self.mtt, self.dataset)
+            if state.iteration > self.mtt.iterations:
+                raise ValueError(
+                    f"--iterations: expected at least {state.iteration}, already done, got {self.mtt.iterations}"
+                )
+            self.stop()
+            # Whatever can be refused has been: from here on the folder holds a run that can go on.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / "config.json", _json(self.config.stored()))
+            kept = True
+            self.console.print(f"{self.dataset.name} -> {self.folder}")
+            results = self._results()
+            self._forget_metrics(state.iteration, results)
+            with self.progress:
+                experts = self._train_experts()
+                distilled = self._distill(experts, state)
+                self._test(distilled, results)
+        except Interrupted:
+            again = f"go on with: pydistill distill --out {shlex.quote(str(self.folder))} --resume"
+            self.console.print(f"stopped; {again if kept else 'nothing was begun, the same command starts anew'}")
+            raise
+        self.console.print(self._table(distilled, results))
+        self.console.print(
+            f"{time.monotonic() - began:.0f} s; images.png and distilled.safetensors are in {self.folder}"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.dataset.train_images.device
+
+    def make_net(self) -> ConvNet:
+        return _convnet(self.dataset, self.config.width, self.config.depth)
+
+    def _results(self) -> dict[str, Any]:
+        """What of the students' accuracies an earlier process left; those of another number of iterations are void."""
+        try:
+            results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{self.results_file}: expected accuracies as JSON; it is truncated or foreign") from error
+        if results.get("iterations") != self.mtt.iterations:
+            results.pop("distilled", None)
+        return results
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _forget_metrics(self, iteration: int, results: dict[str, Any]) -> None:
+        """Drops the lines written after the last checkpoint, whose steps are taken, and logged, again."""
+        if not self.metrics.exists():
+            return
+        epochs = dict(enumerate(completed_epochs(self.experts_file)))
+        kept = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that a killed process was writing
+                continue
+            if record["phase"] == "experts":
+                keep = record["epoch"] <= epochs.get(record["expert"], 0)
+            else:
+                keep = record["iteration"] <= iteration if record["phase"] == "distill" else record["set"] in results
+            kept += [line] if keep else []
+        write_atomic(self.metrics, "".join(kept).encode())
+
+    def _train_experts(self) -> Tensor:
+        config = self.config
+        steps = -(-len(self.dataset.train_images) // config.batch_train)
+        task = self.progress.add_task("experts", total=config.num_experts * config.train_epochs * steps, note="")
+        self.progress.update(task, completed=sum(completed_epochs(self.experts_file)) * steps)
+
+        def on_step() -> None:
+            self.progress.advance(task)
+            self.stop()
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            self._log({"phase": "experts", **record})
+            self.progress.update(task, note=f"accuracy {record['accuracy']:.1%}")
+
+        experts = train_experts(
+            self.make_net,
+            self.dataset.train_images,
+            self.dataset.train_labels,
+            num_experts=config.num_experts,
+            epochs=config.train_epochs,
+            lr=config.lr_expert,
+            batch_size=config.batch_train,
+            seed=config.seed,
+            path=self.experts_file,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+        self.console.print(f"{len(experts)} experts trained for {config.train_epochs} epochs")
+        return experts
+
+    def _distill(self, experts: Tensor, state: MTTState) -> DistilledSet:
+        task = self.progress.add_task("distil", total=self.mtt.iterations, completed=state.iteration, note="")
+
+        def on_step(state: MTTState, record: dict[str, float]) -> None:
+            self._log({"phase": "distill", **record})
+            note = f"loss {record['loss']:.3f}, lr {record['lr']:.4f}"
+            self.progress.update(task, completed=state.iteration, note=note)
+            last = state.iteration == self.mtt.iterations
+            if last or self.stop.requested or state.iteration % self.config.checkpoint_every == 0:
+                state.save(self.state_file, self.mtt)
+            self.stop()
+
+        distilled = distill(self.mtt, self.dataset, experts, self.net, state=state, on_step=on_step)
+        options = {k: v for k, v in self.config.stored().items() if k not in ("root", "device", "checkpoint_every")}
+        distilled.config |= {**options, "pydistill": __version__}
+        distilled.save(self.folder / "distilled.safetensors")
+        self.console.print(f"distilled in {state.iteration} iterations, learning rate {distilled.lr:.4f}")
+        write_atomic(self.folder / "images.png", _picture(distilled, self.config.ipc))
+        return distilled
+
+    def _test(self, distilled: DistilledSet, results: dict[str, Any]) -> None:
+        """Fills ``results`` with the students' accuracies on each set; what is there already stays."""
+        config, dataset = self.config, self.dataset
+        synthetic = distilled.images.to(self.device), distilled.labels.to(self.device)
+        whole = dataset.train_images, dataset.train_labels
+        # every student on random real images gets a draw of its own
+        draws = [
+            dataset.sample(config.ipc, seeded_generator(config.seed, 4, student)) for student in range(config.students)
+        ]
+        sets = {
+            "random": (draws, config.lr_student, config.student_epochs, 256),
+            "distilled": ([synthetic] * config.students, distilled.lr, config.student_epochs, 256),
+            "whole": ([whole] * config.students, config.lr_student, config.whole_epochs, config.batch_train),
+        }
+        for name, (training_sets, lr, epochs, batch_size) in sets.items():
+            if name in results or epochs == 0:
+                continue
+            images = len(training_sets[0][0])
+            steps = epochs * -(-images // batch_size) + -(-len(dataset.test_images) // 500)
+            task = self.progress.add_task(f"students on {name}", total=config.students * steps, note="")
+
+            def on_step(task: rich.progress.TaskID = task) -> None:
+                self.progress.advance(task)
+                self.stop()
+
+            accuracies: list[float] = []
+            for student, training_set in enumerate(training_sets):
+                accuracies += evaluate(
+                    self.make_net,
+                    *training_set,
+                    dataset.test_images,
+                    dataset.test_labels,
+                    lr=lr,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    students=[student],
+                    seed=config.seed,
+                    on_step=on_step,
+                )
+                self.progress.update(task, note=f"accuracy {mean(accuracies):.1%}")
+            results[name] = {"accuracies": accuracies, "lr": lr, "epochs": epochs, "images": images}
+            results["iterations"] = config.iterations
+            write_atomic(self.results_file, _json(results))
+            self._log({"phase": "evaluate", "set": name, **results[name]})
+
+    def _table(self, distilled: DistilledSet, results: dict[str, Any]) -> rich.table.Table:
+        config = self.config
+        table = _accuracy_table(
+            f"{config.dataset}, ipc {config.ipc}, ConvNet-D{config.depth}-W{config.width}", config.students
+        )
+        labels = {"random": "random real", "distilled": f"distilled ({config.method})", "whole": "whole set"}
+        for name, label in labels.items():
+            if row := results.get(name):
+                _add_row(table, label, row["images"], row["epochs"], row["lr"], row["accuracies"])
+        return table
+
+
+def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> None:
+    distilled = DistilledSet.load(command.file)
+    config = distilled.config
+    for name, kind in (("dataset", str), ("width", int), ("depth", int), ("student_epochs", int)):
+        if not isinstance(config.get(name), kind):
+            wanted = f"{name} ({kind.__name__}) in its configuration, as pydistill distill writes it"
+            raise ValueError(f"{command.file}: expected {wanted}, got {config.get(name)!r}")
+    if command.students < 1:
+        raise ValueError(f"--students: expected at least 1, got {command.students}")
+    dataset = load(config["dataset"], command.root, image_size=config.get("image_size")).to(_device(command.device))
+    wanted, got = list(dataset.train_images.shape[1:]), list(distilled.images.shape[1:])
+    if wanted != got:
+        raise ValueError(f"{command.file}: expected images {wanted} as {dataset.name} has, got {got}")
+    epochs = config["student_epochs"] if command.epochs is None else command.epochs
+    accuracies = evaluate(
+        lambda: _convnet(dataset, config["width"], config["depth"]),
+        distilled.images.to(dataset.train_images.device),
+        distilled.labels.to(dataset.train_images.device),
+        dataset.test_images,
+        dataset.test_labels,
+        lr=distilled.lr,
+        epochs=epochs,
+        students=range(command.students),
+        seed=command.seed,
+        label_kind=distilled.label_kind,
+        on_step=stop,
+    )
+    title = f"{command.file.name}: {dataset.name}, ConvNet-D{config['depth']}-W{config['width']}"
+    table = _accuracy_table(title, command.students)
+    label = f"distilled ({config['method']})" if "method" in config else "distilled"
+    _add_row(table, label, len(distilled.images), epochs, distilled.lr, accuracies)
+    console.print(table)
+
+
+def _convnet(dataset: Dataset, width: int, depth: int) -> ConvNet:
+    return ConvNet(dataset.channels, dataset.num_classes, width, depth, dataset.image_size)
+
+
+def _accuracy_table(title: str, students: int) -> rich.table.Table:
+    table = rich.table.Table(title=title)
+    table.add_column("training set")
+    for heading in ("images", "epochs", "learning rate", f"test accuracy of {students} students"):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _add_row(
+    table: rich.table.Table, label: str, images: int, epochs: int, lr: float, accuracies: Sequence[float]
+) -> None:
+    accuracy = f"{100 * mean(accuracies):.1f} ± {100 * pstdev(accuracies):.1f} %"
+    table.add_row(label, str(images), str(epochs), f"{lr:.4f}", accuracy)
+
+
+def _picture(distilled: DistilledSet, ipc: int) -> bytes:
+    """A PNG of the distilled images, enlarged to about 64 pixels, a column for each class."""
+    images = distilled.pixels()
+    scale, gap = max(1, 64 // images.shape[2]), 2
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).expand(-1, 3, -1, -1)
+    images = torch.nn.functional.pad(images, (gap, gap, gap, gap), value=1.0)  # [K * ipc, 3, h, w]
+    count, channels, height, width = images.shape
+    grid = images.view(count // ipc, ipc, channels, height, width).permute(1, 3, 0, 4, 2)
+    pixels = (grid.reshape(ipc * height, count // ipc * width, channels) * 255).round().byte()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+if __name__ == "__main__":
+    main()

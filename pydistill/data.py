@@ -1,0 +1,455 @@
+"""Data sets, distilled files, and the atomic writes behind them.
+
+`load` reads a whole data set into memory as normalised float32 images, the form in which every distillation method
+takes it. `DistilledSet` is the product of a distillation: a small safetensors file that carries its own normalisation
+and configuration. Nothing here writes pickles; CIFAR's own files are read by an unpickler that admits numpy arrays and
+ordinary containers only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+__all__ = ["DATASETS", "Dataset", "DistilledSet", "load", "read_safetensors", "write_atomic", "write_safetensors"]
+
+DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder")
+FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+FASHION_MNIST_CLASSES = (
+    "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled image set in memory, normalised per channel with the mean and deviation of its training images.
+
+    Attributes:
+        name: which set it is, one of `DATASETS` when it comes from `load`.
+        train_images: float32 ``[N, C, H, W]``, ``(pixel - mean) / std`` with pixels in ``[0, 1]``.
+        train_labels: int64 ``[N]`` in ``[0, K)``.
+        test_images: float32 ``[M, C, H, W]``, normalised with the *training* mean and deviation.
+        test_labels: int64 ``[M]``.
+        class_names: ``K`` names, in label order.
+        mean: float32 ``[C]``, of the training pixels in ``[0, 1]``.
+        std: float32 ``[C]``.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.train_images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height of an image in pixels; the sets read here are square."""
+        return self.train_images.shape[2]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same set with its images and labels on ``device``."""
+        return Dataset(
+            self.name,
+            self.train_images.to(device),
+            self.train_labels.to(device),
+            self.test_images.to(device),
+            self.test_labels.to(device),
+            self.class_names,
+            self.mean,
+            self.std,
+        )
+
+    def sample(self, ipc: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draws ``ipc`` real training images of each class without replacement.
+
+        Args:
+            ipc: images per class, at least 1.
+            generator: a CPU generator; the global one by default.
+
+        Returns:
+            Images ``[K * ipc, C, H, W]`` (a copy), classes in order, and their labels ``[K * ipc]``.
+
+        Raises:
+            ValueError: ``ipc`` is below 1, or a class has fewer training images than ``ipc``.
+        """
+        if ipc < 1:
+            raise ValueError(f"ipc: expected at least 1 image per class, got {ipc}")
+        chosen = []
+        for label, name in enumerate(self.class_names):
+            members = (self.train_labels == label).nonzero()[:, 0]
+            if len(members) < ipc:
+                raise ValueError(f"ipc: expected at most {len(members)}, the training images of {name!r}, got {ipc}")
+            order = torch.randperm(len(members), generator=generator)[:ipc]
+            chosen.append(members[order.to(members.device)])
+        index = torch.cat(chosen)
+        return self.train_images[index].clone(), self.train_labels[index].clone()
+
+
+def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: int | None = None) -> Dataset:
+    """Loads a data set into memory.
+
+    Args:
+        name: ``"digits"`` (scikit-learn's 8x8 digits, enlarged bilinearly to 16x16; every fifth image of each class is
+            a test image), ``"fashion-mnist"`` (the four IDX files, gzipped or not), ``"cifar10"`` (the python
+            batches) or ``"image-folder"`` (``root/train/<class>/*`` and ``root/test`` or ``root/val``, read by
+            torchvision).
+        root: the folder with the files. For Fashion-MNIST the default is where Debian's package puts it; digits take
+            none; the other two need one.
+        image_size: height and width in pixels to which an image folder's pictures are resized and cropped (default
+            32), or to which the digits are enlarged (default 16); the other sets have a size of their own.
+
+    Raises:
+        ValueError: an unknown name, an argument that the set does not take, or a truncated or foreign file, named
+            with what was expected in it.
+        FileNotFoundError: a missing folder or file.
+        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
+    if image_size is not None and name not in ("digits", "image-folder"):
+        raise ValueError(f"image_size: expected none, {name} has a size of its own, got {image_size}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    if name == "digits":
+        if root is not None:
+            raise ValueError(f"root: expected none, digits come with scikit-learn, got {str(root)!r}")
+        return _load_digits(image_size or 16)
+    if root is None and name != "fashion-mnist":
+        raise ValueError(f"root: expected the folder that holds the files of {name}, got None")
+    folder = Path(root) if root is not None else FASHION_MNIST_ROOT
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root: expected the folder that holds the files of {name}, found none at {folder}")
+    if name == "fashion-mnist":
+        return _load_fashion_mnist(folder)
+    if name == "cifar10":
+        return _load_cifar10(folder)
+    return _load_image_folder(folder, image_size or 32)
+
+
+def _normalised(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: Sequence[str],
+) -> Dataset:
+    """Builds the data set from float32 pixels in [0, 1], [N, C, H, W], and int64 labels."""
+    pixels = train[0]
+    mean = pixels.mean(dim=(0, 2, 3), dtype=torch.float64)
+    # Two passes over one channel at a time: the variance needs no second copy of the set.
+    std = torch.stack([pixels[:, c].double().sub_(mean[c]).square_().mean().sqrt() for c in range(pixels.shape[1])])
+    mean, std = mean.float(), std.clamp_min(1e-6).float()
+    for images in (train[0], test[0]):
+        images.sub_(mean[:, None, None]).div_(std[:, None, None])
+    return Dataset(name, train[0], train[1], test[0], test[1], tuple(class_names), mean, std)
+
+
+def _load_digits(image_size: int) -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise RuntimeError("digits need scikit-learn, which is not installed: pip install 'pydistill[demo]'") from error
+    raw = load_digits()
+    images = torch.from_numpy(np.ascontiguousarray(raw.images, dtype=np.float32))[:, None] / 16  # [1797, 1, 8, 8]
+    images = torch.nn.functional.interpolate(images, size=image_size, mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(np.ascontiguousarray(raw.target, dtype=np.int64))
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        is_test[(labels == label).nonzero()[::5, 0]] = True
+    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return _normalised("digits", train, test, [str(digit) for digit in range(10)])
+
+
+def _read_idx(folder: Path, stem: str, dims: int) -> np.ndarray:
+    """Reads an IDX file of bytes: two zero bytes, the type 0x08, the rank, the sizes in big-endian int32, the data."""
+    plain = folder / stem
+    path = plain if plain.exists() else folder / f"{stem}.gz"
+    if not path.exists():
+        raise FileNotFoundError(f"{plain} or {path.name}: expected an IDX file of {dims} dimensions, found none")
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: expected a whole gzip file, it is truncated or foreign ({error})") from error
+    header = 4 + 4 * dims
+    magic = bytes((0, 0, 8, dims))
+    if len(raw) < header or raw[:4] != magic:
+        raise ValueError(
+            f"{path}: expected an IDX file of bytes in {dims} dimensions, which starts with {magic.hex(' ')}; "
+            f"got {len(raw)} bytes that start with {raw[:4].hex(' ') or 'nothing'}"
+        )
+    shape = struct.unpack(f">{dims}i", raw[4:header])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if min(shape) < 1 or len(raw) - header != expected:
+        raise ValueError(
+            f"{path}: expected {'x'.join(map(str, shape))} = {expected} bytes of data as its header says, "
+            f"got {len(raw) - header}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _load_fashion_mnist(folder: Path) -> Dataset:
+    parts = []
+    for prefix in ("train", "t10k"):
+        pixels = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+        labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+        if pixels.shape[1:] != (28, 28):
+            raise ValueError(f"{folder}: expected {prefix} images of 28x28, got {pixels.shape[1]}x{pixels.shape[2]}")
+        if len(pixels) != len(labels):
+            raise ValueError(f"{folder}: expected {len(pixels)} {prefix} labels as images, got {len(labels)}")
+        if labels.max() > 9:
+            raise ValueError(f"{folder}: expected {prefix} labels in 0..9, got {labels.max()}")
+        images = torch.from_numpy(pixels.astype(np.float32))[:, None].div_(255)
+        parts.append((images, torch.from_numpy(labels.astype(np.int64))))
+    return _normalised("fashion-mnist", parts[0], parts[1], FASHION_MNIST_CLASSES)
+
+
+def _decode_latin1(text: str, encoding: str = "latin1") -> bytes:
+    """How protocol 2 spells bytes; the codecs module itself would admit decompression and more."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes spelled in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits what a file of arrays needs, numpy arrays, dtypes and scalars, and containers; nothing that runs code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name)
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return _decode_latin1
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_cifar10_batch(path: Path) -> tuple[Tensor, Tensor]:
+    wanted = "a CIFAR-10 python batch: a dict with 'data', uint8 [N, 3072], and 'labels', N integers in 0..9"
+    try:
+        with path.open("rb") as file:
+            batch = _ArrayUnpickler(file, encoding="bytes").load()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: expected {wanted}, found no file") from error
+    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
+        raise ValueError(f"{path}: expected {wanted}; the file is truncated or foreign ({error})") from error
+    if not isinstance(batch, dict):
+        raise ValueError(f"{path}: expected {wanted}; got a {type(batch).__name__}")
+    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    data, labels = fields.get("data"), fields.get("labels")
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        got = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise ValueError(f"{path}: expected {wanted}; got {got} for 'data'")
+    if not isinstance(labels, list) or len(labels) != len(data) or not all(label in range(10) for label in labels):
+        raise ValueError(f"{path}: expected {wanted}; got other 'labels' for its {len(data)} images")
+    images = torch.from_numpy(data.reshape(-1, 3, 32, 32).astype(np.float32)).div_(255)
+    return images, torch.tensor(labels, dtype=torch.int64)
+
+
+def _load_cifar10(folder: Path) -> Dataset:
+    nested = folder / "cifar-10-batches-py"
+    folder = nested if nested.is_dir() else folder
+    batches = [_read_cifar10_batch(folder / f"data_batch_{i}") for i in range(1, 6)]
+    train = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    return _normalised("cifar10", train, _read_cifar10_batch(folder / "test_batch"), CIFAR10_CLASSES)
+
+
+def _load_image_folder(folder: Path, image_size: int) -> Dataset:
+    try:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise RuntimeError("image-folder needs torchvision, which is not installed: pip install torchvision") from error
+    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    if not (folder / "train").is_dir() or not tests:
+        raise FileNotFoundError(f"root: expected train/<class>/* and test/<class>/* (or val) in {folder}")
+    to_pixels = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), *to_pixels])
+    parts, classes = [], []
+    for part in (folder / "train", tests[0]):
+        try:
+            pictures = ImageFolder(str(part), transform)
+            loaded = [picture for picture, _ in pictures]
+        except (OSError, SyntaxError) as error:  # pillow raises either for a file that is not a whole picture
+            raise ValueError(f"{part}: expected a folder of pictures for each class: {error}") from error
+        parts.append((torch.stack(loaded), torch.tensor(pictures.targets, dtype=torch.int64)))
+        classes.append(pictures.classes)
+    if classes[0] != classes[1]:
+        differing = sorted(set(classes[0]) ^ set(classes[1]))
+        raise ValueError(f"root: expected the same classes for training and test in {folder}, {differing} differ")
+    return _normalised("image-folder", parts[0], parts[1], classes[0])
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes ``data`` to ``path`` so that a reader, or a crash at any moment, sees the old file or the new one whole.
+
+    The bytes go to a temporary file in the same folder, are synced to the disk, and are renamed over ``path``.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result should be as readable as any other file of this user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], kind: str, config: dict[str, Any], **more: Any
+) -> None:
+    """Writes tensors to a safetensors file, atomically, with a JSON object under ``pydistill`` in its metadata.
+
+    The object has ``kind``, ``version``, ``config`` and what ``more`` adds. Equal content gives equal bytes.
+    """
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry, since safetensors puts several in an order that changes from process to process.
+    header = {"pydistill": json.dumps({"kind": kind, "version": 1, "config": config, **more})}
+    write_atomic(path, safetensors_bytes(content, header))
+
+
+def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_safetensors` wrote: the tensors, and the object with the configuration under ``config``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, is not a safetensors file, or is marked as something else than ``kind``.
+    """
+    path, wanted = Path(path), f"a pydistill file of kind {kind!r}, version 1"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected {wanted}; it is truncated or no safetensors file ({error})") from error
+    try:
+        header = json.loads(entries["pydistill"])
+        found, version, config = header["kind"], header["version"], header["config"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected {wanted}; its metadata lacks that ({error!r})") from error
+    if (found, version) != (kind, 1) or not isinstance(config, dict):
+        raise ValueError(f"{path}: expected {wanted}; got {found!r}, version {version}")
+    return tensors, header
+
+
+@dataclass(eq=False)
+class DistilledSet:
+    """A distilled data set: what a distillation makes and a student is trained on.
+
+    Attributes:
+        images: float32 ``[N, C, H, W]``, in normalised space: a pixel is ``images * std + mean``.
+        labels: int64 ``[N]``, or float32 ``[N, K]`` soft labels.
+        lr: the learning rate that was learnt along with the images, for plain SGD students.
+        mean: float32 ``[C]``, of the real training pixels in ``[0, 1]``.
+        std: float32 ``[C]``.
+        config: what made it, as JSON-able values.
+        label_kind: ``"hard"`` for int64 labels, ``"logits"`` or ``"probs"`` for soft ones.
+
+    Raises:
+        ValueError: the shapes, the dtypes and ``label_kind`` do not agree.
+    """
+
+    images: Tensor
+    labels: Tensor
+    lr: float
+    mean: Tensor
+    std: Tensor
+    config: dict[str, Any] = field(default_factory=dict)
+    label_kind: str = "hard"
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.float32:
+            raise ValueError(f"images: expected float32 [N, C, H, W], got {_describe(self.images)}")
+        count, channels = self.images.shape[:2]
+        if self.label_kind not in ("hard", "logits", "probs"):
+            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {self.label_kind!r}")
+        if self.label_kind == "hard":
+            right, wanted = self.labels.ndim == 1 and self.labels.dtype == torch.int64, f"int64 [{count}]"
+        else:
+            right, wanted = self.labels.ndim == 2 and self.labels.dtype == torch.float32, f"float32 [{count}, K]"
+        if not right or len(self.labels) != count:
+            raise ValueError(f"labels: expected {wanted} for {self.label_kind} labels, got {_describe(self.labels)}")
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value.shape != (channels,) or value.dtype != torch.float32:
+                raise ValueError(f"{name}: expected float32 [{channels}], got {_describe(value)}")
+        if not isinstance(self.lr, float):
+            raise ValueError(f"lr: expected a float, got {type(self.lr).__name__}")
+
+    def pixels(self) -> Tensor:
+        """The images as pixels clamped to ``[0, 1]``, ``[N, C, H, W]``."""
+        return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, atomically, with the configuration as JSON in its metadata."""
+        tensors = {"images": self.images, "labels": self.labels, "mean": self.mean, "std": self.std}
+        tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        write_safetensors(path, tensors, "distilled", self.config, label_kind=self.label_kind)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DistilledSet:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, foreign, or lacks a tensor, named with what was expected.
+        """
+        tensors, header = read_safetensors(path, "distilled")
+        missing = {"images", "labels", "lr", "mean", "std"} - tensors.keys()
+        if missing:
+            raise ValueError(f"{path}: expected images, labels, lr, mean and std; {', '.join(sorted(missing))} missing")
+        lr = tensors.pop("lr")
+        if lr.numel() != 1:
+            raise ValueError(f"{path}: lr: expected one number, got {_describe(lr)}")
+        fields = {name: tensors[name] for name in ("images", "labels", "mean", "std")}
+        try:
+            return cls(lr=float(lr), config=header["config"], label_kind=header.get("label_kind", "hard"), **fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

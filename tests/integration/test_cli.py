@@ -1,0 +1,263 @@
+"""``pydistill`` from the command line: results, interruption and resumption, and what it says to wrong input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pydistill.cli import PRESETS, Distill, main
+from pydistill.data import DATASETS, DistilledSet, read_safetensors
+from pydistill.methods.mtt import MTTConfig
+
+OPTIONS = {
+    "width": 4,
+    "depth": 2,
+    "image-size": 8,
+    "num-experts": 2,
+    "train-epochs": 2,
+    "expert-epochs": 1,
+    "max-start-epoch": 2,
+    "syn-steps": 10,
+    "iterations": 40,
+    "checkpoint-every": 7,
+    "student-epochs": 5,
+    "whole-epochs": 1,
+    "students": 2,
+}
+SMALL = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
+RESULTS = (
+    "metrics.jsonl",
+    "distilled.safetensors",
+    "state.safetensors",
+    "experts.safetensors",
+    "images.png",
+    "results.json",
+)
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "pydistill.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def run(*arguments):
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def records(folder: Path, phase: str) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in found if record["phase"] == phase]
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    code, output = run("distill", *SMALL, "--out", folder)
+    assert code == 0, output
+    return folder, output
+
+
+def test_a_run_leaves_its_results(finished):
+    folder, output = finished
+    assert all(label in output for label in ("random real", "distilled (mtt)", "whole set"))
+    assert [r["iteration"] for r in records(folder, "distill")] == list(range(1, 41))
+    assert {(r["expert"], r["epoch"]) for r in records(folder, "experts")} == {(0, 1), (0, 2), (1, 1), (1, 2)}
+    assert [(r["set"], len(r["accuracies"])) for r in records(folder, "evaluate")] == [
+        ("random", 2),
+        ("distilled", 2),
+        ("whole", 2),
+    ]
+    distilled = DistilledSet.load(folder / "distilled.safetensors")
+    assert distilled.images.shape == (10, 1, 8, 8)
+    assert distilled.labels.tolist() == list(range(10))
+    config = distilled.config
+    assert (config["dataset"], config["method"], config["width"], config["syn_steps"]) == ("digits", "mtt", 4, 10)
+    assert not {"out", "root", "resume"} & config.keys()
+    with Image.open(folder / "images.png") as picture:
+        assert picture.size == (10 * 68, 68)
+        assert picture.convert("L").getextrema()[0] < 64
+    assert sorted(os.listdir(folder)) == sorted([*RESULTS, "config.json"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_cut_off_and_resumed_is_bitwise_the_unbroken_one(finished, tmp_path, number):
+    unbroken, _ = finished
+    folder = tmp_path / "a run"
+    process = start("distill", *SMALL, "--out", folder)
+    wait_for(process, lambda: len(records(folder, "distill")) >= 4)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=180)
+    assert len(records(folder, "distill")) < 40, "the run ended before the signal came"
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert output.splitlines()[-1] == f"stopped; go on with: pydistill distill --out '{folder}' --resume"
+        assert "Traceback" not in output
+        tensors, _ = read_safetensors(folder / "state.safetensors", "mtt_state")
+        assert tensors["iteration"] == len(records(folder, "distill")), "a step that was done is lost"
+    else:
+        assert process.returncode == -signal.SIGKILL
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"phase": "distill", "iter')  # what a kill within a write may leave
+    code, output = run("distill", "--out", folder, "--resume")
+    assert code == 0, output
+    for name in RESULTS:
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+def test_sigterm_while_experts_train_keeps_whole_epochs(tmp_path):
+    process = start("distill", *SMALL, "--train-epochs", "100000", "--out", tmp_path / "run")
+    wait_for(process, lambda: len(records(tmp_path / "run", "experts")) >= 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 130
+    assert "--resume" in output.splitlines()[-1]
+    epochs = len(records(tmp_path / "run", "experts"))
+    process = start("distill", "--out", tmp_path / "run", "--resume")
+    wait_for(process, lambda: len(records(tmp_path / "run", "experts")) > epochs)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=180)
+    assert process.returncode == 130
+    found = [record["epoch"] for record in records(tmp_path / "run", "experts")]
+    assert found == list(range(1, len(found) + 1))
+
+
+def test_more_iterations_continue_a_finished_run(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    main(["distill", "--out", str(folder), "--resume", "--iterations", "43"])
+    assert [r["iteration"] for r in records(folder, "distill")] == list(range(1, 44))
+    assert [r["set"] for r in records(folder, "evaluate")] == ["random", "whole", "distilled"]
+    assert DistilledSet.load(folder / "distilled.safetensors").config["iterations"] == 43
+    assert "distilled (mtt)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["distill", "--out", str(folder), "--resume", "--iterations", "42"])
+    assert "--iterations: expected at least 43, already done, got 42" in capsys.readouterr().err
+
+
+def test_evaluate_gives_the_accuracies_of_the_run_again(finished, capsys):
+    folder, _ = finished
+    code, output = run("evaluate", folder / "distilled.safetensors", "--students", 2)
+    assert code == 0, output
+    accuracies = records(folder, "evaluate")[1]["accuracies"]
+    assert f"{100 * sum(accuracies) / 2:.1f} ±" in output
+    main(["evaluate", str(folder / "distilled.safetensors"), "--students", "1", "--epochs", "3"])
+    assert "distilled (mtt)" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_what_it_cannot_test(finished, tmp_path, capsys):
+    whole = (finished[0] / "distilled.safetensors").read_bytes()
+    path = tmp_path / "d.safetensors"
+    path.write_bytes(whole[:-20])
+    for name, message in (
+        (path, "d.safetensors: expected a pydistill file of kind 'distilled', version 1; it is truncated"),
+        (finished[0] / "state.safetensors", "got 'mtt_state', version 1"),
+        (tmp_path / "absent", "absent: expected a pydistill file of kind 'distilled', version 1, found no file"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", str(name)])
+        assert stopped.value.code == 1
+        assert message in capsys.readouterr().err
+    distilled = DistilledSet.load(finished[0] / "distilled.safetensors")
+    del distilled.config["width"]
+    distilled.save(path)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(path)])
+    assert "expected width (int) in its configuration" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_options(finished, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--out", str(finished[0]), "--resume", "--lr-img", "3"])
+    assert stopped.value.code == 1
+    assert f"--lr-img: expected 100.0 as the run in {finished[0]} has, got 3.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "--resume: expected --out"),
+        (["--out", "{tmp}/full"], "--out: expected a new or empty folder"),
+        (["--out", "{tmp}/full/file"], "--out: expected a folder"),
+        (["--out", "{tmp}/full", "--resume"], "config.json: expected the options of a run of pydistill distill"),
+        (["--out", "{tmp}/odd", "--resume"], "config.json: expected the options of a run of pydistill distill; it is"),
+        (["--out", "{tmp}/new", "--dataset", "cifar10"], "root: expected the folder that holds the files of cifar10"),
+        (["--out", "{tmp}/new", "--dataset", "cifar10", "--root", "{tmp}/full"], "data_batch_1: expected a CIFAR-10"),
+        (["--out", "{tmp}/new", "--ipc", "0"], "ipc: expected at least 1, got 0"),
+        (["--out", "{tmp}/new", "--ipc", "5000"], "ipc: expected at most 142"),
+        (["--out", "{tmp}/new", "--students", "0"], "--students, --checkpoint-every: expected at least 1"),
+        (["--out", "{tmp}/new", "--depth", "9"], "depth: 9 blocks leave nothing"),
+        (["--out", "{tmp}/new", "--seed", "-1"], "seed: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_are_named_and_leave_nothing(tmp_path, capsys, arguments, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"method": "mt')
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", *(argument.format(tmp=tmp_path) for argument in arguments)])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "full" / "file").read_text() == "precious"
+
+
+def test_a_run_that_diverges_says_where_and_can_be_looked_at(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", *SMALL, "--lr-teacher", "1e30", "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 1
+    assert "step" in capsys.readouterr().err
+    assert len(records(tmp_path / "run", "experts")) == 4
+
+
+@pytest.mark.parametrize(("module", "package"), [("tyro", "tyro"), ("rich", "rich"), ("PIL", "pillow")])
+def test_a_missing_package_is_one_sentence(module, package):
+    code = f"import sys; sys.modules[{module!r}] = None; from pydistill.cli import main; main(['distill'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1
+    sentence = f"pydistill: the command line needs {package}, which is not installed: pip install 'pydistill[cli]'"
+    assert done.stderr.strip() == sentence
+
+
+def test_every_data_set_has_a_preset_that_makes_a_configuration():
+    assert set(PRESETS) == set(DATASETS)
+    for name in DATASETS:
+        config = Distill(dataset=name).resolved()
+        assert isinstance(config.mtt(), MTTConfig)
+        assert config.max_start_epoch - 1 + config.expert_epochs <= config.train_epochs
+        assert config.width == PRESETS[name].width
+        assert Distill(dataset=name, width=7, lr_img=0.0).resolved().mtt().lr_img == 0.0
+        assert json.loads(json.dumps(config.stored())) == config.stored()
+
+
+def test_distilled_digits_beat_random_ones_by_ten_points(tmp_path, capsys):
+    """The default job, cut down in network, iterations and students."""
+    shorter = ["--width=16", "--num-experts=1", "--iterations=40", "--students=3", "--student-epochs=60"]
+    main(["distill", "--out", str(tmp_path / "run"), *shorter, "--whole-epochs=0"])
+    accuracies = {r["set"]: torch.tensor(r["accuracies"]).mean() for r in records(tmp_path / "run", "evaluate")}
+    assert accuracies.keys() == {"random", "distilled"}
+    assert accuracies["distilled"] > accuracies["random"] + 0.1
+    assert "whole set" not in capsys.readouterr().out

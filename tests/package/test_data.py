@@ -1,0 +1,323 @@
+"""Data sets are read whole or refused by name; distilled files come back as they were written, or not at all."""
+
+import gzip
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pydistill import data
+from pydistill.data import DistilledSet, load, write_atomic
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    raw = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+def write_fashion_mnist(folder: Path, suffix: str = "") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for prefix, count in (("train", 30), ("t10k", 10)):
+        arrays[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        arrays[f"{prefix}-labels-idx1-ubyte"] = np.arange(count, dtype=np.uint8) % 10
+    for stem, array in arrays.items():
+        write_idx(folder / (stem + suffix), array)
+    return arrays
+
+
+def write_cifar10(folder: Path) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 4, 3072), np.uint8)
+    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {b"data": pixels[index], b"labels": [index, 1, 2, 9], b"batch_label": b"a batch"}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return pixels
+
+
+def test_digits_are_split_evenly_and_normalised():
+    digits = load("digits")
+    assert digits.train_images.shape == (1433, 1, 16, 16)
+    assert digits.test_images.shape == (364, 1, 16, 16)
+    share = digits.test_labels.bincount() / (digits.train_labels.bincount() + digits.test_labels.bincount())
+    assert (share - 0.2).abs().max() < 0.01
+    assert digits.class_names == tuple("0123456789")
+    torch.testing.assert_close(digits.train_images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(digits.train_images.std(correction=0), torch.tensor(1.0), atol=1e-5, rtol=0)
+    pixels = digits.train_images * digits.std[:, None, None] + digits.mean[:, None, None]
+    assert -1e-6 < pixels.min() < 1e-6
+    assert 0.99 < pixels.max() <= 1 + 1e-6
+    assert torch.equal(load("digits").train_images, digits.train_images)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_fashion_mnist_from_idx_files(tmp_path, suffix):
+    arrays = write_fashion_mnist(tmp_path, suffix)
+    found = load("fashion-mnist", tmp_path)
+    pixels = arrays["train-images-idx3-ubyte"] / 255.0
+    expected = (arrays["t10k-images-idx3-ubyte"] / 255.0 - pixels.mean()) / pixels.std()
+    np.testing.assert_allclose(found.test_images[:, 0].numpy(), expected, atol=1e-5)
+    assert found.train_labels.tolist() == [i % 10 for i in range(30)]
+    assert (found.channels, found.image_size, found.num_classes) == (1, 28, 10)
+    np.testing.assert_allclose(found.std.numpy(), [pixels.std()], rtol=1e-6)
+
+
+@pytest.mark.skipif(not data.FASHION_MNIST_ROOT.is_dir(), reason="Debian's Fashion-MNIST is not installed")
+def test_fashion_mnist_where_debian_puts_it():
+    found = load("fashion-mnist")
+    assert found.train_images.shape == (60000, 1, 28, 28)
+    assert found.test_labels.bincount().tolist() == [1000] * 10
+    assert found.mean.item() == pytest.approx(0.2860, abs=1e-4)
+    assert found.std.item() == pytest.approx(0.3530, abs=1e-4)
+
+
+def break_magic(folder):
+    (folder / "train-images-idx3-ubyte").write_bytes(b"GIF89a and more")
+
+
+def break_size(folder):
+    path = folder / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def break_gzip(folder):
+    plain = folder / "train-images-idx3-ubyte"
+    whole = gzip.compress(plain.read_bytes())
+    plain.unlink()
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(whole[: len(whole) // 2])
+
+
+def break_labels(folder):
+    write_idx(folder / "train-labels-idx1-ubyte", np.full(30, 10, np.uint8))
+
+
+def break_count(folder):
+    write_idx(folder / "t10k-labels-idx1-ubyte", np.zeros(9, np.uint8))
+
+
+def break_shape(folder):
+    write_idx(folder / "train-images-idx3-ubyte", np.zeros((30, 14, 14), np.uint8))
+
+
+def break_absence(folder):
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (break_magic, ValueError, r"train-images-idx3-ubyte: expected an IDX file .* 00 00 08 03; .* 47 49 46 38"),
+        (break_size, ValueError, r"t10k-images-idx3-ubyte: expected 10x28x28 = 7840 bytes .*, got 7839"),
+        (break_gzip, ValueError, r"train-images-idx3-ubyte\.gz: expected a whole gzip file"),
+        (break_labels, ValueError, r"expected train labels in 0\.\.9, got 10"),
+        (break_count, ValueError, r"expected 10 t10k labels as images, got 9"),
+        (break_shape, ValueError, r"expected train images of 28x28, got 14x14"),
+        (break_absence, FileNotFoundError, r"t10k-labels-idx1-ubyte\.gz: expected an IDX file of 1 dimensions"),
+    ],
+)
+def test_damaged_idx_files_are_refused_by_name(tmp_path, damage, error, message):
+    write_fashion_mnist(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_cifar10_from_python_batches(tmp_path, nested):
+    folder = tmp_path / "cifar-10-batches-py" if nested else tmp_path
+    folder.mkdir(exist_ok=True)
+    pixels = write_cifar10(folder)
+    found = load("cifar10", tmp_path)
+    assert found.train_images.shape == (20, 3, 32, 32)
+    assert found.train_labels[::4].tolist() == [0, 1, 2, 3, 4]
+    assert found.class_names[9] == "truck"
+    restored = found.test_images * found.std[:, None, None] + found.mean[:, None, None]
+    np.testing.assert_allclose(restored.reshape(4, 3072).numpy() * 255, pixels[5], atol=1e-3)
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_batch_that_runs_code_is_refused_and_does_not_run(tmp_path):
+    write_cifar10(tmp_path)
+    (tmp_path / "data_batch_3").write_bytes(pickle.dumps({b"data": RunsCode(tmp_path / "ran")}))
+    with pytest.raises(ValueError, match=r"data_batch_3: expected a CIFAR-10 python batch.*asks for posix\.mkdir"):
+        load("cifar10", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated or foreign"),
+        (b"\x89PNG", "truncated or foreign"),
+        (pickle.dumps([1, 2]), "got a list"),
+        (pickle.dumps({b"data": np.zeros((4, 3072), np.float32), b"labels": [0] * 4}), r"got float32 \[4, 3072\]"),
+        (pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1, 2, 10]}), "other 'labels'"),
+        (pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1]}), "other 'labels'"),
+    ],
+)
+def test_foreign_cifar10_batches_are_refused_by_name(tmp_path, content, message):
+    write_cifar10(tmp_path)
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"test_batch: expected a CIFAR-10 python batch.*{message}"):
+        load("cifar10", tmp_path)
+
+
+def test_image_folder(tmp_path):
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    for part, count in (("train", 3), ("val", 1)):
+        for name, shade in (("dark", 10), ("light", 200)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (20, 30), (shade, shade, shade)).save(tmp_path / part / name / f"{index}.png")
+    found = load("image-folder", tmp_path, image_size=8)
+    assert found.train_images.shape == (6, 3, 8, 8)
+    assert found.class_names == ("dark", "light")
+    assert found.test_labels.tolist() == [0, 1]
+    torch.testing.assert_close(found.mean, torch.full((3,), 105 / 255))
+    (tmp_path / "train" / "dark" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="train: expected a folder of pictures"):
+        load("image-folder", tmp_path, image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "message"),
+    [
+        ("digits", ("sklearn", "sklearn.datasets"), r"pip install 'pydistill\[demo\]'"),
+        ("image-folder", ("torchvision", "torchvision.datasets"), "pip install torchvision"),
+    ],
+)
+def test_a_missing_package_is_named_with_how_to_install_it(tmp_path, monkeypatch, name, hidden, message):
+    for module in hidden:
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(RuntimeError, match=message):
+        load(name, None if name == "digits" else tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": "mnist"}, ValueError, "name: expected one of digits, .*, got 'mnist'"),
+        ({"name": "cifar10"}, ValueError, "root: expected the folder .* got None"),
+        ({"name": "digits", "root": "/x"}, ValueError, "root: expected none"),
+        ({"name": "fashion-mnist", "image_size": 32}, ValueError, "image_size: expected none"),
+        ({"name": "digits", "image_size": 0}, ValueError, "image_size: expected at least 1"),
+        ({"name": "cifar10", "root": "/no/such/folder"}, FileNotFoundError, "root: .* found none at /no/such/folder"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        load(**arguments)
+
+
+def test_a_sample_has_each_class_and_no_image_twice():
+    digits = load("digits", image_size=8)
+    images, labels = digits.sample(5, torch.Generator().manual_seed(1))
+    assert labels.tolist() == [label for label in range(10) for _ in range(5)]
+    assert len(images.flatten(1).unique(dim=0)) == 50
+    again, _ = digits.sample(5, torch.Generator().manual_seed(1))
+    assert torch.equal(images, again)
+    with pytest.raises(ValueError, match="ipc: expected at most 142, the training images of '0', got 1000"):
+        digits.sample(1000)
+    with pytest.raises(ValueError, match="ipc: expected at least 1"):
+        digits.sample(0)
+
+
+def distilled_set(label_kind: str = "hard") -> DistilledSet:
+    labels = torch.arange(4) if label_kind == "hard" else torch.rand(4, 4)
+    config = {"dataset": "digits", "lr_img": 1e-7, "batch_syn": None, "class_names": ["é", "b"]}
+    return DistilledSet(torch.randn(4, 3, 5, 6), labels, 0.1 + 0.2, torch.rand(3), torch.rand(3), config, label_kind)
+
+
+@pytest.mark.parametrize("label_kind", ["hard", "logits", "probs"])
+def test_a_distilled_set_comes_back_bit_for_bit(tmp_path, label_kind):
+    written = distilled_set(label_kind)
+    written.save(tmp_path / "d.safetensors")
+    read = DistilledSet.load(tmp_path / "d.safetensors")
+    for name in ("images", "labels", "mean", "std"):
+        assert torch.equal(getattr(read, name), getattr(written, name)), name
+        assert getattr(read, name).dtype == getattr(written, name).dtype
+    assert (read.lr, read.config, read.label_kind) == (written.lr, written.config, label_kind)
+    with safe_open(tmp_path / "d.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["pydistill"])
+    assert header == {"kind": "distilled", "version": 1, "config": written.config, "label_kind": label_kind}
+
+
+def test_pixels_undo_the_normalisation():
+    written = distilled_set()
+    written.images = (torch.full((4, 3, 5, 6), 0.25) - written.mean[:, None, None]) / written.std[:, None, None]
+    torch.testing.assert_close(written.pixels(), torch.full((4, 3, 5, 6), 0.25))
+
+
+def test_damaged_distilled_files_are_refused_by_name(tmp_path):
+    path = tmp_path / "d.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"d\.safetensors: expected a pydistill file of kind 'distilled'"):
+        DistilledSet.load(path)
+    distilled_set().save(path)
+    whole = path.read_bytes()
+    for part in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"PK\x03\x04" + whole):
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match=r"d\.safetensors: expected .* 'distilled', version 1; it is truncated or"):
+            DistilledSet.load(path)
+    for metadata in (None, {"pydistill": "{"}, {"pydistill": "[]"}, {"pydistill": '{"kind": "distilled"}'}):
+        save_file({"images": torch.zeros(1)}, path, metadata)
+        with pytest.raises(ValueError, match=r"d\.safetensors: expected .*; its metadata lacks that"):
+            DistilledSet.load(path)
+    data.write_safetensors(path, {"images": torch.zeros(1)}, "distilled", {})
+    with pytest.raises(ValueError, match=r"d\.safetensors: expected images, labels, lr, .*; labels, lr, mean, std mis"):
+        DistilledSet.load(path)
+    data.write_safetensors(path, {"x": torch.zeros(1)}, "experts", {})
+    with pytest.raises(ValueError, match=r"expected a pydistill file of kind 'distilled', version 1; got 'experts'"):
+        DistilledSet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(4, 5, 6)}, r"images: expected float32 \[N, C, H, W\], got float32 \[4, 5, 6\]"),
+        ({"images": torch.zeros(4, 3, 5, 6).double()}, "images: expected float32"),
+        ({"labels": torch.zeros(4)}, r"labels: expected int64 \[4\] for hard labels, got float32 \[4\]"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"got int64 \[3\]"),
+        ({"label_kind": "probs"}, r"labels: expected float32 \[4, K\] for probs labels"),
+        ({"label_kind": "soft"}, "label_kind: expected 'hard', 'logits' or 'probs', got 'soft'"),
+        ({"mean": torch.zeros(1)}, r"mean: expected float32 \[3\], got float32 \[1\]"),
+        ({"lr": torch.tensor(0.1)}, "lr: expected a float, got Tensor"),
+    ],
+)
+def test_a_distilled_set_that_does_not_fit_together_is_refused(change, message):
+    fields = {name: getattr(distilled_set(), name) for name in ("images", "labels", "lr", "mean", "std")}
+    with pytest.raises(ValueError, match=message):
+        DistilledSet(**{**fields, **change})
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, fail)
+        with pytest.raises(OSError, match="no space left"):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
