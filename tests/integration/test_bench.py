@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-
-# at the end, so that the source tree does not hide an installed pydistill
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench import memory, run
 from bench.peers import eager

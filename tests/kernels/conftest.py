@@ -1,12 +1,6 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for `bench`, which is not installed
-
 from host_machine import HostMachine
 
 from bench.kernels import build_host_launch
