@@ -1,13 +1,13 @@
 """The best a skilled user gets without pydistill: the exact adjoint sweep in torch.func, each step under torch.compile.
 
-Chosen on a 2-core AVX-512 CPU in fp32 (ConvNet-D3-128, B=100, 32x32; the seconds are one inner step, both sweeps):
+Chosen on a 2-core AVX-512 CPU in fp32 (ConvNet-D3-128, B=100, T=2, 32x32; the seconds are one inner step, both sweeps):
 
     0.67-0.70  jvp of the step's gradient, norm written out, channels-last parameters and images   <- this file
     0.70       the same over one flat parameter vector, its views cut inside the compiled step
-    0.74       vjp of the step's gradient, norm written out
+    0.73-0.93  vjp of the step's gradient, norm written out
     0.77       vjp of the step's gradient through nn.GroupNorm
 
-and within 3 % of the first: max-autotune, cpp_wrapper, NCHW weights. The forward-mode derivative keeps to ordinary
+max-autotune and cpp_wrapper made no difference beyond the noise. The forward-mode derivative keeps to ordinary
 convolution shapes, where the double backward of a convolution swaps batch and channels; the norm is written out because
 torch's forward-mode formula for `group_norm` fails on channels-last inputs.
 """

@@ -13,8 +13,8 @@ Given lambda_T = dL/dtheta_T, the reverse sweep from k = T - 1 down to 0 needs t
 
 H_k nu = d(nu . g_k)/dtheta and the image term come from one backward pass over one step's graph, rebuilt from theta_k.
 The result is the gradient that backpropagation through all steps computes; memory grows by one vector per step.
-"Generalizing dataset distillation via deep generative prior" and the trajectory-matching papers (Cazenavette et al.,
-CVPR 2022) backpropagate through everything; Deng & Russakovsky (NeurIPS 2022) replay steps as done here.
+The trajectory-matching papers (Cazenavette et al., CVPR 2022) backpropagate through everything; Deng & Russakovsky
+(NeurIPS 2022) replay steps as is done here.
 """
 
 from __future__ import annotations
@@ -150,6 +150,10 @@ class _Step:
     record: Any  # the augmentation's parameters, where it draws them
     rng: tuple[Tensor, Tensor | None] | None = None  # generator states before the step, if the step moved them
     buffers: dict[str, Tensor] | None = None  # the module's buffers before the step, if it has any
+
+    def copied_buffers(self, replay: bool = True) -> dict[str, Tensor] | None:
+        """Buffers for a replay to change as it likes; None to run on the module's own."""
+        return {name: b.clone() for name, b in self.buffers.items()} if replay and self.buffers else None
 
 
 class _InnerLoop:
@@ -289,8 +293,7 @@ class _InnerLoop:
         with torch.enable_grad(), self.replaying(step) if replay else contextlib.nullcontext():
             theta = theta.detach().requires_grad_()
             x, y = (t.detach() for t in self.batch(step, images, labels))
-            buffers = {k: v.clone() for k, v in step.buffers.items()} if replay and step.buffers else None
-            return torch.autograd.grad(self.loss(theta, x, y, step, buffers), theta)[0]
+            return torch.autograd.grad(self.loss(theta, x, y, step, step.copied_buffers(replay)), theta)[0]
 
     def update(self, theta: Tensor, grad: Tensor, velocity: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
         velocity_next = grad + self.weight_decay * theta if self.weight_decay else grad
@@ -475,8 +478,7 @@ def _replay_step(
         x.requires_grad_(needs_images)
         if needs_labels:
             y.requires_grad_()
-        buffers = {name: b.clone() for name, b in step.buffers.items()} if step.buffers else None
-        loss = loop.loss(theta, x, y, step, buffers)
+        loss = loop.loss(theta, x, y, step, step.copied_buffers())
         (grad,) = torch.autograd.grad(loss, theta, create_graph=True)
         wanted = {"theta": theta} if exact else {}
         if needs_images:

@@ -144,6 +144,14 @@ def test_second_derivative_beside_other_terms():
     torch.testing.assert_close(second(instance_norm_relu_avg_pool), second(plain), rtol=1e-10, atol=1e-10)
 
 
+def test_direct_calls_have_gradients():
+    """An operator of C++ without an autograd formula gives None, with no more than a warning."""
+    tensors = [t.requires_grad_() for t in images((2, 3, 4, 4))(torch.float64)]
+    grads = torch.autograd.grad(OPS.instance_norm_relu_avg_pool(*tensors, 1e-5, True, True).square().sum(), tensors)
+    truth = torch.autograd.grad(plain(*tensors).square().sum(), tensors)
+    torch.testing.assert_close(grads, truth)
+
+
 ISA_SCRIPT = """
 import torch, pydistill, hashlib
 from pydistill import _host
