@@ -89,7 +89,7 @@ def assert_close(name: str, actual: Tensor, truth: Tensor, plain: Tensor | None 
         assert cosine > 0.999, f"{name}: cosine {cosine:.6f} to the truth"
         relative = ((actual - truth).norm() / truth.norm()).item()
         assert relative < 0.05, f"{name}: relative L2 error {relative:.3e}"
-    present = truth.abs() > eps * scale  # less may cancel in rounding
+    present = truth.abs() > max(eps, rtol) * scale  # less may cancel in rounding
     if plain is not None:  # torch's own result may have underflowed too
         present &= plain.detach() != 0
     lost = ((actual == 0) & present).sum().item()
