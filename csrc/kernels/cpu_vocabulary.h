@@ -53,7 +53,8 @@ PYDISTILL_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {  // correctly rounded root a
 }
 
 // A sum over H rows of W vectors, each row in four interleaved partial sums: independent additions for the pipeline
-// and a rounding error that grows with W/4 + H, not H * W. `term(position)` adds to nothing itself.
+// and a rounding error that grows with W/4 + H, not H * W. `term(position, partial)` adds
+// a position's terms to one of them.
 template <class T, int K, class Term>
 PYDISTILL_INLINE void sum_positions(int64_t H, int64_t W, Vec<T> (&total)[K], Term term) {
   for (int k = 0; k < K; ++k) total[k] = Vec<T>{};

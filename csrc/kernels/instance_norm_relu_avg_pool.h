@@ -1,6 +1,6 @@
 // One call of the ConvNet block after the convolution, as the CPU and the CUDA body receive it.
 //
-// Per plane (n, c):  m = mean x,  r = 1/sqrt(var x + eps),  h = (x - m) r,  a = fma(h, weight, bias),
+// Per plane (n, c):  m = mean x,  r = 1/sqrt(var x + eps),  h = (x - m) r,  a = h weight + bias,
 //                    y = pool(relu(a)),  pool = 2x2 average, odd rows and columns dropped.
 // The forms, with _t for the derivative along a direction (x_t, weight_t, bias_t, grad_y_t):
 //   forward       x                        -> y
