@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class ReparamModule(nn.Module):
     def train(self, mode: bool = True) -> ReparamModule:
         self.module.train(mode)
         return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ReparamModule:
+        self.module._apply(fn, recurse)  # .to(), .double(): its buffers have to move along
+        return super()._apply(fn, recurse)
 
     def forward(
         self, *inputs: Any, flat_param: Tensor | None = None, buffers: Sequence[Tensor] | None = None, **kwargs: Any

@@ -7,9 +7,9 @@ Chosen on a 2-core AVX-512 CPU in fp32 (ConvNet-D3-128, B=100, T=2, 32x32; the s
     0.73-0.93  vjp of the step's gradient, norm written out
     0.77       vjp of the step's gradient through nn.GroupNorm
 
-max-autotune and cpp_wrapper made no difference beyond the noise. The forward-mode derivative keeps to ordinary
-convolution shapes, where the double backward of a convolution swaps batch and channels; the norm is written out because
-torch's forward-mode formula for `group_norm` fails on channels-last inputs.
+max-autotune and cpp_wrapper made no difference beyond the noise (tried on a busy machine only). The forward-mode
+derivative keeps to ordinary convolution shapes, where the double backward of a convolution swaps batch and channels;
+the norm is written out because torch's forward-mode formula for `group_norm` fails on channels-last inputs.
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ def trajectory_match(
     """
     if "at" in options:
         raise TypeError("at: expected no such option; trajectory_match takes targets={step: parameters}")
+    if not isinstance(theta0, Tensor):
+        raise TypeError(f"theta0: expected a tensor, got {type(theta0).__name__}")
+    for t in targets or {}:
+        if not isinstance(t, int) or not isinstance(steps, int) or not 1 <= t <= steps:
+            raise ValueError(f"targets: expected step numbers in 1..{steps}, got {t!r}")
     pairs = [(f"targets[{t}]", t, goal) for t, goal in (targets or {}).items()] + [("target", steps, target)]
     for name, _, goal in pairs:
         if not isinstance(goal, Tensor):

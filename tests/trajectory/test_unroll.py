@@ -231,6 +231,19 @@ def test_reparam_module_and_net_give_the_same():
     assert torch.equal(pydistill.unroll(wrapped, theta0, images, labels, lr, **options), expected)
 
 
+def test_reparam_module_takes_its_network_along():
+    wrapped = pydistill.compat.ReparamModule(WithDropout()).double().eval()
+    assert {b.dtype for b in wrapped.module.buffers() if b.is_floating_point()} == {torch.float64}
+    assert not wrapped.module.training
+    assert wrapped(torch.randn(2, 3, 8, 8, dtype=torch.float64))[1].dtype == torch.float64
+
+
+def test_theta0_of_a_wrong_kind_is_named_by_the_match():
+    net, theta0, _, images, labels, lr = problem()
+    with pytest.raises(TypeError, match="theta0: expected a tensor, got str"):
+        pydistill.trajectory_match(net, "theta", theta0, images, labels, lr, steps=2)
+
+
 def test_a_repos_loop_over_the_wrapper():
     """``student(x, flat_param=theta)`` with ``create_graph=True``, as trajectory repositories write it."""
     net, theta0, targets, images, labels, lr = problem(label_kind="hard")
@@ -362,7 +375,13 @@ def test_bad_input(change, error, message):
         (lambda t: t[:-1], {}, ValueError, r"target: expected torch.float64 \[\d+\] on cpu as theta0"),
         (lambda t: None, {}, TypeError, "target: expected a tensor, got NoneType"),
         (lambda t: t, {}, ValueError, "target: it equals theta0"),
-        (lambda t: t + 1, {"targets": {9: torch.zeros(3)}}, ValueError, r"targets\[9\]: expected torch.float64"),
+        (lambda t: t + 1, {"targets": {1: torch.zeros(3)}}, ValueError, r"targets\[1\]: expected torch.float64"),
+        (
+            lambda t: t + 1,
+            {"targets": {9: torch.zeros(3)}},
+            ValueError,
+            r"targets: expected step numbers in 1..2, got 9",
+        ),
         (lambda t: t + 1, {"at": (1,)}, TypeError, "trajectory_match takes targets="),
     ],
 )
