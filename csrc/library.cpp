@@ -16,4 +16,18 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "instance_norm_relu_avg_pool_backward_jvp(Tensor grad_y, Tensor? grad_y_t, Tensor x, Tensor weight, Tensor bias,"
       " Tensor x_t, Tensor weight_t, Tensor bias_t, float eps, bool relu, bool pool)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
+  // block's width. `workspace` is uint8, as large as convnet_step_bytes says (workspace, tape per image).
+  m.def(
+      "convnet_step_bytes(Tensor shape, int form, int students, int images, bool float64, bool bf16)"
+      " -> Tensor");
+  m.def(
+      "convnet_step_logits(Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, Tensor(a!) workspace)"
+      " -> Tensor");
+  m.def(
+      "convnet_step_gradient(Tensor theta, Tensor images, Tensor labels, Tensor shape, float eps, int label_kind,"
+      " bool bf16, Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor)");
+  m.def(
+      "convnet_step_tangent(Tensor theta, Tensor direction, Tensor images, Tensor labels, Tensor shape, float eps,"
+      " int label_kind, bool bf16, Tensor(a!) workspace, Tensor? tape) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,0 +1,992 @@
+// CPU body: see convnet_step.h for what is computed and in what order.
+//
+// Names: `conv` is a convolution's output before the norm, `pooled` a block's output; _t is the derivative along the
+// direction, grad_ that of the loss, grad_..._t both. Panels are those of cpu_vocabulary.h; channel counts are padded
+// to whole panels, and the padding stays zero all the way: its filters and affine parameters are.
+#include "convnet_step.h"
+#include "instance_norm_relu_avg_pool_panel.h"
+#include "matrix_product.h"
+#include "winograd.h"
+
+namespace pydistill {
+namespace {
+
+using Step = ConvNetStep;
+
+PYDISTILL_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+PYDISTILL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+PYDISTILL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+PYDISTILL_INLINE float exp_scalar(float v) { return __builtin_expf(v); }
+PYDISTILL_INLINE double exp_scalar(double v) { return __builtin_exp(v); }
+PYDISTILL_INLINE float log_scalar(float v) { return __builtin_logf(v); }
+PYDISTILL_INLINE double log_scalar(double v) { return __builtin_log(v); }
+
+// The factors of the convolutions' products as they are computed in: T itself, or rounded to bfloat16 but kept in T.
+template <class T, bool ROUNDED>
+struct Native {
+  using Operand = T;
+  static constexpr int64_t kChannels = Lanes<T>::count;  // channel counts are padded to multiples of this
+  static constexpr int64_t kTiles = 1;                   // and rows of a product to multiples of this
+
+  PYDISTILL_INLINE static Operand narrow_one(T v) {
+    if constexpr (ROUNDED) {
+      Bf16 half;
+      narrow(v, half);
+      return widen(half);
+    }
+    return v;
+  }
+  PYDISTILL_INLINE static void put(Operand* to, Vec<T> v) {
+    if constexpr (ROUNDED)
+      for (int i = 0; i < Lanes<T>::count; ++i) v[i] = narrow_one(v[i]);
+    store(to, v);
+  }
+  // Rows d and d + 1 of vector v of a right factor [depth][vectors].
+  PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t vectors, Vec<T> even,
+                                    Vec<T> odd) {
+    put(to + packed_offset<T>(d, v, depth, vectors), even);
+    if (d + 1 < depth) put(to + packed_offset<T>(d + 1, v, depth, vectors), odd);
+  }
+  // out (+)= left right, left [rows][depth] with its rows `left_row` apart, right packed
+  static void product(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
+                      const Operand* right, Product<T> out) {
+    multiply<T>(rows, depth, vectors, {left, left_row, 1}, {right, 0, 0, true}, out);
+  }
+  // out (+)= left^T right, left [depth][rows], right [depth][vectors], rows of both `..._row` apart
+  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
+                    const Operand* right, int64_t right_row, Product<T> out) {
+    multiply<T>(rows, depth, vectors, {left, 1, left_row}, {right, right_row, Lanes<T>::count, false}, out);
+  }
+};
+
+// Sizes and offsets of one layer. Offsets are in elements of what they point into.
+struct LayerLayout {
+  int64_t in, out, in_groups, out_groups;  // padded channels, panels
+  int64_t H, W, OH, OW, padding;
+  int64_t rows, columns, tiles;       // of Winograd tiles
+  int64_t filter, filter_t;           // packed [in][out] and [out][in], per point; first layer: [taps][out]
+  int64_t norm;                       // weight, bias [out]
+  int64_t sum, sum_norm;              // a slot's sums: [points][in][out] or [taps][out]; [2][out]
+  int64_t pooled, grad_pooled, conv;  // in the tape
+};
+
+template <class T, class A>
+struct Layout {
+  static constexpr int L = Lanes<T>::count;
+  using Operand = typename A::Operand;
+
+  int64_t depth, taps, classes, features;  // padded: of the first convolution, of the classifier
+  LayerLayout layer[Step::kMaxDepth];
+  int64_t head, head_t, head_bias;  // packed [features][classes], [classes][features], [classes], in T
+  int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
+  int64_t sum_head, sum_head_bias, partials;
+  int64_t logits_grad, tape;
+  int64_t tile_rows, tile_elements, padded_panel, positions;  // the largest over layers
+
+  explicit Layout(const Step& step) {
+    depth = step.depth;
+    classes = round_up(step.classes, L);
+    taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
+    int64_t operands = 0, values = 0, sums = 0, tapes = 0;
+    tile_rows = tile_elements = padded_panel = 0;
+    positions = 0;
+    for (int64_t l = 0; l < depth; ++l) {
+      const Step::Layer& from = step.layer[l];
+      LayerLayout& to = layer[l];
+      to.H = from.H, to.W = from.W, to.OH = from.OH, to.OW = from.OW, to.padding = from.padding;
+      to.in = l == 0 ? taps : round_up(from.in, A::kChannels);
+      to.out = round_up(from.out, A::kChannels);
+      to.in_groups = to.in / L, to.out_groups = to.out / L;
+      to.rows = (to.H + 3) / 4, to.columns = (to.W + 3) / 4, to.tiles = to.rows * to.columns;
+      const int64_t points = l == 0 ? 1 : Winograd::kPoints, weights = points * to.in * to.out;
+      to.filter = operands, to.filter_t = operands + weights, operands += 2 * weights;
+      to.norm = values, values += 2 * to.out;
+      to.sum = sums, sums += weights;
+      to.sum_norm = sums, sums += 2 * to.out;
+      const int64_t out_plane = to.OH * to.OW * to.out;
+      to.pooled = tapes, tapes += out_plane;
+      to.grad_pooled = tapes, tapes += out_plane;
+      to.conv = tapes;
+      if (l > 0) {
+        tapes += to.H * to.W * to.out;
+        const int64_t tiles = round_up(step.chunk * to.tiles, A::kTiles);
+        tile_elements = larger(tile_elements, Winograd::kPoints * tiles * larger(to.in, to.out));
+        padded_panel = larger(padded_panel, (4 * to.rows + 2) * (4 * to.columns + 2));
+      }
+      positions = larger(positions, to.H * to.W);
+    }
+    features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
+    head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
+    values += 2 * features * classes + classes;
+    head_begin = round_up(operands * sizeof(Operand), 64);
+    filters = head_begin + round_up(values * sizeof(T), 64);
+    sum_head = sums, sum_head_bias = sums + features * classes;
+    partials = (sum_head_bias + classes) * sizeof(T);
+    logits_grad = tapes;
+    tape = (tapes + classes) * sizeof(T);
+  }
+
+  const Operand* operands(const void* set) const { return static_cast<const Operand*>(set); }
+  T* values(void* set) const { return reinterpret_cast<T*>(static_cast<char*>(set) + head_begin); }
+  void* set(const Step& step, int64_t e, bool of_direction) const {
+    const int64_t sets = step.form == Step::Form::tangent ? 2 : 1;
+    return static_cast<char*>(step.filters) + (e * sets + of_direction) * filters;
+  }
+};
+
+// A thread's working memory, cut from one block of bytes; with a null block it only counts them.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class S>
+  S* take(int64_t count) {
+    S* const at = reinterpret_cast<S*>(base + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(S)), 64);
+    return at;
+  }
+};
+
+template <class T, class A>
+struct Workspace {
+  using Operand = typename A::Operand;
+  T *tape, *tape_t;
+  Vec<T>*padded, *x, *x_t, *y;
+  Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
+  T* product;
+  Operand *columns, *rows, *rows_t;  // first layer: [positions][taps], [positions][two panels of channels]
+  T *taps_grad, *logits, *logits_t;
+
+  Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
+    const bool tangent = step.form == Step::Form::tangent;
+    const int64_t positions = round_up(layout.positions, A::kTiles);
+    tape = arena.take<T>(step.tape_use == Step::Tape::none ? step.chunk * layout.tape / sizeof(T) : 0);
+    tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
+    padded = arena.take<Vec<T>>(layout.padded_panel);
+    x = arena.take<Vec<T>>(2 * positions);
+    x_t = arena.take<Vec<T>>(2 * positions);
+    y = arena.take<Vec<T>>(positions);
+    input = arena.take<Operand>(layout.tile_elements);
+    grad = arena.take<Operand>(layout.tile_elements);
+    input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
+    grad_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
+    product = arena.take<T>(layout.tile_elements);
+    columns = arena.take<Operand>(positions * layout.taps);
+    rows = arena.take<Operand>(positions * 2 * Lanes<T>::count);
+    rows_t = arena.take<Operand>(tangent ? positions * 2 * Lanes<T>::count : 0);
+    taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
+    logits = arena.take<T>(layout.classes);
+    logits_t = arena.take<T>(layout.classes);
+  }
+};
+
+// Takes the images of one slot through the network, a chunk at a time, adding to the slot's sums.
+template <class T, class A>
+class Slot {
+  using V = Vec<T>;
+  using Operand = typename A::Operand;
+  static constexpr int L = Lanes<T>::count;
+
+ public:
+  Slot(const Step& step, int64_t e, int64_t slot, void* scratch)
+      : step(step), layout(step), arena{static_cast<char*>(scratch)}, work(step, layout, arena), e(e) {
+    filters = layout.set(step, e, false);
+    filters_t = layout.set(step, e, true);
+    if (step.form != Step::Form::logits)
+      sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
+    begin = step.N * slot / step.slots;
+    end = step.N * (slot + 1) / step.slots;
+  }
+
+  void run() {
+    if (step.form != Step::Form::logits)
+      for (int64_t l = 0; l < layout.depth; ++l) fill(sums + layout.layer[l].sum_norm, 2 * layout.layer[l].out);
+    for (first = begin; first < end; first += count) {
+      count = smaller(step.chunk, end - first);
+      fresh = first == begin;
+      tape = work.tape;
+      if (step.tape_use != Step::Tape::none)
+        tape = static_cast<T*>(step.tape) + (e * step.N + first) * (layout.tape / sizeof(T));
+      if (step.form != Step::Form::tangent) {
+        forward();
+        if (step.form == Step::Form::gradient) backward(true);
+      } else {
+        if (step.tape_use != Step::Tape::read) {
+          forward();
+          backward(false);
+        }
+        tangent_forward();
+        tangent_backward();
+      }
+    }
+    if (begin == end && step.form != Step::Form::logits) fill(sums, layout.partials / sizeof(T));
+  }
+
+ private:
+  const Step& step;
+  const Layout<T, A> layout;
+  Arena arena;
+  Workspace<T, A> work;
+  int64_t e, begin, end, first = 0, count = 0;
+  bool fresh = true;  // the slot's first chunk overwrites its sums
+  void *filters, *filters_t;
+  T *sums = nullptr, *tape = nullptr;
+
+  static void fill(T* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = 0;
+  }
+  static void fill(V* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = V{};
+  }
+
+  // Image g of the chunk's part of a tape, and panel `group` of a plane there.
+  T* at(T* in, int64_t g, int64_t offset) const { return in + g * (layout.tape / sizeof(T)) + offset; }
+  V* panel(T* in, int64_t g, int64_t offset, int64_t group, int64_t plane) const {
+    return reinterpret_cast<V*>(at(in, g, offset) + group * plane * L);
+  }
+  const Operand* filter(const void* set, int64_t offset) const { return layout.operands(set) + offset; }
+  const T* value(void* set, int64_t offset) const { return layout.values(set) + offset; }
+
+  Affine<T> affine(const LayerLayout& at, int64_t group, bool tangent) const {
+    Affine<T> out;
+    out.g = load(value(filters, at.norm) + group * L), out.b = load(value(filters, at.norm + at.out) + group * L);
+    if (tangent) {
+      out.g_t = load(value(filters_t, at.norm) + group * L);
+      out.b_t = load(value(filters_t, at.norm + at.out) + group * L);
+    }
+    return out;
+  }
+  void add_norm(const LayerLayout& at, int64_t group, const AffineGradient<T>& grad) {
+    T* const g = sums + at.sum_norm + group * L;
+    T* const b = g + at.out;
+    store(g, load(g) + grad.g);
+    store(b, load(b) + grad.b);
+  }
+
+  // ---- Winograd tiles
+
+  // A block's pooled output, as the next layer's transformed input tiles.
+  __attribute__((noinline)) void transform_input(int64_t l, T* from, Operand* to) {
+    const LayerLayout& at = layout.layer[l];
+    const LayerLayout& before = layout.layer[l - 1];
+    const int64_t width = 4 * at.columns + 2, tiles = padded_tiles(at);
+    fill(work.padded, (4 * at.rows + 2) * width);
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t group = 0; group < at.in_groups; ++group) {
+        const V* plane = panel(from, g, before.pooled, group, at.H * at.W);
+        for (int64_t h = 0; h < at.H; ++h)
+          for (int64_t w = 0; w < at.W; ++w) work.padded[(h + 1) * width + w + 1] = plane[h * at.W + w];
+        for (int64_t row = 0; row < at.rows; ++row)
+          for (int64_t column = 0; column < at.columns; ++column) {
+            V x[6][6], v[6][6];
+            const V* corner = work.padded + 4 * row * width + 4 * column;
+            for (int i = 0; i < 6; ++i)
+              for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j];
+            both_ways<T, 6, 6>(Winograd::input<T>, x, v);
+            Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in + group * L;
+            for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in, v[p / 6][p % 6]);
+          }
+      }
+    clear_rest(at, to, at.in);
+  }
+
+  // The gradient of a convolution's output, transformed by the adjoint of the output transform.
+  void transform_grad(const LayerLayout& at, const V* plane, int64_t g, int64_t group, Operand* to) {
+    const int64_t tiles = padded_tiles(at);
+    for (int64_t row = 0; row < at.rows; ++row)
+      for (int64_t column = 0; column < at.columns; ++column) {
+        V y[4][4], m[6][6];
+        for (int i = 0; i < 4; ++i)
+          for (int j = 0; j < 4; ++j) {
+            const int64_t h = 4 * row + i, w = 4 * column + j;
+            y[i][j] = h < at.H && w < at.W ? plane[h * at.W + w] : V{};
+          }
+        both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
+        Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out + group * L;
+        for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out, m[p / 6][p % 6]);
+      }
+  }
+
+  // Products' tiles back to a convolution's output.
+  void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
+    const int64_t tiles = padded_tiles(at);
+    for (int64_t row = 0; row < at.rows; ++row)
+      for (int64_t column = 0; column < at.columns; ++column) {
+        V m[6][6], y[4][4];
+        const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + group * L;
+        for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load(in + p * tiles * at.out);
+        both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+        for (int i = 0; i < 4; ++i)
+          for (int j = 0; j < 4; ++j) {
+            const int64_t h = 4 * row + i, w = 4 * column + j;
+            if (h < at.H && w < at.W) plane[h * at.W + w] = y[i][j];
+          }
+      }
+  }
+
+  // Products' tiles back to the gradient of the previous block's pooled output, overlaps added.
+  __attribute__((noinline)) void transform_input_adjoint(int64_t l, T* to) {
+    const LayerLayout& at = layout.layer[l];
+    const int64_t width = 4 * at.columns + 2, tiles = padded_tiles(at);
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t group = 0; group < at.in_groups; ++group) {
+        fill(work.padded, (4 * at.rows + 2) * width);
+        for (int64_t row = 0; row < at.rows; ++row)
+          for (int64_t column = 0; column < at.columns; ++column) {
+            V v[6][6], x[6][6];
+            const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + group * L;
+            for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load(in + p * tiles * at.in);
+            both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
+            V* corner = work.padded + 4 * row * width + 4 * column;
+            for (int i = 0; i < 6; ++i)
+              for (int j = 0; j < 6; ++j) corner[i * width + j] += x[i][j];
+          }
+        V* plane = panel(to, g, layout.layer[l - 1].grad_pooled, group, at.H * at.W);
+        for (int64_t h = 0; h < at.H; ++h)
+          for (int64_t w = 0; w < at.W; ++w) plane[h * at.W + w] = work.padded[(h + 1) * width + w + 1];
+      }
+  }
+
+  int64_t padded_tiles(const LayerLayout& at) const { return round_up(count * at.tiles, A::kTiles); }
+
+  // Tiles that only fill up a product's rows hold zeros: sums over tiles run over them.
+  void clear_rest(const LayerLayout& at, Operand* tiles, int64_t channels) const {
+    const int64_t all = padded_tiles(at), used = count * at.tiles;
+    if (used < all)
+      for (int p = 0; p < 36; ++p)
+        for (int64_t i = used * channels; i < all * channels; i += L) A::put(tiles + p * all * channels + i, V{});
+  }
+
+  // product (+)= tiles filters, for every point
+  void multiply_tiles(const LayerLayout& at, const Operand* tiles, const Operand* filter, int64_t from, int64_t to,
+                      bool add) {
+    const int64_t all = padded_tiles(at);
+    for (int p = 0; p < 36; ++p)
+      A::product(count * at.tiles, from, to / L, tiles + p * all * from, from, filter + p * from * to,
+                 {work.product + p * all * to, to, L, add});
+  }
+
+  // the slot's sums (+)= inputs^T gradients, for every point
+  void add_outer(const LayerLayout& at, const Operand* inputs, const Operand* grads, bool add) {
+    const int64_t all = padded_tiles(at);
+    for (int p = 0; p < 36; ++p)
+      A::outer(at.in, all, at.out_groups, inputs + p * all * at.in, at.in, grads + p * all * at.out, at.out,
+               {sums + at.sum + p * at.in * at.out, at.out, L, add});
+  }
+
+  // ---- the first layer, from its input's columns
+
+  __attribute__((noinline)) void gather_columns(int64_t n) {
+    const LayerLayout& at = layout.layer[0];
+    const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w;
+    const T* image = static_cast<const T*>(step.images) + e * step.images_student + n * C * H * W;
+    for (int64_t h = 0; h < at.H; ++h)
+      for (int64_t w = 0; w < at.W; ++w) {
+        Operand* to = work.columns + (h * at.W + w) * layout.taps;
+        for (int64_t c = 0; c < C; ++c)
+          for (int i = 0; i < 3; ++i) {
+            const int64_t y = h + i - at.padding;
+            for (int j = 0; j < 3; ++j) {
+              const int64_t x = w + j - at.padding;
+              const bool inside = y >= 0 && y < H && x >= 0 && x < W;
+              *to++ = A::narrow_one(inside ? image[(c * H + y) * W + x] : T(0));
+            }
+          }
+        for (int64_t t = 9 * C; t < layout.taps; ++t) *to++ = A::narrow_one(T(0));
+      }
+  }
+
+  __attribute__((noinline)) void scatter_taps(int64_t n) const {
+    const LayerLayout& at = layout.layer[0];
+    const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w;
+    T* image = static_cast<T*>(step.images_grad) + (e * step.N + n) * C * H * W;
+    fill(image, C * H * W);
+    for (int64_t c = 0; c < C; ++c)
+      for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 3; ++j)
+          for (int64_t h = 0; h < at.H; ++h) {
+            const int64_t y = h + i - at.padding;
+            if (y < 0 || y >= H) continue;
+            const int64_t from = larger(0, at.padding - j), to = smaller(at.W, W + at.padding - j);
+            T* row = image + (c * H + y) * W + j - at.padding;
+            const T* taps = work.taps_grad + h * at.W * layout.taps + c * 9 + i * 3 + j;
+            for (int64_t w = from; w < to; ++w) row[w] += taps[w * layout.taps];
+          }
+  }
+
+  // The first convolution's output for the panels [group, group + panels), one after the other in `to`.
+  void first_product(const void* set, int64_t group, int64_t panels, V* to) {
+    const LayerLayout& at = layout.layer[0];
+    const int64_t positions = at.H * at.W;
+    A::product(positions, layout.taps, panels, work.columns, layout.taps,
+               filter(set, at.filter) + group * L * layout.taps,
+               {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, false});
+  }
+
+  // Two panels side by side as rows [positions][panels * L].
+  void join_panels(const V* from, int64_t panels, Operand* to) const {
+    const int64_t positions = layout.layer[0].H * layout.layer[0].W, all = round_up(positions, A::kTiles);
+    for (int64_t i = 0; i < all; ++i)
+      for (int64_t v = 0; v < panels; ++v) A::put(to + (i * panels + v) * L, i < positions ? from[v * all + i] : V{});
+  }
+
+  template <class Visit>
+  void for_panel_pairs(Visit visit) {
+    const int64_t groups = layout.layer[0].out_groups;
+    for (int64_t group = 0; group < groups; group += 2) visit(group, smaller(2, groups - group));
+  }
+
+  // ---- passes over the chunk
+
+  void forward() {
+    const LayerLayout& top = layout.layer[0];
+    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    for (int64_t g = 0; g < count; ++g) {
+      gather_columns(first + g);
+      for_panel_pairs([&](int64_t group, int64_t panels) {
+        first_product(filters, group, panels, work.x);
+        for (int64_t v = 0; v < panels; ++v)
+          run_panel<T, Form::forward, true, true>(
+              top.H, top.W, T(step.eps), affine(top, group + v, false),
+              {work.x + v * stride, nullptr, nullptr, nullptr, panel(tape, g, top.pooled, group + v, top.OH * top.OW)});
+      });
+    }
+    for (int64_t l = 1; l < layout.depth; ++l) {
+      const LayerLayout& at = layout.layer[l];
+      transform_input(l, tape, work.input);
+      multiply_tiles(at, work.input, filter(filters, at.filter), at.in, at.out, false);
+      for (int64_t g = 0; g < count; ++g)
+        for (int64_t group = 0; group < at.out_groups; ++group) {
+          // The panel leaves its deviations from the mean behind; for all later purposes they are as good.
+          V* conv = panel(tape, g, at.conv, group, at.H * at.W);
+          transform_output(at, g, group, conv);
+          run_panel<T, Form::forward, true, true>(
+              at.H, at.W, T(step.eps), affine(at, group, false),
+              {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)});
+        }
+    }
+    const int64_t row = layout.tape / sizeof(T);
+    T* const logits = at(tape, 0, layout.logits_grad);
+    multiply<T>(count, layout.features, layout.classes / L,
+                {at(tape, 0, layout.layer[layout.depth - 1].pooled), row, 1}, {value(filters, layout.head), 0, 0, true},
+                {logits, row, L, false});
+    for (int64_t g = 0; g < count; ++g) {
+      const T* bias = value(filters, layout.head_bias);
+      for (int64_t k = 0; k < step.classes; ++k) logits[g * row + k] += bias[k];
+      if (step.form == Step::Form::logits) {
+        T* out = static_cast<T*>(step.logits) + (e * step.N + first + g) * step.classes;
+        for (int64_t k = 0; k < step.classes; ++k) out[k] = logits[g * row + k];
+      } else {
+        cross_entropy(first + g, logits + g * row);
+      }
+    }
+  }
+
+  // The target's weight of class k, and the sum of all.
+  T target(int64_t n, int64_t k, T scale) const {
+    if (step.kind == Step::Labels::hard)
+      return static_cast<const int64_t*>(step.labels)[e * step.labels_student + n] == k ? T(1) : T(0);
+    const T* row = static_cast<const T*>(step.labels) + e * step.labels_student + n * step.classes;
+    return step.kind == Step::Labels::probs ? row[k] : exp_scalar(row[k] - scale);
+  }
+  T target_scale(int64_t n) const {  // log-sum-exp of label logits
+    if (step.kind != Step::Labels::logits) return 0;
+    return log_sum_exp(static_cast<const T*>(step.labels) + e * step.labels_student + n * step.classes);
+  }
+  T log_sum_exp(const T* row) const {
+    T high = row[0], sum = 0;
+    for (int64_t k = 1; k < step.classes; ++k) high = row[k] > high ? row[k] : high;
+    for (int64_t k = 0; k < step.classes; ++k) sum += exp_scalar(row[k] - high);
+    return high + log_scalar(sum);
+  }
+
+  // Logits to the loss and, in their place, the gradient with respect to them; the row's padding becomes zero.
+  void cross_entropy(int64_t n, T* row) {
+    const T scale = target_scale(n), log_sum = log_sum_exp(row);
+    T loss = 0, mass = 0;
+    for (int64_t k = 0; k < step.classes; ++k) {
+      const T t = target(n, k, scale);
+      mass += t;
+      if (t != 0) loss -= t * (row[k] - log_sum);
+    }
+    for (int64_t k = 0; k < step.classes; ++k) {
+      const T p = exp_scalar(row[k] - log_sum);
+      row[k] = (mass * p - target(n, k, scale)) / T(step.N);
+    }
+    for (int64_t k = step.classes; k < layout.classes; ++k) row[k] = 0;
+    if (step.form == Step::Form::gradient) static_cast<T*>(step.losses)[e * step.N + n] = loss;
+  }
+
+  // From the logits' tangents to the tangent of their gradient, in their place; the loss's slope; the labels' gradient.
+  // The gradient is (mass p - target) / N, from which mass p is had back.
+  void cross_entropy_tangent(int64_t n, const T* grad, T* row_t) {
+    const T scale = target_scale(n), N = T(step.N);
+    T slope = 0, mass = 0, mean = 0, target_mean = 0;
+    for (int64_t k = 0; k < step.classes; ++k) {
+      const T t = target(n, k, scale);
+      slope += grad[k] * row_t[k];
+      mass += t;
+      mean += (grad[k] * N + t) * row_t[k];
+      target_mean += t * row_t[k];
+    }
+    static_cast<T*>(step.losses)[e * step.N + n] = slope * N;
+    const T average = mass != 0 ? mean / mass : T(0);
+    if (step.labels_grad != nullptr) {
+      T* out = static_cast<T*>(step.labels_grad) + (e * step.N + n) * step.classes;
+      for (int64_t k = 0; k < step.classes; ++k)
+        out[k] = step.kind == Step::Labels::probs ? (average - row_t[k]) / N
+                                                  : target(n, k, scale) * (target_mean - row_t[k]) / N;
+    }
+    for (int64_t k = 0; k < step.classes; ++k)
+      row_t[k] = (grad[k] * N + target(n, k, scale)) * (row_t[k] - average) / N;
+    for (int64_t k = step.classes; k < layout.classes; ++k) row_t[k] = 0;
+  }
+
+  void head_backward(T* grad_of, const T* logits_grad, void* set, bool add) {
+    const int64_t row = layout.tape / sizeof(T);
+    multiply<T>(count, layout.classes, layout.features / L, {logits_grad, row, 1},
+                {value(set, layout.head_t), 0, 0, true},
+                {at(grad_of, 0, layout.layer[layout.depth - 1].grad_pooled), row, L, add});
+  }
+
+  void head_outer(T* features_of, const T* logits_grad, bool add) {
+    const int64_t row = layout.tape / sizeof(T);
+    multiply<T>(layout.features, count, layout.classes / L,
+                {at(features_of, 0, layout.layer[layout.depth - 1].pooled), 1, row}, {logits_grad, row, L, false},
+                {sums + layout.sum_head, layout.classes, L, add});
+  }
+
+  void head_bias(const T* logits_grad) {
+    T* const sum = sums + layout.sum_head_bias;
+    for (int64_t k = 0; k < layout.classes; ++k) {
+      T total = fresh ? T(0) : sum[k];
+      for (int64_t g = 0; g < count; ++g) total += logits_grad[g * (layout.tape / sizeof(T)) + k];
+      sum[k] = total;
+    }
+  }
+
+  static void copy(const V* from, V* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+
+  void backward(bool weights) {
+    const T* const logits_grad = at(tape, 0, layout.logits_grad);
+    head_backward(tape, logits_grad, filters, false);
+    if (weights) {
+      head_outer(tape, logits_grad, !fresh);
+      head_bias(logits_grad);
+    }
+    for (int64_t l = layout.depth - 1; l > 0; --l) {
+      const LayerLayout& at = layout.layer[l];
+      for (int64_t g = 0; g < count; ++g)
+        for (int64_t group = 0; group < at.out_groups; ++group) {
+          copy(panel(tape, g, at.conv, group, at.H * at.W), work.x, at.H * at.W);
+          const auto grad = run_panel<T, Form::backward, true, true>(
+              at.H, at.W, T(step.eps), affine(at, group, false),
+              {work.x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr});
+          if (weights) add_norm(at, group, grad);
+          transform_grad(at, work.x, g, group, work.grad);
+        }
+      clear_rest(at, work.grad, at.out);
+      if (weights) {
+        transform_input(l, tape, work.input);
+        add_outer(at, work.input, work.grad, !fresh);
+      }
+      multiply_tiles(at, work.grad, filter(filters, at.filter_t), at.out, at.in, false);
+      transform_input_adjoint(l, tape);
+    }
+    if (!weights) return;
+    const LayerLayout& top = layout.layer[0];
+    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    for (int64_t g = 0; g < count; ++g) {
+      gather_columns(first + g);
+      for_panel_pairs([&](int64_t group, int64_t panels) {
+        first_product(filters, group, panels, work.x);
+        for (int64_t v = 0; v < panels; ++v)
+          add_norm(top, group + v,
+                   run_panel<T, Form::backward, true, true>(
+                       top.H, top.W, T(step.eps), affine(top, group + v, false),
+                       {work.x + v * stride, nullptr, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW),
+                        nullptr, nullptr}));
+        join_panels(work.x, panels, work.rows);
+        first_outer(group, panels, work.rows, g);
+      });
+    }
+  }
+
+  void first_outer(int64_t group, int64_t panels, const Operand* rows, int64_t g) {
+    const LayerLayout& top = layout.layer[0];
+    A::outer(layout.taps, round_up(top.H * top.W, A::kTiles), panels, work.columns, layout.taps, rows, panels * L,
+             {sums + top.sum + group * L, top.out, L, !(fresh && g == 0)});
+  }
+
+  void first_adjoint(int64_t group, int64_t panels, const Operand* rows, const void* set, bool add) {
+    const LayerLayout& top = layout.layer[0];
+    A::product(top.H * top.W, panels * L, layout.taps / L, rows, panels * L,
+               filter(set, top.filter_t) + group * L * layout.taps, {work.taps_grad, layout.taps, L, add});
+  }
+
+  void tangent_forward() {
+    const LayerLayout& top = layout.layer[0];
+    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    T* const tape_t = work.tape_t;
+    for (int64_t g = 0; g < count; ++g) {
+      gather_columns(first + g);
+      for_panel_pairs([&](int64_t group, int64_t panels) {
+        first_product(filters, group, panels, work.x);
+        first_product(filters_t, group, panels, work.x_t);
+        for (int64_t v = 0; v < panels; ++v)
+          run_panel<T, Form::jvp, true, true>(top.H, top.W, T(step.eps), affine(top, group + v, true),
+                                              {work.x + v * stride, work.x_t + v * stride, nullptr, nullptr,
+                                               panel(tape_t, g, top.pooled, group + v, top.OH * top.OW)});
+      });
+    }
+    for (int64_t l = 1; l < layout.depth; ++l) {
+      const LayerLayout& at = layout.layer[l];
+      transform_input(l, tape, work.input);
+      transform_input(l, tape_t, work.input_t);
+      multiply_tiles(at, work.input_t, filter(filters, at.filter), at.in, at.out, false);
+      multiply_tiles(at, work.input, filter(filters_t, at.filter), at.in, at.out, true);
+      for (int64_t g = 0; g < count; ++g)
+        for (int64_t group = 0; group < at.out_groups; ++group) {
+          V* conv_t = panel(tape_t, g, at.conv, group, at.H * at.W);
+          transform_output(at, g, group, conv_t);
+          run_panel<T, Form::jvp, true, true>(at.H, at.W, T(step.eps), affine(at, group, true),
+                                              {panel(tape, g, at.conv, group, at.H * at.W), conv_t, nullptr, nullptr,
+                                               panel(tape_t, g, at.pooled, group, at.OH * at.OW)});
+        }
+    }
+    const int64_t row = layout.tape / sizeof(T);
+    const int64_t features = layout.layer[layout.depth - 1].pooled;
+    T* const logits_t = at(tape_t, 0, layout.logits_grad);
+    multiply<T>(count, layout.features, layout.classes / L, {at(tape_t, 0, features), row, 1},
+                {value(filters, layout.head), 0, 0, true}, {logits_t, row, L, false});
+    multiply<T>(count, layout.features, layout.classes / L, {at(tape, 0, features), row, 1},
+                {value(filters_t, layout.head), 0, 0, true}, {logits_t, row, L, true});
+    for (int64_t g = 0; g < count; ++g) {
+      const T* bias = value(filters_t, layout.head_bias);
+      for (int64_t k = 0; k < step.classes; ++k) logits_t[g * row + k] += bias[k];
+      cross_entropy_tangent(first + g, at(tape, g, layout.logits_grad), logits_t + g * row);
+    }
+  }
+
+  void tangent_backward() {
+    T* const tape_t = work.tape_t;
+    const T* const logits_grad = at(tape, 0, layout.logits_grad);
+    const T* const logits_grad_t = at(tape_t, 0, layout.logits_grad);
+    head_backward(tape_t, logits_grad_t, filters, false);
+    head_backward(tape_t, logits_grad, filters_t, true);
+    head_outer(tape, logits_grad_t, !fresh);
+    head_outer(tape_t, logits_grad, true);
+    head_bias(logits_grad_t);
+    for (int64_t l = layout.depth - 1; l > 0; --l) {
+      const LayerLayout& at = layout.layer[l];
+      for (int64_t g = 0; g < count; ++g)
+        for (int64_t group = 0; group < at.out_groups; ++group) {
+          copy(panel(tape, g, at.conv, group, at.H * at.W), work.x, at.H * at.W);
+          copy(panel(tape_t, g, at.conv, group, at.H * at.W), work.x_t, at.H * at.W);
+          add_norm(at, group,
+                   run_panel<T, Form::backward_jvp, true, true>(
+                       at.H, at.W, T(step.eps), affine(at, group, true),
+                       {work.x, work.x_t, panel(tape, g, at.grad_pooled, group, at.OH * at.OW),
+                        panel(tape_t, g, at.grad_pooled, group, at.OH * at.OW), work.y}));
+          transform_grad(at, work.x, g, group, work.grad_t);
+          transform_grad(at, work.x_t, g, group, work.grad);
+        }
+      clear_rest(at, work.grad, at.out);
+      clear_rest(at, work.grad_t, at.out);
+      transform_input(l, tape, work.input);
+      add_outer(at, work.input, work.grad_t, !fresh);
+      transform_input(l, tape_t, work.input_t);
+      add_outer(at, work.input_t, work.grad, true);
+      multiply_tiles(at, work.grad_t, filter(filters, at.filter_t), at.out, at.in, false);
+      multiply_tiles(at, work.grad, filter(filters_t, at.filter_t), at.out, at.in, true);
+      transform_input_adjoint(l, tape_t);
+    }
+    const LayerLayout& top = layout.layer[0];
+    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    for (int64_t g = 0; g < count; ++g) {
+      gather_columns(first + g);
+      for_panel_pairs([&](int64_t group, int64_t panels) {
+        first_product(filters, group, panels, work.x);
+        first_product(filters_t, group, panels, work.x_t);
+        for (int64_t v = 0; v < panels; ++v)
+          add_norm(top, group + v,
+                   run_panel<T, Form::backward_jvp, true, true>(
+                       top.H, top.W, T(step.eps), affine(top, group + v, true),
+                       {work.x + v * stride, work.x_t + v * stride,
+                        panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW),
+                        panel(tape_t, g, top.grad_pooled, group + v, top.OH * top.OW), work.y}));
+        join_panels(work.x, panels, work.rows_t);
+        join_panels(work.x_t, panels, work.rows);
+        first_outer(group, panels, work.rows_t, g);
+        first_adjoint(group, panels, work.rows_t, filters, group > 0);
+        first_adjoint(group, panels, work.rows, filters_t, true);
+      });
+      scatter_taps(first + g);
+    }
+  }
+};
+
+// ---- filters: theta (and the direction) into the packed factors that the products read
+
+template <class T, class A>
+class Filters {
+  using V = Vec<T>;
+  using Operand = typename A::Operand;
+  static constexpr int L = Lanes<T>::count;
+
+ public:
+  explicit Filters(const Step& step) : step(step), layout(step) {
+    per_set = 2;  // the first layer and the classifier
+    for (int64_t l = 1; l < layout.depth; ++l) per_set += (layout.layer[l].in + layout.layer[l].out + 1) / 2;
+  }
+
+  int64_t units() const { return step.E * (step.form == Step::Form::tangent ? 2 : 1) * per_set; }
+
+  void run(int64_t unit) const {
+    const int64_t sets = step.form == Step::Form::tangent ? 2 : 1;
+    const int64_t e = unit / per_set / sets;
+    const bool of_direction = unit / per_set % sets;
+    const T* theta = static_cast<const T*>(of_direction ? step.direction : step.theta) + e * step.P;
+    void* set = layout.set(step, e, of_direction);
+    int64_t part = unit % per_set;
+    if (part == 0) return first(theta, set);
+    if (part == 1) return classifier(theta, set);
+    part -= 2;
+    for (int64_t l = 1; l < layout.depth; ++l) {
+      const int64_t parts = (layout.layer[l].in + layout.layer[l].out + 1) / 2;
+      if (part < parts) return winograd(l, 2 * part, theta + step.layer[l].theta, set);
+      part -= parts;
+    }
+  }
+
+ private:
+  const Step& step;
+  const Layout<T, A> layout;
+  int64_t per_set;
+
+  // Rows d and d + 1 of both packed forms of layer l: the first `in` rows are input channels (vectors over output
+  // channels), the next `out` rows output channels (vectors over input channels).
+  void winograd(int64_t l, int64_t d, const T* weight, void* set) const {
+    const LayerLayout& at = layout.layer[l];
+    const bool over_out = d < at.in;
+    const int64_t in = step.layer[l].in, out = step.layer[l].out;
+    const int64_t depth = over_out ? at.in : at.out, width = over_out ? at.out : at.in;
+    const int64_t row = over_out ? d : d - at.in;
+    Operand* to = static_cast<Operand*>(set) + (over_out ? at.filter : at.filter_t);
+    for (int64_t group = 0; group < width / L; ++group) {
+      V u[2][6][6];
+      for (int half = 0; half < 2; ++half) {
+        V w[3][3] = {};
+        const int64_t fixed = row + half;
+        for (int i = 0; i < L; ++i) {
+          const int64_t moving = group * L + i;
+          const int64_t c = over_out ? fixed : moving, k = over_out ? moving : fixed;
+          if (c < in && k < out)
+            for (int t = 0; t < 9; ++t) w[t / 3][t % 3][i] = weight[(k * in + c) * 9 + t];
+        }
+        both_ways<T, 3, 6>(Winograd::filter<T>, w, u[half]);
+      }
+      for (int p = 0; p < 36; ++p)
+        A::pack(to + p * depth * width, row, group, depth, width / L, u[0][p / 6][p % 6], u[1][p / 6][p % 6]);
+    }
+  }
+
+  // The first layer's filters by pairs of panels ([taps][two panels] and its transpose), and all norms' parameters.
+  void first(const T* theta, void* set) const {
+    const LayerLayout& at = layout.layer[0];
+    const int64_t taps = 9 * step.layer[0].in, out = step.layer[0].out;
+    const T* weight = theta + step.layer[0].theta;
+    const auto value = [&](int64_t t, int64_t k) { return t < taps && k < out ? weight[k * taps + t] : T(0); };
+    for (int64_t group = 0; group < at.out_groups; group += 2) {
+      const int64_t panels = smaller(2, at.out_groups - group);
+      Operand* to = static_cast<Operand*>(set) + at.filter + group * L * layout.taps;
+      for (int64_t t = 0; t < layout.taps; t += 2)
+        for (int64_t v = 0; v < panels; ++v) {
+          V rows[2] = {};
+          for (int half = 0; half < 2; ++half)
+            for (int i = 0; i < L; ++i) rows[half][i] = value(t + half, (group + v) * L + i);
+          A::pack(to, t, v, layout.taps, panels, rows[0], rows[1]);
+        }
+      to = static_cast<Operand*>(set) + at.filter_t + group * L * layout.taps;
+      for (int64_t k = 0; k < panels * L; k += 2)
+        for (int64_t v = 0; v < layout.taps / L; ++v) {
+          V rows[2] = {};
+          for (int half = 0; half < 2; ++half)
+            for (int i = 0; i < L; ++i) rows[half][i] = value(v * L + i, group * L + k + half);
+          A::pack(to, k, v, panels * L, layout.taps / L, rows[0], rows[1]);
+        }
+    }
+    for (int64_t l = 0; l < layout.depth; ++l) {
+      const Step::Layer& from = step.layer[l];
+      const T* norm = theta + from.theta + from.out * from.in * 9 + from.out;
+      T* to = layout.values(set) + layout.layer[l].norm;
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t c = 0; c < layout.layer[l].out; ++c) *to++ = c < from.out ? norm[which * from.out + c] : T(0);
+    }
+  }
+
+  // theta's features run over (channel, position), a tape's over (panel, position, lane)
+  void classifier(const T* theta, void* set) const {
+    const LayerLayout& at = layout.layer[layout.depth - 1];
+    const int64_t plane = at.OH * at.OW, out = step.layer[layout.depth - 1].out;
+    const T* weight = theta + step.head;
+    T* const values = layout.values(set);
+    for (int64_t group = 0; group < at.out_groups; ++group)
+      for (int64_t position = 0; position < plane; ++position)
+        for (int i = 0; i < L; ++i) {
+          const int64_t c = group * L + i, f = (group * plane + position) * L + i;
+          const int64_t v = f / L, vectors = layout.features / L;
+          for (int64_t k = 0; k < layout.classes; ++k) {
+            const T w = c < out && k < step.classes ? weight[k * out * plane + c * plane + position] : T(0);
+            values[layout.head + packed_offset<T>(f, k / L, layout.features, layout.classes / L) + k % L] = w;
+            values[layout.head_t + packed_offset<T>(k, v, layout.classes, vectors) + i] = w;
+          }
+        }
+    for (int64_t k = 0; k < layout.classes; ++k)
+      values[layout.head_bias + k] = k < step.classes ? weight[step.classes * out * plane + k] : T(0);
+  }
+};
+
+// ---- reduction: the slots' sums, in order, back to theta's layout
+
+template <class T, class A>
+class Reduction {
+  using V = Vec<T>;
+  static constexpr int L = Lanes<T>::count;
+
+ public:
+  explicit Reduction(const Step& step) : step(step), layout(step) {
+    per_student = 2;
+    for (int64_t l = 1; l < layout.depth; ++l) per_student += step.layer[l].in;
+  }
+
+  int64_t units() const { return step.E * per_student; }
+
+  void run(int64_t unit) const {
+    const int64_t e = unit / per_student;
+    int64_t part = unit % per_student;
+    T* grad = static_cast<T*>(step.grad) + e * step.P;
+    if (part == 0) return first(e, grad);
+    if (part == 1) return classifier(e, grad);
+    part -= 2;
+    for (int64_t l = 1; l < layout.depth; ++l) {
+      if (part < step.layer[l].in) return winograd(e, l, part, grad + step.layer[l].theta);
+      part -= step.layer[l].in;
+    }
+  }
+
+ private:
+  const Step& step;
+  const Layout<T, A> layout;
+  int64_t per_student;
+
+  const T* slot(int64_t e, int64_t s) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(step.partials) + (e * step.slots + s) * layout.partials);
+  }
+  V total(int64_t e, int64_t offset) const {
+    V sum = load(slot(e, 0) + offset);
+    for (int64_t s = 1; s < step.slots; ++s) sum += load(slot(e, s) + offset);
+    return sum;
+  }
+
+  void winograd(int64_t e, int64_t l, int64_t c, T* grad) const {
+    const LayerLayout& at = layout.layer[l];
+    const int64_t in = step.layer[l].in, out = step.layer[l].out;
+    for (int64_t group = 0; group < at.out_groups; ++group) {
+      V u[6][6], w[3][3];
+      for (int p = 0; p < 36; ++p) u[p / 6][p % 6] = total(e, at.sum + (p * at.in + c) * at.out + group * L);
+      both_ways<T, 6, 3>(Winograd::filter_adjoint<T>, u, w);
+      for (int i = 0; i < L && group * L + i < out; ++i)
+        for (int t = 0; t < 9; ++t) grad[((group * L + i) * in + c) * 9 + t] = w[t / 3][t % 3][i];
+    }
+  }
+
+  void first(int64_t e, T* grad) const {
+    const LayerLayout& at = layout.layer[0];
+    const int64_t taps = 9 * step.layer[0].in, out = step.layer[0].out;
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t group = 0; group < at.out_groups; ++group) {
+        const V sum = total(e, at.sum + t * at.out + group * L);
+        for (int i = 0; i < L && group * L + i < out; ++i)
+          grad[step.layer[0].theta + (group * L + i) * taps + t] = sum[i];
+      }
+    for (int64_t l = 0; l < layout.depth; ++l) {
+      const Step::Layer& to = step.layer[l];
+      T* const bias = grad + to.theta + to.out * to.in * 9;
+      for (int64_t c = 0; c < to.out; ++c) bias[c] = 0;
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t group = 0; group < layout.layer[l].out_groups; ++group) {
+          const V sum = total(e, layout.layer[l].sum_norm + which * layout.layer[l].out + group * L);
+          for (int i = 0; i < L && group * L + i < to.out; ++i) bias[(1 + which) * to.out + group * L + i] = sum[i];
+        }
+    }
+  }
+
+  void classifier(int64_t e, T* grad) const {
+    const LayerLayout& at = layout.layer[layout.depth - 1];
+    const int64_t plane = at.OH * at.OW, out = step.layer[layout.depth - 1].out;
+    T* const weight = grad + step.head;
+    for (int64_t f = 0; f < layout.features; ++f) {
+      const int64_t c = f / L / plane * L + f % L, position = f / L % plane;
+      if (c >= out) continue;
+      for (int64_t v = 0; v < layout.classes / L; ++v) {
+        const V sum = total(e, layout.sum_head + f * layout.classes + v * L);
+        for (int i = 0; i < L && v * L + i < step.classes; ++i)
+          weight[(v * L + i) * out * plane + c * plane + position] = sum[i];
+      }
+    }
+    for (int64_t v = 0; v < layout.classes / L; ++v) {
+      const V sum = total(e, layout.sum_head_bias + v * L);
+      for (int i = 0; i < L && v * L + i < step.classes; ++i) weight[step.classes * out * plane + v * L + i] = sum[i];
+    }
+  }
+};
+
+// Calls visit with the types that a step is computed in.
+template <class Visit>
+PYDISTILL_INLINE auto with_types(const Step& step, Visit visit) {
+  if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
+  if (step.bf16) return visit(float(), Native<float, true>());
+  return visit(float(), Native<float, false>());
+}
+
+ConvNetStepSizes sizes(const Step& step) {
+  return with_types(step, [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    const Layout<T, A> layout(step);
+    Arena arena{nullptr};
+    Workspace<T, A>(step, layout, arena);
+    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.tape};
+  });
+}
+
+template <template <class, class> class Part>
+int64_t units(const Step& step) {
+  return with_types(step, [&](auto t, auto a) { return Part<decltype(t), decltype(a)>(step).units(); });
+}
+
+template <template <class, class> class Part>
+void run_units(const Step& step, int64_t begin, int64_t end) {
+  with_types(step, [&](auto t, auto a) {
+    const Part<decltype(t), decltype(a)> part(step);
+    for (int64_t unit = begin; unit < end; ++unit) part.run(unit);
+  });
+}
+
+void run_slots(const Step& step, int64_t begin, int64_t end, void* scratch) {
+  with_types(step, [&](auto t, auto a) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      Slot<decltype(t), decltype(a)>(step, unit / step.slots, unit % step.slots, scratch).run();
+  });
+}
+
+}  // namespace
+
+extern const ConvNetStepKernel PYDISTILL_KERNEL;
+const ConvNetStepKernel PYDISTILL_KERNEL = {sizes,     units<Filters>,   run_units<Filters>,
+                                            run_slots, units<Reduction>, run_units<Reduction>};
+
+}  // namespace pydistill

@@ -1,0 +1,184 @@
+// Dense products for kernels whose operands lie in cache: register tiles over vectors of columns, and a packed form of
+// the right factor. On processors with AMX, a second set of products with bf16 factors.
+#pragma once
+
+#include "cpu_vocabulary.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pydistill {
+namespace {
+
+// The widest vector that is one register here, and a tile that fills the register file with sums:
+// kRows x kColumns 64-byte vectors, plus room for one row of the right factor.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64, kRows = 6, kColumns = 4;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32, kRows = 6, kColumns = 1;
+#else
+constexpr int kRegisterBytes = 16, kRows = 2, kColumns = 1;
+#endif
+
+template <class T>
+struct Registers {
+  static constexpr int lanes = kRegisterBytes / sizeof(T);
+  static constexpr int per_vector = 64 / kRegisterBytes;
+  typedef T Type __attribute__((vector_size(kRegisterBytes)));
+  typedef T Unaligned __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T))));
+};
+
+// a * b + c, rounded once where the instruction set can.
+#if defined(__AVX512F__)
+PYDISTILL_INLINE Registers<float>::Type multiply_add(Registers<float>::Type a, Registers<float>::Type b,
+                                                     Registers<float>::Type c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+PYDISTILL_INLINE Registers<double>::Type multiply_add(Registers<double>::Type a, Registers<double>::Type b,
+                                                      Registers<double>::Type c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#elif defined(__AVX2__)
+PYDISTILL_INLINE Registers<float>::Type multiply_add(Registers<float>::Type a, Registers<float>::Type b,
+                                                     Registers<float>::Type c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+PYDISTILL_INLINE Registers<double>::Type multiply_add(Registers<double>::Type a, Registers<double>::Type b,
+                                                      Registers<double>::Type c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#else
+template <class R>
+PYDISTILL_INLINE R multiply_add(R a, R b, R c) {
+  return a * b + c;
+}
+#endif
+
+// How `vectors` columns are cut into blocks of a tile's width: kColumns, then halves of it.
+PYDISTILL_INLINE int block_width(int64_t first, int64_t vectors) {
+  int width = kColumns;
+  while (first + width > vectors) width /= 2;
+  return width;
+}
+
+// The right factor [depth][columns]: `row` elements from one depth to the next and `vector` from one vector of columns
+// to the next; `packed` where every block of columns is contiguous (row and vector are then implied).
+template <class T>
+struct Right {
+  const T* data;
+  int64_t row = 0, vector = 0;
+  bool packed = false;
+};
+
+// Where vector `v` of row `d` lies in a packed factor.
+template <class T>
+PYDISTILL_INLINE int64_t packed_offset(int64_t d, int64_t v, int64_t depth, int64_t vectors) {
+  constexpr int L = Lanes<T>::count;
+  int64_t first = 0;
+  while (first + block_width(first, vectors) <= v) first += block_width(first, vectors);
+  return first * depth * L + d * block_width(first, vectors) * L + (v - first) * L;
+}
+
+// The left factor [rows][depth], and the product [rows][columns] with strides as in Right.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, depth;
+};
+template <class T>
+struct Product {
+  T* data;
+  int64_t row, vector;
+  bool add;  // to what is there, instead of overwriting it
+};
+
+template <class T, int R, int C>
+__attribute__((noinline)) void product_tile(int64_t depth, Left<T> left, Right<T> right, Product<T> out) {
+  using Reg = typename Registers<T>::Type;
+  using Unaligned = typename Registers<T>::Unaligned;
+  constexpr int lanes = Registers<T>::lanes, per = Registers<T>::per_vector;
+  Reg sum[R][C * per];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C * per; ++c)
+      sum[r][c] =
+          out.add ? *reinterpret_cast<const Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes)
+                  : Reg{};
+  const T* b = right.data;
+  const T* a = left.data;
+  for (int64_t d = 0; d < depth; ++d, b += right.row, a += left.depth) {
+    Reg column[C * per];
+#pragma GCC unroll 8
+    for (int c = 0; c < C * per; ++c)
+      column[c] = *reinterpret_cast<const Unaligned*>(b + c / per * right.vector + c % per * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Reg value = Reg{} + a[r * left.row];
+#pragma GCC unroll 8
+      for (int c = 0; c < C * per; ++c) sum[r][c] = multiply_add(value, column[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C * per; ++c)
+      *reinterpret_cast<Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes) = sum[r][c];
+}
+
+template <class T, int C>
+PYDISTILL_INLINE void product_rows(int64_t rows, int64_t depth, Left<T> left, Right<T> right, Product<T> out) {
+  for (; rows > 0; rows -= kRows) {
+    switch (rows < kRows ? rows : kRows) {
+      case 1:
+        product_tile<T, 1, C>(depth, left, right, out);
+        break;
+      case 2:
+        product_tile<T, 2, C>(depth, left, right, out);
+        break;
+#if defined(__AVX2__)
+      case 3:
+        product_tile<T, 3, C>(depth, left, right, out);
+        break;
+      case 4:
+        product_tile<T, 4, C>(depth, left, right, out);
+        break;
+      case 5:
+        product_tile<T, 5, C>(depth, left, right, out);
+        break;
+      default:
+        product_tile<T, 6, C>(depth, left, right, out);
+#endif
+    }
+    left.data += kRows * left.row;
+    out.data += kRows * out.row;
+  }
+}
+
+// out (+)= left right, with `vectors` vectors of columns.
+template <class T>
+void multiply(int64_t rows, int64_t depth, int64_t vectors, Left<T> left, Right<T> right, Product<T> out) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t first = 0; first < vectors;) {
+    const int width = block_width(first, vectors);
+    Right<T> block = right;
+    if (right.packed) {
+      block.data = right.data + first * depth * L;
+      block.row = width * L, block.vector = L;
+    } else {
+      block.data = right.data + first * right.vector;
+    }
+    Product<T> to = out;
+    to.data += first * out.vector;
+    if (width == 4)
+      product_rows<T, kColumns>(rows, depth, left, block, to);
+    else if (width == 2)
+      product_rows<T, kColumns >= 2 ? 2 : 1>(rows, depth, left, block, to);
+    else
+      product_rows<T, 1>(rows, depth, left, block, to);
+    first += width;
+  }
+}
+
+}  // namespace
+}  // namespace pydistill

@@ -1,0 +1,201 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "../common/isa.h"
+#include "../common/scratch.h"
+#include "../common/tensor.h"
+#include "../kernels/convnet_step.h"
+
+namespace pydistill {
+
+extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512;
+
+namespace {
+
+using Form = ConvNetStep::Form;
+
+const ConvNetStepKernel& kernel() {
+  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512};
+  return *kernels[static_cast<int>(isa())];
+}
+
+Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> shape) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type, std::nullopt,
+                              like.device());
+}
+
+void check_dense(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.sizes()[i] == shape.begin()[i];
+  check(fits && t.is_contiguous() && t.scalar_type() == type, name, ": wrong shape, dtype or strides");
+}
+
+// The network, and how the work is cut. More slots are more threads at work and more memory; their number depends on
+// the sizes alone, so that results do not depend on the number of threads.
+ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool float64, bool bf16) {
+  check(shape.dim() == 1 && shape.scalar_type() == ScalarType::Long && shape.is_contiguous() && shape.sizes()[0] > 5,
+        "shape: expected int64 [5 + depth]");
+  const int64_t* s = static_cast<const int64_t*>(shape.const_data_ptr());
+  ConvNetStep step;
+  step.form = form;
+  step.scalar = float64 ? Scalar::f64 : Scalar::f32;
+  step.bf16 = bf16;
+  step.E = E, step.N = N, step.classes = s[4], step.depth = shape.sizes()[0] - 5;
+  step.image_h = s[1], step.image_w = s[2];
+  check(step.depth <= ConvNetStep::kMaxDepth, "shape: at most ", ConvNetStep::kMaxDepth, " blocks");
+  int64_t channels = s[0], H = s[1], W = s[2];
+  for (int64_t l = 0; l < step.depth; ++l) {
+    const int64_t padding = l == 0 ? s[3] : 1, grown = 2 * padding - 2;
+    ConvNetStep::Layer& layer = step.layer[l];
+    layer = {channels, s[5 + l], H + grown, W + grown, padding, (H + grown) / 2, (W + grown) / 2, step.P};
+    check(layer.in > 0 && layer.out > 0 && layer.OH > 0 && layer.OW > 0, "shape: block ", l, " is empty");
+    step.P += layer.out * (layer.in * 9 + 3);
+    channels = layer.out, H = layer.OH, W = layer.OW;
+  }
+  step.head = step.P;
+  check(step.classes > 0, "shape: no classes");
+  step.P += step.classes * (channels * H * W + 1);
+  int64_t slots = 1;  // with one student: 2 for 4 images, 4 for 8, 8 for 16 to 127, 16 for 128, 32 for 512
+  while (slots < 8 && 2 * slots <= N / 2) slots *= 2;
+  for (int64_t size = 128; size <= N && slots < 32; size *= 4) slots *= 2;
+  step.slots = std::max<int64_t>(1, std::min(slots, N) / std::max<int64_t>(1, E));
+  // tiles of the second layer that fill the products' rows well while their 36 planes stay in the second-level cache
+  const ConvNetStep::Layer& tiled = step.layer[std::min<int64_t>(1, step.depth - 1)];
+  const int64_t tiles = ((tiled.H + 3) / 4) * ((tiled.W + 3) / 4);
+  const char* tune = std::getenv("PYDISTILL_CHUNK");
+  step.chunk = std::clamp<int64_t>((tune ? std::atoi(tune) : 64) / tiles, 1,
+                                   std::max<int64_t>(1, (N + step.slots - 1) / step.slots));
+  return step;
+}
+
+int64_t filter_sets(const ConvNetStep& step) { return step.E * (step.form == Form::tangent ? 2 : 1); }
+
+int64_t workspace_bytes(const ConvNetStep& step, const ConvNetStepSizes& sizes) {
+  return filter_sets(step) * sizes.filters + step.E * step.slots * sizes.partials + 64;
+}
+
+Tensor bytes(const Tensor& shape, int64_t form, int64_t E, int64_t N, bool float64, bool bf16) {
+  const ConvNetStep step = describe(shape, static_cast<Form>(form), E, N, float64, bf16);
+  const ConvNetStepSizes sizes = kernel().sizes(step);
+  Tensor out = empty(shape, ScalarType::Long, {2});
+  int64_t* const to = static_cast<int64_t*>(out.mutable_data_ptr());
+  to[0] = workspace_bytes(step, sizes), to[1] = sizes.tape;
+  return out;
+}
+
+ConvNetStep begin(Form form, const Tensor& theta, const Tensor& images, const Tensor& shape, double eps, bool bf16) {
+  check(theta.dim() == 2 && theta.is_contiguous(), "theta: expected [E, P], contiguous");
+  check(images.dim() == 4 || images.dim() == 5, "images: expected [N, C, H, W] or [E, N, C, H, W]");
+  const bool own = images.dim() == 5;
+  const Scalar scalar = scalar_of(theta, "theta");
+  check(scalar == Scalar::f32 || scalar == Scalar::f64, "theta: expected float32 or float64");
+  const int64_t E = theta.sizes()[0], N = images.sizes()[own];
+  ConvNetStep step = describe(shape, form, E, N, scalar == Scalar::f64, bf16);
+  check_dense(theta, "theta", {E, step.P}, theta.scalar_type());
+  const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w;
+  own ? check_dense(images, "images", {E, N, C, H, W}, theta.scalar_type())
+      : check_dense(images, "images", {N, C, H, W}, theta.scalar_type());
+  step.eps = eps;
+  step.theta = theta.const_data_ptr();
+  step.images = images.const_data_ptr();
+  step.images_student = own ? N * C * H * W : 0;
+  return step;
+}
+
+void take_labels(ConvNetStep& step, const Tensor& labels, int64_t kind, const Tensor& theta) {
+  check(kind >= 0 && kind < 3, "label_kind: expected 0, 1 or 2");
+  step.kind = static_cast<ConvNetStep::Labels>(kind);
+  const bool hard = step.kind == ConvNetStep::Labels::hard;
+  const bool own = labels.dim() == (hard ? 2 : 3);
+  const ScalarType type = hard ? ScalarType::Long : theta.scalar_type();
+  const int64_t E = step.E, N = step.N, K = step.classes;
+  if (hard)
+    own ? check_dense(labels, "labels", {E, N}, type) : check_dense(labels, "labels", {N}, type);
+  else
+    own ? check_dense(labels, "labels", {E, N, K}, type) : check_dense(labels, "labels", {N, K}, type);
+  step.labels = labels.const_data_ptr();
+  step.labels_student = own ? (hard ? N : N * K) : 0;
+}
+
+void take_tape(ConvNetStep& step, const std::optional<Tensor>& tape, ConvNetStep::Tape use) {
+  if (!tape) return;
+  const int64_t size = kernel().sizes(step).tape * step.E * step.N;
+  check(tape->scalar_type() == ScalarType::Byte && tape->is_contiguous() && tape->numel() >= size,
+        "tape: expected uint8 [", size, "]");
+  step.tape = const_cast<void*>(tape->const_data_ptr());
+  check(reinterpret_cast<uintptr_t>(step.tape) % 64 == 0, "tape: expected 64-byte alignment");
+  step.tape_use = use;
+}
+
+void run(ConvNetStep& step, Tensor& workspace) {
+  const ConvNetStepSizes sizes = kernel().sizes(step);
+  check(workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() &&
+            workspace.numel() >= workspace_bytes(step, sizes),
+        "workspace: expected uint8 [", workspace_bytes(step, sizes), "], got ", workspace.numel());
+  const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  char* const base = reinterpret_cast<char*>((start + 63) / 64 * 64);
+  step.filters = base;
+  step.partials = base + filter_sets(step) * sizes.filters;
+  using torch::stable::parallel_for;
+  const int64_t filters = kernel().prepare_units(step), reductions = kernel().reduce_units(step);
+  parallel_for(0, filters, 8, [&](int64_t begin, int64_t end) { kernel().prepare(step, begin, end); });
+  parallel_for(0, step.E * step.slots, 1,
+               [&](int64_t begin, int64_t end) { kernel().run(step, begin, end, scratch(sizes.scratch)); });
+  if (step.form != Form::logits)
+    parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel().reduce(step, begin, end); });
+}
+
+Tensor logits(const Tensor& theta, const Tensor& images, const Tensor& shape, double eps, bool bf16, Tensor workspace) {
+  ConvNetStep step = begin(Form::logits, theta, images, shape, eps, bf16);
+  Tensor out = empty(theta, theta.scalar_type(), {step.E, step.N, step.classes});
+  step.logits = out.mutable_data_ptr();
+  run(step, workspace);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, const Tensor& labels,
+                                    const Tensor& shape, double eps, int64_t label_kind, bool bf16, Tensor workspace,
+                                    std::optional<Tensor> tape) {
+  ConvNetStep step = begin(Form::gradient, theta, images, shape, eps, bf16);
+  take_labels(step, labels, label_kind, theta);
+  take_tape(step, tape, ConvNetStep::Tape::write);
+  Tensor losses = empty(theta, theta.scalar_type(), {step.E, step.N});
+  Tensor grad = empty(theta, theta.scalar_type(), {step.E, step.P});
+  step.losses = losses.mutable_data_ptr(), step.grad = grad.mutable_data_ptr();
+  run(step, workspace);
+  return {losses, grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Tensor& direction, const Tensor& images,
+                                                   const Tensor& labels, const Tensor& shape, double eps,
+                                                   int64_t label_kind, bool bf16, Tensor workspace,
+                                                   std::optional<Tensor> tape) {
+  ConvNetStep step = begin(Form::tangent, theta, images, shape, eps, bf16);
+  check_dense(direction, "direction", {step.E, step.P}, theta.scalar_type());
+  step.direction = direction.const_data_ptr();
+  take_labels(step, labels, label_kind, theta);
+  take_tape(step, tape, ConvNetStep::Tape::read);
+  const bool soft = step.kind != ConvNetStep::Labels::hard;
+  const ScalarType type = theta.scalar_type();
+  Tensor slopes = empty(theta, type, {step.E, step.N}), grad = empty(theta, type, {step.E, step.P});
+  Tensor images_grad = empty(theta, type, {step.E, step.N, step.layer[0].in, step.image_h, step.image_w});
+  Tensor labels_grad = empty(theta, type, {soft ? step.E : 0, step.N, step.classes});
+  step.losses = slopes.mutable_data_ptr(), step.grad = grad.mutable_data_ptr();
+  step.images_grad = images_grad.mutable_data_ptr();
+  if (soft) step.labels_grad = labels_grad.mutable_data_ptr();
+  run(step, workspace);
+  return {slopes, grad, images_grad, labels_grad};
+}
+
+}  // namespace
+}  // namespace pydistill
+
+STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) {
+  m.impl("convnet_step_bytes", TORCH_BOX(&pydistill::bytes));
+  m.impl("convnet_step_logits", TORCH_BOX(&pydistill::logits));
+  m.impl("convnet_step_gradient", TORCH_BOX(&pydistill::gradient));
+  m.impl("convnet_step_tangent", TORCH_BOX(&pydistill::tangent));
+}
