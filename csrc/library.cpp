@@ -17,7 +17,8 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " Tensor x_t, Tensor weight_t, Tensor bias_t, float eps, bool relu, bool pool)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
-  // block's width. `workspace` is uint8, as large as convnet_step_bytes says (workspace, tape per image).
+  // block's width. `workspace` is uint8, as large as the first number of
+  // convnet_step_bytes; the others are those of a tape per image and of each thread's own memory.
   m.def(
       "convnet_step_bytes(Tensor shape, int form, int students, int images, bool float64, bool bf16)"
       " -> Tensor");
@@ -29,5 +30,6 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " bool bf16, Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor)");
   m.def(
       "convnet_step_tangent(Tensor theta, Tensor direction, Tensor images, Tensor labels, Tensor shape, float eps,"
-      " int label_kind, bool bf16, Tensor(a!) workspace, Tensor? tape) -> (Tensor, Tensor, Tensor, Tensor)");
+      " int label_kind, bool bf16, bool curvature, Tensor(a!) workspace, Tensor(b!)? tape)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -53,7 +53,7 @@ struct ConvNetStep {
 
   void* logits = nullptr;       // [E, N, classes]
   void* losses = nullptr;       // [E, N]; in tangent their slopes
-  void* grad = nullptr;         // [E, P]
+  void* grad = nullptr;         // [E, P]; null in tangent: not wanted
   void* images_grad = nullptr;  // [E, N, C, H, W]
   void* labels_grad = nullptr;  // [E, N, classes], or null
 

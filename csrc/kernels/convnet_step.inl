@@ -192,14 +192,14 @@ class Slot {
       : step(step), layout(step), arena{static_cast<char*>(scratch)}, work(step, layout, arena), e(e) {
     filters = layout.set(step, e, false);
     filters_t = layout.set(step, e, true);
-    if (step.form != Step::Form::logits)
+    if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
     begin = step.N * slot / step.slots;
     end = step.N * (slot + 1) / step.slots;
   }
 
   void run() {
-    if (step.form != Step::Form::logits)
+    if (sums != nullptr)
       for (int64_t l = 0; l < layout.depth; ++l) fill(sums + layout.layer[l].sum_norm, 2 * layout.layer[l].out);
     for (first = begin; first < end; first += count) {
       count = smaller(step.chunk, end - first);
@@ -219,7 +219,7 @@ class Slot {
         tangent_backward();
       }
     }
-    if (begin == end && step.form != Step::Form::logits) fill(sums, layout.partials / sizeof(T));
+    if (begin == end && sums != nullptr) fill(sums, layout.partials / sizeof(T));
   }
 
  private:
@@ -230,7 +230,7 @@ class Slot {
   int64_t e, begin, end, first = 0, count = 0;
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
-  T *sums = nullptr, *tape = nullptr;
+  T *sums = nullptr, *tape = nullptr;  // no sums where step.grad is absent
 
   static void fill(T* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = 0;
@@ -257,6 +257,7 @@ class Slot {
     return out;
   }
   void add_norm(const LayerLayout& at, int64_t group, const AffineGradient<T>& grad) {
+    if (sums == nullptr) return;
     T* const g = sums + at.sum_norm + group * L;
     T* const b = g + at.out;
     store(g, load(g) + grad.g);
@@ -676,9 +677,11 @@ class Slot {
     const T* const logits_grad_t = at(tape_t, 0, layout.logits_grad);
     head_backward(tape_t, logits_grad_t, filters, false);
     head_backward(tape_t, logits_grad, filters_t, true);
-    head_outer(tape, logits_grad_t, !fresh);
-    head_outer(tape_t, logits_grad, true);
-    head_bias(logits_grad_t);
+    if (sums != nullptr) {
+      head_outer(tape, logits_grad_t, !fresh);
+      head_outer(tape_t, logits_grad, true);
+      head_bias(logits_grad_t);
+    }
     for (int64_t l = layout.depth - 1; l > 0; --l) {
       const LayerLayout& at = layout.layer[l];
       for (int64_t g = 0; g < count; ++g)
@@ -695,10 +698,12 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out);
       clear_rest(at, work.grad_t, at.out);
-      transform_input(l, tape, work.input);
-      add_outer(at, work.input, work.grad_t, !fresh);
-      transform_input(l, tape_t, work.input_t);
-      add_outer(at, work.input_t, work.grad, true);
+      if (sums != nullptr) {
+        transform_input(l, tape, work.input);
+        add_outer(at, work.input, work.grad_t, !fresh);
+        transform_input(l, tape_t, work.input_t);
+        add_outer(at, work.input_t, work.grad, true);
+      }
       multiply_tiles(at, work.grad_t, filter(filters, at.filter_t), at.out, at.in, false);
       multiply_tiles(at, work.grad, filter(filters_t, at.filter_t), at.out, at.in, true);
       transform_input_adjoint(l, tape_t);
@@ -719,7 +724,7 @@ class Slot {
                         panel(tape_t, g, top.grad_pooled, group + v, top.OH * top.OW), work.y}));
         join_panels(work.x, panels, work.rows_t);
         join_panels(work.x_t, panels, work.rows);
-        first_outer(group, panels, work.rows_t, g);
+        if (sums != nullptr) first_outer(group, panels, work.rows_t, g);
         first_adjoint(group, panels, work.rows_t, filters, group > 0);
         first_adjoint(group, panels, work.rows, filters_t, true);
       });

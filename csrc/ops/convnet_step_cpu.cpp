@@ -80,9 +80,9 @@ int64_t workspace_bytes(const ConvNetStep& step, const ConvNetStepSizes& sizes) 
 Tensor bytes(const Tensor& shape, int64_t form, int64_t E, int64_t N, bool float64, bool bf16) {
   const ConvNetStep step = describe(shape, static_cast<Form>(form), E, N, float64, bf16);
   const ConvNetStepSizes sizes = kernel().sizes(step);
-  Tensor out = empty(shape, ScalarType::Long, {2});
+  Tensor out = empty(shape, ScalarType::Long, {3});
   int64_t* const to = static_cast<int64_t*>(out.mutable_data_ptr());
-  to[0] = workspace_bytes(step, sizes), to[1] = sizes.tape;
+  to[0] = workspace_bytes(step, sizes), to[1] = sizes.tape, to[2] = sizes.scratch;
   return out;
 }
 
@@ -117,6 +117,11 @@ void take_labels(ConvNetStep& step, const Tensor& labels, int64_t kind, const Te
   else
     own ? check_dense(labels, "labels", {E, N, K}, type) : check_dense(labels, "labels", {N, K}, type);
   step.labels = labels.const_data_ptr();
+  if (hard)
+    for (int64_t i = 0; i < labels.numel(); ++i) {
+      const int64_t k = static_cast<const int64_t*>(step.labels)[i];
+      check(k >= 0 && k < K, "labels: expected class numbers in 0..", K - 1, ", got ", k);
+    }
   step.labels_student = own ? (hard ? N : N * K) : 0;
 }
 
@@ -144,7 +149,7 @@ void run(ConvNetStep& step, Tensor& workspace) {
   parallel_for(0, filters, 8, [&](int64_t begin, int64_t end) { kernel().prepare(step, begin, end); });
   parallel_for(0, step.E * step.slots, 1,
                [&](int64_t begin, int64_t end) { kernel().run(step, begin, end, scratch(sizes.scratch)); });
-  if (step.form != Form::logits)
+  if (step.grad != nullptr)
     parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel().reduce(step, begin, end); });
 }
 
@@ -171,8 +176,8 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Tensor& direction, const Tensor& images,
                                                    const Tensor& labels, const Tensor& shape, double eps,
-                                                   int64_t label_kind, bool bf16, Tensor workspace,
-                                                   std::optional<Tensor> tape) {
+                                                   int64_t label_kind, bool bf16, bool curvature,
+                                                   Tensor workspace, std::optional<Tensor> tape) {
   ConvNetStep step = begin(Form::tangent, theta, images, shape, eps, bf16);
   check_dense(direction, "direction", {step.E, step.P}, theta.scalar_type());
   step.direction = direction.const_data_ptr();
@@ -180,10 +185,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Te
   take_tape(step, tape, ConvNetStep::Tape::read);
   const bool soft = step.kind != ConvNetStep::Labels::hard;
   const ScalarType type = theta.scalar_type();
-  Tensor slopes = empty(theta, type, {step.E, step.N}), grad = empty(theta, type, {step.E, step.P});
+  Tensor slopes = empty(theta, type, {step.E, step.N}), grad = empty(theta, type, {curvature ? step.E : 0, step.P});
   Tensor images_grad = empty(theta, type, {step.E, step.N, step.layer[0].in, step.image_h, step.image_w});
   Tensor labels_grad = empty(theta, type, {soft ? step.E : 0, step.N, step.classes});
-  step.losses = slopes.mutable_data_ptr(), step.grad = grad.mutable_data_ptr();
+  step.losses = slopes.mutable_data_ptr();
+  if (curvature) step.grad = grad.mutable_data_ptr();
   step.images_grad = images_grad.mutable_data_ptr();
   if (soft) step.labels_grad = labels_grad.mutable_data_ptr();
   run(step, workspace);

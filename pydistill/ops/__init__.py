@@ -1,6 +1,14 @@
 """The operators: one file each, registered with torch when imported."""
 
 from pydistill.ops.conv2d import conv2d
+from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 
-__all__ = ["conv2d", "instance_norm_relu_avg_pool"]
+__all__ = [
+    "ConvNetShape",
+    "conv2d",
+    "convnet_gradient",
+    "convnet_logits",
+    "convnet_tangent",
+    "instance_norm_relu_avg_pool",
+]

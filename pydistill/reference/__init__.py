@@ -1,5 +1,6 @@
 """Plain-torch definitions of the operators: any device and dtype, differentiable to any order."""
 
+from pydistill.reference.convnet_step import convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 
-__all__ = ["instance_norm_relu_avg_pool"]
+__all__ = ["convnet_gradient", "convnet_logits", "convnet_tangent", "instance_norm_relu_avg_pool"]

@@ -29,12 +29,13 @@ def trajectory_match(
 
     Args:
         net, theta0, images, labels, lr, steps, **options: as for `pydistill.unroll` (without ``at``).
-        target: ``[P]``, the expert's parameters to arrive at, dtype and device of theta0.
+        target: ``[P]``, the expert's parameters to arrive at, dtype and device of theta0; ``[E, P]`` for E students,
+            several segments of experts at once.
         targets: intermediate targets by step number in 1..T (AST, Shen et al., 2023): each adds the same ratio with
             the parameters after that step and its own target.
 
     Returns:
-        The loss, a scalar.
+        The loss, a scalar; with E students the mean of theirs.
 
     Raises:
         TypeError, ValueError: as `pydistill.unroll`, or a target of the wrong kind, or equal to theta0.
@@ -59,8 +60,8 @@ def trajectory_match(
     thetas = unroll(net, theta0, images, labels, lr, steps=steps, at=[t for _, t, _ in pairs], **options)
     loss = theta0.new_zeros(())
     for (name, _, goal), theta in zip(pairs, thetas, strict=True):
-        distance = (theta0 - goal).square().sum()
-        if distance == 0:
+        distance = (theta0 - goal).square().sum(-1)
+        if (distance == 0).any():
             raise ValueError(f"{name}: it equals theta0, which leaves no distance to normalise by")
-        loss = loss + (theta - goal).square().sum() / distance
+        loss = loss + ((theta - goal).square().sum(-1) / distance).mean()
     return loss

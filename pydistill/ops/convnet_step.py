@@ -1,0 +1,282 @@
+"""One training step of E ConvNet students, first and second order, without an autograd graph.
+
+The students have one structure, `ConvNetShape`, and parameters theta ``[E, P]``. Their loss is the mean cross entropy
+over N images. Three functions of theta: the logits; the loss and its gradient g; and, along a direction nu, the
+derivatives of <g, nu>: what the adjoint of a training trajectory needs of a step (forward over reverse: Pearlmutter,
+Neural Computation 1994; in trajectory matching: Deng & Russakovsky, NeurIPS 2022).
+
+On the CPU one kernel takes a few images at a time through all layers and back (csrc/kernels/convnet_step.h). On CUDA
+devices the same formulas run layer by layer, captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pydistill import reference
+from pydistill.ops import _convnet_step_layers as layers
+from pydistill.ops._convnet_shape import ConvNetShape
+from pydistill.ops._convnet_step_graph import StepGraphs
+from pydistill.ops._operator import choose_backend
+
+__all__ = [
+    "BACKENDS",
+    "ConvNetShape",
+    "Workspace",
+    "convnet_gradient",
+    "convnet_logits",
+    "convnet_tangent",
+    "tape_bytes",
+    "workspace_bytes",
+]
+
+BACKENDS = ("reference", "cpu", "cuda")
+
+LabelKind = Literal["hard", "logits", "probs"]
+Precision = Literal["fp32", "bf16"]
+Form = Literal["logits", "gradient", "tangent"]
+
+_FORMS = ("logits", "gradient", "tangent")  # in the order of ConvNetStep::Form
+_KINDS = ("hard", "logits", "probs")  # in the order of ConvNetStep::Labels
+_OPS = torch.ops.pydistill
+
+
+class Workspace:
+    """The working memory of steps, allocated at the first and reused by all later ones: freshly mapped pages cost
+    several times what a kernel does with them. For one thread at a time; a workspace serves any shapes."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self.graphs = StepGraphs()
+
+    def at_least(self, size: int) -> Tensor:
+        """uint8, of ``size`` bytes or more, contents undefined."""
+        if len(self._memory) < size:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # frees the old one first
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory
+
+
+def convnet_logits(
+    shape: ConvNetShape,
+    theta: Tensor,
+    images: Tensor,
+    *,
+    precision: Precision = "fp32",
+    workspace: Workspace | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The students' logits.
+
+    Equivalent to ``torch.stack([functional_call(net, unflatten(theta[e]), (images,)) for e in range(E)])`` with ``net``
+    a `pydistill.nn.ConvNet`. Arguments and errors are those of `convnet_gradient`; not differentiable by autograd.
+
+    Returns:
+        ``[E, N, classes]``, dtype of theta.
+    """
+    chosen = _check(shape, theta, images, precision, backend)
+    if chosen == "reference":
+        return reference.convnet_logits(shape, theta, images)
+    if chosen == "cuda":
+        return layers.logits(shape, theta, images, precision=precision)
+    memory = _memory(workspace, shape, "logits", theta, images, precision)
+    return _OPS.convnet_step_logits(
+        theta.contiguous(), images.contiguous(), _sizes(shape), shape.eps, precision == "bf16", memory
+    )
+
+
+def convnet_gradient(
+    shape: ConvNetShape,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_kind: LabelKind = "hard",
+    precision: Precision = "fp32",
+    workspace: Workspace | None = None,
+    tape: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The mean cross entropy of each student and its gradient in the parameters.
+
+    Equivalent to ``loss = F.cross_entropy(net(images), labels)`` and ``torch.autograd.grad(loss, theta)`` for every
+    student's theta, with ``net`` a `pydistill.nn.ConvNet`. Not differentiable by autograd. Equal bits from run to run
+    and over thread counts; the last bits depend on the instruction set and on E.
+
+    In float32 on the CPU, convolutions beyond the first run in Winograd's F(4x4, 3x3) with well-chosen points: a
+    layer's relative error is about that of a direct convolution (7e-7 against 6e-7 with 128 channels).
+
+    Args:
+        shape: the net.
+        theta: ``[E, P]``, float32 or float64, students' parameters in ``net.parameters()`` order.
+        images: ``[N, C, H, W]``, shared by the students, or ``[E, N, C, H, W]``; dtype and device of theta.
+        labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
+            taken) and "probs".
+        label_kind: what ``labels`` holds.
+        precision: "fp32": everything in theta's dtype. "bf16" (theta float32): the convolutions' factors are rounded to
+            bfloat16; sums, statistics, parameters, classifier and loss are float32.
+        workspace: working memory to reuse; fresh when None.
+        tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would else compute again. CPU.
+        backend: "auto" (the device's), "reference" (autograd on plain torch), "cpu" or "cuda".
+
+    Returns:
+        loss ``[E]`` and its gradient ``[E, P]``, dtype of theta.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: the backend cannot run here.
+        RuntimeError: an argument requires a gradient, and grad mode is on.
+    """
+    chosen = _check(shape, theta, images, precision, backend, labels, label_kind)
+    if chosen == "reference":
+        return reference.convnet_gradient(shape, theta, images, labels, label_kind)
+    if chosen == "cuda":
+        run = workspace.graphs.gradient if workspace else layers.gradient
+        return run(shape, theta, images, labels, label_kind=label_kind, precision=precision)
+    memory = _memory(workspace, shape, "gradient", theta, images, precision)
+    losses, grad = _OPS.convnet_step_gradient(
+        theta.contiguous(),
+        images.contiguous(),
+        labels.contiguous(),
+        _sizes(shape),
+        shape.eps,
+        _KINDS.index(label_kind),
+        precision == "bf16",
+        memory,
+        tape,
+    )
+    return losses.mean(1), grad
+
+
+def convnet_tangent(
+    shape: ConvNetShape,
+    theta: Tensor,
+    direction: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_kind: LabelKind = "hard",
+    precision: Precision = "fp32",
+    curvature: bool = True,
+    workspace: Workspace | None = None,
+    tape: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The derivatives of <g, direction>, with g the gradient of the loss: a step of a trajectory's adjoint.
+
+    Equivalent, for every student, to ``(g,) = torch.autograd.grad(loss, theta, create_graph=True)`` and
+    ``torch.autograd.grad((g * direction).sum(), (theta, images, labels))``. Other arguments, errors and guarantees are
+    those of `convnet_gradient`.
+
+    Args:
+        direction: ``[E, P]``.
+        curvature: False leaves the second result out, and its work.
+        tape: as `convnet_gradient` filled it for the same theta, images, labels, kind and precision. It is used up.
+
+    Returns:
+        slope: ``[E]``, <g, direction> itself.
+        curvature: ``[E, P]``, the loss's Hessian times direction.
+        images_grad: ``[E, N, C, H, W]``, a student's own also where the images are shared.
+        labels_grad: ``[E, N, K]``, None for hard labels.
+    """
+    chosen = _check(shape, theta, images, precision, backend, labels, label_kind)
+    if direction.shape != theta.shape or direction.dtype != theta.dtype or direction.device != theta.device:
+        wanted, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (theta, direction))
+        raise ValueError(f"direction: expected {wanted} as theta, got {got}")
+    if chosen == "reference":
+        return reference.convnet_tangent(shape, theta, direction, images, labels, label_kind)
+    if chosen == "cuda":
+        run = workspace.graphs.tangent if workspace else layers.tangent
+        return run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
+    memory = _memory(workspace, shape, "tangent", theta, images, precision)
+    slopes, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
+        theta.contiguous(),
+        direction.contiguous(),
+        images.contiguous(),
+        labels.contiguous(),
+        _sizes(shape),
+        shape.eps,
+        _KINDS.index(label_kind),
+        precision == "bf16",
+        curvature,
+        memory,
+        tape,
+    )
+    return slopes.mean(1), grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
+
+
+def workspace_bytes(
+    shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
+) -> int:
+    """How much memory a step on the CPU works in, the threads' own included."""
+    shared, _, own = _bytes(shape, form, students, images, dtype, precision)
+    return shared + own * torch.get_num_threads()
+
+
+def tape_bytes(
+    shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
+) -> int:
+    """The size of the tape of one step on the CPU."""
+    return _bytes(shape, "gradient", students, images, dtype, precision)[1] * students * images
+
+
+def _bytes(
+    shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision
+) -> list[int]:
+    """For all threads together, for the tape of an image, for each thread."""
+    double, half = dtype == torch.float64, precision == "bf16"
+    return _OPS.convnet_step_bytes(_sizes(shape), _FORMS.index(form), students, images, double, half).tolist()
+
+
+def _memory(
+    workspace: Workspace | None, shape: ConvNetShape, form: Form, theta: Tensor, images: Tensor, precision: Precision
+) -> Tensor:
+    size = _bytes(shape, form, len(theta), images.shape[-4], theta.dtype, precision)[0]
+    return (workspace or Workspace()).at_least(size)
+
+
+def _sizes(shape: ConvNetShape) -> Tensor:
+    sizes = (shape.channels, shape.height, shape.width_px, shape.first_padding, shape.classes)
+    return torch.tensor((*sizes, *shape.widths))
+
+
+def _check(
+    shape: ConvNetShape,
+    theta: Tensor,
+    images: Tensor,
+    precision: str,
+    backend: str,
+    labels: Tensor | None = None,
+    label_kind: str = "hard",
+) -> str:
+    if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
+        raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
+    if theta.dtype != torch.float32 and (theta.dtype != torch.float64 or precision == "bf16"):
+        raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
+    tensors = {"images": images} if labels is None else {"images": images, "labels": labels}
+    for name, tensor in tensors.items():
+        if tensor.device != theta.device:
+            raise ValueError(f"{name}: expected device {theta.device} as theta, got {tensor.device}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, *tensors.values())):
+        raise RuntimeError("convnet_step: not differentiable by autograd; pydistill.unroll is")
+    E, sizes = len(theta), (shape.channels, shape.height, shape.width_px)
+    if images.dtype != theta.dtype:
+        raise TypeError(f"images: expected dtype {theta.dtype} as theta, got {images.dtype}")
+    if images.shape[-3:] != sizes or images.shape[:-4] not in ((), (E,)) or not images.shape[-4]:
+        raise ValueError(f"images: expected [N, *{sizes}] or [{E}, N, *{sizes}], got {list(images.shape)}")
+    if labels is not None:
+        if label_kind not in _KINDS:
+            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
+        expected = (images.shape[-4],) if label_kind == "hard" else (images.shape[-4], shape.classes)
+        dtype = torch.int64 if label_kind == "hard" else theta.dtype
+        if labels.dtype != dtype:
+            raise TypeError(f"labels: expected {dtype} for label_kind={label_kind!r}, got {labels.dtype}")
+        if labels.shape not in (expected, (E, *expected)):
+            shapes = f"{list(expected)} or {[E, *expected]}"
+            raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
+    return choose_backend("convnet_step", backend, theta.device, BACKENDS)

@@ -1,0 +1,363 @@
+"""The students' training: the steps' batches, what each step leaves to chance, and the update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.students import Adjoint, Batch, ConvNetStudents, Engine, choose_students
+
+
+@dataclass
+class Step:
+    """What it takes to run a step again, bit for bit."""
+
+    number: int
+    index: Tensor | None  # of the batch, [B] or [E, B]; None: all images
+    records: list[Any] | None  # the augmentation's parameters, one per student, where it draws them
+    rng: tuple[Tensor, Tensor | None] | None = None  # generator states before the step, if the step moved them
+    buffers: dict[str, Tensor] | None = None  # the module's buffers before the step, if it has any
+
+    def copied_buffers(self) -> dict[str, Tensor] | None:
+        """Buffers for a replay to change as it likes; None to run on the module's own."""
+        return {name: b.clone() for name, b in self.buffers.items()} if self.buffers else None
+
+
+class InnerLoop:
+    """E students in training: which step does what. Checks the arguments of `pydistill.unroll` that concern it."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        theta0: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        steps: int,
+        batch_size: int | None,
+        batches: Sequence[Tensor] | None,
+        generator: torch.Generator | None,
+        augment: Callable[..., Tensor] | None,
+        label_kind: LabelKind,
+        loss_scale: float,
+        momentum: float,
+        weight_decay: float,
+        output: int | None,
+        check_finite: bool,
+        engine: Engine,
+        precision: Precision,
+        memory: Literal["auto"] | int,
+        mode: str,
+    ):
+        self.flat = FlatModule(net)
+        self.device = theta0.device if isinstance(theta0, Tensor) else None
+        self.label_kind, self.loss_scale = label_kind, loss_scale
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.augment, self.generator, self.check_finite = augment, generator, check_finite
+        largest_label = self._check(theta0, images, labels)
+        self.num_students = len(theta0) if theta0.dim() == 2 else 1
+        if not isinstance(steps, int) or isinstance(steps, bool):
+            raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
+        if memory != "auto" and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
+            raise ValueError(f"memory: expected 'auto' or a number of bytes, got {memory!r}")
+        blocked = "mode='full' is autograd through the module" if mode == "full" else None
+        self.students = choose_students(
+            engine, self.flat, images, label_kind, output, largest_label, precision, blocked
+        )
+        if memory != "auto" and not isinstance(self.students, ConvNetStudents):
+            raise ValueError("memory: only the student engine works within a budget, and this unroll runs without it")
+        self.memory = memory
+        self.steps = self._draw(steps, batch_size, batches, images)
+        # the backward pass replays steps: it has to find the net in the mode, and autocast as, it was
+        self.training = tuple(m.training for m in self.flat.net.modules())
+        self.autocast = (torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type))
+
+    def _check(self, theta0: Tensor, images: Tensor, labels: Tensor) -> int:
+        """The largest class number; the number of classes for soft labels, less one."""
+        for name, tensor in (("theta0", theta0), ("images", images), ("labels", labels)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            if tensor.device != theta0.device:
+                raise ValueError(f"{name}: expected device {theta0.device} as theta0, got {tensor.device}")
+        if not theta0.is_floating_point():
+            raise TypeError(f"theta0: expected a floating dtype, got {theta0.dtype}")
+        P = self.flat.numel
+        if theta0.shape[-1:] != (P,) or theta0.dim() not in (1, 2) or not len(theta0):
+            raise ValueError(f"theta0: expected shape [{P}] or [E, {P}] for this net, got {list(theta0.shape)}")
+        E = len(theta0) if theta0.dim() == 2 else None
+        if images.dim() != 4 and (E is None or images.dim() != 5 or len(images) != E):
+            shapes = "[N, C, H, W]" if E is None else f"[N, C, H, W] or [{E}, N, C, H, W]"
+            raise ValueError(f"images: expected {shapes}, got shape {list(images.shape)}")
+        if images.dtype != theta0.dtype:
+            raise TypeError(f"images: expected dtype {theta0.dtype} as theta0, got {images.dtype}")
+        N = images.shape[-4]
+        if N == 0:
+            raise ValueError("images: expected at least one image, got an empty batch")
+        hard = self.label_kind == "hard"
+        self.own_labels = E is not None and labels.dim() == (2 if hard else 3)
+        per_student = labels.shape[1:] if self.own_labels else labels.shape
+        fits = not self.own_labels or len(labels) == E
+        if hard:
+            if labels.dtype != torch.int64:
+                raise TypeError(f"labels: expected int64 class numbers for label_kind='hard', got {labels.dtype}")
+            if per_student != (N,) or not fits:
+                shapes = f"[{N}]" if E is None else f"[{N}] or [{E}, {N}]"
+                raise ValueError(f"labels: expected shape {shapes} as images, got {list(labels.shape)}")
+            low, high = (int(v) for v in labels.aminmax())
+            if low < 0:
+                raise ValueError(f"labels: expected class numbers >= 0, got {low}")
+            return high
+        if self.label_kind not in ("logits", "probs"):
+            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {self.label_kind!r}")
+        if labels.dtype != theta0.dtype:
+            kind = self.label_kind
+            raise TypeError(
+                f"labels: expected dtype {theta0.dtype} as theta0 for label_kind={kind!r}, got {labels.dtype}"
+            )
+        if len(per_student) != 2 or per_student[0] != N or not fits:
+            shapes = f"[{N}, K]" if E is None else f"[{N}, K] or [{E}, {N}, K]"
+            raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
+        return per_student[1] - 1
+
+    def _draw(self, steps: int, batch_size: int | None, batches: Sequence[Tensor] | None, images: Tensor) -> list[Step]:
+        """All that the steps leave to chance, in the order of students that train one after the other."""
+        N, device = images.shape[-4], images.device
+        given = None if batches is None else _check_batches(batches, batch_size, steps, N, device, self.num_students)
+        draws = hasattr(self.augment, "draw")
+        indices: list[list[Tensor | None]] = []
+        records: list[list[Any]] = []
+        for _ in range(self.num_students):
+            own = given or _draw_batches(batch_size, steps, N, device, self.generator)
+            indices.append(own)
+            if draws:
+                counts = [N if index is None else index.shape[-1] for index in own]
+                records.append([self.augment.draw((n, *images.shape[-3:]), self.generator) for n in counts])
+        shared = given is not None or batch_size is None or self.num_students == 1
+        return [
+            Step(
+                k,
+                indices[0][k] if shared else torch.stack([own[k] for own in indices]),
+                [own[k] for own in records] if draws else None,
+            )
+            for k in range(steps)
+        ]
+
+    def batch(self, step: Step, images: Tensor, labels: Tensor) -> Batch:
+        """Step's images, before augmentation, and labels."""
+        return Batch(
+            _select(images, step.index, images.dim() == 5),
+            _select(labels, step.index, self.own_labels),
+            self.own_labels or (step.index is not None and step.index.dim() == 2),
+        )
+
+    def augmented(self, batch: Batch, step: Step) -> Batch:
+        if self.augment is None:
+            return batch
+        rows = []
+        for e in range(self.num_students):
+            x = batch.images[e] if batch.images.dim() == 5 else batch.images
+            rows.append(self.augment(x, step.records[e]) if step.records is not None else self.augment(x))
+        alone = self.num_students == 1 and batch.images.dim() == 4
+        return batch._replace(images=rows[0] if alone else torch.stack(rows))
+
+    def gradient(
+        self, theta: Tensor, step: Step, images: Tensor, labels: Tensor, *, replay: bool, keep: bool
+    ) -> Tensor:
+        """Every student's g ``[E, P]``; a replay leaves generators and buffers as they are."""
+        with torch.no_grad(), self.replaying(step) if replay else contextlib.nullcontext():
+            batch = self.augmented(self.batch(step, images, labels), step)
+            buffers = step.copied_buffers() if replay else None
+            grad = self.students.gradient(theta, batch, buffers, step.number if keep else None)
+        return grad if self.loss_scale == 1 else grad * self.loss_scale
+
+    def adjoint(
+        self,
+        theta: Tensor,
+        direction: Tensor,
+        scale: Tensor,
+        step: Step,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        curvature: bool,
+        needs_images: bool,
+        needs_labels: bool,
+    ) -> Adjoint:
+        """<g, direction> ``[E]``, and ``scale`` ``[E]`` times its derivatives: along theta, and along the step's batch
+        of images (before augmentation) and labels, summed over the students that share it."""
+        scale = scale * self.loss_scale
+        with self.replaying(step):
+            plain = self.batch(step, images.detach(), labels.detach())
+            moving = needs_images and self.augment is not None
+            if moving:
+                plain.images.requires_grad_()
+            with torch.set_grad_enabled(moving):
+                batch = self.augmented(plain, step)
+            found = self.students.adjoint(
+                theta,
+                direction,
+                batch._replace(images=batch.images.detach()),
+                step.copied_buffers(),
+                step.number,
+                curvature=curvature,
+                images=needs_images,
+                labels=needs_labels,
+            )
+        dx, dy = found.images, found.labels
+        if dx is not None:
+            dx = dx * scale.view(-1, 1, 1, 1, 1)
+            if batch.images.dim() == 4:
+                dx = dx.sum(0) if len(dx) > 1 else dx[0]
+            if moving:
+                (dx,) = torch.autograd.grad(batch.images, plain.images, dx)
+        if dy is not None:
+            dy = dy * scale.view(-1, 1, 1)
+            if not batch.per_student:
+                dy = dy.sum(0) if len(dy) > 1 else dy[0]
+        along = None if found.curvature is None else found.curvature * scale[:, None]
+        return Adjoint(found.slope * self.loss_scale, along, dx, dy)
+
+    def accumulate(self, total: Tensor | None, step: Step, part: Tensor | None, own: bool) -> None:
+        """Add a batch's ``part`` where `batch` took it from; ``own``: total has [E] in front."""
+        if total is None:
+            return
+        index = step.index
+        if index is None:
+            total += part
+        elif not own:
+            total.index_add_(0, index.flatten(), part.flatten(0, index.dim() - 1))
+        elif index.dim() == 1:
+            total.index_add_(1, index, part)
+        else:
+            for rows, where, what in zip(total, index, part, strict=True):
+                rows.index_add_(0, where, what)
+
+    def run_full(self, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, wanted: tuple) -> list[Tensor]:
+        """Plain autograd through every step."""
+        if not theta.requires_grad:
+            theta = theta.detach().requires_grad_()
+        velocity, finite, kept = None, [], {}
+        with torch.enable_grad():
+            for k in range(max(wanted)):
+                batch = self.augmented(self.batch(self.steps[k], images, labels), self.steps[k])
+                losses = []
+                for e, row in enumerate(theta):
+                    x = batch.images[e] if batch.images.dim() == 5 else batch.images
+                    y = batch.labels[e] if batch.per_student else batch.labels
+                    losses.append(self.loss_scale * self.students.loss(row, x, y))
+                (grad,) = torch.autograd.grad(torch.stack(losses).sum(), theta, create_graph=True)
+                theta, velocity = self.update(theta, grad, velocity, lr)
+                finite.append(torch.isfinite(theta.detach()).all())
+                kept[k + 1] = theta
+        self.raise_if_not_finite(finite)
+        return [kept[t] for t in wanted]
+
+    def update(self, theta: Tensor, grad: Tensor, velocity: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
+        velocity_next = grad + self.weight_decay * theta if self.weight_decay else grad
+        if self.momentum and velocity is not None:
+            velocity_next = self.momentum * velocity + velocity_next
+        return theta - lr.view(-1, 1) * velocity_next, velocity_next
+
+    def raise_if_not_finite(self, finite: list[Tensor]) -> None:
+        if not self.check_finite:
+            return
+        flags = torch.stack(finite).tolist()  # the loop's one synchronisation
+        if not all(flags):
+            step = flags.index(False) + 1
+            raise FloatingPointError(
+                f"the student's parameters became non-finite in step {step} of {len(flags)}: the learning rate may be "
+                "too large; check_finite=False returns them as they are"
+            )
+
+    @contextlib.contextmanager
+    def recording(self, step: Step) -> Iterator[None]:
+        """Note in ``step`` what running it takes from and does to the surroundings."""
+        buffers = dict(self.flat.net.named_buffers())
+        if buffers:
+            step.buffers = {name: b.detach().clone() for name, b in buffers.items()}
+        before = self._rng()
+        yield
+        if not all(torch.equal(a, b) for a, b in zip(before, self._rng(), strict=True) if a is not None):
+            step.rng = before
+
+    @contextlib.contextmanager
+    def replaying(self, step: Step) -> Iterator[None]:
+        """The surroundings as they were when ``step`` ran first."""
+        if self.training != tuple(m.training for m in self.flat.net.modules()):
+            raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
+        enabled, dtype = self.autocast
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=enabled))
+            if step.rng is not None:
+                cuda = self.device.type == "cuda"
+                stack.enter_context(torch.random.fork_rng([self.device] if cuda else []))
+                torch.set_rng_state(step.rng[0])
+                if cuda:
+                    torch.cuda.set_rng_state(step.rng[1], self.device)
+            yield
+
+    def _rng(self) -> tuple[Tensor, Tensor | None]:
+        cuda = self.device.type == "cuda"
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+
+
+def _select(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:
+    """Rows of ``tensor`` by ``index`` [B] or [E, B]; ``own``: tensor has [E] in front."""
+    if index is None:
+        return tensor
+    if not own:
+        return tensor[index]
+    if index.dim() == 1:
+        return tensor[:, index]
+    return torch.stack([rows[where] for rows, where in zip(tensor, index, strict=True)])
+
+
+def _check_batches(
+    batches: Sequence[Tensor], batch_size: int | None, steps: int, N: int, device: torch.device, students: int
+) -> list[Tensor]:
+    if batch_size is not None:
+        raise ValueError("batches: expected either batches or batch_size, got both")
+    if len(batches) != steps:
+        raise ValueError(f"batches: expected {steps} index tensors, one a step, got {len(batches)}")
+    for k, index in enumerate(batches):
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() not in (1, 2):
+            raise TypeError(f"batches[{k}]: expected an int64 tensor [B] or [E, B]")
+        if index.dim() == 2 and len(index) != students:
+            raise ValueError(f"batches[{k}]: expected a row for each of {students} students, got {len(index)}")
+        if index.shape[-1] == 0:
+            raise ValueError(f"batches[{k}]: expected at least one image, got an empty batch")
+        if index.device != device:
+            raise ValueError(f"batches[{k}]: expected device {device} as images, got {index.device}")
+    low, high = (int(v) for v in torch.cat([index.flatten() for index in batches]).aminmax())
+    if low < 0 or high >= N:
+        raise ValueError(f"batches: expected image numbers in 0..{N - 1}, got {low if low < 0 else high}")
+    return list(batches)
+
+
+def _draw_batches(
+    batch_size: int | None, steps: int, N: int, device: torch.device, generator: torch.Generator | None
+) -> list[Tensor | None]:
+    """Chunks of permutations, each permutation used up before the next is drawn."""
+    if batch_size is None:
+        return [None] * steps
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected an int of at least 1 or None, got {batch_size!r}")
+    drawn: list[Tensor | None] = []
+    while len(drawn) < steps:
+        source = generator.device if generator is not None else "cpu"
+        drawn += torch.randperm(N, generator=generator, device=source).to(device).split(batch_size)
+    return drawn[:steps]
