@@ -1,22 +1,45 @@
 // Which of the compiled instruction sets runs: chosen once, at the first call; torch-free.
 #pragma once
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace pydistill {
 
-enum class Isa : int { base, avx2, avx512 };
-inline constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
+enum class Isa : int { base, avx2, avx512, amx };  // amx: avx512 and bf16 matrix tiles
+inline constexpr int kIsas = 4;
+inline constexpr const char* kIsaNames[kIsas] = {"base", "avx2", "avx512", "amx"};
+
+// Whether bf16 matrix tiles can be used: the processor has them and Linux grants this process their registers.
+inline bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if ((d & bf16) == 0 || (d & tile) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512_BF16
+  constexpr long request_permission = 0x1023, tile_data = 18;                          // of arch_prctl
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 inline bool supported(Isa isa) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::amx) return avx512 && amx_granted();
 #endif
   return isa == Isa::base;
 }
@@ -25,14 +48,16 @@ inline bool supported(Isa isa) {
 inline Isa isa() {
   static const Isa chosen = [] {
     if (const char* name = std::getenv("PYDISTILL_ISA"); name && *name) {
-      for (int i = 0; i < 3; ++i)
+      for (int i = 0; i < kIsas; ++i)
         if (std::string(name) == kIsaNames[i]) {
           if (supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
           throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) + ": this processor does not have it");
         }
-      throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) + ": expected base, avx2 or avx512");
+      throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) + ": expected base, avx2, avx512 or amx");
     }
-    return supported(Isa::avx512) ? Isa::avx512 : supported(Isa::avx2) ? Isa::avx2 : Isa::base;
+    int best = kIsas - 1;
+    while (!supported(static_cast<Isa>(best))) --best;
+    return static_cast<Isa>(best);
   }();
   return chosen;
 }

@@ -6,6 +6,7 @@
 #include "convnet_step.h"
 #include "instance_norm_relu_avg_pool_panel.h"
 #include "matrix_product.h"
+#include "matrix_product_amx.h"
 #include "winograd.h"
 
 namespace pydistill {
@@ -154,7 +155,7 @@ struct Workspace {
   Vec<T>*padded, *x, *x_t, *y;
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
-  Operand *columns, *rows, *rows_t;  // first layer: [positions][taps], [positions][two panels of channels]
+  Operand *image, *columns, *rows, *rows_t;  // first layer: padded planes, [positions][taps], [positions][two panels]
   T *taps_grad, *logits, *logits_t;
 
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
@@ -171,6 +172,8 @@ struct Workspace {
     input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
     grad_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
     product = arena.take<T>(layout.tile_elements);
+    const int64_t edge = 2 * layout.layer[0].padding;
+    image = arena.take<Operand>(step.layer[0].in * (step.image_h + edge) * (step.image_w + edge));
     columns = arena.take<Operand>(positions * layout.taps);
     rows = arena.take<Operand>(positions * 2 * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * 2 * Lanes<T>::count : 0);
@@ -379,22 +382,27 @@ class Slot {
 
   __attribute__((noinline)) void gather_columns(int64_t n) {
     const LayerLayout& at = layout.layer[0];
-    const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w;
+    const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w, edge = at.padding;
+    const int64_t width = W + 2 * edge, plane = (H + 2 * edge) * width;
     const T* image = static_cast<const T*>(step.images) + e * step.images_student + n * C * H * W;
+    for (int64_t i = 0; i < C * plane; ++i) work.image[i] = Operand{};
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t w = 0; w < W; ++w)
+          work.image[c * plane + (h + edge) * width + w + edge] = A::narrow_one(image[(c * H + h) * W + w]);
     for (int64_t h = 0; h < at.H; ++h)
       for (int64_t w = 0; w < at.W; ++w) {
         Operand* to = work.columns + (h * at.W + w) * layout.taps;
         for (int64_t c = 0; c < C; ++c)
-          for (int i = 0; i < 3; ++i) {
-            const int64_t y = h + i - at.padding;
-            for (int j = 0; j < 3; ++j) {
-              const int64_t x = w + j - at.padding;
-              const bool inside = y >= 0 && y < H && x >= 0 && x < W;
-              *to++ = A::narrow_one(inside ? image[(c * H + y) * W + x] : T(0));
-            }
+          for (int i = 0; i < 3; ++i, to += 3) {
+            const Operand* from = work.image + c * plane + (h + i) * width + w;
+            to[0] = from[0], to[1] = from[1], to[2] = from[2];
           }
-        for (int64_t t = 9 * C; t < layout.taps; ++t) *to++ = A::narrow_one(T(0));
+        for (int64_t t = 9 * C; t < layout.taps; ++t) *to++ = Operand{};
       }
+    const int64_t positions = at.H * at.W;
+    for (int64_t i = positions * layout.taps; i < round_up(positions, A::kTiles) * layout.taps; ++i)
+      work.columns[i] = Operand{};
   }
 
   __attribute__((noinline)) void scatter_taps(int64_t n) const {
@@ -953,7 +961,11 @@ class Reduction {
 template <class Visit>
 PYDISTILL_INLINE auto with_types(const Step& step, Visit visit) {
   if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
+#if defined(__AMX_BF16__)
+  if (step.bf16) return visit(float(), Amx());
+#else
   if (step.bf16) return visit(float(), Native<float, true>());
+#endif
   return visit(float(), Native<float, false>());
 }
 
@@ -982,10 +994,17 @@ void run_units(const Step& step, int64_t begin, int64_t end) {
 }
 
 void run_slots(const Step& step, int64_t begin, int64_t end, void* scratch) {
+#if defined(__AMX_BF16__)
+  const TileConfig tiles;
+  _tile_loadconfig(&tiles);
+#endif
   with_types(step, [&](auto t, auto a) {
     for (int64_t unit = begin; unit < end; ++unit)
       Slot<decltype(t), decltype(a)>(step, unit / step.slots, unit % step.slots, scratch).run();
   });
+#if defined(__AMX_BF16__)
+  _tile_release();
+#endif
 }
 
 }  // namespace

@@ -11,14 +11,15 @@
 
 namespace pydistill {
 
-extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512;
+extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_amx;
 
 namespace {
 
 using Form = ConvNetStep::Form;
 
 const ConvNetStepKernel& kernel() {
-  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512};
+  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
+                                                         &convnet_step_amx};
   return *kernels[static_cast<int>(isa())];
 }
 
@@ -176,8 +177,8 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Tensor& direction, const Tensor& images,
                                                    const Tensor& labels, const Tensor& shape, double eps,
-                                                   int64_t label_kind, bool bf16, bool curvature,
-                                                   Tensor workspace, std::optional<Tensor> tape) {
+                                                   int64_t label_kind, bool bf16, bool curvature, Tensor workspace,
+                                                   std::optional<Tensor> tape) {
   ConvNetStep step = begin(Form::tangent, theta, images, shape, eps, bf16);
   check_dense(direction, "direction", {step.E, step.P}, theta.scalar_type());
   step.direction = direction.const_data_ptr();
