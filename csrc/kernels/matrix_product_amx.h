@@ -65,6 +65,7 @@ PYDISTILL_INLINE void amx_block(int64_t depth, const Bf16* left, int64_t left_ro
 struct Amx {
   using Operand = Bf16;
   static constexpr int64_t kChannels = 32, kTiles = 32;
+  static constexpr bool kSplit = true;
 
   PYDISTILL_INLINE static Operand narrow_one(float v) {
     Bf16 half;
@@ -76,6 +77,9 @@ struct Amx {
   }
   PYDISTILL_INLINE static void put(Operand* to, Vec<float> v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves(v));
+  }
+  PYDISTILL_INLINE static Vec<float> widened(const Operand* from) {
+    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(from)), 16));
   }
   PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t, Vec<float> even,
                                     Vec<float> odd) {
