@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +50,25 @@ def passed(checks: Iterable[Check]) -> int:
     return len(done)
 
 
-def timed(case: Case, point: Point, repeats: int) -> Samples:
+def seconds(thunk: Callable[[], Any]) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    thunk()
+    return time.perf_counter() - start
+
+
+def measured(case: Case, point: Point, repeats: int, measure: Callable[[Callable[[], Any]], float]) -> Samples:
+    """`measure` (in seconds or bytes) of every provider, interleaved."""
     problem = point.problem()
     thunks = {name: case.providers[name].prepare(problem) for name in point.providers}
     # the first run of each warms it up (compilation, caches) and is what its gate looks at
     checks = passed(case.check(case, point, problem, {name: thunk() for name, thunk in thunks.items()}))
     print(f"  {_label(case, point)}: {checks} checks green", flush=True)
-    scale = {"s": 1.0, "ms": 1e3}[case.unit] / point.per
+    scale = {"s": 1.0, "ms": 1e3, "MiB": 2**-20}[case.unit] / point.per
     samples: Samples = {name: [] for name in thunks}
     for _ in range(repeats):
         for name, thunk in thunks.items():
-            gc.collect()
-            start = time.perf_counter()
-            thunk()
-            samples[name].append((time.perf_counter() - start) * scale)
+            samples[name].append(measure(thunk) * scale)
     return samples
 
 
@@ -91,8 +96,9 @@ def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequen
         "case": case.name,
         "x_name": case.x_name,
         "config": json.dumps(
-            {k: v for k, v in config.items() if k != "gate"}
-            | {"repeats": repeats, "threads": torch.get_num_threads(), "dtype": "float32"}
+            {"dtype": "float32"}
+            | {k: v for k, v in config.items() if k != "gate"}
+            | {"repeats": repeats, "threads": torch.get_num_threads()}
         ),
         "machine": machine(),
         "versions": versions(),
@@ -110,18 +116,28 @@ def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequen
     return rows
 
 
-def run_case(case: Case, *, quick: bool = False, repeats: int | None = None, out: Path = RESULTS) -> int:
-    """Gate, measure, print, write `out/<case>.csv`; the exit status."""
+def run_case(
+    case: Case,
+    *,
+    quick: bool = False,
+    repeats: int | None = None,
+    out: Path = RESULTS,
+    measure: Callable[[Callable[[], Any]], float] | None = None,
+) -> int:
+    """Gate, measure, print, write `out/<case>.csv`; the exit status.
+
+    What is measured is wall time, or the resident size of subprocesses for a case in MiB, unless `measure` is given.
+    """
     config = case.quick if quick else case.full
     repeats = repeats or (2 if quick and case.unit != "MiB" else case.repeats)
     print(f"{case.name}: {case.metric} [{case.unit}]; {machine()}; {versions()}", flush=True)
     points = case.points(case, config)
     try:
         print(f"  gate: {passed(case.gate(case, config))} checks green", flush=True)
-        if case.unit == "MiB":
+        if case.unit == "MiB" and measure is None:
             samples = peaks(case, config, points, repeats, quick)
         else:
-            samples = [timed(case, point, repeats) for point in points]
+            samples = [measured(case, point, repeats, measure or seconds) for point in points]
     except RedGate as red:
         print(f"  {case.name}: RED GATE, nothing is measured: {red}", flush=True)
         return 1
@@ -179,13 +195,14 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def machine() -> str:
-    """CPU model and core count."""
+    """CPU model and core count, and the CUDA device where there is one."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         fields = (line.partition(":") for line in info.read_text().splitlines())
         model = next((value.strip() for key, _, value in fields if key.strip() == "model name"), model)
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores{device}"
 
 
 def versions() -> str:

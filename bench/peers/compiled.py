@@ -30,17 +30,20 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
-def _logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
+def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    centred = x - x.mean((2, 3), keepdim=True)
+    scale = weight[:, None, None] * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)
+    return centred * scale + bias[:, None, None]
+
+
+def logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
     """The plain ConvNet's forward with its norm in elementary operations."""
     for i, layer in enumerate(net.features):
         name = f"features.{i}"
         if isinstance(layer, nn.Conv2d):
             x = F.conv2d(x, theta[f"{name}.weight"], theta[f"{name}.bias"], padding=layer.padding)
         elif isinstance(layer, nn.GroupNorm):
-            centred = x - x.mean((2, 3), keepdim=True)
-            scale = theta[f"{name}.weight"][:, None, None]
-            scale = scale * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + layer.eps)
-            x = centred * scale + theta[f"{name}.bias"][:, None, None]
+            x = instance_norm(x, theta[f"{name}.weight"], theta[f"{name}.bias"], layer.eps)
         elif isinstance(layer, nn.ReLU):
             x = F.relu(x)
         else:
@@ -52,7 +55,7 @@ def prepare(problem: Problem) -> Thunk:
     net = problem.net
 
     def loss(theta: Parameters, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(_logits(net, theta, x), y)
+        return F.cross_entropy(logits(net, theta, x), y)
 
     @torch.compile(fullgraph=True, dynamic=False)
     def step(theta: Parameters, x: Tensor, y: Tensor, lr: Tensor) -> Parameters:

@@ -77,7 +77,7 @@ class StepGraphs:
         if device.type != "cuda":
             raise ValueError(f"theta: expected a CUDA tensor, got one on {device}")
         # a graph keeps the kernels that were chosen under the switches of its capture
-        switches = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        switches = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
         signature = tuple((t.shape, t.dtype, t.device) for t in tensors)
         key = (function.__name__, shape, label_kind, precision, switches, signature)
         with torch.cuda.device(device):

@@ -61,9 +61,11 @@ def gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype. Whether a GPU's convolutions may then round their inputs to
-            TF32 is torch's own switch, ``torch.backends.cudnn.allow_tf32``. "bf16": convolutions read and write
-            bfloat16 and add up in float32; statistics, parameters, classifier and loss are float32.
+        precision: "fp32": everything in theta's dtype. Whether a GPU may then round the inputs of convolutions and of
+            the classifier to TF32 is left to torch's own switches, ``torch.backends.cudnn.conv.fp32_precision`` and
+            ``torch.backends.cuda.matmul.fp32_precision``: they are never set here. "bf16":
+            convolutions read and write bfloat16 and add up in float32; statistics, parameters, classifier and loss are
+            float32.
 
     Returns:
         loss ``[E]`` and its gradient ``[E, P]``, dtype of theta.

@@ -26,7 +26,9 @@ class Problem:
 
     def __init__(self, net, *, students, shared, label_kind, dtype=torch.float64, images=5, classes=4):
         channels, size, width, depth = net
-        self.net = ConvNet(channels, classes, width, depth, size).to(dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = ConvNet(channels, classes, width, depth, size).to(dtype)
         self.shape = ConvNetShape(channels, *size, (width,) * depth, 3 if channels == 1 else 1, classes)
         self.flat, self.label_kind, self.students = FlatModule(self.net), label_kind, students
         generator = torch.Generator().manual_seed(0)

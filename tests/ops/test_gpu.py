@@ -1,0 +1,134 @@
+"""The operators and the ConvNet step on a CUDA device, held to the CPU's float64."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_convnet_step_layers import KINDS, NETS, OUTPUTS, SENSIBLE, Problem, relative
+
+from pydistill.ops import _convnet_step_layers as layers
+from pydistill.ops._convnet_step_graph import StepGraphs
+
+# cuBLAS is deterministic, as every test here asks it to be, only with a workspace of fixed size
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+OPS = torch.ops.pydistill
+OPTIONS = (1e-5, True, True)
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32():
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@dataclass
+class Inputs:
+    """Of the block's four forms."""
+
+    primal: tuple
+    direction: tuple
+    grad: tuple  # grad_y and its tangent
+
+    def to(self, device, dtype):
+        """Images in dtype; per-channel vectors in what the kernels compute in."""
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        groups = (self.primal, self.direction, self.grad)
+        return Inputs(*(tuple(t.to(device, dtype if t.dim() == 4 else compute) for t in group) for group in groups))
+
+    def forms(self):
+        y = OPS.instance_norm_relu_avg_pool(*self.primal, *OPTIONS)
+        backward = OPS.instance_norm_relu_avg_pool_backward(self.grad[0], *self.primal, *OPTIONS)
+        jvp = OPS.instance_norm_relu_avg_pool_jvp(*self.primal, *self.direction, *OPTIONS)
+        both = OPS.instance_norm_relu_avg_pool_backward_jvp(*self.grad, *self.primal, *self.direction, *OPTIONS)
+        return [y, *backward, jvp, *both]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (3, 33, 7, 5), (4, 128, 32, 32), (2, 16, 112, 112)], ids=str)
+def test_block(shape, channels_last, dtype):
+    N, C, H, W = shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def draw(*sizes):
+        values = torch.randn(sizes, dtype=torch.float64).to(dtype).double()  # exact in dtype
+        return values.contiguous(memory_format=layout) if len(sizes) == 4 else values.float().double()
+
+    inputs = Inputs(
+        (draw(N, C, H, W), draw(C), draw(C)),
+        (draw(N, C, H, W), draw(C), draw(C)),
+        (draw(N, C, H // 2, W // 2), draw(N, C, H // 2, W // 2)),
+    )
+    truths = inputs.to("cpu", torch.float64).forms()
+    cpu = inputs.to("cpu", dtype).forms()
+    for i, (value, plain, truth) in enumerate(zip(inputs.to("cuda", dtype).forms(), cpu, truths, strict=True)):
+        floor = 1e-11 if dtype == torch.float64 else 1e-3
+        assert relative(value.cpu(), truth) <= max(floor, 2 * relative(plain, truth)), i
+
+
+def on_cuda(problem):
+    for name in ("theta", "direction", "images", "labels"):
+        setattr(problem, name, getattr(problem, name).cuda())
+    return problem
+
+
+def run(step, problem, precision="fp32"):
+    options = {"label_kind": problem.label_kind, "precision": precision}
+    batch = (problem.images, problem.labels)
+    found = dict(zip(("loss", "gradient"), step.gradient(problem.shape, problem.theta, *batch, **options), strict=True))
+    derivatives = step.tangent(problem.shape, problem.theta, problem.direction, *batch, **options)
+    found |= zip(OUTPUTS, derivatives, strict=True)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize("label_kind", KINDS)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("students", [1, 3])
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_step_float64(net, students, shared, label_kind):
+    options = {"students": students, "shared": shared, "label_kind": label_kind}
+    truth = Problem(net, **options).truth()
+    for name, value in run(layers, on_cuda(Problem(net, **options))).items():
+        assert relative(value.cpu(), truth[name]) < 1e-10, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("students", [1, 5])
+def test_step_precisions(students, precision):
+    options = {"students": students, "shared": True, "label_kind": "hard", "images": 16, "classes": 10}
+    single = Problem(SENSIBLE, **options, dtype=torch.float32)
+    truth = single.truth()
+    for name, value in run(layers, on_cuda(single), precision).items():
+        if precision == "fp32":
+            assert relative(value.cpu(), truth[name]) < 2e-3, name
+        elif name != "slope":  # a sum of terms that all but cancel
+            assert torch.cosine_similarity(value.cpu().flatten(), truth[name].flatten(), 0) > 0.99, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_are_the_layers_bit_for_bit(precision):
+    graphs = StepGraphs()
+    kept = []
+    for seed, images, students in [(0, 16, 2), (1, 16, 2), (2, 7, 2), (3, 16, 1), (4, 16, 2)]:
+        options = {"students": students, "shared": True, "label_kind": "logits", "images": images}
+        problem = on_cuda(Problem(SENSIBLE, **options, dtype=torch.float32))
+        problem.theta += 0.01 * seed
+        problem.images *= 1 + 0.1 * seed
+        kept.append((run(graphs, problem, precision), run(layers, problem, precision)))
+    # all at the end: a later replay must not have written into an earlier result
+    for replayed, direct in kept:
+        for name, value in replayed.items():
+            assert torch.equal(value, direct[name]), name
+    assert len(graphs._steps) == 2 * 3
