@@ -142,15 +142,15 @@ def _unroll_check(case: Case, point: Point, problem: Problem, outputs: dict[str,
             yield Check(name, f"{problem.images.dtype} {what}, relative error".replace("torch.", ""), error, bound)
 
 
-_CONVNET: Config = {
+CONVNET: Config = {
     **{"channels": 3, "classes": 10, "width": 128, "depth": 3, "image_size": 32},
     **{"images": 100, "batch": 100},
 }
-_SMALL: Config = {
+SMALL: Config = {
     **{"channels": 3, "classes": 4, "width": 8, "depth": 2, "image_size": 10},
     **{"images": 6, "batch": 4},
 }
-_GATE: Config = {**_SMALL, "image_size": 18, "depth": 3, "steps": 5, "lr": 0.05}
+GATE: Config = {**SMALL, "image_size": 18, "depth": 3, "steps": 5, "lr": 0.05}
 
 _UNROLL_PROVIDERS: dict[str, Entry] = {
     "eager-plain": Entry(eager.prepare, "exact"),
@@ -181,8 +181,8 @@ UNROLL_STEP = Case(
     unit="s",
     x_name="steps",
     providers=_UNROLL_PROVIDERS,
-    full={**_CONVNET, "steps": 10, "gate": _GATE},
-    quick={**_SMALL, "steps": 3, "gate": _GATE},
+    full={**CONVNET, "steps": 10, "gate": GATE},
+    quick={**SMALL, "steps": 3, "gate": GATE},
     repeats=3,
     points=_step_points,
     gate=_unroll_gate,
@@ -222,10 +222,10 @@ UNROLL_MEMORY = Case(
     unit="MiB",
     x_name="steps",
     providers={name: _UNROLL_PROVIDERS[name] for name in ("eager-plain", "tesla", "exact")},
-    full={**_CONVNET, "steps": (1, 2, 5, 10, 20, 50), "eager_steps": 20, "check_steps": 2, "gate": _GATE},
+    full={**CONVNET, "steps": (1, 2, 5, 10, 20, 50), "eager_steps": 20, "check_steps": 2, "gate": GATE},
     # large enough for the system's resolution
-    quick={**_SMALL, "width": 32, "image_size": 32, "images": 16, "batch": 16, "steps": (1, 4), "eager_steps": 4}
-    | {"check_steps": 2, "gate": _GATE},
+    quick={**SMALL, "width": 32, "image_size": 32, "images": 16, "batch": 16, "steps": (1, 4), "eager_steps": 4}
+    | {"check_steps": 2, "gate": GATE},
     repeats=1,
     points=_memory_points,
     gate=_unroll_gate,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, run
+from bench import gpu, memory, run
 from bench.peers import eager
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
@@ -147,3 +147,53 @@ def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         run.main(arguments)
     assert refused.value.code == 2
+
+
+def on_the_cpu(name: str, providers: list[str]) -> Case:
+    """A case of bench.gpu without what only a device has: its clock, its graphs, and the time that compiling takes."""
+    case = gpu.CASES[name].only(providers)
+    return replace(case, quick=case.quick | {"device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("name", "providers"),
+    [("gpu_block", ["pydistill", "copy"]), ("gpu_step", ["layers"]), ("gpu_memory", ["layers"])],
+)
+def test_gpu_cases_are_green_on_the_cpu(name: str, providers: list[str], tmp_path: Path) -> None:
+    # any measure: gates and rows are the same
+    assert run.run_case(on_the_cpu(name, providers), quick=True, out=tmp_path, measure=run.seconds) == 0
+    rows = rows_in(tmp_path / f"{name}.csv")
+    assert list(rows[0]) == run.COLUMNS
+    assert {row["provider"] for row in rows} == {"eager", *providers}
+    modes = 8 if name == "gpu_block" else 6
+    assert len({row["mode"] for row in rows}) == modes
+    assert json.loads(rows[0]["config"])["dtype"] == "named in mode"
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_gpu_step_gates_see_a_wrong_tangent(precision: str, tmp_path: Path) -> None:
+    def wrong(problem: gpu.Step) -> gpu.Tensors:
+        *rest, d_images = gpu.step_ours(problem)()
+        return (*rest, d_images / 2) if problem.precision == precision and rest[1:] else (*rest, d_images)
+
+    case = on_the_cpu("gpu_step", [])
+    case = replace(case, providers=case.providers | {"wrong": Entry(lambda problem: lambda: wrong(problem))})
+    assert run.run_case(case, quick=True, out=tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "device_tests", lambda: pytest.fail("tests were started"))
+    assert gpu.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "no CUDA device" in printed.err
+    assert not printed.out
+
+
+def test_gpu_measures_nothing_after_a_failed_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "device_tests", lambda: 1)
+    monkeypatch.setattr(run, "run_case", lambda *args, **kwargs: pytest.fail("a case was started"))
+    assert gpu.main([]) == 1
