@@ -164,6 +164,20 @@ def test_no_autograd_graph_is_made():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("label_kind", KINDS)
+def test_nothing_leaves_the_device_or_asks_it_for_a_value(label_kind, shared, precision):
+    # tensors without values refuse both; a CUDA graph can be captured of nothing else
+    problem = Problem(NETS["depth 3"], students=3, shared=shared, label_kind=label_kind, dtype=torch.float32)
+    expected = problem.engine(precision)
+    for name in ("theta", "direction", "images", "labels"):
+        setattr(problem, name, getattr(problem, name).to("meta"))
+    for name, value in problem.engine(precision).items():
+        assert value.device.type == "meta"
+        assert (value.shape, value.dtype) == (expected[name].shape, expected[name].dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("students", [1, 3])
 def test_strides_do_not_matter(students, precision):
     problem = Problem(NETS["depth 3"], students=students, shared=False, label_kind="logits", dtype=torch.float32)
