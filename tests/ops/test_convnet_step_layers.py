@@ -21,6 +21,15 @@ NETS = {
 OUTPUTS = ("slope", "curvature", "images_grad", "labels_grad")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # at these sizes a thread pool on a busy machine does little but wait at its barriers
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Problem:
     """A net, E students and a batch, drawn in float64 and rounded to a dtype."""
 
