@@ -434,15 +434,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="case", help=f"any of {', '.join(CASES)}; all without a name")
     parser.add_argument("--repeats", type=int, help="rounds; each case has its own number of them")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
-    parser.add_argument("--out", type=Path, help="folder of the CSV files (bench/results; a quick run needs another)")
+    parser.add_argument("--providers", help="only these beside the baseline, separated by commas")
+    parser.add_argument("--out", type=Path, help="folder of the CSV files (bench/results; a partial run needs another)")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(CASES)
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    if options.quick and options.out is None:
-        parser.error("a quick run must not replace the results: name a folder with --out")
+    if options.out is None and (options.quick or options.providers):
+        parser.error("a partial run must not replace the results: name a folder with --out")
     if not torch.cuda.is_available():
         print(f"bench.gpu: no CUDA device is visible to torch {torch.__version__}, so nothing was run", file=sys.stderr)
         return 2
@@ -451,8 +452,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     status = 0
     for name in options.names or CASES:
+        case = CASES[name].only(options.providers.split(",")) if options.providers else CASES[name]
         found = run.run_case(
-            CASES[name],
+            case,
             quick=options.quick,
             repeats=options.repeats,
             out=options.out or run.RESULTS,

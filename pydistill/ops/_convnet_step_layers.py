@@ -29,7 +29,10 @@ from pydistill.ops._convnet_shape import ConvNetShape
 LabelKind = Literal["hard", "logits", "probs"]
 Precision = Literal["fp32", "bf16"]
 
-_OPS = torch.ops.pydistill
+_block = torch.ops.pydistill.instance_norm_relu_avg_pool.default
+_block_backward = torch.ops.pydistill.instance_norm_relu_avg_pool_backward.default
+_block_jvp = torch.ops.pydistill.instance_norm_relu_avg_pool_jvp.default
+_block_backward_jvp = torch.ops.pydistill.instance_norm_relu_avg_pool_backward_jvp.default
 
 
 @torch.no_grad()
@@ -63,9 +66,8 @@ def gradient(
         label_kind: what ``labels`` holds.
         precision: "fp32": everything in theta's dtype. Whether a GPU may then round the inputs of convolutions and of
             the classifier to TF32 is left to torch's own switches, ``torch.backends.cudnn.conv.fp32_precision`` and
-            ``torch.backends.cuda.matmul.fp32_precision``: they are never set here. "bf16":
-            convolutions read and write bfloat16 and add up in float32; statistics, parameters, classifier and loss are
-            float32.
+            ``torch.backends.cuda.matmul.fp32_precision``: they are never set here. "bf16": convolutions read and
+            write bfloat16 and add up in float32; statistics, parameters, classifier and loss are float32.
 
     Returns:
         loss ``[E]`` and its gradient ``[E, P]``, dtype of theta.
@@ -81,9 +83,7 @@ def gradient(
     slots.classifier(loss.bar, features)
     y_bar = net.to_planes(loss.bar @ net.classifier)
     for i in reversed(range(len(shape.layers))):
-        z_bar, scale_bar, shift_bar = _OPS.instance_norm_relu_avg_pool_backward(
-            y_bar, planes.pop(), net.scales[i], net.shifts[i], *net.options
-        )
+        z_bar, scale_bar, shift_bar = _block_backward(y_bar, planes.pop(), net.scales[i], net.shifts[i], *net.options)
         slots.block(i, scale_bar, shift_bar, net.weight_gradient(i, inputs.pop(), z_bar))
         if i:
             y_bar = net.input_gradient(i, z_bar, net.weights[i])
@@ -129,9 +129,7 @@ def tangent(
             z_t = net.convolve(i, net.side_by_side(inputs_t[-1], x), pairs[i])
         planes_t.append(z_t)
         inputs_t.append(
-            _OPS.instance_norm_relu_avg_pool_jvp(
-                z, net.scales[i], net.shifts[i], z_t, along.scales[i], along.shifts[i], *net.options
-            )
+            _block_jvp(z, net.scales[i], net.shifts[i], z_t, along.scales[i], along.shifts[i], *net.options)
         )
     features_t = net.to_features(inputs_t.pop())
 
@@ -146,15 +144,15 @@ def tangent(
     for i in reversed(range(len(shape.layers))):
         x, z, z_t = inputs.pop(), planes.pop(), planes_t.pop()
         primal = (z, net.scales[i], net.shifts[i])
-        z_bar = _OPS.instance_norm_relu_avg_pool_backward(y_bar, *primal, *net.options)[0]
-        _, z_bar_t, scale_bar_t, shift_bar_t = _OPS.instance_norm_relu_avg_pool_backward_jvp(
+        z_bar = _block_backward(y_bar, *primal, *net.options)[0]
+        _, z_bar_t, scale_bar_t, shift_bar_t = _block_backward_jvp(
             y_bar, y_bar_t, *primal, z_t, along.scales[i], along.shifts[i], *net.options
         )
         terms = [net.weight_gradient(i, x, z_bar_t)]
         if i:
             terms.append(net.weight_gradient(i, inputs_t.pop(), z_bar))
             both = net.input_gradient(i, z_bar, pairs[i]).unflatten(1, (net.students, 2, -1))
-            y_bar, cross = both[:, :, 0].flatten(1, 2), both[:, :, 1].flatten(1, 2)
+            y_bar, cross = (half.flatten(1, 2) for half in both.unbind(2))
         else:
             cross = net.input_gradient(i, z_bar, along.weights[i])
         y_bar_t = net.input_gradient(i, z_bar_t, net.weights[i]).add_(cross)
@@ -207,7 +205,7 @@ class _Net(_Parameters):
         for i, weight in enumerate(self.weights):
             inputs.append(x)
             planes.append(self.convolve(i, x, weight))
-            x = _OPS.instance_norm_relu_avg_pool(planes[-1], self.scales[i], self.shifts[i], *self.options)
+            x = _block(planes[-1], self.scales[i], self.shifts[i], *self.options)
         return inputs, planes, self.to_features(x)
 
     def classify(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -229,9 +227,8 @@ class _Net(_Parameters):
         N, channels, H, W = a.shape
         size = (N, 2 * channels, H, W)
         both = torch.empty(size, dtype=a.dtype, device=a.device, memory_format=self.layout)
-        halves = both.unflatten(1, (self.students, 2, -1))
-        halves[:, :, 0] = a.unflatten(1, (self.students, -1))
-        halves[:, :, 1] = b.unflatten(1, (self.students, -1))
+        for half, part in zip(both.unflatten(1, (self.students, 2, -1)).unbind(2), (a, b), strict=True):
+            half.copy_(part.unflatten(1, (self.students, -1)))
         return both
 
     def convolve(self, i: int, x: Tensor, weight: Tensor) -> Tensor:

@@ -192,6 +192,13 @@ def test_gpu_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert not printed.out
 
 
+@pytest.mark.parametrize("arguments", [["nothing"], ["--quick"], ["--repeats", "0"], ["--providers", "layers"]])
+def test_gpu_refuses_bad_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(arguments)
+    assert refused.value.code == 2
+
+
 def test_gpu_measures_nothing_after_a_failed_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "device_tests", lambda: 1)

@@ -1,10 +1,13 @@
 """What the CUDA graphs of the ConvNet step do where there is no CUDA; test_gpu.py has the rest."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pydistill.ops._convnet_shape import ConvNetShape
-from pydistill.ops._convnet_step_graph import StepGraphs
+from pydistill.ops._convnet_step_graph import StepGraphs, _Captured
 
 
 def test_cpu_tensors_are_refused_and_cuda_is_left_alone(monkeypatch):
@@ -20,3 +23,50 @@ def test_cpu_tensors_are_refused_and_cuda_is_left_alone(monkeypatch):
         graphs.gradient(shape, theta, images, labels)
     with pytest.raises(ValueError, match=r"^theta: expected a CUDA tensor"):
         graphs.tangent(shape, theta, theta, images, labels)
+
+
+def test_a_captured_function_is_warmed_up_and_its_buffers_are_its_own(monkeypatch):
+    """With stand-ins for streams and graph that keep a journal: the order of calls, and the copies in and out."""
+    journal = []
+
+    def stream(name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: journal.append(f"{name} waits for {other.name}"))
+
+    @contextlib.contextmanager
+    def on(stream):
+        journal.append(f"on {stream.name}")
+        yield
+        journal.append(f"off {stream.name}")
+
+    @contextlib.contextmanager
+    def graph(graph, pool):
+        journal.append(f"capture into {pool}")
+        yield
+        journal.append("captured")
+
+    def replay():
+        (x,), (doubled, _) = captured.inputs, captured.outputs
+        doubled.copy_(2 * x)
+
+    def double(x):
+        journal.append("run")
+        return 2 * x, None
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("current"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
+
+    first, second = torch.ones(3), torch.full((3,), 5.0)
+    captured = _Captured(double, (first,), "pool")
+    assert journal == [
+        *("side waits for current", "on side", "run", "run", "run", "off side", "current waits for side"),
+        *("capture into pool", "run", "captured"),
+    ]
+    one, nothing = captured((first,))
+    two, _ = captured((second,))
+    assert nothing is None
+    assert torch.equal(one, 2 * first)
+    assert torch.equal(two, 2 * second)
+    assert torch.equal(first, torch.ones(3))

@@ -21,6 +21,15 @@ NETS = {
 OUTPUTS = ("slope", "curvature", "images_grad", "labels_grad")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # at these sizes a thread pool on a busy machine does little but wait at its barriers
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Problem:
     """A net, E students and a batch, drawn in float64 and rounded to a dtype."""
 
@@ -161,6 +170,20 @@ def test_no_autograd_graph_is_made():
     with torch.autograd.graph.saved_tensors_hooks(refuse, lambda tensor: tensor):
         found = problem.engine()
     assert not any(value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("label_kind", KINDS)
+def test_nothing_leaves_the_device_or_asks_it_for_a_value(label_kind, shared, precision):
+    # tensors without values refuse both; a CUDA graph can be captured of nothing else
+    problem = Problem(NETS["depth 3"], students=3, shared=shared, label_kind=label_kind, dtype=torch.float32)
+    expected = problem.engine(precision)
+    for name in ("theta", "direction", "images", "labels"):
+        setattr(problem, name, getattr(problem, name).to("meta"))
+    for name, value in problem.engine(precision).items():
+        assert value.device.type == "meta"
+        assert (value.shape, value.dtype) == (expected[name].shape, expected[name].dtype)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
