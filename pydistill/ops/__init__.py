@@ -2,5 +2,6 @@
 
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
-__all__ = ["conv2d", "instance_norm_relu_avg_pool"]
+__all__ = ["conv2d", "instance_norm_relu_avg_pool", "soft_cross_entropy"]
