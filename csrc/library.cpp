@@ -16,6 +16,16 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "instance_norm_relu_avg_pool_backward_jvp(Tensor grad_y, Tensor? grad_y_t, Tensor x, Tensor weight, Tensor bias,"
       " Tensor x_t, Tensor weight_t, Tensor bias_t, float eps, bool relu, bool pool)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+
+  m.def("soft_cross_entropy(Tensor logits, Tensor labels, int kind) -> Tensor");
+  m.def("soft_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, int kind) -> (Tensor, Tensor)");
+  m.def(
+      "soft_cross_entropy_jvp(Tensor logits, Tensor labels, Tensor logits_t, Tensor labels_t, int kind)"
+      " -> Tensor");
+  m.def(
+      "soft_cross_entropy_backward_jvp(Tensor grad, Tensor? grad_t, Tensor logits, Tensor labels,"
+      " Tensor logits_t, Tensor labels_t, int kind) -> (Tensor, Tensor, Tensor)");
+
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
   // block's width. `workspace` is uint8, as large as the first number of
   // convnet_step_bytes; the others are those of a tape per image and of each thread's own memory.

@@ -7,7 +7,7 @@ from pkgutil import extend_path as _extend_path
 __path__ = _extend_path(__path__, __name__)
 
 from pydistill import compat, nn, ops, reference
-from pydistill.ops import instance_norm_relu_avg_pool
+from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import trajectory_match, unroll
 
 __version__ = _version("pydistill")
@@ -18,6 +18,7 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "soft_cross_entropy",
     "trajectory_match",
     "unroll",
 ]

@@ -52,6 +52,36 @@ PYDISTILL_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {  // correctly rounded root a
   return v;
 }
 
+// e^x to about one unit in the last place, in operations that every instruction set rounds alike, and without a branch,
+// so that loops over it are vectorised: x = n ln 2 + r, and e^r by the polynomial of Cephes' expf. NaN stays NaN.
+PYDISTILL_INLINE float exp_lane(float x) {
+  x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // already 0 and infinity
+  const float magic = 12582912.0f;                    // 1.5 * 2^23: what is added to it is rounded to an integer
+  const float shifted = x * 1.44269504f + magic, n = shifted - magic;
+  int32_t bits, magic_bits;
+  __builtin_memcpy(&bits, &shifted, 4);
+  __builtin_memcpy(&magic_bits, &magic, 4);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = (y * (r * r) + r) + 1.0f;
+  // 2^n as two factors: one alone would overflow or lose the subnormal numbers
+  const uint32_t whole = static_cast<uint32_t>(bits) - static_cast<uint32_t>(magic_bits);
+  const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(whole) >> 1);
+  const uint32_t first = (half + 127u) << 23, second = (whole - half + 127u) << 23;
+  float a, b;
+  __builtin_memcpy(&a, &first, 4);
+  __builtin_memcpy(&b, &second, 4);
+  return y * a * b;
+}
+PYDISTILL_INLINE double exp_lane(double x) { return __builtin_exp(x); }
+PYDISTILL_INLINE float log_lane(float x) { return __builtin_logf(x); }  // libm's, whatever the instruction set
+PYDISTILL_INLINE double log_lane(double x) { return __builtin_log(x); }
+
 // A sum over H rows of W vectors, each row in four interleaved partial sums: independent additions for the pipeline
 // and a rounding error that grows with W/4 + H, not H * W. `term(position, partial)` adds
 // a position's terms to one of them.

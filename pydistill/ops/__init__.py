@@ -3,6 +3,7 @@
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "ConvNetShape",
@@ -11,4 +12,5 @@ __all__ = [
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "soft_cross_entropy",
 ]

@@ -2,5 +2,12 @@
 
 from pydistill.reference.convnet_step import convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
-__all__ = ["convnet_gradient", "convnet_logits", "convnet_tangent", "instance_norm_relu_avg_pool"]
+__all__ = [
+    "convnet_gradient",
+    "convnet_logits",
+    "convnet_tangent",
+    "instance_norm_relu_avg_pool",
+    "soft_cross_entropy",
+]

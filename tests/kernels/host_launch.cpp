@@ -2,6 +2,7 @@
 // known bugs that the machine must see. Each function returns null, or what went wrong as text.
 #include "../../csrc/kernels/cuda_vocabulary.h"
 #include "../../csrc/kernels/instance_norm_relu_avg_pool.cuh"
+#include "../../csrc/kernels/soft_cross_entropy.cuh"
 
 namespace {
 
@@ -129,8 +130,9 @@ void run(const InstanceNormReluAvgPool& call, Launch& launch) {
 
 extern "C" {
 
-// The test mirrors both structs and compares their sizes before the first call.
+// The tests mirror these structs and compare their sizes before the first call.
 int64_t size_of_call() { return sizeof(InstanceNormReluAvgPool); }
+int64_t size_of_soft_cross_entropy() { return sizeof(SoftCrossEntropy); }
 int64_t size_of_launch() { return sizeof(Launch); }
 
 const char* run_small_kernel(const char* name, uint64_t seed, unsigned grid, unsigned block, int64_t shared_bytes,
@@ -187,6 +189,45 @@ const char* run_sum_over_batch(int scalar, const void* shares, void* sum, int64_
   return guarded([&] {
     cuda_host::machine().seed(seed);
     launch_sum_over_batch(static_cast<Scalar>(scalar), shares, sum, N, C, nullptr);
+  });
+}
+
+const char* run_soft_cross_entropy(const SoftCrossEntropy* call, uint64_t seed) {
+  return guarded([&] {
+    cuda_host::machine().seed(seed);
+    launch_soft_cross_entropy(*call, nullptr);
+  });
+}
+
+// As exercise_instance_norm_relu_avg_pool: on heap blocks of their exact sizes.
+const char* exercise_soft_cross_entropy(int form, int scalar, int kind, int64_t N, int64_t K) {
+  return guarded([&] {
+    SoftCrossEntropy call;
+    call.form = static_cast<SoftCrossEntropy::Form>(form);
+    call.scalar = static_cast<Scalar>(scalar);
+    call.kind = static_cast<SoftCrossEntropy::Kind>(kind);
+    call.N = N, call.K = K;
+    const bool hard = call.kind == SoftCrossEntropy::Kind::hard, f64 = call.scalar == Scalar::f64;
+    const int64_t element = f64 ? 8 : call.scalar == Scalar::f32 ? 4 : 2, compute = f64 ? 8 : 4;
+
+    std::vector<std::vector<unsigned char>> memory;
+    const auto zeros = [&](int64_t bytes) -> void* {
+      return memory.emplace_back(static_cast<size_t>(bytes)).data();  // a vector keeps its block when it moves
+    };
+    call.logits = {zeros(N * K * element), K, 1};
+    call.logits_t = {zeros(N * K * element), K, 1};
+    if (hard) {
+      call.labels = {zeros(N * 8), 1, 0};
+    } else {
+      call.labels = {zeros(N * K * element), K, 1};
+      call.labels_t = {zeros(N * K * element), K, 1};
+      call.grad_labels = zeros(N * K * element);
+    }
+    call.grad = {zeros(N * compute), 1, 0};
+    call.grad_t = {zeros(N * compute), 1, 0};
+    call.loss = zeros(N * compute);
+    call.grad_logits = zeros(N * K * element);
+    launch_soft_cross_entropy(call, nullptr);
   });
 }
 

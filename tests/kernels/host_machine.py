@@ -40,13 +40,38 @@ class Call(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("column", ctypes.c_int64))
+
+    @staticmethod
+    def of(tensor: torch.Tensor | None) -> Rows:
+        return Rows() if tensor is None else Rows(tensor.data_ptr(), *tensor.stride())
+
+
+class SoftCrossEntropy(ctypes.Structure):
+    """SoftCrossEntropy of csrc/kernels/soft_cross_entropy.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("form", "scalar", "kind")),
+        *((name, ctypes.c_int64) for name in "NK"),
+        *((name, Rows) for name in ("logits", "logits_t", "labels", "labels_t", "grad", "grad_t")),
+        *((name, ctypes.c_void_p) for name in ("loss", "grad_logits", "grad_labels")),
+    )
+
+
 class HostMachine:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        for name in ("run_small_kernel", "run_instance_norm_relu_avg_pool", "run_sum_over_batch"):
+        for name in (
+            "run_small_kernel",
+            "run_instance_norm_relu_avg_pool",
+            "run_sum_over_batch",
+            "run_soft_cross_entropy",
+        ):
             getattr(self.library, name).restype = ctypes.c_char_p
         assert self.library.size_of_call() == ctypes.sizeof(Call)
         assert self.library.size_of_launch() == ctypes.sizeof(Launch)
+        assert self.library.size_of_soft_cross_entropy() == ctypes.sizeof(SoftCrossEntropy)
 
     @staticmethod
     def _check(error: bytes | None) -> None:
@@ -104,3 +129,13 @@ class HostMachine:
             )
         )
         return total
+
+    def soft_cross_entropy(
+        self, form: str, kind: int, *, logits: torch.Tensor, seed: int = 0, **tensors: torch.Tensor | None
+    ) -> None:
+        """Runs one form on tensors named as in SoftCrossEntropy, outputs included."""
+        call = SoftCrossEntropy(FORMS.index(form), SCALARS.index(logits.dtype), kind, *logits.shape, Rows.of(logits))
+        for name, tensor in tensors.items():
+            is_rows = isinstance(getattr(call, name), Rows)
+            setattr(call, name, Rows.of(tensor) if is_rows else tensor.data_ptr())
+        self._check(self.library.run_soft_cross_entropy(ctypes.byref(call), ctypes.c_uint64(seed)))

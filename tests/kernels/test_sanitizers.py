@@ -30,6 +30,10 @@ assert {launch.kept for launch in launches} == {0, 1}
 for form in FORMS:
     exercise(library, form, "f16", (1, 1, 1, 1), pool=False, relu=True)
     exercise(library, form, "f16", (0, 5, 4, 4))
+library.exercise_soft_cross_entropy.restype = ctypes.c_char_p
+for form, scalar, kind, (N, K) in itertools.product(range(4), range(4), range(3), ((5, 37), (1, 1), (0, 3))):
+    error = library.exercise_soft_cross_entropy(form, scalar, kind, ctypes.c_int64(N), ctypes.c_int64(K))
+    assert not error, error
 print("clean")
 """
 

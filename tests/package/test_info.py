@@ -55,17 +55,18 @@ def test_cuda_library_loads_without_a_gpu():
     assert result.stdout == "loaded\n", result.stderr
 
 
-def test_instruction_set_files_share_no_symbols(tmp_path):
+@pytest.mark.parametrize("operator", sorted(source.stem for source in (ROOT / "csrc/kernels").glob("*.inl")))
+def test_instruction_set_files_share_no_symbols(tmp_path, operator):
     """A weak symbol from an AVX-512 file, linked into the baseline's, would be an illegal instruction elsewhere."""
     for isa, flags in (("base", []), ("avx2", ["-mavx2", "-mfma", "-mf16c"])):
-        source = ROOT / f"csrc/kernels/instance_norm_relu_avg_pool_{isa}.cpp"
+        source = ROOT / f"csrc/kernels/{operator}_{isa}.cpp"
         built = tmp_path / f"{isa}.o"
         command = ["g++", "-std=c++20", "-O1", "-Wno-psabi", *flags, "-c", str(source), "-o", str(built)]
         subprocess.run(command, check=True, timeout=300)
         symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout
         exported = [line for line in symbols.splitlines() if re.search(r" [TWVuBDR] ", line)]
         assert len(exported) == 1, exported
-        assert f"pydistill::instance_norm_relu_avg_pool_{isa}(" in exported[0]
+        assert f"pydistill::{operator}_{isa}(" in exported[0]
 
 
 def test_backends_are_never_swapped_silently():

@@ -1,0 +1,228 @@
+"""Cross entropy of logits against hard labels, label logits or label probabilities, in one pass over each row.
+
+Four operators, each a pure function of its arguments, with f the rows' losses and L = <grad, f(logits, labels)>:
+
+    forward        loss                 = f
+    backward       grad                 = dL                            with respect to (logits, labels)
+    jvp            loss_t               = f's derivative along (logits_t, labels_t)
+    backward_jvp   loss_t and grad_t    = the derivatives of f and of backward along them (and along grad_t)
+
+They are closed under differentiation up to second order: dL's Hessian is symmetric, so the vector-Jacobian products of
+``backward`` and ``jvp`` are ``backward_jvp`` along the incoming gradient. Hard labels have no derivative; where a form
+returns one, it is a ``[N, 0]`` tensor, and their direction is not looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pydistill import reference
+from pydistill.ops._operator import Operator, choose_backend
+
+BACKENDS = ("reference", "cpu", "cuda")
+KINDS = ("hard", "logits", "probs")  # in the order of Kind in csrc/kernels/soft_cross_entropy.h
+HARD = KINDS.index("hard")
+
+
+def soft_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    kind: Literal["hard", "logits", "probs"] = "hard",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross entropy of each row of logits against its label, averaged over the rows.
+
+    Equivalent to ``F.cross_entropy(logits, labels.softmax(1) if kind == "logits" else labels, reduction=reduction)``.
+    Learned soft labels are how TESLA (Cui et al., ICML 2023) assigns them and DATM (Guo et al., ICLR 2024) optimises
+    them, as probabilities or as logits. Differentiable twice in logits and floating labels, in reverse and forward
+    mode, under ``torch.func`` and ``torch.compile``; a third derivative raises ``NotImplementedError``. Deterministic:
+    equal bits from run to run, over thread counts and, on the CPU, over instruction sets. NaN and Inf propagate as in
+    torch.
+
+    Args:
+        logits: ``[N, K]`` with K >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is in float32
+            (float64 for float64).
+        labels: int64 ``[N]`` class numbers for kind "hard"; floating ``[N, K]`` for "logits" (a softmax is taken) and
+            "probs" (taken as they are: rows need not sum to one). Where the floating dtypes of labels and logits
+            differ, both are promoted to their common one.
+        kind: what ``labels`` holds.
+        reduction: "mean" over the rows, "sum", or "none".
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
+
+    Returns:
+        A scalar, or ``[N]`` for reduction "none"; in the dtype of logits, in float32 under autocast. The mean of no
+        rows is NaN, as in torch.
+
+    Raises:
+        TypeError: an argument is no tensor or has an unsupported dtype.
+        ValueError: a shape, device or option does not fit, or a class number is not in 0..K-1. There is no
+            ``ignore_index``: -100 is out of range like any other. Class numbers are looked at on the CPU only, outside
+            of ``vmap`` and ``torch.compile``; elsewhere one that is out of range makes its row's loss and gradient NaN.
+        NotImplementedError: the backend cannot run here.
+    """
+    _check(logits, labels, kind, reduction)
+    if kind != "hard":
+        common = torch.promote_types(logits.dtype, labels.dtype)
+        logits, labels = logits.to(common), labels.to(common)
+    chosen = choose_backend("soft_cross_entropy", backend, logits.device, BACKENDS)
+    if chosen == "reference":
+        return reference.soft_cross_entropy(logits, labels, kind, reduction)
+    loss = _forward(logits, labels, KINDS.index(kind))
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
+    return loss if autocast else loss.to(logits.dtype)
+
+
+def _check(logits: Tensor, labels: Tensor, kind: str, reduction: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected 'hard', 'logits' or 'probs', got {kind!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if name == "labels" and kind == "hard":
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"labels: expected int64 class numbers for kind='hard', got {tensor.dtype}")
+        elif tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: expected [N, K] with at least one class, got shape {list(logits.shape)}")
+    expected = logits.shape[:1] if kind == "hard" else logits.shape
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels: expected shape {list(expected)} for kind={kind!r} and logits {list(logits.shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels: expected device {logits.device} as logits, got {labels.device}")
+    if kind == "hard" and labels.device.type == "cpu":
+        _check_range(labels, logits.shape[1])
+
+
+def _check_range(labels: Tensor, K: int) -> None:
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    try:
+        low, high = (int(v) for v in labels.aminmax())
+    except RuntimeError:  # tensors under vmap and fake ones do not show their values
+        return
+    if low < 0 or high >= K:
+        raise ValueError(
+            f"labels: expected class numbers in 0..{K - 1} for {K} classes, got {low if low < 0 else high}; "
+            "ignore_index is not supported"
+        )
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _empty_losses(logits: Tensor) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=_compute_dtype(logits))
+
+
+def _empty_gradients(logits: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    N, K = logits.shape
+    return logits.new_empty((N, K)), logits.new_empty((N, 0 if kind == HARD else K))
+
+
+def _batch_into_rows(op: Any, tensors: int) -> Any:
+    """The vmap rule: rows are independent, so a batch dimension becomes more rows."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        B = info.batch_size
+        folded = []
+        for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
+            if arg is not None:
+                arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
+            folded.append(arg)
+        out = op(*folded, *args[tensors:])
+        N = folded[-1].shape[0] // B
+        if isinstance(out, Tensor):
+            return out.unflatten(0, (B, N)), 0
+        return tuple(o.unflatten(0, (B, N)) for o in out), tuple(0 for _ in out)
+
+    return rule
+
+
+# In every formula below: `saved` are the operator's tensors, `options` is (kind,).
+
+
+def _direction(logits: Tensor, logits_t: Tensor, labels_t: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """Hard labels' direction takes the shape [N, 0] however it comes: as the labels' or as their gradient's."""
+    return logits_t, logits.new_empty((logits.shape[0], 0)) if kind == HARD else labels_t
+
+
+def _forward_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
+    return _differentiable(_backward(grad, *saved, *options), *options)
+
+
+def _differentiable(grads: tuple, kind: int) -> tuple:
+    return (grads[0], None) if kind == HARD else tuple(grads)
+
+
+def _forward_jvp(saved: tuple, options: tuple, *direction: Tensor) -> Tensor:
+    return _jvp(*saved, *_direction(saved[0], *direction, *options), *options)
+
+
+def _backward_vjp(saved: tuple, options: tuple, *direction: Tensor) -> tuple:
+    grad, *inputs = saved
+    to_grad, *to_inputs = _backward_jvp(grad, None, *inputs, *_direction(inputs[0], *direction, *options), *options)
+    return to_grad, *_differentiable(to_inputs, *options)
+
+
+def _backward_forward_jvp(saved: tuple, options: tuple, grad_t: Tensor, *direction: Tensor) -> tuple:
+    grad, *inputs = saved
+    return _backward_jvp(grad, grad_t, *inputs, *_direction(inputs[0], *direction, *options), *options)[1:]
+
+
+def _jvp_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
+    inputs, direction = saved[:2], saved[2:]
+    to_inputs = _backward_jvp(grad, None, *inputs, *direction, *options)[1:]
+    to_direction = _backward(grad, *inputs, *options)  # jvp is linear in the direction
+    return *_differentiable(to_inputs, *options), *_differentiable(to_direction, *options)
+
+
+_forward = Operator(
+    "soft_cross_entropy",
+    tensors=2,
+    fake=lambda logits, labels, kind: _empty_losses(logits),
+    vjp=_forward_vjp,
+    jvp=_forward_jvp,
+    vmap=_batch_into_rows(lambda *args: _forward.raw(*args), 2),
+)
+_backward = Operator(
+    "soft_cross_entropy_backward",
+    tensors=3,
+    fake=lambda grad, logits, labels, kind: _empty_gradients(logits, kind),
+    vjp=_backward_vjp,
+    jvp=_backward_forward_jvp,
+    vmap=_batch_into_rows(lambda *args: _backward.raw(*args), 3),
+)
+_jvp = Operator(
+    "soft_cross_entropy_jvp",
+    tensors=4,
+    fake=lambda logits, labels, logits_t, labels_t, kind: _empty_losses(logits),
+    vjp=_jvp_vjp,
+    jvp=None,
+    vmap=_batch_into_rows(lambda *args: _jvp.raw(*args), 4),
+)
+_backward_jvp = Operator(
+    "soft_cross_entropy_backward_jvp",
+    tensors=6,
+    fake=lambda grad, grad_t, logits, labels, logits_t, labels_t, kind: (
+        _empty_losses(logits),
+        *_empty_gradients(logits, kind),
+    ),
+    vjp=None,
+    jvp=None,
+    vmap=_batch_into_rows(lambda *args: _backward_jvp.raw(*args), 6),
+)
