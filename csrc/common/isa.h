@@ -7,6 +7,8 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -60,6 +62,12 @@ inline Isa isa() {
     return static_cast<Isa>(best);
   }();
   return chosen;
+}
+
+// Of kernels by instruction set, from the base on, the one to run; the last serves all better sets too.
+template <class Kernel, std::size_t N>
+Kernel* best_of(Kernel* const (&kernels)[N]) {
+  return kernels[std::min<std::size_t>(static_cast<std::size_t>(isa()), N - 1)];
 }
 
 }  // namespace pydistill

@@ -20,7 +20,7 @@ using Form = ConvNetStep::Form;
 const ConvNetStepKernel& kernel() {
   static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
                                                          &convnet_step_amx};
-  return *kernels[static_cast<int>(isa())];
+  return *best_of(kernels);
 }
 
 Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> shape) {

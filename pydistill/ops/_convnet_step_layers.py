@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 
 from pydistill.ops._convnet_shape import ConvNetShape
+from pydistill.ops.instance_norm_relu_avg_pool import FORMS
 
 LabelKind = Literal["hard", "logits", "probs"]
 Precision = Literal["fp32", "bf16"]
 
-_block = torch.ops.pydistill.instance_norm_relu_avg_pool.default
-_block_backward = torch.ops.pydistill.instance_norm_relu_avg_pool_backward.default
-_block_jvp = torch.ops.pydistill.instance_norm_relu_avg_pool_jvp.default
-_block_backward_jvp = torch.ops.pydistill.instance_norm_relu_avg_pool_backward_jvp.default
+# without the operators' autograd, vmap and tracing around them
+_block, _block_backward, _block_jvp, _block_backward_jvp = (form.raw for form in FORMS)
 
 
 @torch.no_grad()

@@ -200,3 +200,4 @@ _backward_jvp = Operator(
     jvp=None,
     vmap=_batch_into_channels(lambda *args: _backward_jvp.raw(*args), 8, "iicc"),
 )
+FORMS = (_forward, _backward, _jvp, _backward_jvp)
