@@ -128,10 +128,10 @@ class GenericStudents:
 class ConvNetStudents:
     """ConvNets, all students at once, on `pydistill.ops.convnet_step`.
 
-    Within ``memory`` bytes (None: a quarter of a GiB for them), the tapes of as many steps as fit are kept.
+    Steps at the end keep their tapes, as many as a budget allows, so that the reverse sweep need not run them again.
     """
 
-    AUTO = 256 << 20
+    AUTO_STEPS, AUTO_BYTES = 4, 256 << 20  # "auto" does not grow with the number of steps
 
     def __init__(self, shape: ConvNetShape, label_kind: LabelKind, largest_label: int, precision: Precision):
         self.shape, self.label_kind, self.precision = shape, label_kind, precision
@@ -140,15 +140,17 @@ class ConvNetStudents:
         self.tapes: dict[int, Tensor] = {}
         self._first_kept = 0
 
-    def plan(self, memory: Literal["auto"] | int, steps: int, students: int, images: int, theta: Tensor, kept: int):
-        """Decide which steps keep their tape. ``kept``: bytes of the parameters that the unroll stores anyway."""
+    def plan(
+        self, memory: Literal["auto"] | int, steps: int, students: int, images: int, theta: Tensor, stored: int
+    ) -> None:
+        """Decide which steps keep their tape within ``memory``; ``stored``: what the unroll keeps of parameters."""
         if theta.device.type != "cpu":
             self._first_kept = steps
             return
         size = tape_bytes(self.shape, students, images, theta.dtype, self.precision)
-        least = kept + workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
+        least = stored + workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
         if memory == "auto":
-            room = self.AUTO
+            room = min(self.AUTO_STEPS * size, self.AUTO_BYTES)
         else:
             room = memory - least
             if room < 0:

@@ -114,8 +114,8 @@ def unroll(
         precision: "bf16": convolutions with factors rounded to bfloat16 (the generic engine: under autocast); sums,
             statistics, parameters and updates stay in float32. "fp32": the dtype of theta0 throughout.
         memory: bytes that the student engine may work in. With room, some steps' activations are kept for the backward
-            pass, which else computes them again: the same result, up to a fifth faster. "auto": a quarter of a GiB for
-            them, beyond the stored parameters and the working memory of one step.
+            pass, which else computes them again: the same bits, up to a fifth faster. "auto": of at most 4 steps, in at
+            most 256 MiB, beyond the stored parameters and the working memory of one step.
 
     Returns:
         theta_T, shaped as theta0, or a tuple of such for ``at``.

@@ -307,7 +307,7 @@ class Tuple(nn.Module):
 
 
 BAD = [
-    ({"theta0": lambda p: p["theta0"][:-1]}, ValueError, r"theta0: expected shape \[\d+\] for this net, got \[\d+\]"),
+    ({"theta0": lambda p: p["theta0"][:-1]}, ValueError, r"theta0: expected shape \[\d+\] or \[E, \d+\] for"),
     ({"theta0": lambda p: p["theta0"].long()}, TypeError, "theta0: expected a floating dtype, got torch.int64"),
     ({"images": lambda p: p["images"][0]}, ValueError, r"images: expected \[N, C, H, W\], got shape \[3, 8, 8\]"),
     ({"images": lambda p: p["images"].float()}, TypeError, "images: expected dtype torch.float64 as theta0"),
@@ -337,7 +337,7 @@ BAD = [
     (
         {"batches": [torch.tensor([0]), torch.tensor([0.5])]},
         TypeError,
-        r"batches\[1\]: expected a one-dimensional int64",
+        r"batches\[1\]: expected an int64 tensor",
     ),
     ({"batches": [torch.tensor([0])] * 2, "batch_size": 1}, ValueError, "either batches or batch_size, got both"),
     ({"at": (3,)}, ValueError, r"at: expected step numbers in 1..2, got 3"),

@@ -1,0 +1,320 @@
+"""Which engine runs a net and why; that both give the same; many students at once; memory and precision."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import pydistill
+from pydistill.nn import ConvNet, accelerate
+from pydistill.ops import ConvNetShape
+from pydistill.trajectory import FlatModule, convnet_shape
+
+
+def students(E, kind="logits", own_images=False, own_labels=False, dtype=torch.float64, N=9, width=6):
+    """A net, starts, targets, images, labels, rates."""
+    g = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    net = ConvNet(3, 4, width=width, depth=2, image_size=10).to(dtype)
+
+    def randn(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+
+    theta0 = FlatModule(net).parameters() + 0.05 * randn(E, FlatModule(net).numel)
+    images = randn(*((E,) if own_images else ()), N, 3, 10, 10)
+    lead = ((E,) if own_labels else ()) + (N,)
+    labels = torch.randint(4, lead, generator=g) if kind == "hard" else randn(*lead, 4)
+    labels = labels.softmax(-1) if kind == "probs" else labels
+    return (
+        net,
+        theta0,
+        theta0 + 0.1 * randn(*theta0.shape),
+        images,
+        labels,
+        0.05 + 0.01 * torch.rand(E, generator=g).to(dtype),
+    )
+
+
+def gradients(net, theta0, target, images, labels, lr, **options):
+    leaves = {"theta0": theta0, "images": images, "labels": labels, "lr": lr}
+    leaves = {name: t.detach().clone() for name, t in leaves.items()}
+    moving = [t.requires_grad_() for t in leaves.values() if t.is_floating_point()]
+    options.setdefault("generator", torch.Generator().manual_seed(1))
+    loss = pydistill.trajectory_match(net, leaves.pop("theta0"), target, **leaves, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, moving)]
+
+
+def relative(actual, truth):
+    return ((actual - truth).norm() / truth.norm()).item()
+
+
+class Jitter:
+    """An augmentation with a record."""
+
+    def draw(self, shape, generator):
+        return torch.rand((shape[0], 1, 1, 1), generator=generator, dtype=torch.float64)
+
+    def __call__(self, images, record):
+        return images * (0.5 + record.to(images)) + record.to(images) * images.roll(1, -1)
+
+
+CASES = [
+    ({}, {"momentum": 0.9, "weight_decay": 5e-3}),
+    ({"kind": "hard"}, {"batch_size": 4}),
+    ({"kind": "probs", "own_labels": True}, {"batch_size": 4, "augment": Jitter()}),
+    ({"own_images": True}, {"batch_size": 4, "momentum": 0.5, "store_every": 2, "loss_scale": 0.3}),
+    ({"own_images": True, "own_labels": True, "kind": "hard"}, {"augment": Jitter(), "store": "host"}),
+    ({"own_labels": True}, {"batches": [torch.tensor([0, 3, 3]), torch.tensor([8]), torch.tensor([1, 2])] * 2}),
+]
+
+
+@pytest.mark.parametrize(("how", "options"), CASES)
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
+def test_students_at_once_equal_one_by_one(how, options, mode):
+    """Also the generic engine, and with it the plain loop: for each, E students against E calls with one generator."""
+    net, theta0, target, images, labels, lr = students(3, **how)
+    options = {**options, "steps": 6, "mode": mode}
+    together = gradients(net, theta0, target, images, labels, lr, **options)
+    generic = gradients(net, theta0, target, images, labels, lr, **options, engine="generic")
+    own = {"images": images.dim() == 5, "labels": labels.dim() == (2 if how.get("kind") == "hard" else 3)}
+    generator = torch.Generator().manual_seed(1)
+    alone = [
+        gradients(
+            net,
+            theta0[e],
+            target[e],
+            images[e] if own["images"] else images,
+            labels[e] if own["labels"] else labels,
+            lr[e],
+            **{**options, "generator": generator},
+        )
+        for e in range(3)
+    ]
+    names = ["loss", "theta0", "images", *(["labels"] if labels.is_floating_point() else []), "lr"]
+    for name, a, b, *each in zip(names, together, generic, *alone, strict=True):
+        stacked = torch.stack(each)
+        expected = stacked if name in ("theta0", "lr") or own.get(name) else stacked.sum(0)
+        assert relative(a, expected / 3) < 1e-10, name  # the loss is the mean over students
+        assert relative(b, expected / 3) < 1e-10, name
+
+
+def test_batches_of_their_own():
+    net, theta0, target, images, labels, lr = students(2)
+    batches = [torch.tensor([[0, 1], [2, 8]]), torch.tensor([[5, 5], [0, 2]])]
+    together = gradients(net, theta0, target, images, labels, lr, steps=2, batches=batches)
+    for own_images in (images, images.expand(2, -1, -1, -1, -1)):
+        full = gradients(net, theta0, target, own_images, labels, lr, steps=2, batches=batches, mode="full")
+        found = gradients(net, theta0, target, own_images, labels, lr, steps=2, batches=batches)
+        assert all(relative(a, b) < 1e-10 for a, b in zip(found, full, strict=True))
+    assert relative(together[2], full[2].sum(0)) < 1e-10
+
+
+def test_shared_rate_and_intermediate_targets():
+    net, theta0, target, images, labels, _ = students(3)
+    lr = torch.tensor([0.05], dtype=torch.float64)
+    options = {"steps": 5, "targets": {2: target + 0.1, 3: target - 0.1}}
+    exact = gradients(net, theta0, target, images, labels, lr, **options)
+    full = gradients(net, theta0, target, images, labels, lr, **options, mode="full")
+    assert exact[-1].shape == (1,)
+    assert all(relative(a, b) < 1e-10 for a, b in zip(exact, full, strict=True))
+
+
+@pytest.mark.parametrize("E", [1, 3])
+def test_non_finite_students_are_named_by_step(E):
+    net, theta0, _, images, labels, _ = students(E)
+    with pytest.raises(FloatingPointError, match="non-finite in step 1 of 4"):
+        pydistill.unroll(net, theta0, images, labels, 1e308, steps=4, label_kind="logits")
+
+
+# ---- which nets
+
+
+class Plain(nn.Module):
+    """The ConvNet as a method repository might write it."""
+
+    def __init__(self, norm=lambda C: nn.GroupNorm(C, C), pool=None, bias=True, after=None, size=10):
+        super().__init__()
+        layers = []
+        for i in range(2):
+            layers += [nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1, bias=bias), norm(6), nn.ReLU(inplace=True)]
+            layers.append(pool or nn.AvgPool2d(kernel_size=2, stride=2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(6 * (size // 4) ** 2, 4)
+        self.after = after
+
+    def forward(self, x):
+        out = self.classifier(self.features(x).view(x.shape[0], -1))
+        return self.after(out) if self.after else out
+
+
+def hooked():
+    net = Plain()
+    net.features[0].register_forward_hook(lambda *_: None)
+    return net
+
+
+GENERIC = [
+    (lambda: Plain(norm=lambda C: nn.GroupNorm(C, C, eps=1e-3)), r"GroupNorm.*eps=0.001.*, not GroupNorm\(C, C\) with"),
+    (lambda: Plain(norm=lambda C: nn.GroupNorm(2, C)), r"not GroupNorm\(C, C\)"),
+    (lambda: Plain(norm=nn.BatchNorm2d), "block 0 has BatchNorm2d"),
+    (lambda: Plain(bias=False), "block 0's convolution has no bias"),
+    (lambda: Plain(pool=nn.MaxPool2d(2)), r"block 0 has MaxPool2d.*, not AvgPool2d\(2\)"),
+    (lambda: Plain(pool=nn.AvgPool2d(2, ceil_mode=True)), r"not AvgPool2d\(2\)"),
+    (lambda: Plain(after=lambda out: out * 1.01), r"Plain.forward computes something else than classifier"),
+    (lambda: Plain(after=lambda out: (out, out)), r"Plain.forward computes something else"),
+    (hooked, "Conv2d has hooks"),
+    (lambda: ConvNet(3, 4, width=6, depth=2, image_size=10, act="sigmoid"), "not one with ReLU"),
+    (lambda: ConvNet(3, 4, width=6, depth=2, image_size=10, norm="none"), "block 0 has ReLU"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(300, 4)), "no nn.Sequential `features`"),
+]
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_repositorys_convnet_runs_on_the_engine(accelerated):
+    net = accelerate(Plain()) if accelerated else Plain()
+    shape = convnet_shape(net, (3, 10, 10))
+    assert shape == ConvNetShape(3, 10, 10, (6, 6), 1, 4)
+    assert shape.numel == sum(p.numel() for p in net.parameters())
+    assert convnet_shape(pydistill.compat.ReparamModule(Plain()), (3, 10, 10)) != shape  # not itself: what is in it
+    assert convnet_shape(FlatModule(pydistill.compat.ReparamModule(net)).net, (3, 10, 10)) == shape
+
+
+@pytest.mark.parametrize(("make", "reason"), GENERIC)
+def test_what_differs_runs_generic_and_says_why(make, reason, caplog):
+    torch.manual_seed(0)
+    net = make().double()
+    theta0, images, labels = FlatModule(net).parameters(), torch.randn(5, 3, 10, 10).double(), torch.arange(5) % 4
+    with pytest.raises(ValueError, match=f"engine: expected a net that the student engine can run, but .*{reason}"):
+        pydistill.unroll(net, theta0, images, labels, 0.1, steps=2, engine="student")
+    if "forward" in reason and net.after and isinstance(net.after(torch.zeros(1)), tuple):
+        return  # such a net needs output=
+    with caplog.at_level(logging.DEBUG, "pydistill"):
+        found = pydistill.unroll(net, theta0, images, labels, 0.1, steps=2)
+    assert "generic engine: " in caplog.text
+    assert torch.equal(found, pydistill.unroll(net, theta0, images, labels, 0.1, steps=2, engine="generic"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mode": "full"}, "mode='full' is autograd through the module"),
+        ({"output": 0}, "output=0 takes an element of a tuple"),
+    ],
+)
+def test_options_that_need_the_generic_engine(options, reason):
+    net, theta0, _, images, labels, _ = students(1)
+    with pytest.raises(ValueError, match=f"student engine can run, but {reason}"):
+        pydistill.unroll(net, theta0, images, labels, 0.1, steps=1, label_kind="logits", engine="student", **options)
+
+
+def test_other_sizes_than_the_nets():
+    assert "classifier takes 24 features where [3, 12, 12] images give 54" in convnet_shape(Plain(), (3, 12, 12))
+    assert "convolution 0 takes 3 channels, not 1" in convnet_shape(Plain(), (1, 10, 10))
+    assert "leave nothing of 2x2 images" in convnet_shape(Plain(), (3, 2, 2))
+    assert "float32 and float64, not torch.float16" in convnet_shape(Plain(), (3, 10, 10), torch.float16)
+    assert "no student engine on meta" in convnet_shape(Plain(), (3, 10, 10), device="meta")
+
+
+def test_probing_leaves_the_net_and_the_generators_alone():
+    net = Plain()
+    before = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    convnet_shape(net, (3, 10, 10))
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), net.state_dict().values(), strict=True))
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+# ---- memory and precision
+
+
+def test_memory_changes_no_bit():
+    net, theta0, target, images, labels, lr = students(2, dtype=torch.float32)
+    auto = gradients(net, theta0, target, images, labels, lr, steps=9, batch_size=4)
+    for memory in (1 << 30, 3 << 20):
+        found = gradients(net, theta0, target, images, labels, lr, steps=9, batch_size=4, memory=memory)
+        assert all(torch.equal(a, b) for a, b in zip(auto, found, strict=True))
+
+
+def test_memory_is_spent_from_the_end():
+    from pydistill.ops.convnet_step import tape_bytes
+    from pydistill.trajectory.students import ConvNetStudents
+
+    shape = ConvNetShape(3, 10, 10, (6, 6), 1, 4)
+    runner = ConvNetStudents(shape, "hard", 3, "fp32")
+    theta = torch.zeros(2, shape.numel)
+    size = tape_bytes(shape, 2, 5, torch.float32)
+    with pytest.raises(ValueError, match=r"memory: expected at least (\d+) bytes for this unroll, got 0") as error:
+        runner.plan(0, 10, 2, 5, theta, stored=1000)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    for tapes in (0, 3, 12):
+        runner.plan(least + tapes * size, 10, 2, 5, theta, stored=1000)
+        for k in range(10):
+            batch = (torch.zeros(5, 3, 10, 10), torch.zeros(5, dtype=torch.int64), False)
+            from pydistill.trajectory.students import Batch
+
+            runner.gradient(theta, Batch(*batch), None, k)
+        assert sorted(runner.tapes) == list(range(10 - min(tapes, 10), 10))
+        runner.tapes.clear()
+
+
+def test_too_little_memory_names_the_least():
+    net, theta0, _, images, labels, lr = students(2)
+    options = {"steps": 3, "label_kind": "logits"}
+    with pytest.raises(ValueError, match="memory: expected at least") as error:
+        pydistill.unroll(net, theta0.requires_grad_(), images, labels, lr, memory=1000, **options)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    pydistill.unroll(net, theta0, images, labels, lr, memory=least, **options).sum().backward()
+    with pytest.raises(ValueError, match="memory: expected at least"):
+        pydistill.unroll(net, theta0, images, labels, lr, memory=least - 1, **options)
+
+
+def test_second_backward_gives_the_same():
+    net, theta0, _, images, labels, lr = students(2)
+    images.requires_grad_()
+    loss = pydistill.unroll(net, theta0, images, labels, lr, steps=3, label_kind="logits").square().sum()
+    (first,) = torch.autograd.grad(loss, images, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, images)
+    assert torch.equal(first, second)
+
+
+def test_bf16_follows_fp32():
+    options = {"steps": 1, "label_kind": "logits"}
+    for engine in ("student", "generic"):
+        net, *given = students(2, dtype=torch.float32, width=32, N=20)
+        full = gradients(net, *given, **options, engine=engine)
+        half = gradients(net, *given, **options, engine=engine, precision="bf16")
+        for a, b in zip(half[1:], full[1:], strict=True):
+            assert not torch.equal(a, b)
+            assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.99
+
+
+BAD = [
+    ({"theta0": lambda t: t[None]}, r"theta0: expected shape \[\d+\] or \[E, \d+\] for this net, got \[1, 2, \d+\]"),
+    ({"images": lambda x: x.expand(3, *x.shape)}, r"images: expected \[N, C, H, W\] or \[2, N, C, H, W\], got"),
+    ({"labels": lambda y: y.expand(3, *y.shape)}, r"labels: expected shape \[9, K\] or \[2, 9, K\], got \[3, 9, 4\]"),
+    ({"lr": lambda _: torch.ones(3)}, r"lr: expected one element or \[2\], got shape \[3\]"),
+    ({"batches": lambda _: [torch.zeros(3, 2, dtype=torch.int64)]}, r"batches\[0\]: expected a row for each of 2"),
+    ({"engine": lambda _: "fast"}, "engine: expected 'auto', 'student' or 'generic', got 'fast'"),
+    ({"precision": lambda _: "tf32"}, "precision: expected 'fp32' or 'bf16', got 'tf32'"),
+    ({"memory": lambda _: -1}, "memory: expected 'auto' or a number of bytes, got -1"),
+    ({"memory": lambda _: 1 << 30, "engine": lambda _: "generic"}, "memory: only the student engine works within"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input(change, message):
+    net, theta0, _, images, labels, lr = students(2)
+    given = {"theta0": theta0, "images": images, "labels": labels, "lr": lr}
+    for name, value in change.items():
+        given[name] = value(given.get(name))
+    with pytest.raises(ValueError, match=message):
+        pydistill.unroll(
+            net, *(given.pop(n) for n in ("theta0", "images", "labels", "lr")), steps=1, label_kind="logits", **given
+        )
+
+
+def test_bf16_of_float64_is_refused():
+    net, theta0, _, images, labels, lr = students(1)
+    with pytest.raises(TypeError, match="precision: expected float32 images and theta0 for 'bf16', got torch.float64"):
+        pydistill.unroll(net, theta0, images, labels, lr, steps=1, label_kind="logits", precision="bf16")
