@@ -115,9 +115,9 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
         return backend
     # "meta" tensors hold shapes only: the CPU's registration answers for them
     native = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(device.type)
-    if native == "cuda" and torch.version.hip:  # the CUDA kernels are not built for HIP
-        native = "triton"
     chosen = native if backend == "auto" else backend
+    if backend == "auto" and chosen == "cuda" and torch.version.hip:  # the CUDA kernels are not built for HIP
+        chosen = "triton"
     if chosen is None:
         raise NotImplementedError(f"{op} has no kernel for {device.type} tensors; backend='reference' runs anywhere")
     if chosen not in available:

@@ -109,10 +109,14 @@ def test_reasons_and_info(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_is_triton_on_amd_gpus_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "unavailable", lambda backend: None)
-    assert choose("auto") == "cuda"
+    reasons = {"cuda": "this torch is a build without CUDA"}
+    with monkeypatch.context() as nvidia:
+        nvidia.setattr(_library, "unavailable", lambda backend: None)
+        assert choose("auto") == "cuda"
+        assert choose("triton") == "triton"
+    monkeypatch.setattr(_library, "unavailable", reasons.get)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert choose("auto") == "triton"
     assert choose("auto", "cpu") == "cpu"
-    with pytest.raises(NotImplementedError, match="backend='cuda' cannot run on cuda tensors"):
+    with pytest.raises(NotImplementedError, match="this torch is a build without CUDA"):
         choose("cuda")
