@@ -6,6 +6,10 @@ memory is the launcher's choice for planes of 32x32 and 16 channels on that arch
 row, asks for none and has no figures there. Bytes moved are counted, not modelled: the same kernel runs on the host
 machine of ``cuda_vocabulary.h``, which counts what is asked of global memory; caches would make it less, half-used
 sectors more. The minimum is every input read once and every output written once.
+
+The Triton kernels follow, compiled by Triton for the same architectures and AMD's gfx942, and counted in its
+interpreter, at 32x32 with 16 channels, and at 96x96 where the panel is streamed (`bench/triton_kernels.py`). All their
+shared memory is dynamic. For gfx942 registers are vector registers, spills scratch memory, both of a thread.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -192,12 +197,36 @@ def with_launch(kernel: Resources, library: ctypes.CDLL) -> Row:
     )
 
 
+def triton_rows() -> list[Row]:
+    from bench import triton_kernels  # which stands on this module
+
+    counted = triton_kernels.counted()
+    rows = []
+    for kernel in triton_kernels.compiled():
+        layout = "channels_last" if "channels_last" in kernel.kernel else "nchw"
+        rows.append(
+            Row(
+                kernel=kernel.kernel,
+                arch=kernel.arch,
+                registers=kernel.registers,
+                spill_stores=kernel.spill_stores,
+                spill_loads=kernel.spill_loads,
+                static_shared=0,
+                bytes_to_minimum=counted.get(kernel.kernel),
+                **{f"dynamic_shared_{layout}": kernel.shared},
+            )
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
     output: Path = parser.parse_args().output
     if not find_nvcc():
         raise SystemExit("bench.kernels: nvcc is not on PATH")
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("bench.kernels: triton is not installed")
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(build_host_launch(Path(folder) / "host_launch.so")))
         rows = [
@@ -205,6 +234,7 @@ def main() -> None:
             for header in sorted(KERNELS.glob("*.cuh"))
             for kernel in compile_kernels(header)
         ]
+    rows += triton_rows()
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")

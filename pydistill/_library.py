@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -26,10 +27,20 @@ if _cpu_error is not None:
 _cuda_error = "this torch is a build without CUDA" if torch.version.cuda is None else _load("_C_cuda")
 
 
+# Triton decides between compiler and interpreter when a kernel is defined; decided here as early, and once
+triton_is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+_triton_missing = importlib.util.find_spec("triton") is None
+
+
 def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine, or None where it can."""
     if backend == "cuda":
         if _cuda_error is None and not torch.cuda.is_available():
             return "no CUDA device is visible"
         return _cuda_error
+    if backend == "triton":
+        if _triton_missing:
+            return "triton is not installed"
+        if not (triton_is_interpreted or torch.cuda.is_available()):
+            return "no GPU is visible, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
     return None

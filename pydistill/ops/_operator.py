@@ -24,7 +24,7 @@ Formula = Callable[..., Any]
 
 
 class Operator:
-    """``torch.ops.pydistill.<name>`` with its first ``tensors`` arguments tensors (or None) and the rest options.
+    """``torch.ops.<library>.<name>`` with its first ``tensors`` arguments tensors (or None) and the rest options.
 
     ``vjp(saved, options, *grads)`` returns a gradient (or None) per tensor, ``jvp(saved, options, *tangents)`` the
     outputs' tangents; both are written in operators, so that they are differentiable in turn. An operator whose
@@ -32,11 +32,19 @@ class Operator:
     """
 
     def __init__(
-        self, name: str, *, tensors: int, fake: Formula, vmap: Formula, vjp: Formula | None, jvp: Formula | None
+        self,
+        name: str,
+        *,
+        tensors: int,
+        fake: Formula,
+        vmap: Formula,
+        vjp: Formula | None,
+        jvp: Formula | None,
+        library: str = "pydistill",
     ):
         self.name = name
-        self.raw = getattr(torch.ops.pydistill, name).default
-        qualified = f"pydistill::{name}"
+        self.raw = getattr(getattr(torch.ops, library), name).default
+        qualified = f"{library}::{name}"
 
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
             ctx.save_for_backward(*inputs[:tensors])
@@ -79,6 +87,22 @@ class Operator:
         return self.raw(*args) if torch.compiler.is_dynamo_compiling() else self.function.apply(*args)
 
 
+def register_filled(library: torch.library.Library, name: str, fake: Formula, fill: Formula) -> None:
+    """Register ``pydistill::<name>`` once more, in another library: ``fill(fake(*args), *args)`` on every device.
+
+    So the native operator's schema holds for both, and what a fake promises is what is allocated.
+    """
+    library.define(str(getattr(torch.ops.pydistill, name).default._schema).removeprefix("pydistill::"))
+
+    def implementation(*args: Any) -> Any:
+        outputs = fake(*args)
+        fill(outputs, *args)
+        return outputs
+
+    for key in ("CPU", "CUDA"):  # HIP's tensors have the key CUDA; the CPU's are for the interpreter
+        library.impl(name, implementation, key)
+
+
 def choose_backend(op: str, backend: str, device: torch.device, available: Sequence[str]) -> str:
     """The backend that runs ``op`` on ``device``: the named one, or for "auto" the device's own. Never another.
 
@@ -92,11 +116,19 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
     # "meta" tensors hold shapes only: the CPU's registration answers for them
     native = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(device.type)
     chosen = native if backend == "auto" else backend
+    if backend == "auto" and chosen == "cuda" and torch.version.hip:  # the CUDA kernels are not built for HIP
+        chosen = "triton"
     if chosen is None:
         raise NotImplementedError(f"{op} has no kernel for {device.type} tensors; backend='reference' runs anywhere")
     if chosen not in available:
         raise NotImplementedError(f"{op} has no {chosen} kernel; it has {', '.join(available)}")
-    if chosen != native:
+    if chosen == "triton":
+        if not (device.type == "cuda" or (device.type == "cpu" and _library.triton_is_interpreted)):
+            raise NotImplementedError(
+                f"{op}: backend='triton' cannot run on {device.type} tensors, but on a GPU's, and on the CPU's in "
+                "Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
+            )
+    elif chosen != native:
         raise NotImplementedError(f"{op}: backend={chosen!r} cannot run on {device.type} tensors")
     if reason := _library.unavailable(chosen):
         raise NotImplementedError(f"{op}: backend={chosen!r} cannot run: {reason}")

@@ -46,6 +46,9 @@ def conv2d(
     geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
     if torch.compiler.is_dynamo_compiling() or x.dim() != 4:
         return F.conv2d(x, weight, bias, *geometry)
+    if torch.is_autocast_enabled(x.device.type):  # casts inside the Function would be hidden from its derivatives
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, weight, bias))
     return _Conv2d.apply(x, weight, bias, geometry)
 
 

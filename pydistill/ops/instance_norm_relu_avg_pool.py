@@ -9,6 +9,9 @@ Four operators, each a pure function of its arguments, with f the block and L = 
 
 They are closed under differentiation up to second order: dL's Hessian is symmetric, so the vector-Jacobian products of
 ``backward`` and ``jvp`` are ``backward_jvp`` along the incoming gradient.
+
+They exist twice: natively (``torch.ops.pydistill``: C++ and CUDA) and in Triton (``torch.ops.pydistill_triton``), under
+one set of formulas.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import torch
 from torch import Tensor
 
 from pydistill import reference
-from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._operator import Operator, choose_backend, register_filled
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
 def instance_norm_relu_avg_pool(
@@ -50,7 +53,8 @@ def instance_norm_relu_avg_pool(
         eps: added to the variance.
         relu: apply the ReLU.
         pool: apply the average pool; odd last rows and columns are dropped.
-        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
+        backend: "auto" (the device's kernel; Triton's on AMD GPUs), "reference" (plain torch, any device), "cpu",
+            "cuda", or "triton" (NVIDIA and AMD GPUs; the CPU in Triton's interpreter, TRITON_INTERPRET=1).
 
     Returns:
         ``[N, C, H // 2, W // 2]`` (``[N, C, H, W]`` without pool), dtype of x, channels-last where x is.
@@ -65,7 +69,8 @@ def instance_norm_relu_avg_pool(
     if chosen == "reference":
         return reference.instance_norm_relu_avg_pool(x, weight, bias, eps, relu, pool)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _forward(x, weight.to(compute).contiguous(), bias.to(compute).contiguous(), eps, relu, pool)
+    operators = _triton if chosen == "triton" else _native
+    return operators.forward(x, weight.to(compute).contiguous(), bias.to(compute).contiguous(), eps, relu, pool)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> None:
@@ -127,77 +132,132 @@ def _batch_into_channels(op: Any, tensors: int, pattern: str) -> Any:
     return rule
 
 
-# In every formula below: `saved` are the operator's tensors, `options` are (eps, relu, pool). Directions may come with
-# any strides (a sum's gradient is expanded), while kernels want per-channel vectors dense.
-
-
 def _dense(x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions may come with any strides (a sum's gradient is expanded); kernels want per-channel vectors dense."""
     return x_t, weight_t.contiguous(), bias_t.contiguous()
 
 
-def _forward_vjp(saved: tuple, options: tuple, grad_y: Tensor) -> tuple:
-    return _backward(grad_y, *saved, *options)
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: bool) -> Tensor:
+    return _empty_image(x, pool)
 
 
-def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, weight_t: Tensor, bias_t: Tensor) -> Tensor:
-    return _jvp(*saved, *_dense(x_t, weight_t, bias_t), *options)
+def _backward_fake(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return _empty_image(x, False), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _backward_vjp(saved: tuple, options: tuple, *direction: Tensor) -> tuple:
-    grad_y, *inputs = saved
-    return _backward_jvp(grad_y, None, *inputs, *_dense(*direction), *options)
+def _jvp_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_t: Tensor,
+    weight_t: Tensor,
+    bias_t: Tensor,
+    eps: float,
+    relu: bool,
+    pool: bool,
+) -> Tensor:
+    return _empty_image(x, pool)
 
 
-def _backward_forward_jvp(saved: tuple, options: tuple, grad_y_t: Tensor, *direction: Tensor) -> tuple:
-    grad_y, *inputs = saved
-    return _backward_jvp(grad_y, grad_y_t, *inputs, *_dense(*direction), *options)[1:]
+def _backward_jvp_fake(
+    grad_y: Tensor,
+    grad_y_t: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_t: Tensor,
+    weight_t: Tensor,
+    bias_t: Tensor,
+    eps: float,
+    relu: bool,
+    pool: bool,
+) -> tuple[Tensor, ...]:
+    return _empty_image(x, pool), *_backward_fake(grad_y, x, weight, bias)
 
 
-def _jvp_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
-    inputs, direction = saved[:3], saved[3:]
-    to_inputs = _backward_jvp(grad, None, *inputs, *direction, *options)[1:]
-    return *to_inputs, *_backward(grad, *inputs, *options)  # jvp is linear in the direction
+class _Operators:
+    """The four operators of one library.
+
+    In every formula: `saved` are the operator's tensors, `options` are (eps, relu, pool).
+    """
+
+    def __init__(self, library: str):
+        self.forward = Operator(
+            "instance_norm_relu_avg_pool",
+            library=library,
+            tensors=3,
+            fake=_forward_fake,
+            vjp=self._forward_vjp,
+            jvp=self._forward_jvp,
+            vmap=_batch_into_channels(lambda *args: self.forward.raw(*args), 3, "i"),
+        )
+        self.backward = Operator(
+            "instance_norm_relu_avg_pool_backward",
+            library=library,
+            tensors=4,
+            fake=_backward_fake,
+            vjp=self._backward_vjp,
+            jvp=self._backward_forward_jvp,
+            vmap=_batch_into_channels(lambda *args: self.backward.raw(*args), 4, "icc"),
+        )
+        self.jvp = Operator(
+            "instance_norm_relu_avg_pool_jvp",
+            library=library,
+            tensors=6,
+            fake=_jvp_fake,
+            vjp=self._jvp_vjp,
+            jvp=None,
+            vmap=_batch_into_channels(lambda *args: self.jvp.raw(*args), 6, "i"),
+        )
+        self.backward_jvp = Operator(
+            "instance_norm_relu_avg_pool_backward_jvp",
+            library=library,
+            tensors=8,
+            fake=_backward_jvp_fake,
+            vjp=None,
+            jvp=None,
+            vmap=_batch_into_channels(lambda *args: self.backward_jvp.raw(*args), 8, "iicc"),
+        )
+
+    def _forward_vjp(self, saved: tuple, options: tuple, grad_y: Tensor) -> tuple:
+        return self.backward(grad_y, *saved, *options)
+
+    def _forward_jvp(self, saved: tuple, options: tuple, *direction: Tensor) -> Tensor:
+        return self.jvp(*saved, *_dense(*direction), *options)
+
+    def _backward_vjp(self, saved: tuple, options: tuple, *direction: Tensor) -> tuple:
+        grad_y, *inputs = saved
+        return self.backward_jvp(grad_y, None, *inputs, *_dense(*direction), *options)
+
+    def _backward_forward_jvp(self, saved: tuple, options: tuple, grad_y_t: Tensor, *direction: Tensor) -> tuple:
+        grad_y, *inputs = saved
+        return self.backward_jvp(grad_y, grad_y_t, *inputs, *_dense(*direction), *options)[1:]
+
+    def _jvp_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
+        inputs, direction = saved[:3], saved[3:]
+        to_inputs = self.backward_jvp(grad, None, *inputs, *direction, *options)[1:]
+        return *to_inputs, *self.backward(grad, *inputs, *options)  # jvp is linear in the direction
 
 
-_forward = Operator(
-    "instance_norm_relu_avg_pool",
-    tensors=3,
-    fake=lambda x, weight, bias, eps, relu, pool: _empty_image(x, pool),
-    vjp=_forward_vjp,
-    jvp=_forward_jvp,
-    vmap=_batch_into_channels(lambda *args: _forward.raw(*args), 3, "i"),
-)
-_backward = Operator(
-    "instance_norm_relu_avg_pool_backward",
-    tensors=4,
-    fake=lambda grad_y, x, weight, bias, eps, relu, pool: (
-        _empty_image(x, False),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    ),
-    vjp=_backward_vjp,
-    jvp=_backward_forward_jvp,
-    vmap=_batch_into_channels(lambda *args: _backward.raw(*args), 4, "icc"),
-)
-_jvp = Operator(
-    "instance_norm_relu_avg_pool_jvp",
-    tensors=6,
-    fake=lambda x, weight, bias, x_t, weight_t, bias_t, eps, relu, pool: _empty_image(x, pool),
-    vjp=_jvp_vjp,
-    jvp=None,
-    vmap=_batch_into_channels(lambda *args: _jvp.raw(*args), 6, "i"),
-)
-_backward_jvp = Operator(
-    "instance_norm_relu_avg_pool_backward_jvp",
-    tensors=8,
-    fake=lambda grad_y, grad_y_t, x, weight, bias, x_t, weight_t, bias_t, eps, relu, pool: (
-        _empty_image(x, pool),
-        _empty_image(x, False),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    ),
-    vjp=None,
-    jvp=None,
-    vmap=_batch_into_channels(lambda *args: _backward_jvp.raw(*args), 8, "iicc"),
-)
-FORMS = (_forward, _backward, _jvp, _backward_jvp)
+def _triton_fill(form: str) -> Any:
+    def fill(outputs: Any, *args: Any) -> None:
+        from pydistill.triton import instance_norm_relu_avg_pool as kernels  # Triton need not be installed
+
+        getattr(kernels, form)(outputs, *args)
+
+    return fill
+
+
+# kept for as long as the operators are: torch forgets those of a library that is collected
+_triton_library = torch.library.Library("pydistill_triton", "DEF")
+for _form, _fake in (
+    ("forward", _forward_fake),
+    ("backward", _backward_fake),
+    ("jvp", _jvp_fake),
+    ("backward_jvp", _backward_jvp_fake),
+):
+    _suffix = "" if _form == "forward" else f"_{_form}"
+    register_filled(_triton_library, f"instance_norm_relu_avg_pool{_suffix}", _fake, _triton_fill(_form))
+
+_native, _triton = _Operators("pydistill"), _Operators("pydistill_triton")
+FORMS = (_native.forward, _native.backward, _native.jvp, _native.backward_jvp)

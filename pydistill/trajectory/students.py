@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill import _library
 from pydistill.nn import Conv2d, ConvNet, InstanceNormReLUAvgPool
 from pydistill.ops.convnet_step import (
     ConvNetShape,
@@ -266,6 +267,8 @@ def convnet_shape(
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         return f"there is no student engine on {device.type}"
+    if device.type == "cuda" and (missing := _library.unavailable("cuda")):
+        return f"the student engine's CUDA kernels cannot run: {missing}"
     if dtype not in (torch.float32, torch.float64):
         return f"the student engine computes in float32 and float64, not {dtype}"
     features, classifier = getattr(net, "features", None), getattr(net, "classifier", None)

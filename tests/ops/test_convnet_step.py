@@ -113,8 +113,10 @@ def test_without_curvature():
     theta, direction, images, labels = problem(shape, 7, E=2)
     slope, curvature, images_grad, _ = convnet_tangent(shape, theta, direction, images, labels)
     short = convnet_tangent(shape, theta, direction, images, labels, curvature=False)
-    assert short[1] is None and curvature is not None
-    assert torch.equal(short[0], slope) and torch.equal(short[2], images_grad)
+    assert short[1] is None
+    assert curvature is not None
+    assert torch.equal(short[0], slope)
+    assert torch.equal(short[2], images_grad)
 
 
 def test_workspace_serves_any_shape():
@@ -207,7 +209,7 @@ def test_instruction_sets_agree(tmp_path):
 
 def test_non_finite_input_shows():
     shape = SHAPES["usual"]
-    theta, direction, images, labels = problem(shape, 6, dtype=torch.float32)
+    theta, _direction, images, labels = problem(shape, 6, dtype=torch.float32)
     images[2, 0, 3, 3] = float("nan")
     logits = convnet_logits(shape, theta, images)[0]
     assert logits.isnan().any(1).tolist() == [False, False, True, False, False, False]

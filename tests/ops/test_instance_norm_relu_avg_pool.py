@@ -213,7 +213,7 @@ BAD = [
     ((X[:, :, :0], W, B), {"pool": False}, ValueError, "x: expected planes of at least 1x1"),
     ((X, W, B), {"backend": "numpy"}, ValueError, "backend: expected one of auto, reference, cpu, cuda, triton"),
     ((X, W, B), {"backend": "cuda"}, NotImplementedError, "backend='cuda' cannot run on cpu tensors"),
-    ((X, W, B), {"backend": "triton"}, NotImplementedError, "has no triton kernel; it has reference, cpu, cuda"),
+    ((X, W, B), {"backend": "triton"}, NotImplementedError, "backend='triton' cannot run on cpu tensors"),
 ]
 
 

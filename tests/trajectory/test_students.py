@@ -42,6 +42,8 @@ def gradients(net, theta0, target, images, labels, lr, **options):
     leaves = {name: t.detach().clone() for name, t in leaves.items()}
     moving = [t.requires_grad_() for t in leaves.values() if t.is_floating_point()]
     options.setdefault("generator", torch.Generator().manual_seed(1))
+    if labels.is_floating_point():
+        options.setdefault("label_kind", "logits")
     loss = pydistill.trajectory_match(net, leaves.pop("theta0"), target, **leaves, **options)
     return [loss.detach(), *torch.autograd.grad(loss, moving)]
 
@@ -75,7 +77,7 @@ CASES = [
 def test_students_at_once_equal_one_by_one(how, options, mode):
     """Also the generic engine, and with it the plain loop: for each, E students against E calls with one generator."""
     net, theta0, target, images, labels, lr = students(3, **how)
-    options = {**options, "steps": 6, "mode": mode}
+    options = {**options, "steps": 6, "mode": mode, "label_kind": how.get("kind", "logits")}
     together = gradients(net, theta0, target, images, labels, lr, **options)
     generic = gradients(net, theta0, target, images, labels, lr, **options, engine="generic")
     own = {"images": images.dim() == 5, "labels": labels.dim() == (2 if how.get("kind") == "hard" else 3)}
@@ -124,7 +126,7 @@ def test_shared_rate_and_intermediate_targets():
 @pytest.mark.parametrize("E", [1, 3])
 def test_non_finite_students_are_named_by_step(E):
     net, theta0, _, images, labels, _ = students(E)
-    with pytest.raises(FloatingPointError, match="non-finite in step 1 of 4"):
+    with pytest.raises(FloatingPointError, match="non-finite in step 2 of 4"):
         pydistill.unroll(net, theta0, images, labels, 1e308, steps=4, label_kind="logits")
 
 
@@ -161,7 +163,7 @@ GENERIC = [
     (lambda: Plain(norm=nn.BatchNorm2d), "block 0 has BatchNorm2d"),
     (lambda: Plain(bias=False), "block 0's convolution has no bias"),
     (lambda: Plain(pool=nn.MaxPool2d(2)), r"block 0 has MaxPool2d.*, not AvgPool2d\(2\)"),
-    (lambda: Plain(pool=nn.AvgPool2d(2, ceil_mode=True)), r"not AvgPool2d\(2\)"),
+    (lambda: Plain(pool=nn.AvgPool2d(2, divisor_override=3)), r"not AvgPool2d\(2\)"),
     (lambda: Plain(after=lambda out: out * 1.01), r"Plain.forward computes something else than classifier"),
     (lambda: Plain(after=lambda out: (out, out)), r"Plain.forward computes something else"),
     (hooked, "Conv2d has hooks"),
@@ -316,5 +318,5 @@ def test_bad_input(change, message):
 
 def test_bf16_of_float64_is_refused():
     net, theta0, _, images, labels, lr = students(1)
-    with pytest.raises(TypeError, match="precision: expected float32 images and theta0 for 'bf16', got torch.float64"):
+    with pytest.raises(TypeError, match=r"precision: expected float32 images .* got torch\.float64"):
         pydistill.unroll(net, theta0, images, labels, lr, steps=1, label_kind="logits", precision="bf16")

@@ -1,0 +1,228 @@
+"""The Triton kernels' part of `bench.kernels`: what the compiler says of them, and what they ask of memory.
+
+Triton decides between compiler and interpreter when a kernel is defined, so each has a process of its own:
+`compiled` and `counted` start them. The compiler needs no GPU: it builds for sm_80, sm_90, sm_100 and AMD's gfx942.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import ROOT
+from bench.kernels import FORMS, SHAPE, minimum_bytes
+
+TARGETS = {  # backend, architecture, threads of a warp
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+SHAPES = {"kept": SHAPE, "streamed": (1, 4, 96, 96)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the kernel of instance_norm_relu_avg_pool."""
+
+    scalar: str
+    form: str
+    layout: str
+    storage: str
+
+    @property
+    def name(self) -> str:
+        return f"instance_norm_relu_avg_pool::triton<{self.scalar}, {self.form}, {self.layout}, {self.storage}>"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return SHAPES[self.storage]
+
+
+CASES = [
+    Case(*words)
+    for words in (
+        *product(DTYPES, FORMS, LAYOUTS, ("kept",)),
+        *product(("f32", "f64"), FORMS, LAYOUTS, ("streamed",)),  # what is kept in registers there is of these types
+    )
+]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compilers say of one kernel on one architecture."""
+
+    kernel: str
+    arch: str
+    registers: int  # a thread, as the next two
+    spill_stores: int  # bytes; for AMD vector registers' scratch memory
+    spill_loads: int
+    shared: int  # bytes a block
+    config: dict[str, Any]
+    statistics_layouts: list[str]  # how the tiles lie over the threads that are summed to means and variances
+
+
+def tensors_of(case: Case, device: str) -> dict[str, Tensor | None]:
+    """The kernel's tensors by name: zeros."""
+    N, C, H, W = case.shape
+    dtype = DTYPES[case.scalar]
+    compute = torch.float64 if case.scalar == "f64" else torch.float32
+
+    def image(h: int, w: int) -> Tensor:
+        zeros = torch.zeros(N, C, h, w, dtype=dtype, device=device)
+        return zeros.contiguous(memory_format=LAYOUTS[case.layout])
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=compute, device=device)
+
+    tensors = {"x": image(H, W), "weight": matrix(C), "bias": matrix(C)}
+    if "jvp" in case.form:
+        tensors |= {"x_t": image(H, W), "weight_t": matrix(C), "bias_t": matrix(C)}
+    if "backward" in case.form:
+        tensors |= {"grad_y": image(H // 2, W // 2), "grad_x": image(H, W)}
+        tensors |= {"grad_weight": matrix(N, C), "grad_bias": matrix(N, C)}
+    if case.form == "backward_jvp":
+        tensors["grad_y_t"] = image(H // 2, W // 2)
+    if case.form != "backward":
+        tensors["y"] = image(H // 2, W // 2)
+    return tensors
+
+
+def compiled(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """Every kernel of `CASES`, and the sum over the batch, for each architecture."""
+    with tempfile.TemporaryDirectory() as cache:  # nothing of an earlier run, and nothing for a later one
+        output = _in_own_process("compile", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+    return [Compiled(**row) for row in output]
+
+
+def counted() -> dict[str, float]:
+    """For each case, by name, the bytes that are loaded and stored, over the least possible."""
+    return _in_own_process("count", TRITON_INTERPRET="1")
+
+
+def _in_own_process(*arguments: str, **environment: str) -> Any:
+    command = [sys.executable, "-W", "ignore", "-m", "bench.triton_kernels", *arguments]
+    run = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return json.loads(run.stdout)
+
+
+def _compile(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import instance_norm_relu_avg_pool as kernels
+
+    rows = []
+    for arch in architectures:
+        warp_size = TARGETS[arch][2]
+        for case in CASES:
+            tensors = tensors_of(case, "meta")
+            config = kernels.configure(tensors["x"], warp_size)
+            # the switches as users have them: with the ReLU and the pool
+            arguments = kernels.arguments(tensors, config, 1e-5, True, True)
+            options = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": False}
+            row = _compile_one(case.name, arch, kernels.instance_norm_relu_avg_pool_kernel, arguments, options)
+            rows.append(Compiled(**row, config=asdict(config)))
+        for scalar in ("f32", "f64"):
+            shares = torch.zeros(1, 1, dtype=DTYPES[scalar], device="meta")
+            arguments = {"shares": shares, "total": shares, "N": 1, "C": 1}
+            arguments |= {"BLOCK": kernels.SUM_BLOCK, "UNROLL": kernels.SUM_UNROLL}
+            name = f"instance_norm_relu_avg_pool::triton_sum_over_batch<{scalar}>"
+            row = _compile_one(name, arch, kernels.sum_over_batch_kernel, arguments, {"num_warps": 1})
+            rows.append(Compiled(**row, config={"num_warps": 1}))
+    return rows
+
+
+def _compile_one(name: str, arch: str, kernel: Any, arguments: dict[str, Any], options: dict) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    triton_types = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants |= {argument for argument, value in arguments.items() if value is None}
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else f"*{triton_types[value.dtype]}"
+        if isinstance(value, Tensor)
+        else "i32"
+        for argument, value in arguments.items()
+    }
+    source = ASTSource(kernel, signature, {argument: arguments[argument] for argument in constants})
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        result = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=options)
+
+    def number(pattern: str, text: str) -> int:
+        return int(re.search(pattern, text)[1])
+
+    if TARGETS[arch][0] == "cuda":
+        registers = number(r"Used (\d+) registers", log.getvalue())
+        spills = [number(rf"(\d+) bytes spill {kind}", log.getvalue()) for kind in ("stores", "loads")]
+    else:
+        assembly = result.asm["amdgcn"]
+        registers = number(r"\.vgpr_count: +(\d+)", assembly)
+        scratch = number(r"\.private_segment_fixed_size: +(\d+)", assembly)
+        spills = [max(scratch, 4 * number(r"\.vgpr_spill_count: +(\d+)", assembly))] * 2
+    return {
+        "kernel": name,
+        "arch": arch,
+        "registers": registers,
+        "spill_stores": spills[0],
+        "spill_loads": spills[1],
+        "shared": result.metadata.shared,
+        "statistics_layouts": statistics_layouts(result.asm["ttgir"], 4 if "jvp" in name else 2),
+    }
+
+
+def statistics_layouts(ttgir: str, count: int) -> list[str]:
+    """The layouts of the first ``count`` tiles [positions, lanes] that are summed, spelled out, each once."""
+    names = re.findall(r"^ *\}\) : \(tensor<\d+x\d+xf\d+, (#\w+)>\)", ttgir, re.MULTILINE)[:count]
+    return sorted({re.search(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[1] for name in names})
+
+
+def _count() -> dict[str, float]:
+    """What the interpreter is asked to load and store; masked elements do not count."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from pydistill.triton import instance_norm_relu_avg_pool as kernels
+
+    moved = 0
+
+    def counting(method: Any, mask_at: int) -> Any:
+        def wrapper(self: Any, pointers: Any, *rest: Any) -> Any:
+            nonlocal moved
+            moved += int(rest[mask_at].data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+            return method(self, pointers, *rest)
+
+        return wrapper
+
+    InterpreterBuilder.create_masked_load = counting(InterpreterBuilder.create_masked_load, 0)
+    InterpreterBuilder.create_masked_store = counting(InterpreterBuilder.create_masked_store, 1)
+    ratios = {}
+    for case in CASES:
+        moved = 0
+        kernels.launch(tensors_of(case, "cpu"), 1e-5, True, True)
+        ratios[case.name] = round(moved / minimum_bytes(case.form, case.scalar, case.shape), 3)
+    return ratios
+
+
+if __name__ == "__main__":
+    task, *architectures = sys.argv[1:]
+    print(json.dumps([asdict(row) for row in _compile(architectures)] if task == "compile" else _count()))
