@@ -23,24 +23,27 @@ def eager_accelerated(problem: Problem) -> Thunk:
     return eager.prepare(problem, accelerated(problem.net))
 
 
-def trajectory_match(problem: Problem, mode: str) -> Thunk:
+def trajectory_match(problem: Problem, students: int | None = None, **options: Any) -> Thunk:
+    """The plain module goes in as it is: what a user of a method repository has."""
     import pydistill
 
-    net = accelerated(problem.net)
+    theta0, target = problem.theta0, problem.target
+    if students is not None:
+        theta0, target = (t.expand(students, -1).contiguous() for t in (theta0, target))
 
     def run() -> Result:
         images = problem.images.clone().requires_grad_()
         lr = problem.lr.clone().requires_grad_()
         loss = pydistill.trajectory_match(
-            net,
-            problem.theta0,
-            problem.target,
+            problem.net,
+            theta0,
+            target,
             images,
             problem.labels,
             lr,
             steps=problem.steps,
             batches=list(problem.batches),
-            mode=mode,
+            **options,
         )
         d_images, d_lr = torch.autograd.grad(loss, (images, lr))
         return Result(loss.detach(), d_images, d_lr)
@@ -49,11 +52,41 @@ def trajectory_match(problem: Problem, mode: str) -> Thunk:
 
 
 def exact(problem: Problem) -> Thunk:
-    return trajectory_match(problem, "exact")
+    return trajectory_match(problem, mode="exact", engine="student")
+
+
+def exact_bf16(problem: Problem) -> Thunk:
+    return trajectory_match(problem, mode="exact", engine="student", precision="bf16")
+
+
+def exact_students(scaled: Any) -> Thunk:
+    return trajectory_match(scaled.problem, scaled.students, mode="exact", engine="student")
 
 
 def first_order(problem: Problem) -> Thunk:
-    return trajectory_match(problem, "first_order")
+    return trajectory_match(problem, mode="first_order", engine="student")
+
+
+def lowest_step_cosines(problem: Problem) -> dict[str, float]:
+    """bf16 against float32 at every theta of the float32 trajectory, along the direction to the target."""
+    from pydistill.ops import convnet_gradient, convnet_tangent
+    from pydistill.trajectory import convnet_shape
+
+    shape = convnet_shape(problem.net, problem.images.shape[1:])
+    theta, lowest = problem.theta0[None], dict.fromkeys(("gradient", "curvature", "d_images"), 1.0)
+    for index in problem.batches:
+        batch = (problem.images[index], problem.labels[index])
+        direction = theta - problem.target
+        found = []
+        for precision in ("fp32", "bf16"):
+            _, gradient = convnet_gradient(shape, theta, *batch, precision=precision)
+            _, curvature, d_images, _ = convnet_tangent(shape, theta, direction, *batch, precision=precision)
+            found.append((gradient, curvature, d_images))
+        for name, a, b in zip(lowest, *found, strict=True):
+            similarity = torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), 0)
+            lowest[name] = min(lowest[name], float(similarity))
+        theta = theta - problem.lr * found[0][0]
+    return lowest
 
 
 def instance_norm_relu_avg_pool(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:

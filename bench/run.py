@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench import ROOT, memory
-from bench.registry import CASES, Case, Check, Config, Point
+from bench.registry import CASES, Case, Check, Config, Point, r_squared
 
 RESULTS = ROOT / "bench" / "results"
 COLUMNS = [
@@ -30,6 +30,7 @@ COLUMNS = [
     *("median", "p20", "p80", "config", "machine", "versions", "commit"),
 ]
 RATIO = "baseline / provider"
+LINE = "R^2 of a line in x"
 
 Row = dict[str, Any]
 Samples = dict[str, list[float]]
@@ -113,23 +114,38 @@ def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequen
             # a peak below the system's resolution is a zero, which has no ratio
             if baseline is not None and name != case.baseline and min(values) > 0:
                 rows.append(common | place | {"metric": RATIO, "unit": "x"} | _quantiles(baseline / np.array(values)))
+    if case.lines:
+        rows += [common | row for row in _lines(rows)]
     return rows
+
+
+def _lines(rows: Sequence[Row]) -> list[Row]:
+    """How straight each mode's medians lie: R^2 of a line fit."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for row in rows:
+        found.setdefault((row["mode"], row["provider"]), {})[row["x_value"]] = row["median"]
+    place = {"metric": LINE, "unit": "", "x_value": "all"}
+    return [
+        place | {"mode": mode, "provider": provider} | _quantiles(np.array([r_squared(points)]))
+        for (mode, provider), points in found.items()
+    ]
 
 
 def run_case(
     case: Case,
     *,
     quick: bool = False,
+    brief: bool = False,
     repeats: int | None = None,
-    out: Path = RESULTS,
+    out: Path | None = RESULTS,
     measure: Callable[[Callable[[], Any]], float] | None = None,
 ) -> int:
     """Gate, measure, print, write `out/<case>.csv`; the exit status.
 
     What is measured is wall time, or the resident size of subprocesses for a case in MiB, unless `measure` is given.
     """
-    config = case.quick if quick else case.full
-    repeats = repeats or (2 if quick and case.unit != "MiB" else case.repeats)
+    config = case.quick if quick else {**case.full, **case.brief} if brief else case.full
+    repeats = repeats or (2 if (quick or brief) and case.unit != "MiB" else case.repeats)
     print(f"{case.name}: {case.metric} [{case.unit}]; {machine()}; {versions()}", flush=True)
     points = case.points(case, config)
     try:
@@ -143,8 +159,9 @@ def run_case(
         return 1
     rows = rows_of(case, config, points, samples, repeats)
     _print_table(case, rows)
-    _write(out / f"{case.name}.csv", rows)
-    if quick:
+    if out is not None:
+        _write(out / f"{case.name}.csv", rows)
+    if quick or brief:
         return 0
     medians = {
         (row["mode"], row["x_value"], row["provider"]): row["median"] for row in rows if row["metric"] == case.metric

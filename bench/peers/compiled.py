@@ -51,11 +51,15 @@ def logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
     return F.linear(x.flatten(1), theta["classifier.weight"], theta["classifier.bias"])
 
 
-def prepare(problem: Problem) -> Thunk:
+def prepare(problem: Problem, half: bool = False, channels_last: bool = True) -> Thunk:
+    """``half``: under bf16 autocast, as torch means it to be used: around the forward pass."""
     net = problem.net
+    lay_out = _channels_last if channels_last else Tensor.contiguous
 
     def loss(theta: Parameters, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits(net, theta, x), y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            found = logits(net, theta, x)
+        return F.cross_entropy(found.to(x.dtype), y)
 
     @torch.compile(fullgraph=True, dynamic=False)
     def step(theta: Parameters, x: Tensor, y: Tensor, lr: Tensor) -> Parameters:
@@ -73,13 +77,13 @@ def prepare(problem: Problem) -> Thunk:
         return {name: adjoint[name] + d_theta[name] for name in adjoint}, d_x, d_lr
 
     def named(theta: Tensor) -> Parameters:
-        return {name: _channels_last(p) for name, p in unflatten(net, theta).items()}
+        return {name: lay_out(p) for name, p in unflatten(net, theta).items()}
 
     @torch.no_grad()
     def run() -> Result:
         thetas = [named(problem.theta0)]
         for index in problem.batches:
-            x = _channels_last(problem.images[index])
+            x = lay_out(problem.images[index])
             thetas.append(step(thetas[-1], x, problem.labels[index], problem.lr))
 
         theta = torch.cat([p.flatten() for p in thetas.pop().values()])
@@ -88,7 +92,7 @@ def prepare(problem: Problem) -> Thunk:
         d_images = torch.zeros_like(problem.images)
         d_lr = torch.zeros_like(problem.lr)
         for index in reversed(problem.batches):
-            x = _channels_last(problem.images[index])
+            x = lay_out(problem.images[index])
             adjoint, d_x, d_lr_step = adjoint_step(thetas.pop(), x, problem.labels[index], problem.lr, adjoint)
             d_images.index_add_(0, index, d_x)
             d_lr += d_lr_step
