@@ -8,16 +8,18 @@ __path__ = _extend_path(__path__, __name__)
 
 from pydistill import compat, nn, ops, reference
 from pydistill.ops import instance_norm_relu_avg_pool
-from pydistill.trajectory import trajectory_match, unroll
+from pydistill.trajectory import TrainResult, train_students, trajectory_match, unroll
 
 __version__ = _version("pydistill")
 __all__ = [
+    "TrainResult",
     "__version__",
     "compat",
     "instance_norm_relu_avg_pool",
     "nn",
     "ops",
     "reference",
+    "train_students",
     "trajectory_match",
     "unroll",
 ]
