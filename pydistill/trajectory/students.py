@@ -294,6 +294,11 @@ def choose_students(
     return GenericStudents(flat, label_kind, output, largest_label, precision)
 
 
+def trains_at_once(net: nn.Module, images: Tensor) -> bool:
+    """Whether students like ``net`` train on ``images`` at once: then they share all but parameters and data."""
+    return isinstance(convnet_shape(net, images.shape[-3:], images.dtype, images.device), ConvNetShape)
+
+
 def convnet_shape(
     net: nn.Module, image: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> ConvNetShape | str:

@@ -42,13 +42,21 @@ class TrainResult:
     train_accuracy: Tensor | None  # [epochs, E], float64, of the images as trained on, before each step
     buffers: dict[str, Tensor]  # [E, ...] by name: each student's own, of a net that has buffers
 
+    @torch.no_grad()
+    def copy_into(self, net: nn.Module, student: int) -> None:
+        """Overwrites the parameters and buffers of ``net``, built as the one that was trained, with a student's."""
+        flat = FlatModule(net)
+        own = {**flat.unflatten(self.theta[student]), **{name: each[student] for name, each in self.buffers.items()}}
+        for name, tensor in (*flat.net.named_parameters(), *flat.net.named_buffers()):
+            tensor.copy_(own[name])
+
 
 class DivergedError(FloatingPointError):
     """A student's loss or parameters stopped being finite; says which, in which epoch and step (both from 1)."""
 
     def __init__(self, student: int, epoch: int, step: int, what: str):
         super().__init__(
-            f"student {student}: {what} in epoch {epoch}, step {step}: the learning rate may be too large; "
+            f"{what.format(f'student {student}')} in epoch {epoch}, step {step}: the learning rate may be too large; "
             "check_finite=False goes on regardless"
         )
         self.student, self.epoch, self.step, self.what = student, epoch, step, what
@@ -354,10 +362,9 @@ def _raise_if_not_finite(losses: Tensor, theta: Tensor, rows: range) -> None:
     if bool(losses.isfinite().all() & theta.isfinite().all()):
         return
     for epoch, step, e in (~losses.isfinite()).nonzero()[:1].tolist():
-        what = f"the loss is {losses[epoch, step, e].item()}"
-        raise DivergedError(rows[e], epoch + 1, step + 1, what)
+        raise DivergedError(rows[e], epoch + 1, step + 1, f"the loss of {{}} is {losses[epoch, step, e].item()}")
     e = int((~theta.isfinite()).any(1).nonzero()[0])
-    raise DivergedError(rows[e], losses.shape[0], losses.shape[1], "the parameters are no longer finite")
+    raise DivergedError(rows[e], losses.shape[0], losses.shape[1], "the parameters of {} are no longer finite")
 
 
 def _factors(schedule: Schedule, epochs: int) -> list[float]:

@@ -285,10 +285,10 @@ def test_students_that_diverge_are_named(engine):
     net, theta0, images, labels = problem()
     options = {"epochs": 2, "batch_size": 4, "engine": engine}
     lr = torch.tensor([0.01, 1e308, 0.01], dtype=torch.float64)
-    with pytest.raises(DivergedError, match=r"student 1: the loss is nan in epoch 1, step [23]: ") as raised:
+    with pytest.raises(DivergedError, match=r"the loss of student 1 is nan in epoch 1, step [23]: ") as raised:
         pydistill.train_students(net, theta0, images, labels, lr=lr, **options)
     assert (raised.value.student, raised.value.epoch) == (1, 1)
-    with pytest.raises(FloatingPointError, match="student 1: the parameters are no longer finite in epoch 1, step 1"):
+    with pytest.raises(FloatingPointError, match="the parameters of student 1 are no longer finite in epoch 1, step 1"):
         pydistill.train_students(
             net, theta0, images, labels, lr=lr, weight_decay=1e3, epochs=1, batch_size=N, engine=engine
         )
