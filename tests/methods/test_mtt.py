@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pydistill.data import Dataset
+from pydistill.data import Dataset, read_safetensors, write_safetensors
 from pydistill.evaluate import accuracy, evaluate, train_student
 from pydistill.methods.mtt import MTTConfig, MTTState, distill
 from pydistill.nn import ConvNet
-from pydistill.trajectory.experts import completed_epochs, load_experts, train_experts
+from pydistill.trajectory.experts import completed_epochs, load_experts, seeded_generator, train_experts
 
 CONFIG = MTTConfig(
     ipc=2,
@@ -235,6 +235,56 @@ def test_experts_cut_off_within_an_epoch_go_on_to_the_same_bits(dataset, experts
         train_experts(make_net, dataset.train_images + 1, dataset.train_labels, **options)
     with pytest.raises(ValueError, match="expected experts that start as make_net's networks do"):
         train_experts(lambda: ConvNet(1, 3, width=5, depth=1, image_size=6), *arguments[1:], **options)
+
+
+def test_experts_that_stand_at_different_epochs_are_continued(dataset, experts, tmp_path):
+    """As a file may hold them whose experts trained one after the other."""
+    path = tmp_path / "experts.safetensors"
+    options = {"num_experts": 2, "epochs": 3, "lr": 0.05, "batch_size": 10, "seed": 3, "path": path}
+    train_experts(make_net, dataset.train_images, dataset.train_labels, **options)
+    tensors, header = read_safetensors(path, "experts")
+    tensors["completed"] = torch.tensor([3, 1])
+    tensors["trajectories"][1, 2:] = 0
+    write_safetensors(path, tensors, "experts", header["config"])
+    records = []
+    found = train_experts(make_net, dataset.train_images, dataset.train_labels, **options, on_epoch=records.append)
+    assert [(record["expert"], record["epoch"]) for record in records] == [(1, 2), (1, 3)]
+    assert torch.equal(found[0], experts[0])
+    torch.testing.assert_close(found[1], experts[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_experts_report_the_loss_and_accuracy_of_their_batches(dataset, together):
+    def with_batch_norm():
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 3))
+
+    make, records, steps = make_net if together else with_batch_norm, [], []
+    options = {"num_experts": 2, "epochs": 2, "lr": 0.05, "batch_size": 10, "seed": 3, "augment": Shift()}
+    found = train_experts(
+        *(make, dataset.train_images, dataset.train_labels),
+        **options,
+        on_epoch=records.append,
+        on_step=lambda: steps.append(None),
+    )
+    order = [(0, 1), (1, 1), (0, 2), (1, 2)] if together else [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [(record["expert"], record["epoch"]) for record in records] == order
+    assert len(steps) == 2 * 2 * 5
+    for record in records:
+        expert, epoch = record["expert"], record["epoch"]
+        net, generator = make(), seeded_generator(3, 1, expert, epoch - 1)
+        vector_to_parameters(found[expert, epoch - 1].clone(), net.parameters())
+        total, right = 0.0, 0
+        for index in torch.randperm(45, generator=generator).split(10):
+            x, y = dataset.train_images[index], dataset.train_labels[index]
+            logits = net(Shift()(x, Shift().draw(x.shape, generator)))
+            loss = F.cross_entropy(logits, y)
+            total += loss.item() * len(y)
+            right += (logits.argmax(1) == y).sum().item()
+            for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True):
+                p.data -= 0.05 * g
+        assert record["loss"] == pytest.approx(total / 45, rel=1e-4)
+        assert record["accuracy"] == right / 45
+        torch.testing.assert_close(found[expert, epoch], parameters_to_vector(net.parameters()).detach())
 
 
 def test_an_expert_that_diverges_is_named(dataset, tmp_path):

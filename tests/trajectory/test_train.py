@@ -233,6 +233,10 @@ def test_other_networks_have_buffers_and_draws_of_their_own(dropout):
             torch.testing.assert_close(found.buffers[name][e], buffer)
         right = trained.eval()(eval_data[0]).argmax(1) == eval_data[1]
         assert found.accuracy[e].item() == right.sum().item() / M
+        other = copy.deepcopy(net)
+        found.copy_into(other, e)
+        for name, value in other.state_dict().items():
+            torch.testing.assert_close(value, trained.state_dict()[name])
     assert found.buffers["norm.num_batches_tracked"].tolist() == [9] * E
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [m.training for m in net.modules()] == [False, False, True, False, False]
