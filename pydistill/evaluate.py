@@ -86,7 +86,7 @@ def train_student(
     Raises:
         TypeError, ValueError: as `pydistill.train_students` does.
     """
-    if images.dim() != 4 or not len(images) or len(labels) != len(images):
+    if not len(images) or len(labels) != len(images):
         raise ValueError(f"labels: expected one for each of {len(images)} images, got {len(labels)}")
     trained = train_students(
         net,
