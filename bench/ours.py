@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import eager
+from bench.peers import eager, training
 from bench.peers.problem import Problem, Result, Thunk
 
 
@@ -93,3 +93,24 @@ def instance_norm_relu_avg_pool(x: Tensor, weight: Tensor, bias: Tensor, **optio
     import pydistill
 
     return pydistill.instance_norm_relu_avg_pool(x, weight, bias, **options)
+
+
+def train_students(problem: training.Training) -> training.Thunk:
+    import pydistill
+
+    def run() -> training.Trained:
+        found = pydistill.train_students(
+            problem.net,
+            problem.theta0,
+            problem.images,
+            problem.labels,
+            epochs=problem.epochs,
+            batch_size=problem.batch,
+            lr=problem.lr,
+            momentum=problem.momentum,
+            weight_decay=problem.weight_decay,
+            generator=problem.generators,
+        )
+        return training.Trained(found.theta - problem.theta0, found.losses)
+
+    return run

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import ours
-from bench.peers import block, compiled, eager, tesla
+from bench.peers import block, compiled, eager, tesla, training
 from bench.peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -133,7 +133,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _bf16_check(name: str, case: Case, problem: Problem, output: Result, truth: Result) -> Iterator[Check]:
-    """The image gradient after all steps, and of ours of every step at the theta of float32, along the adjoint's end."""
+    """The image gradient after all steps and, of ours, what each step gives at the thetas of float32."""
     yield Check(name, "bf16 d_images, cosine to float32", cosine(output.d_images, truth.d_images), 0.95, at_least=True)
     if case.providers[name].prepare is ours.exact_bf16:
         for what, value in ours.lowest_step_cosines(problem).items():
@@ -417,6 +417,64 @@ INSTANCE_NORM_RELU_AVG_POOL = Case(
     check=_block_check,
 )
 
+
+def _training_points(case: Case, config: Config) -> list[Point]:
+    problem = partial(training.make_training, config)
+    return [Point(config["students"], problem, tuple(case.providers), per=config["epochs"])]
+
+
+def _training_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small, in batches, so that a student's order of the images counts: to 1e-10."""
+    problem = training.make_training(config["gate"]).double()
+    truths = training.prepare_eager(problem)()
+    for name, entry in case.providers.items():
+        for what, value, truth in zip(training.Trained._fields, entry.prepare(problem)(), truths, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _training_check(
+    case: Case, point: Point, problem: training.Training, outputs: dict[str, training.Trained]
+) -> Iterator[Check]:
+    """At the size and precision that is timed: 5e-3, or twice the baseline's own distance from float64."""
+    truths = training.prepare_eager(problem.double())()
+    for i, (what, truth) in enumerate(zip(training.Trained._fields, truths, strict=True)):
+        bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, output in outputs.items():
+            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], truth), bound)
+
+
+def _training_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (_, _, provider), value in medians.items()}
+    if "pydistill" not in found:
+        return
+    yield Check("pydistill", "speed-up over eager", found["eager"] / found["pydistill"], 3.0, at_least=True)
+    compiled = [found[name] for name in ("compiled", "compiled-vmap") if name in found]
+    if compiled:
+        speedup = min(compiled) / found["pydistill"]
+        yield Check("pydistill", "speed-up over the better compiled loop", speedup, 1.2, at_least=True)
+
+
+TRAIN_STUDENTS = Case(
+    name="train_students",
+    metric="time per epoch of all students",
+    unit="s",
+    x_name="students",
+    providers={
+        "eager": Entry(training.prepare_eager),
+        "compiled": Entry(training.prepare_compiled),
+        "compiled-vmap": Entry(training.prepare_vmapped),
+        "pydistill": Entry(ours.train_students),
+    },
+    # epochs are alike: what a hundred take is a hundred times what one of a few takes
+    full={**CONVNET, "students": 5, "epochs": 2, "lr": 0.01, "gate": {**GATE, "students": 3, "epochs": 3}},
+    quick={**SMALL, "students": 3, "epochs": 2, "lr": 0.01, "gate": {**GATE, "students": 3, "epochs": 3}},
+    repeats=5,
+    points=_training_points,
+    gate=_training_gate,
+    check=_training_check,
+    must_show=_training_must_show,
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -425,6 +483,7 @@ CASES: dict[str, Case] = {
         UNROLL_STEP_SMALL,
         UNROLL_SCALING,
         UNROLL_MEMORY,
+        TRAIN_STUDENTS,
         INSTANCE_NORM_RELU_AVG_POOL,
     )
 }

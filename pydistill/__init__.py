@@ -8,10 +8,11 @@ __path__ = _extend_path(__path__, __name__)
 
 from pydistill import compat, nn, ops, reference
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
-from pydistill.trajectory import trajectory_match, unroll
+from pydistill.trajectory import TrainResult, train_students, trajectory_match, unroll
 
 __version__ = _version("pydistill")
 __all__ = [
+    "TrainResult",
     "__version__",
     "compat",
     "instance_norm_relu_avg_pool",
@@ -19,6 +20,7 @@ __all__ = [
     "ops",
     "reference",
     "soft_cross_entropy",
+    "train_students",
     "trajectory_match",
     "unroll",
 ]

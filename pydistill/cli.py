@@ -438,15 +438,16 @@ class _Run:
         draws = [
             dataset.sample(config.ipc, seeded_generator(config.seed, 4, student)) for student in range(config.students)
         ]
+        random = tuple(torch.stack(each) for each in zip(*draws, strict=True))
         sets = {
-            "random": (draws, config.lr_student, config.student_epochs, 256),
-            "distilled": ([synthetic] * config.students, distilled.lr, config.student_epochs, 256),
-            "whole": ([whole] * config.students, config.lr_student, config.whole_epochs, config.batch_train),
+            "random": (random, config.lr_student, config.student_epochs, 256),
+            "distilled": (synthetic, distilled.lr, config.student_epochs, 256),
+            "whole": (whole, config.lr_student, config.whole_epochs, config.batch_train),
         }
-        for name, (training_sets, lr, epochs, batch_size) in sets.items():
+        for name, (training_set, lr, epochs, batch_size) in sets.items():
             if name in results or epochs == 0:
                 continue
-            images = len(training_sets[0][0])
+            images = training_set[0].shape[-4]
             steps = epochs * -(-images // batch_size) + -(-len(dataset.test_images) // 500)
             task = self.progress.add_task(f"students on {name}", total=config.students * steps, note="")
 
@@ -454,21 +455,19 @@ class _Run:
                 self.progress.advance(task)
                 self.stop()
 
-            accuracies: list[float] = []
-            for student, training_set in enumerate(training_sets):
-                accuracies += evaluate(
-                    self.make_net,
-                    *training_set,
-                    dataset.test_images,
-                    dataset.test_labels,
-                    lr=lr,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    students=[student],
-                    seed=config.seed,
-                    on_step=on_step,
-                )
-                self.progress.update(task, note=f"accuracy {mean(accuracies):.1%}")
+            accuracies = evaluate(
+                self.make_net,
+                *training_set,
+                dataset.test_images,
+                dataset.test_labels,
+                lr=lr,
+                epochs=epochs,
+                batch_size=batch_size,
+                students=range(config.students),
+                seed=config.seed,
+                on_step=on_step,
+            )
+            self.progress.update(task, note=f"accuracy {mean(accuracies):.1%}")
             results[name] = {"accuracies": accuracies, "lr": lr, "epochs": epochs, "images": images}
             results["iterations"] = config.iterations
             write_atomic(self.results_file, _json(results))

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.trajectory import FlatModule, train_students
 from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.trajectory.students import trains_at_once
+from pydistill.trajectory.train import EVAL_BATCH
 
 __all__ = ["accuracy", "evaluate", "train_student"]
 
@@ -24,7 +26,7 @@ def accuracy(
     images: Tensor,
     labels: Tensor,
     *,
-    batch_size: int = 500,
+    batch_size: int = EVAL_BATCH,
     on_step: Callable[[], None] | None = None,
 ) -> float:
     """The share, in ``[0, 1]``, of ``images`` ``[M, C, H, W]`` that ``net`` classifies as ``labels`` ``[M]``.
@@ -61,10 +63,11 @@ def train_student(
     generator: torch.Generator | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> None:
-    """Trains ``net`` in place by SGD on the cross-entropy.
+    """Trains ``net`` in place by SGD on the cross-entropy: one student of `pydistill.train_students`.
 
     After ``ceil(epochs / 2)`` epochs the learning rate falls to a tenth and the momentum starts anew, as in the papers'
-    code.
+    code. Losses that are not finite are the caller's to notice. ``net`` receives its parameters and buffers, and is
+    left in training mode, when the training has ended; after an exception it is what it was.
 
     Args:
         net: gives logits ``[B, K]``.
@@ -81,33 +84,29 @@ def train_student(
         on_step: called after each step; an exception from it ends the training.
 
     Raises:
-        ValueError: a count below 1, a learning rate that is not positive and finite, an unknown kind of labels, or not
-            one label for each image.
+        TypeError, ValueError: as `pydistill.train_students` does.
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr: expected a positive finite number, got {lr}")
-    if label_kind not in ("hard", "logits", "probs"):
-        raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
     if not len(images) or len(labels) != len(images):
         raise ValueError(f"labels: expected one for each of {len(images)} images, got {len(labels)}")
-    targets = labels.softmax(1) if label_kind == "logits" else labels
+    trained = train_students(
+        net,
+        FlatModule(net).parameters()[None],
+        images,
+        labels,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        label_kind=label_kind,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule="step",
+        augment=augment,
+        generator=generator,
+        check_finite=False,
+        on_step=on_step,
+    )
+    trained.copy_into(net, 0)
     net.train()
-    for epoch in range(epochs):
-        if epoch in (0, (epochs + 1) // 2):
-            rate = lr if epoch == 0 else lr / 10
-            optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay)
-        for index in torch.randperm(len(images), generator=generator).to(images.device).split(batch_size):
-            x = images[index]
-            if augment is not None:
-                x = augment(x, augment.draw(x.shape, generator))
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), targets[index]).backward()
-            optimizer.step()
-            if on_step is not None:
-                on_step()
 
 
 def evaluate(
@@ -126,26 +125,56 @@ def evaluate(
 ) -> list[float]:
     """Trains fresh students on ``(images, labels)`` and returns their test accuracies, each in ``[0, 1]``.
 
+    Students that `pydistill.train_students` trains at once are trained at once.
+
     Args:
-        make_net: builds a network that gives logits ``[B, K]``.
-        images: float32 ``[N, C, H, W]`` to train on; their device is where the work is done.
-        labels: int64 ``[N]`` or, with ``label_kind``, float ``[N, K]``.
+        make_net: builds a network that gives logits ``[B, K]``; those it built are left trained.
+        images: float32 ``[N, C, H, W]`` to train on, or a student's own, ``[len(students), N, C, H, W]``; their device
+            is where the work is done.
+        labels: int64 ``[N]`` or, with ``label_kind``, float ``[N, K]``; with ``[len(students)]`` in front where the
+            images have it.
         test_images: float32 ``[M, C, H, W]``.
         test_labels: int64 ``[M]``.
         lr: learning rate; for a distilled set, the one learnt along with it.
         epochs: passes of each student over its images.
         students: numbers of the students; student ``s`` is initialised and shown its images by ``(seed, s)`` alone.
+            (The last bits of what it computes depend also on how many are trained at once.)
         seed: see ``students``.
-        on_step: called after each training step and test batch; an exception from it ends the evaluation.
-        options: the further arguments of `train_student`.
+        on_step: called after each training step and test batch of each student; an exception from it ends the
+            evaluation.
+        options: further arguments of `pydistill.train_students`; momentum, weight decay and schedule are the
+            protocol's, and losses that are not finite are let pass, where they are not given.
 
     Raises:
-        ValueError: as `train_student` and `accuracy` do.
+        TypeError, ValueError: as `pydistill.train_students` does.
     """
-    accuracies = []
-    for student in students:
-        net = seeded_net(make_net, seed, 2, student, device=images.device)
-        generator = seeded_generator(seed, 3, student)
-        train_student(net, images, labels, lr=lr, epochs=epochs, generator=generator, on_step=on_step, **options)
-        accuracies.append(accuracy(net, test_images, test_labels, on_step=on_step))
+    if not len(test_images) or test_labels.shape != test_images.shape[:1]:
+        wanted = f"[{len(test_images)}] with an image or more"
+        raise ValueError(f"test_labels: expected shape {wanted}, got {list(test_labels.shape)}")
+    own = images.dim() == 5
+    if own and not len(images) == len(labels) == len(students):
+        wanted = f"those of {len(students)} students"
+        raise ValueError(f"images, labels: expected {wanted}, got {len(images)} and {len(labels)}")
+    nets = [seeded_net(make_net, seed, 2, student, device=images.device) for student in students]
+    generators = [seeded_generator(seed, 3, student) for student in students]
+    at_once = len(nets) if nets and trains_at_once(nets[0], images) else 1
+    protocol = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "step", "check_finite": False}
+    accuracies: list[float] = []
+    for start in range(0, len(nets), at_once):
+        group = slice(start, start + at_once)
+        trained = train_students(
+            nets[start],
+            torch.stack([FlatModule(net).parameters() for net in nets[group]]),
+            images[group] if own else images,
+            labels[group] if own else labels,
+            lr=lr,
+            epochs=epochs,
+            generator=generators[group],
+            eval_data=(test_images, test_labels),
+            on_step=on_step,
+            **(protocol | options),
+        )
+        for e, net in enumerate(nets[group]):
+            trained.copy_into(net, e)
+        accuracies += trained.accuracy.tolist()
     return accuracies

@@ -1,8 +1,9 @@
-"""Differentiable unrolls of student training, and what trajectory matching needs around them."""
+"""Students in training: plainly, or differentiably, and what trajectory matching needs around that."""
 
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.match import trajectory_match
 from pydistill.trajectory.students import convnet_shape
+from pydistill.trajectory.train import TrainResult, train_students
 from pydistill.trajectory.unroll import unroll
 
-__all__ = ["FlatModule", "convnet_shape", "trajectory_match", "unroll"]
+__all__ = ["FlatModule", "TrainResult", "convnet_shape", "train_students", "trajectory_match", "unroll"]

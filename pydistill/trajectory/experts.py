@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from numpy.random import SeedSequence
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pydistill.data import read_safetensors, write_safetensors
+from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.students import trains_at_once
+from pydistill.trajectory.train import DivergedError, train_students
 
 __all__ = ["completed_epochs", "load_experts", "seeded_generator", "seeded_net", "train_experts"]
 
 _SAVE_EVERY_S = 30.0
+# A step of so many images keeps a machine busy; more experts at once would only make a cut-off cost more.
+_IMAGES_AT_ONCE = 1024
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -56,7 +59,8 @@ def train_experts(
     """Trains experts by plain SGD on the cross-entropy and keeps their flat parameters after every epoch.
 
     The order of the batches depends on ``(seed, expert, epoch)`` alone, so training that was cut off goes on from the
-    last whole epoch to the very trajectories that an unbroken run gives.
+    last whole epoch to the very trajectories that an unbroken run gives. Where experts can be trained at once
+    (`pydistill.train_students`), a few go through their epochs together.
 
     Args:
         make_net: builds a network of float32 parameters that gives logits ``[B, K]``.
@@ -70,9 +74,10 @@ def train_experts(
         augment: None, or an object with ``draw(shape, generator) -> record`` and ``__call__(images, record)``.
         path: a safetensors file that receives the trajectories, atomically, now and then and at the end, an exception
             included. One that exists already is continued.
-        on_step: called after each SGD step; an exception from it ends the training, whole epochs stay saved.
-        on_epoch: called after each epoch with ``expert``, ``epoch`` (1-based), ``loss`` and ``accuracy`` (on the
-            batches as they were trained on).
+        on_step: called after each SGD step of each expert; an exception from it ends the training, whole epochs stay
+            saved.
+        on_epoch: called after each epoch of each expert with ``expert``, ``epoch`` (1-based), ``loss`` and ``accuracy``
+            (on the batches as they were trained on).
 
     Returns:
         float32 ``[E, epochs + 1, P]`` on the CPU: snapshot 0 is the initialisation, parameters are flat in
@@ -81,7 +86,7 @@ def train_experts(
     Raises:
         ValueError: a count below 1, labels that do not match the images, or a file at ``path`` that is truncated,
             foreign, or of a training with other options or on other images.
-        FloatingPointError: an expert's loss stops being finite; its number, epoch and step are named.
+        FloatingPointError: an expert's loss or parameters stop being finite; its number, epoch and step are named.
     """
     for name, value in (("num_experts", num_experts), ("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
@@ -100,47 +105,49 @@ def train_experts(
         "data_crc32": zlib.crc32(labels.cpu().numpy().tobytes(), zlib.crc32(images.cpu().numpy().tobytes())),
     }
     nets = [seeded_net(make_net, seed, 0, expert, device=images.device) for expert in range(num_experts)]
-    start = torch.stack([parameters_to_vector(net.parameters()).detach().cpu() for net in nets])
+    start = torch.stack([FlatModule(net).parameters().cpu() for net in nets])
     trajectories = start.new_zeros(num_experts, epochs + 1, start.shape[1])
     trajectories[:, 0] = start
     completed = torch.zeros(num_experts, dtype=torch.int64)
     if path is not None and Path(path).exists():
         trajectories, completed = _continue(path, config, start)
 
+    at_once = -(-_IMAGES_AT_ONCE // min(batch_size, len(images))) if trains_at_once(nets[0], images) else 1
     saved_at = time.monotonic()
     try:
-        for expert, net in enumerate(nets):
-            for epoch in range(int(completed[expert]), epochs):
-                vector_to_parameters(trajectories[expert, epoch].to(images.device, copy=True), net.parameters())
-                generator = seeded_generator(seed, 1, expert, epoch)
-                total_loss = correct = torch.zeros((), device=images.device)
-                for step, index in enumerate(torch.randperm(len(images), generator=generator).split(batch_size)):
-                    x, y = images[index.to(images.device)], labels[index.to(images.device)]
-                    if augment is not None:
-                        x = augment(x, augment.draw(x.shape, generator))
-                    logits = net(x)
-                    loss = F.cross_entropy(logits, y)
-                    if not torch.isfinite(loss):
-                        raise FloatingPointError(
-                            f"lr: expected a rate at which training stays finite, got {lr}: "
-                            f"the loss of expert {expert} is {loss.item()} in epoch {epoch + 1}, step {step}"
-                        )
-                    gradients = torch.autograd.grad(loss, list(net.parameters()))
-                    with torch.no_grad():
-                        for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-                            parameter.sub_(gradient, alpha=lr)
-                    total_loss = total_loss + loss.detach() * len(y)
-                    correct = correct + (logits.detach().argmax(1) == y).sum()
-                    if on_step is not None:
-                        on_step()
-                trajectories[expert, epoch + 1] = parameters_to_vector(net.parameters()).detach().cpu()
-                completed[expert] = epoch + 1
+        for first in range(0, num_experts, at_once):
+            members = range(first, min(first + at_once, num_experts))
+            while (epoch := min(int(completed[expert]) for expert in members)) < epochs:
+                # the last bits depend on how many train at once: a cut-off leaves all members after the same epoch
+                group = [expert for expert in members if completed[expert] == epoch]
+                try:
+                    trained = train_students(
+                        nets[group[0]],
+                        trajectories[group, epoch].to(images.device),
+                        images,
+                        labels,
+                        epochs=1,
+                        lr=lr,
+                        batch_size=batch_size,
+                        augment=augment,
+                        generator=[seeded_generator(seed, 1, expert, epoch) for expert in group],
+                        train_accuracy=on_epoch is not None,
+                        on_step=on_step,
+                    )
+                except DivergedError as error:
+                    raise FloatingPointError(
+                        f"lr: expected a rate at which training stays finite, got {lr}: "
+                        f"{error.what.format(f'expert {group[error.student]}')} in epoch {epoch + 1}, step {error.step}"
+                    ) from None
+                trajectories[group, epoch + 1] = trained.theta.cpu()
+                completed[group] = epoch + 1
                 if path is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
                     _save(path, trajectories, completed, config)
                     saved_at = time.monotonic()
                 if on_epoch is not None:
-                    mean_loss, accuracy = total_loss.item() / len(images), correct.item() / len(images)
-                    on_epoch({"expert": expert, "epoch": epoch + 1, "loss": mean_loss, "accuracy": accuracy})
+                    losses, accuracies = trained.losses[0].tolist(), trained.train_accuracy[0].tolist()
+                    for expert, loss, accuracy in zip(group, losses, accuracies, strict=True):
+                        on_epoch({"expert": expert, "epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
     finally:
         if path is not None:
             _save(path, trajectories, completed, config)

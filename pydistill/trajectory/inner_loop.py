@@ -61,7 +61,7 @@ class InnerLoop:
         self.label_kind, self.loss_scale = label_kind, loss_scale
         self.momentum, self.weight_decay = momentum, weight_decay
         self.augment, self.generator, self.check_finite = augment, generator, check_finite
-        largest_label = self._check(theta0, images, labels)
+        largest_label, self.own_labels = check_training_set(self.flat, theta0, images, labels, label_kind)
         self.num_students = len(theta0) if theta0.dim() == 2 else 1
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
@@ -85,53 +85,6 @@ class InnerLoop:
         # the backward pass replays steps: it has to find the net in the mode, and autocast as, it was
         self.training = tuple(m.training for m in self.flat.net.modules())
         self.autocast = (torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type))
-
-    def _check(self, theta0: Tensor, images: Tensor, labels: Tensor) -> int:
-        """The largest class number; the number of classes for soft labels, less one."""
-        for name, tensor in (("theta0", theta0), ("images", images), ("labels", labels)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            if tensor.device != theta0.device:
-                raise ValueError(f"{name}: expected device {theta0.device} as theta0, got {tensor.device}")
-        if not theta0.is_floating_point():
-            raise TypeError(f"theta0: expected a floating dtype, got {theta0.dtype}")
-        P = self.flat.numel
-        if theta0.shape[-1:] != (P,) or theta0.dim() not in (1, 2) or not len(theta0):
-            raise ValueError(f"theta0: expected shape [{P}] or [E, {P}] for this net, got {list(theta0.shape)}")
-        E = len(theta0) if theta0.dim() == 2 else None
-        if images.dim() != 4 and (E is None or images.dim() != 5 or len(images) != E):
-            shapes = "[N, C, H, W]" if E is None else f"[N, C, H, W] or [{E}, N, C, H, W]"
-            raise ValueError(f"images: expected {shapes}, got shape {list(images.shape)}")
-        if images.dtype != theta0.dtype:
-            raise TypeError(f"images: expected dtype {theta0.dtype} as theta0, got {images.dtype}")
-        N = images.shape[-4]
-        if N == 0:
-            raise ValueError("images: expected at least one image, got an empty batch")
-        hard = self.label_kind == "hard"
-        self.own_labels = E is not None and labels.dim() == (2 if hard else 3)
-        per_student = labels.shape[1:] if self.own_labels else labels.shape
-        fits = not self.own_labels or len(labels) == E
-        if hard:
-            if labels.dtype != torch.int64:
-                raise TypeError(f"labels: expected int64 class numbers for label_kind='hard', got {labels.dtype}")
-            if per_student != (N,) or not fits:
-                shapes = f"[{N}]" if E is None else f"[{N}] or [{E}, {N}]"
-                raise ValueError(f"labels: expected shape {shapes} as images, got {list(labels.shape)}")
-            low, high = (int(v) for v in labels.aminmax())
-            if low < 0:
-                raise ValueError(f"labels: expected class numbers >= 0, got {low}")
-            return high
-        if self.label_kind not in ("logits", "probs"):
-            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {self.label_kind!r}")
-        if labels.dtype != theta0.dtype:
-            kind = self.label_kind
-            raise TypeError(
-                f"labels: expected dtype {theta0.dtype} as theta0 for label_kind={kind!r}, got {labels.dtype}"
-            )
-        if len(per_student) != 2 or per_student[0] != N or not fits:
-            shapes = f"[{N}, K]" if E is None else f"[{N}, K] or [{E}, {N}, K]"
-            raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
-        return per_student[1] - 1
 
     def _draw(self, steps: int, batch_size: int | None, batches: Sequence[Tensor] | None, images: Tensor) -> list[Step]:
         """All that the steps leave to chance, in the order of students that train one after the other."""
@@ -159,8 +112,8 @@ class InnerLoop:
     def batch(self, step: Step, images: Tensor, labels: Tensor) -> Batch:
         """Step's images, before augmentation, and labels."""
         return Batch(
-            _select(images, step.index, images.dim() == 5),
-            _select(labels, step.index, self.own_labels),
+            select_rows(images, step.index, images.dim() == 5),
+            select_rows(labels, step.index, self.own_labels),
             self.own_labels or (step.index is not None and step.index.dim() == 2),
         )
 
@@ -181,7 +134,7 @@ class InnerLoop:
         with torch.no_grad(), self.replaying(step) if replay else contextlib.nullcontext():
             batch = self.augmented(self.batch(step, images, labels), step)
             buffers = step.copied_buffers() if replay else None
-            grad = self.students.gradient(theta, batch, buffers, step.number if keep else None)
+            grad = self.students.gradient(theta, batch, buffers, step.number if keep else None).grad
         return grad if self.loss_scale == 1 else grad * self.loss_scale
 
     def adjoint(
@@ -315,7 +268,71 @@ class InnerLoop:
         return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
 
 
-def _select(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:
+def check_training_set(
+    flat: FlatModule, theta0: Tensor, images: Tensor, labels: Tensor, label_kind: LabelKind
+) -> tuple[int, bool]:
+    """The largest class number (the number of classes for soft labels, less one); whether students have own labels."""
+    for name, tensor in (("theta0", theta0), ("images", images), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device != theta0.device:
+            raise ValueError(f"{name}: expected device {theta0.device} as theta0, got {tensor.device}")
+    if not theta0.is_floating_point():
+        raise TypeError(f"theta0: expected a floating dtype, got {theta0.dtype}")
+    P = flat.numel
+    if theta0.shape[-1:] != (P,) or theta0.dim() not in (1, 2) or not len(theta0):
+        raise ValueError(f"theta0: expected shape [{P}] or [E, {P}] for this net, got {list(theta0.shape)}")
+    E = len(theta0) if theta0.dim() == 2 else None
+    if images.dim() != 4 and (E is None or images.dim() != 5 or len(images) != E):
+        shapes = "[N, C, H, W]" if E is None else f"[N, C, H, W] or [{E}, N, C, H, W]"
+        raise ValueError(f"images: expected {shapes}, got shape {list(images.shape)}")
+    if images.dtype != theta0.dtype:
+        raise TypeError(f"images: expected dtype {theta0.dtype} as theta0, got {images.dtype}")
+    N = images.shape[-4]
+    if N == 0:
+        raise ValueError("images: expected at least one image, got an empty batch")
+    hard = label_kind == "hard"
+    own_labels = E is not None and labels.dim() == (2 if hard else 3)
+    per_student = labels.shape[1:] if own_labels else labels.shape
+    fits = not own_labels or len(labels) == E
+    if hard:
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels: expected int64 class numbers for label_kind='hard', got {labels.dtype}")
+        if per_student != (N,) or not fits:
+            shapes = f"[{N}]" if E is None else f"[{N}] or [{E}, {N}]"
+            raise ValueError(f"labels: expected shape {shapes} as images, got {list(labels.shape)}")
+        low, high = (int(v) for v in labels.aminmax())
+        if low < 0:
+            raise ValueError(f"labels: expected class numbers >= 0, got {low}")
+        return high, own_labels
+    if label_kind not in ("logits", "probs"):
+        raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
+    if labels.dtype != theta0.dtype:
+        raise TypeError(
+            f"labels: expected dtype {theta0.dtype} as theta0 for label_kind={label_kind!r}, got {labels.dtype}"
+        )
+    if len(per_student) != 2 or per_student[0] != N or not fits:
+        shapes = f"[{N}, K]" if E is None else f"[{N}, K] or [{E}, {N}, K]"
+        raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
+    return per_student[1] - 1, own_labels
+
+
+def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
+    if not isinstance(lr, Tensor):
+        if not isinstance(lr, (int, float)):
+            raise TypeError(f"lr: expected a tensor of one element or a number, got {type(lr).__name__}")
+        return theta0.new_tensor(float(lr))
+    if lr.numel() != 1 and (theta0.dim() != 2 or lr.shape != theta0.shape[:1]):
+        shapes = "one element" if theta0.dim() == 1 else f"one element or [{len(theta0)}]"
+        raise ValueError(f"lr: expected {shapes}, got shape {list(lr.shape)}")
+    if not lr.is_floating_point():
+        raise TypeError(f"lr: expected a floating dtype, got {lr.dtype}")
+    if lr.device != theta0.device:
+        raise ValueError(f"lr: expected device {theta0.device} as theta0, got {lr.device}")
+    return lr
+
+
+def select_rows(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:
     """Rows of ``tensor`` by ``index`` [B] or [E, B]; ``own``: tensor has [E] in front."""
     if index is None:
         return tensor

@@ -45,6 +45,14 @@ class Batch(NamedTuple):
     per_student: bool  # whether labels has [E] in front
 
 
+class Descent(NamedTuple):
+    """What a step needs to know: each student's loss and its gradient, and the logits where they were asked for."""
+
+    losses: Tensor  # [E]
+    grad: Tensor  # [E, P]
+    logits: Tensor | None  # [E, B, K]
+
+
 class Adjoint(NamedTuple):
     """What <g, direction> is and how it changes; a field is None where it was not asked for."""
 
@@ -63,8 +71,12 @@ class GenericStudents:
         self.flat, self.label_kind, self.output = flat, label_kind, output
         self.largest_label, self.precision = largest_label, precision
 
-    def loss(self, theta: Tensor, x: Tensor, y: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
-        """One student's: theta [P], x [B, C, H, W]."""
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """[E, B, K], with the module in the mode it is in."""
+        rows = images if images.dim() == 5 else [images] * len(theta)
+        return torch.stack([self._logits(row, x) for row, x in zip(theta, rows, strict=True)])
+
+    def _logits(self, theta: Tensor, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         half = self.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
             logits = self.flat(theta, x, buffers=buffers)
@@ -77,19 +89,35 @@ class GenericStudents:
             )
         if logits.dim() != 2 or len(logits) != len(x):
             raise ValueError(f"net: expected logits [{len(x)}, K], got shape {list(logits.shape)}")
-        check_classes(self.label_kind, self.largest_label, y, logits.shape[1])
-        if self.label_kind == "logits":
-            y = y.softmax(-1)
-        return F.cross_entropy(logits.float() if half else logits, y)
+        return logits.float() if half else logits
 
-    def gradient(self, theta: Tensor, batch: Batch, buffers: dict[str, Tensor] | None, keep: int | None) -> Tensor:
-        grads = []
+    def loss(self, theta: Tensor, x: Tensor, y: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        """One student's: theta [P], x [B, C, H, W]."""
+        return self._loss(self._logits(theta, x, buffers), y)
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        check_classes(self.label_kind, self.largest_label, y, logits.shape[1])
+        return F.cross_entropy(logits, y.softmax(-1) if self.label_kind == "logits" else y)
+
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Batch,
+        buffers: dict[str, Tensor] | None,
+        keep: int | None,
+        *,
+        with_logits: bool = False,
+    ) -> Descent:
+        found = []
         for e, row in enumerate(theta):
             with torch.enable_grad():
                 row = row.detach().requires_grad_()
                 x, y = of_student(batch, e)
-                grads.append(torch.autograd.grad(self.loss(row, x.detach(), y.detach(), buffers), row)[0])
-        return torch.stack(grads)
+                logits = self._logits(row, x.detach(), buffers)
+                loss = self._loss(logits, y.detach())
+                found.append((loss.detach(), torch.autograd.grad(loss, row)[0], logits.detach()))
+        losses, grads, logits = zip(*found, strict=True)
+        return Descent(torch.stack(losses), torch.stack(grads), torch.stack(logits) if with_logits else None)
 
     def adjoint(
         self,
@@ -158,14 +186,28 @@ class ConvNetStudents:
                 raise ValueError(f"memory: expected at least {least} bytes for this unroll, got {memory}")
         self._first_kept = max(0, steps - room // size)  # the reverse sweep starts at the end
 
-    def gradient(self, theta: Tensor, batch: Batch, buffers: dict[str, Tensor] | None, keep: int | None) -> Tensor:
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """[E, B, K]."""
+        with torch.no_grad():
+            return convnet_logits(self.shape, theta, images, precision=self.precision, workspace=self.workspace)
+
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Batch,
+        buffers: dict[str, Tensor] | None,
+        keep: int | None,
+        *,
+        with_logits: bool = False,
+    ) -> Descent:
         check_classes(self.label_kind, self.largest_label, batch.labels, self.shape.classes)
         tape = None
         if keep is not None and keep >= self._first_kept:
             size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
             tape = self.tapes[keep] = torch.empty(size, dtype=torch.uint8)
+        logits = self.logits(theta, batch.images) if with_logits else None
         with torch.no_grad():
-            return convnet_gradient(
+            losses, grad = convnet_gradient(
                 self.shape,
                 theta,
                 batch.images,
@@ -174,7 +216,8 @@ class ConvNetStudents:
                 precision=self.precision,
                 workspace=self.workspace,
                 tape=tape,
-            )[1]
+            )
+        return Descent(losses, grad, logits)
 
     def adjoint(
         self,
@@ -252,6 +295,11 @@ def choose_students(
             raise ValueError(f"engine: expected a net that the student engine can run, but {found}")
         _log.debug("generic engine: %s", found)
     return GenericStudents(flat, label_kind, output, largest_label, precision)
+
+
+def trains_at_once(net: nn.Module, images: Tensor) -> bool:
+    """Whether students like ``net`` train on ``images`` at once: then they share all but parameters and data."""
+    return isinstance(convnet_shape(net, images.shape[-3:], images.dtype, images.device), ConvNetShape)
 
 
 def convnet_shape(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
-from pydistill.trajectory.inner_loop import InnerLoop, Step
+from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr
 from pydistill.trajectory.students import ConvNetStudents, Engine
 
 Mode = Literal["exact", "first_order", "full"]
@@ -146,7 +146,7 @@ def unroll(
         memory=memory,
         mode=mode,
     )
-    lr = _check_lr(lr, theta0)
+    lr = check_lr(lr, theta0)
     wanted = (steps,) if at is None else _check_at(at, steps)
     if mode not in ("exact", "first_order", "full"):
         raise ValueError(f"mode: expected 'exact', 'first_order' or 'full', got {mode!r}")
@@ -296,21 +296,6 @@ class _Unroll(torch.autograd.Function):
                     if loop.weight_decay:
                         adjoint = adjoint + loop.weight_decay * scale[:, None] * w
         return None, None, adjoint if needs_theta0 else None, d_images, d_labels, d_lr
-
-
-def _check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
-    if not isinstance(lr, Tensor):
-        if not isinstance(lr, (int, float)):
-            raise TypeError(f"lr: expected a tensor of one element or a number, got {type(lr).__name__}")
-        return theta0.new_tensor(float(lr))
-    if lr.numel() != 1 and (theta0.dim() != 2 or lr.shape != theta0.shape[:1]):
-        shapes = "one element" if theta0.dim() == 1 else f"one element or [{len(theta0)}]"
-        raise ValueError(f"lr: expected {shapes}, got shape {list(lr.shape)}")
-    if not lr.is_floating_point():
-        raise TypeError(f"lr: expected a floating dtype, got {lr.dtype}")
-    if lr.device != theta0.device:
-        raise ValueError(f"lr: expected device {theta0.device} as theta0, got {lr.device}")
-    return lr
 
 
 def _check_at(at: Sequence[int], steps: int) -> tuple[int, ...]:

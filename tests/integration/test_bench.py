@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import eager
+from bench.peers import eager, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 
@@ -76,6 +76,30 @@ def test_block_is_green(tmp_path: Path) -> None:
     assert {(row["mode"].count("+"), row["x_value"]) for row in rows} == {
         (derivatives, layout) for derivatives in range(3) for layout in ("nchw", "channels_last")
     }
+
+
+def test_train_students_is_green(tmp_path: Path) -> None:
+    assert run.main(["train_students", "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "train_students.csv")
+    assert {(row["provider"], row["x_value"]) for row in rows} == {("eager", "3"), ("pydistill", "3")}
+
+
+def test_train_students_sees_a_wrong_optimizer(tmp_path: Path) -> None:
+    def without_decay(problem: training.Training) -> training.Thunk:
+        return training.prepare_eager(replace(problem, weight_decay=0.0))
+
+    case = CASES["train_students"].only([])
+    case = replace(case, providers=case.providers | {"wrong": Entry(without_decay)})
+    assert run.run_case(case, quick=True, out=tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_students_must_beat_both_compiled_loops() -> None:
+    seconds = {"eager": 9.0, "compiled": 2.0, "compiled-vmap": 3.0, "pydistill": 1.0}
+    case = CASES["train_students"]
+    for changed, expected in (({}, [True, True]), ({"compiled": 1.1}, [True, False]), ({"eager": 2.9}, [False, True])):
+        medians = {("", 5, name): value for name, value in (seconds | changed).items()}
+        assert [check.ok for check in case.must_show(medians, case.full)] == expected
 
 
 def test_a_wrong_provider_turns_the_gate_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,421 @@
+r"""Students trained on a fixed set of images: many at once, first order.
+
+It is the loop that evaluates a distilled set ("Dataset Condensation with Gradient Matching", Zhao, Mopuri, Bilen,
+ICLR 2021: several fresh networks, the learning rate divided by ten at half of the epochs) and that makes experts
+("Dataset Distillation by Matching Training Trajectories", Cazenavette et al., CVPR 2022). Of student e, with g the
+gradient of the mean cross entropy of its batch at theta_e:
+
+    v_e <- momentum v_e + g + weight_decay theta_e,      theta_e <- theta_e - lr_e schedule(epoch) v_e
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.inner_loop import check_lr, check_training_set, select_rows
+from pydistill.trajectory.students import Batch, ConvNetStudents, Engine, GenericStudents, choose_students
+
+__all__ = ["EVAL_BATCH", "DivergedError", "TrainResult", "train_students"]
+
+Schedule = Literal["step", "cosine"] | Callable[[int, int], float] | None
+
+EVAL_BATCH = 500  # images a student is tested on at a time
+_STEPS_BETWEEN_CHECKS = 64  # at the least: asking a GPU whether the losses are finite makes it wait
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What `train_students` gives back; every tensor on the device of theta0."""
+
+    theta: Tensor  # [E, P], final parameters
+    losses: Tensor  # [epochs, E], mean over an epoch's images, each before the step that it was in; dtype of theta
+    accuracy: Tensor | None  # [E], float64, the share of eval_data's images that each student has right
+    train_accuracy: Tensor | None  # [epochs, E], float64, of the images as trained on, before each step
+    buffers: dict[str, Tensor]  # [E, ...] by name: each student's own, of a net that has buffers
+
+    @torch.no_grad()
+    def copy_into(self, net: nn.Module, student: int) -> None:
+        """Overwrites the parameters and buffers of ``net``, built as the one that was trained, with a student's."""
+        flat = FlatModule(net)
+        own = {**flat.unflatten(self.theta[student]), **{name: each[student] for name, each in self.buffers.items()}}
+        for name, tensor in (*flat.net.named_parameters(), *flat.net.named_buffers()):
+            tensor.copy_(own[name])
+
+
+class DivergedError(FloatingPointError):
+    """A student's loss or parameters stopped being finite; says which, in which epoch and step (both from 1)."""
+
+    def __init__(self, student: int, epoch: int, step: int, what: str):
+        super().__init__(
+            f"{what.format(f'student {student}')} in epoch {epoch}, step {step}: the learning rate may be too large; "
+            "check_finite=False goes on regardless"
+        )
+        self.student, self.epoch, self.step, self.what = student, epoch, step, what
+
+
+def train_students(
+    net: nn.Module,
+    theta0: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    lr: Tensor | float,
+    batch_size: int = 256,
+    schedule: Schedule = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    label_kind: LabelKind = "hard",
+    augment: Callable[..., Tensor] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    eval_data: tuple[Tensor, Tensor] | None = None,
+    train_accuracy: bool = False,
+    check_finite: bool = True,
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
+    on_step: Callable[[], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train E students by SGD, all at once where the student engine runs them, else one after the other.
+
+    Equivalent to this loop for every student, with its own generator::
+
+        optimizer = torch.optim.SGD(net.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
+        for epoch in range(epochs):
+            optimizer.param_groups[0]["lr"] = lr * schedule(epoch, epochs)
+            for index in torch.randperm(N, generator=generator).split(batch_size):
+                x = augment(images[index], augment.draw(images[index].shape, generator))
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), labels[index]).backward()
+                optimizer.step()
+
+    Nothing in it waits for a GPU but the check of the losses, at most once an epoch. On the student engine the last
+    bits of a student's parameters depend on how many are trained at once.
+
+    Args:
+        net: the students' structure, all of ``net.parameters()`` being trained. Neither its parameters, its buffers nor
+            its mode are changed: students train in training mode, each from the buffers that ``net`` has.
+        theta0: ``[E, P]`` starting parameters, in ``net.parameters()`` order.
+        images: ``[N, C, H, W]``, dtype and device of theta0; or a student's own, ``[E, N, C, H, W]``.
+        labels: int64 ``[N]`` for label_kind "hard"; dtype of theta0 and ``[N, K]`` for "logits" (a softmax is taken)
+            and "probs"; or a student's own, with ``[E]`` in front.
+        epochs: passes over the images, each in an order of its own.
+        lr: the learning rate, positive: a number, a tensor of one element, or ``[E]``.
+        batch_size: images per step; an epoch's last step takes what is left.
+        schedule: factor on lr, by epoch. "step": a tenth from epoch ``ceil(epochs / 2)`` on, where the momentum also
+            starts anew, as the evaluation code of the papers has it; "cosine": half a cosine from one towards zero;
+            a function of the epoch (from 0) and the number of epochs; None: one.
+        momentum, weight_decay: as in ``torch.optim.SGD`` (no dampening, no Nesterov; the decay is coupled).
+        label_kind: what ``labels`` holds.
+        augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
+            ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
+            those draws alone come in another order on the student engine than when students train one by one.
+        generator: source of the orders and of ``augment.draw``. One, torch's default when None: what students take
+            from it is what they would take one after the other. Or E of them, a student's own each.
+        eval_data: images ``[M, C, H, W]`` and int64 labels ``[M]`` to test the trained students on, in eval mode.
+        train_accuracy: also count the images that are classified right while training (soft labels: whose largest is
+            found), which takes a third more time on the student engine.
+        check_finite: raise where a loss is not finite; False returns what comes of it.
+        engine: "student", "generic" or "auto", as in `pydistill.unroll`.
+        precision: "fp32" or "bf16", as in `pydistill.unroll`.
+        on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
+            took it; an exception from it ends the training.
+        on_epoch: called after each epoch with a dict: ``students`` (the range that trained: all, or one on the generic
+            engine), ``epoch`` (from 1), ``theta`` (their parameters, which training goes on to overwrite), ``losses``
+            and ``train_accuracy`` (of the epoch, one per student).
+
+    Returns:
+        The trained students, detached from autograd.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it was and what it should be.
+        DivergedError: a ``FloatingPointError``: a loss or parameter that is not finite; names student, epoch and step.
+    """
+    flat = FlatModule(net)
+    if isinstance(theta0, Tensor) and theta0.dim() != 2:
+        raise ValueError(f"theta0: expected shape [E, {flat.numel}] for this net, got {list(theta0.shape)}")
+    largest_label, own_labels = check_training_set(flat, theta0, images, labels, label_kind)
+    for name, count in (("epochs", epochs), ("batch_size", batch_size)):
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
+    if eval_data is not None:
+        _check_eval_data(eval_data, images)
+    E, N = len(theta0), images.shape[-4]
+    rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
+    factors = _factors(schedule, epochs)
+    given = _check_generators(generator, E)
+    students = choose_students(engine, flat, images, label_kind, None, largest_label, precision)
+    together = isinstance(students, ConvNetStudents)
+    if len(given) < E:
+        given = _forked(given[0], E, epochs, batch_size, images, augment) if together else given * E
+
+    training = _Training(
+        students=students,
+        images=images.detach(),
+        labels=labels.detach(),
+        own_labels=own_labels,
+        factors=factors,
+        restart=(epochs + 1) // 2 if schedule == "step" else None,
+        batch_size=batch_size,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        augment=augment,
+        eval_data=eval_data,
+        train_accuracy=train_accuracy,
+        check_finite=check_finite,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    theta = theta0.detach().clone()
+    losses = theta.new_zeros(epochs, -(-N // batch_size), E)
+    right = torch.zeros(epochs, E, dtype=torch.int64, device=theta.device)
+    tested = torch.zeros(E, dtype=torch.int64, device=theta.device)
+    buffers = []
+    for rows in [range(E)] if together else [range(e, e + 1) for e in range(E)]:
+        own = slice(rows.start, rows.stop)
+        with _training_mode(flat.net), _own_buffers(flat.net) as now:
+            training.run(rows, theta[own], rates[own], given[own], losses[..., own], right[:, own])
+            if eval_data is not None:
+                flat.net.eval()
+                training.test(theta[own], tested[own])
+            buffers.append(now())
+    return TrainResult(
+        theta,
+        training.means(losses),
+        None if eval_data is None else tested.double() / len(eval_data[0]),
+        right.double() / N if train_accuracy else None,
+        {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """What students that train together share."""
+
+    students: GenericStudents | ConvNetStudents
+    images: Tensor
+    labels: Tensor
+    own_labels: bool
+    factors: list[float]
+    restart: int | None
+    batch_size: int
+    momentum: float
+    weight_decay: float
+    augment: Callable[..., Tensor] | None
+    eval_data: tuple[Tensor, Tensor] | None
+    train_accuracy: bool
+    check_finite: bool
+    on_step: Callable[[], None] | None
+    on_epoch: Callable[[dict[str, Any]], None] | None
+
+    def run(
+        self,
+        rows: range,
+        theta: Tensor,
+        rates: Tensor,
+        generators: list[torch.Generator | None],
+        losses: Tensor,
+        right: Tensor,
+    ) -> None:
+        """Trains ``theta`` in place; fills ``losses`` [epochs, steps, E] and ``right`` [epochs, E]."""
+        epochs, steps, _ = losses.shape
+        own_images = self.images.dim() == 5
+        images = self.images[rows.start : rows.stop] if own_images else self.images
+        labels = self.labels[rows.start : rows.stop] if self.own_labels else self.labels
+        velocity, checked = None, 0
+        for epoch, factor in enumerate(self.factors):
+            if epoch == self.restart:
+                velocity = None
+            minus_rates = -factor * rates
+            orders = [_order(images.shape[-4], generator) for generator in generators]
+            for step, index in enumerate(torch.stack(orders).to(theta.device).split(self.batch_size, 1)):
+                with torch.no_grad():
+                    x, y = select_rows(images, index, own_images), select_rows(labels, index, self.own_labels)
+                    if self.augment is not None:
+                        x = torch.stack([self._augmented(*each) for each in zip(x, generators, strict=True)])
+                    found = self.students.gradient(
+                        theta, Batch(x, y, True), None, None, with_logits=self.train_accuracy
+                    )
+                    losses[epoch, step] = found.losses
+                    if found.logits is not None:
+                        classes = y if y.dim() == 2 else y.argmax(-1)
+                        right[epoch] += (found.logits.argmax(-1) == classes).sum(1)
+                    velocity = self._descend(theta, found.grad, velocity, minus_rates)
+                self._stepped(rows)
+            if self.check_finite and ((epoch + 1 - checked) * steps >= _STEPS_BETWEEN_CHECKS or epoch + 1 == epochs):
+                _raise_if_not_finite(losses[: epoch + 1], theta, rows)
+                checked = epoch + 1
+            if self.on_epoch is not None:
+                record = {"students": rows, "epoch": epoch + 1, "theta": theta, "losses": self.means(losses[epoch])}
+                counted = right[epoch].double() / images.shape[-4] if self.train_accuracy else None
+                self.on_epoch(record | {"train_accuracy": counted})
+
+    def _augmented(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if hasattr(self.augment, "draw"):
+            return self.augment(x, self.augment.draw(x.shape, generator))
+        return self.augment(x)
+
+    def _descend(self, theta: Tensor, grad: Tensor, velocity: Tensor | None, minus_rates: Tensor) -> Tensor:
+        """A step of SGD in place: ``grad`` is used up, and is the velocity after a first step."""
+        if self.weight_decay:
+            grad.add_(theta, alpha=self.weight_decay)
+        if self.momentum and velocity is not None:
+            grad = velocity.mul_(self.momentum).add_(grad)
+        theta.addcmul_(grad, minus_rates)
+        return grad
+
+    @torch.no_grad()
+    def test(self, theta: Tensor, right: Tensor) -> None:
+        """Adds to ``right`` [E] how many of eval_data's images are classified right."""
+        for x, y in zip(*(tensor.split(EVAL_BATCH) for tensor in self.eval_data), strict=True):
+            right += (self.students.logits(theta, x).argmax(-1) == y).sum(1)
+            self._stepped(range(len(theta)))
+
+    def means(self, losses: Tensor) -> Tensor:
+        """``[..., steps, E]`` to ``[..., E]``: over the epoch's images, the last step having fewer."""
+        N, steps = self.images.shape[-4], losses.shape[-2]
+        sizes = [self.batch_size] * (steps - 1) + [N - self.batch_size * (steps - 1)]
+        return (losses * losses.new_tensor(sizes)[:, None]).sum(-2) / N
+
+    def _stepped(self, rows: range) -> None:
+        if self.on_step is not None:
+            for _ in rows:
+                self.on_step()
+
+
+def _order(N: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randperm(N, generator=generator, device="cpu" if generator is None else generator.device)
+
+
+def _forked(
+    generator: torch.Generator | None,
+    E: int,
+    epochs: int,
+    batch_size: int,
+    images: Tensor,
+    augment: Callable[..., Tensor] | None,
+) -> list[torch.Generator]:
+    """One for each student, in the state that ``generator`` has once the students before it have drawn all they need.
+
+    Drawing twice is cheap beside the training, and keeps no more than a state where the draws may be large.
+    """
+    source = torch.default_generator if generator is None else generator
+    N, image = images.shape[-4], images.shape[-3:]
+    forks = []
+    for _ in range(E):
+        forks.append(torch.Generator(source.device).set_state(source.get_state()))
+        for _ in range(epochs):
+            for index in _order(N, source).split(batch_size):
+                if hasattr(augment, "draw"):
+                    augment.draw(torch.Size((len(index), *image)), source)
+    return forks
+
+
+@contextlib.contextmanager
+def _training_mode(net: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in net.modules()]
+    net.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _own_buffers(net: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """What happens to the buffers is undone at the end; gives a function that copies them as they are."""
+
+    def now() -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
+
+    before = now()
+    try:
+        yield now
+    finally:
+        with torch.no_grad():
+            for name, buffer in net.named_buffers():
+                buffer.copy_(before[name])
+
+
+def _raise_if_not_finite(losses: Tensor, theta: Tensor, rows: range) -> None:
+    """``losses`` [epochs, steps, E]; one question to the device, more only where the answer is bad."""
+    if bool(losses.isfinite().all() & theta.isfinite().all()):
+        return
+    for epoch, step, e in (~losses.isfinite()).nonzero()[:1].tolist():
+        raise DivergedError(rows[e], epoch + 1, step + 1, f"the loss of {{}} is {losses[epoch, step, e].item()}")
+    e = int((~theta.isfinite()).any(1).nonzero()[0])
+    raise DivergedError(rows[e], losses.shape[0], losses.shape[1], "the parameters of {} are no longer finite")
+
+
+def _factors(schedule: Schedule, epochs: int) -> list[float]:
+    if schedule is None:
+        return [1.0] * epochs
+    if schedule == "step":
+        return [1.0 if epoch < (epochs + 1) // 2 else 0.1 for epoch in range(epochs)]
+    if schedule == "cosine":
+        return [(1 + math.cos(math.pi * epoch / epochs)) / 2 for epoch in range(epochs)]
+    if not callable(schedule):
+        raise ValueError(f"schedule: expected None, 'step', 'cosine' or a function, got {schedule!r}")
+    factors = [float(schedule(epoch, epochs)) for epoch in range(epochs)]
+    for epoch, factor in enumerate(factors):
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"schedule: expected a finite factor >= 0, got {factor} for epoch {epoch}")
+    return factors
+
+
+def _check_positive(lr: Tensor) -> Tensor:
+    if not bool(((lr > 0) & lr.isfinite()).all()):
+        got = lr.item() if lr.numel() == 1 else lr.tolist()
+        raise ValueError(f"lr: expected a positive finite number, got {got}")
+    return lr
+
+
+def _check_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, E: int
+) -> list[torch.Generator | None]:
+    """One that all share, or E."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator]
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(f"generator: expected a torch.Generator, a sequence of them or None, got {generator!r}")
+    if len(generator) != E or len({id(each) for each in generator}) != E:
+        distinct = len({id(each) for each in generator})
+        raise ValueError(
+            f"generator: expected one for each of {E} students, got {len(generator)}, of which {distinct} distinct"
+        )
+    return list(generator)
+
+
+def _check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor) -> None:
+    if not isinstance(eval_data, (tuple, list)) or len(eval_data) != 2:
+        raise TypeError(f"eval_data: expected a pair of images and labels, got {type(eval_data).__name__}")
+    x, y = eval_data
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"eval_data: expected two tensors, got {type(x).__name__} and {type(y).__name__}")
+    if x.dtype != images.dtype or y.dtype != torch.int64:
+        raise TypeError(f"eval_data: expected {images.dtype} images and int64 labels, got {x.dtype} and {y.dtype}")
+    if x.device != images.device or y.device != images.device:
+        raise ValueError(f"eval_data: expected device {images.device} as images, got {x.device} and {y.device}")
+    if x.shape[1:] != images.shape[-3:] or not len(x) or y.shape != x.shape[:1]:
+        wanted = f"[M, {', '.join(map(str, images.shape[-3:]))}] and labels [M], M >= 1"
+        raise ValueError(f"eval_data: expected images {wanted}, got {list(x.shape)} and {list(y.shape)}")
