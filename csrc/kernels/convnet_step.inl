@@ -84,7 +84,7 @@ struct Layout {
   static constexpr int L = Lanes<T>::count;
   using Operand = typename A::Operand;
 
-  int64_t depth, taps, classes, features;  // padded: of the first convolution, of the classifier
+  int64_t depth, taps, used_taps, classes, features;  // padded, but for used_taps: those that products run over
   LayerLayout layer[Step::kMaxDepth];
   int64_t head, head_t, head_bias;  // packed [features][classes], [classes][features], [classes], in T
   int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
@@ -96,6 +96,7 @@ struct Layout {
     depth = step.depth;
     classes = round_up(step.classes, L);
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
+    used_taps = A::kTiles == 1 ? 9 * step.layer[0].in : taps;  // matrix tiles take whole ones only
     int64_t operands = 0, values = 0, sums = 0, tapes = 0;
     tile_rows = tile_elements = padded_panel = 0;
     positions = 0;
@@ -457,7 +458,7 @@ class Slot {
     const LayerLayout& at = layout.layer[0];
     const int64_t positions = at.H * at.W, offset = group * L * layout.taps;
     const auto product = [&](const Operand* columns, int64_t filters, bool add) {
-      A::product(positions, layout.taps, panels, columns, layout.taps, filter(set, filters) + offset,
+      A::product(positions, layout.used_taps, panels, columns, layout.taps, filter(set, filters) + offset,
                  {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, add});
     };
     product(work.columns, at.filter, false);
@@ -665,7 +666,7 @@ class Slot {
 
   void first_outer(int64_t group, int64_t panels, const Operand* rows, int64_t g) {
     const LayerLayout& top = layout.layer[0];
-    A::outer(layout.taps, round_up(top.H * top.W, A::kTiles), panels, work.columns, layout.taps, rows, panels * L,
+    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, work.columns, layout.taps, rows, panels * L,
              {sums + top.sum + group * L, top.out, L, !(fresh && g == 0)});
   }
 
@@ -867,14 +868,14 @@ class Filters {
     for (int64_t group = 0; group < at.out_groups; group += 2) {
       const int64_t panels = smaller(2, at.out_groups - group);
       Operand* to = static_cast<Operand*>(set) + at.filter + group * L * layout.taps;
-      for (int64_t t = 0; t < layout.taps; t += 2)
+      for (int64_t t = 0; t < layout.used_taps; t += 2)
         for (int64_t v = 0; v < panels; ++v) {
           V rows[2] = {};
           for (int half = 0; half < 2; ++half)
             for (int i = 0; i < L; ++i) rows[half][i] = value(t + half, (group + v) * L + i);
-          A::pack(to, t, v, layout.taps, panels, rows[0], rows[1]);
+          A::pack(to, t, v, layout.used_taps, panels, rows[0], rows[1]);
           if constexpr (A::kSplit)
-            A::pack(to - at.filter + at.filter_rest, t, v, layout.taps, panels, remainder(rows[0]), remainder(rows[1]));
+            A::pack(to - at.filter + at.filter_rest, t, v, layout.used_taps, panels, remainder(rows[0]), remainder(rows[1]));
         }
       to = static_cast<Operand*>(set) + at.filter_t + group * L * layout.taps;
       for (int64_t k = 0; k < panels * L; k += 2)

@@ -28,8 +28,10 @@ struct Registers {
   typedef T Unaligned __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T))));
 };
 
-// a * b + c, rounded once where the instruction set can.
+// All lanes one value, from memory; and a * b + c, rounded once where the instruction set can.
 #if defined(__AVX512F__)
+PYDISTILL_INLINE Registers<float>::Type splat(const float* p) { return _mm512_set1_ps(*p); }
+PYDISTILL_INLINE Registers<double>::Type splat(const double* p) { return _mm512_set1_pd(*p); }
 PYDISTILL_INLINE Registers<float>::Type multiply_add(Registers<float>::Type a, Registers<float>::Type b,
                                                      Registers<float>::Type c) {
   return _mm512_fmadd_ps(a, b, c);
@@ -39,6 +41,8 @@ PYDISTILL_INLINE Registers<double>::Type multiply_add(Registers<double>::Type a,
   return _mm512_fmadd_pd(a, b, c);
 }
 #elif defined(__AVX2__)
+PYDISTILL_INLINE Registers<float>::Type splat(const float* p) { return _mm256_set1_ps(*p); }
+PYDISTILL_INLINE Registers<double>::Type splat(const double* p) { return _mm256_set1_pd(*p); }
 PYDISTILL_INLINE Registers<float>::Type multiply_add(Registers<float>::Type a, Registers<float>::Type b,
                                                      Registers<float>::Type c) {
   return _mm256_fmadd_ps(a, b, c);
@@ -48,6 +52,10 @@ PYDISTILL_INLINE Registers<double>::Type multiply_add(Registers<double>::Type a,
   return _mm256_fmadd_pd(a, b, c);
 }
 #else
+template <class T>
+PYDISTILL_INLINE typename Registers<T>::Type splat(const T* p) {
+  return typename Registers<T>::Type{} + *p;
+}
 template <class R>
 PYDISTILL_INLINE R multiply_add(R a, R b, R c) {
   return a * b + c;
@@ -98,6 +106,8 @@ __attribute__((noinline)) void product_tile(int64_t depth, Left<T> left, Right<T
   using Unaligned = typename Registers<T>::Unaligned;
   constexpr int lanes = Registers<T>::lanes, per = Registers<T>::per_vector;
   Reg sum[R][C * per];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) __builtin_prefetch(out.data + r * out.row + c * out.vector, 1, 3);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -114,7 +124,7 @@ __attribute__((noinline)) void product_tile(int64_t depth, Left<T> left, Right<T
       column[c] = *reinterpret_cast<const Unaligned*>(b + c / per * right.vector + c % per * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Reg value = Reg{} + a[r * left.row];
+      const Reg value = splat(a + r * left.row);
 #pragma GCC unroll 8
       for (int c = 0; c < C * per; ++c) sum[r][c] = multiply_add(value, column[c], sum[r][c]);
     }

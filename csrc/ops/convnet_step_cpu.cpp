@@ -62,7 +62,9 @@ ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool 
   int64_t slots = 1;  // with one student: 2 for 4 images, 4 for 8, 8 for 16 to 127, 16 for 128, 32 for 512
   while (slots < 8 && 2 * slots <= N / 2) slots *= 2;
   for (int64_t size = 128; size <= N && slots < 32; size *= 4) slots *= 2;
-  step.slots = std::max<int64_t>(1, std::min(slots, N) / std::max<int64_t>(1, E));
+  // with more, about ten in all: an odd number of students shares out evenly too
+  while (E > 1 && slots > 1 && E * (slots / 2) >= 10) slots /= 2;
+  step.slots = slots;
   // tiles of the second layer that fill the products' rows well while their 36 planes stay in the second-level cache
   const ConvNetStep::Layer& tiled = step.layer[std::min<int64_t>(1, step.depth - 1)];
   const int64_t tiles = ((tiled.H + 3) / 4) * ((tiled.W + 3) / 4);
