@@ -1,11 +1,26 @@
 // A thread's working memory, kept between calls: fresh pages cost several times what a kernel does with them.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <memory>
 #include <new>
 
 namespace pydistill {
+
+// Asks for large pages where [memory, memory + bytes) spans any: kernels that stride through megabytes otherwise spend
+// their time looking up addresses. Advice only; worth nothing once the pages are in use.
+inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 inline void* scratch(int64_t bytes) {
   struct Free {
@@ -17,6 +32,7 @@ inline void* scratch(int64_t bytes) {
     memory.reset();
     size = 0;  // should the next line throw
     memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t(64)));
+    advise_large_pages(memory.get(), bytes);
     size = bytes;
   }
   return memory.get();

@@ -72,6 +72,7 @@ struct Native {
 struct LayerLayout {
   int64_t in, out, in_groups, out_groups;  // padded channels, panels
   int64_t H, W, OH, OW, padding;
+  int64_t in_row, out_row;                // of transformed tiles: a power of two would crowd few cache sets
   int64_t rows, columns, tiles;           // of Winograd tiles
   int64_t filter, filter_t, filter_rest;  // packed [in][out] and [out][in], per point; first layer: [taps][out]
   int64_t norm;                           // weight, bias [out]
@@ -106,6 +107,7 @@ struct Layout {
       to.H = from.H, to.W = from.W, to.OH = from.OH, to.OW = from.OW, to.padding = from.padding;
       to.in = l == 0 ? taps : round_up(from.in, A::kChannels);
       to.out = round_up(from.out, A::kChannels);
+      to.in_row = to.in + 64 / sizeof(Operand), to.out_row = to.out + 64 / sizeof(Operand);
       to.in_groups = to.in / L, to.out_groups = to.out / L;
       to.rows = (to.H + 3) / 4, to.columns = (to.W + 3) / 4, to.tiles = to.rows * to.columns;
       const int64_t points = l == 0 ? 1 : Winograd::kPoints, weights = points * to.in * to.out;
@@ -121,7 +123,7 @@ struct Layout {
       if (l > 0) {
         tapes += to.H * to.W * to.out;
         const int64_t tiles = round_up(step.chunk * to.tiles, A::kTiles);
-        tile_elements = larger(tile_elements, Winograd::kPoints * tiles * larger(to.in, to.out));
+        tile_elements = larger(tile_elements, Winograd::kPoints * tiles * larger(to.in_row, to.out_row));
         padded_panel = larger(padded_panel, (4 * to.rows + 2) * (4 * to.columns + 2));
       }
       positions = larger(positions, to.H * to.W);
@@ -299,16 +301,17 @@ class Slot {
             for (int i = 0; i < 6; ++i)
               for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j];
             both_ways<T, 6, 6>(Winograd::input<T>, x, v);
-            Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in + group * L;
-            for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in, v[p / 6][p % 6]);
+            Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + group * L;
+            for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in_row, v[p / 6][p % 6]);
             if constexpr (A::kSplit)
               if (rest != nullptr)
                 for (int p = 0; p < 36; ++p)
-                  A::put(rest + (out - to) + p * tiles * at.in, v[p / 6][p % 6] - A::widened(out + p * tiles * at.in));
+                  A::put(rest + (out - to) + p * tiles * at.in_row,
+                         v[p / 6][p % 6] - A::widened(out + p * tiles * at.in_row));
           }
       }
-    clear_rest(at, to, at.in);
-    if (A::kSplit && rest != nullptr) clear_rest(at, rest, at.in);
+    clear_rest(at, to, at.in_row);
+    if (A::kSplit && rest != nullptr) clear_rest(at, rest, at.in_row);
   }
 
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
@@ -323,8 +326,8 @@ class Slot {
             y[i][j] = h < at.H && w < at.W ? plane[h * at.W + w] : V{};
           }
         both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
-        Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out + group * L;
-        for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out, m[p / 6][p % 6]);
+        Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + group * L;
+        for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out_row, m[p / 6][p % 6]);
       }
   }
 
@@ -371,19 +374,28 @@ class Slot {
   int64_t padded_tiles(const LayerLayout& at) const { return round_up(count * at.tiles, A::kTiles); }
 
   // Tiles that only fill up a product's rows hold zeros: sums over tiles run over them.
-  void clear_rest(const LayerLayout& at, Operand* tiles, int64_t channels) const {
+  void clear_rest(const LayerLayout& at, Operand* tiles, int64_t row) const {
     const int64_t all = padded_tiles(at), used = count * at.tiles;
     if (used < all)
       for (int p = 0; p < 36; ++p)
-        for (int64_t i = used * channels; i < all * channels; i += L) A::put(tiles + p * all * channels + i, V{});
+        for (int64_t i = used * row; i < all * row; ++i) tiles[p * all * row + i] = Operand{};
   }
 
-  // product (+)= tiles filters, for every point
-  void multiply_tiles(const LayerLayout& at, const Operand* tiles, const Operand* filter, int64_t from, int64_t to,
-                      bool add) {
+  // product (+)= inputs filters, for every point
+  void multiply_inputs(const LayerLayout& at, const Operand* inputs, const Operand* filter, bool add) {
+    multiply_tiles(at, inputs, at.in_row, at.in, filter, at.out, add);
+  }
+
+  // product (+)= gradients filters^T
+  void multiply_grads(const LayerLayout& at, const Operand* grads, const Operand* filter, bool add) {
+    multiply_tiles(at, grads, at.out_row, at.out, filter, at.in, add);
+  }
+
+  void multiply_tiles(const LayerLayout& at, const Operand* tiles, int64_t row, int64_t from, const Operand* filter,
+                      int64_t to, bool add) {
     const int64_t all = padded_tiles(at);
     for (int p = 0; p < 36; ++p)
-      A::product(count * at.tiles, from, to / L, tiles + p * all * from, from, filter + p * from * to,
+      A::product(count * at.tiles, from, to / L, tiles + p * all * row, row, filter + p * from * to,
                  {work.product + p * all * to, to, L, add});
   }
 
@@ -391,8 +403,8 @@ class Slot {
   void add_outer(const LayerLayout& at, const Operand* inputs, const Operand* grads, bool add) {
     const int64_t all = padded_tiles(at);
     for (int p = 0; p < 36; ++p)
-      A::outer(at.in, all, at.out_groups, inputs + p * all * at.in, at.in, grads + p * all * at.out, at.out,
-               {sums + at.sum + p * at.in * at.out, at.out, L, add});
+      A::outer(at.in, all, at.out_groups, inputs + p * all * at.in_row, at.in_row, grads + p * all * at.out_row,
+               at.out_row, {sums + at.sum + p * at.in * at.out, at.out, L, add});
   }
 
   // ---- the first layer, from its input's columns
@@ -500,10 +512,10 @@ class Slot {
       const LayerLayout& at = layout.layer[l];
       Operand* const rest = work.grad;  // unused before the backward pass
       transform_input(l, tape, work.input, rest);
-      multiply_tiles(at, work.input, filter(filters, at.filter), at.in, at.out, false);
+      multiply_inputs(at, work.input, filter(filters, at.filter), false);
       if constexpr (A::kSplit) {
-        multiply_tiles(at, rest, filter(filters, at.filter), at.in, at.out, true);
-        multiply_tiles(at, work.input, filter(filters, at.filter_rest), at.in, at.out, true);
+        multiply_inputs(at, rest, filter(filters, at.filter), true);
+        multiply_inputs(at, work.input, filter(filters, at.filter_rest), true);
       }
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
@@ -637,12 +649,12 @@ class Slot {
           if (weights) add_norm(at, group, grad);
           transform_grad(at, work.x, g, group, work.grad);
         }
-      clear_rest(at, work.grad, at.out);
+      clear_rest(at, work.grad, at.out_row);
       if (weights) {
         transform_input(l, tape, work.input);
         add_outer(at, work.input, work.grad, !fresh);
       }
-      multiply_tiles(at, work.grad, filter(filters, at.filter_t), at.out, at.in, false);
+      multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
       transform_input_adjoint(l, tape);
     }
     if (!weights) return;
@@ -695,8 +707,8 @@ class Slot {
       const LayerLayout& at = layout.layer[l];
       transform_input(l, tape, work.input);
       transform_input(l, tape_t, work.input_t);
-      multiply_tiles(at, work.input_t, filter(filters, at.filter), at.in, at.out, false);
-      multiply_tiles(at, work.input, filter(filters_t, at.filter), at.in, at.out, true);
+      multiply_inputs(at, work.input_t, filter(filters, at.filter), false);
+      multiply_inputs(at, work.input, filter(filters_t, at.filter), true);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           V* conv_t = panel(tape_t, g, at.conv, group, at.H * at.W);
@@ -745,16 +757,16 @@ class Slot {
           transform_grad(at, work.x, g, group, work.grad_t);
           transform_grad(at, work.x_t, g, group, work.grad);
         }
-      clear_rest(at, work.grad, at.out);
-      clear_rest(at, work.grad_t, at.out);
+      clear_rest(at, work.grad, at.out_row);
+      clear_rest(at, work.grad_t, at.out_row);
       if (sums != nullptr) {
         transform_input(l, tape, work.input);
         add_outer(at, work.input, work.grad_t, !fresh);
         transform_input(l, tape_t, work.input_t);
         add_outer(at, work.input_t, work.grad, true);
       }
-      multiply_tiles(at, work.grad_t, filter(filters, at.filter_t), at.out, at.in, false);
-      multiply_tiles(at, work.grad, filter(filters_t, at.filter_t), at.out, at.in, true);
+      multiply_grads(at, work.grad_t, filter(filters, at.filter_t), false);
+      multiply_grads(at, work.grad, filter(filters_t, at.filter_t), true);
       transform_input_adjoint(l, tape_t);
     }
     const LayerLayout& top = layout.layer[0];
@@ -875,7 +887,8 @@ class Filters {
             for (int i = 0; i < L; ++i) rows[half][i] = value(t + half, (group + v) * L + i);
           A::pack(to, t, v, layout.used_taps, panels, rows[0], rows[1]);
           if constexpr (A::kSplit)
-            A::pack(to - at.filter + at.filter_rest, t, v, layout.used_taps, panels, remainder(rows[0]), remainder(rows[1]));
+            A::pack(to - at.filter + at.filter_rest, t, v, layout.used_taps, panels, remainder(rows[0]),
+                    remainder(rows[1]));
         }
       to = static_cast<Operand*>(set) + at.filter_t + group * L * layout.taps;
       for (int64_t k = 0; k < panels * L; k += 2)

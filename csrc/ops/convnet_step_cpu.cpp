@@ -143,6 +143,7 @@ void run(ConvNetStep& step, Tensor& workspace) {
         "workspace: expected uint8 [", workspace_bytes(step, sizes), "], got ", workspace.numel());
   const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   char* const base = reinterpret_cast<char*>((start + 63) / 64 * 64);
+  advise_large_pages(base, workspace_bytes(step, sizes) - 64);
   step.filters = base;
   step.partials = base + filter_sets(step) * sizes.filters;
   using torch::stable::parallel_for;
