@@ -83,6 +83,7 @@ struct LayerLayout {
 template <class T, class A>
 struct Layout {
   static constexpr int L = Lanes<T>::count;
+  static constexpr int64_t kBunch = 2;  // panels of the first layer that are at work at a time
   using Operand = typename A::Operand;
 
   int64_t depth, taps, used_taps, classes, features;  // padded, but for used_taps: those that products run over
@@ -166,8 +167,9 @@ struct Workspace {
   Vec<T>*padded, *x, *x_t, *y;
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
-  Operand *image_rest, *columns_rest;        // of primal factors, where they are split
-  Operand *image, *columns, *rows, *rows_t;  // first layer: padded planes, [positions][taps], [positions][two panels]
+  Operand *image_rest, *columns_rest;  // of primal factors, where they are split
+  Operand *image, *columns, *rows,
+      *rows_t;  // first layer: padded planes, [positions][taps], [positions][a bunch of panels]
   T *taps_grad, *logits, *logits_t;
 
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
@@ -176,8 +178,8 @@ struct Workspace {
     tape = arena.take<T>(step.tape_use == Step::Tape::none ? step.chunk * layout.tape / sizeof(T) : 0);
     tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
     padded = arena.take<Vec<T>>(layout.padded_panel);
-    x = arena.take<Vec<T>>(2 * positions);
-    x_t = arena.take<Vec<T>>(2 * positions);
+    x = arena.take<Vec<T>>(Layout<T, A>::kBunch * positions);
+    x_t = arena.take<Vec<T>>(Layout<T, A>::kBunch * positions);
     y = arena.take<Vec<T>>(positions);
     input = arena.take<Operand>(layout.tile_elements);
     grad = arena.take<Operand>(layout.tile_elements);
@@ -189,8 +191,8 @@ struct Workspace {
     columns = arena.take<Operand>(positions * layout.taps);
     image_rest = arena.take<Operand>(A::kSplit ? step.layer[0].in * (step.image_h + edge) * (step.image_w + edge) : 0);
     columns_rest = arena.take<Operand>(A::kSplit ? positions * layout.taps : 0);
-    rows = arena.take<Operand>(positions * 2 * Lanes<T>::count);
-    rows_t = arena.take<Operand>(tangent ? positions * 2 * Lanes<T>::count : 0);
+    rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
+    rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
     taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
     logits = arena.take<T>(layout.classes);
     logits_t = arena.take<T>(layout.classes);
@@ -480,7 +482,7 @@ class Slot {
     }
   }
 
-  // Two panels side by side as rows [positions][panels * L].
+  // Panels side by side as rows [positions][panels * L].
   void join_panels(const V* from, int64_t panels, Operand* to) const {
     const int64_t positions = layout.layer[0].H * layout.layer[0].W, all = round_up(positions, A::kTiles);
     for (int64_t i = 0; i < all; ++i)
@@ -488,9 +490,10 @@ class Slot {
   }
 
   template <class Visit>
-  void for_panel_pairs(Visit visit) {
+  void for_bunches(Visit visit) {
+    constexpr int64_t bunch = Layout<T, A>::kBunch;
     const int64_t groups = layout.layer[0].out_groups;
-    for (int64_t group = 0; group < groups; group += 2) visit(group, smaller(2, groups - group));
+    for (int64_t group = 0; group < groups; group += bunch) visit(group, smaller(bunch, groups - group));
   }
 
   // ---- passes over the chunk
@@ -500,7 +503,7 @@ class Slot {
     const int64_t stride = round_up(top.H * top.W, A::kTiles);
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
-      for_panel_pairs([&](int64_t group, int64_t panels) {
+      for_bunches([&](int64_t group, int64_t panels) {
         first_product(filters, group, panels, work.x);
         for (int64_t v = 0; v < panels; ++v)
           run_panel<T, Form::forward, true, true>(
@@ -651,7 +654,7 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out_row);
       if (weights) {
-        transform_input(l, tape, work.input);
+        if (l < layout.depth - 1) transform_input(l, tape, work.input);  // the last layer's are still there
         add_outer(at, work.input, work.grad, !fresh);
       }
       multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
@@ -662,7 +665,7 @@ class Slot {
     const int64_t stride = round_up(top.H * top.W, A::kTiles);
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
-      for_panel_pairs([&](int64_t group, int64_t panels) {
+      for_bunches([&](int64_t group, int64_t panels) {
         first_product(filters, group, panels, work.x);
         for (int64_t v = 0; v < panels; ++v)
           add_norm(top, group + v,
@@ -694,7 +697,7 @@ class Slot {
     T* const tape_t = work.tape_t;
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
-      for_panel_pairs([&](int64_t group, int64_t panels) {
+      for_bunches([&](int64_t group, int64_t panels) {
         first_product(filters, group, panels, work.x);
         first_product(filters_t, group, panels, work.x_t);
         for (int64_t v = 0; v < panels; ++v)
@@ -760,9 +763,11 @@ class Slot {
       clear_rest(at, work.grad, at.out_row);
       clear_rest(at, work.grad_t, at.out_row);
       if (sums != nullptr) {
-        transform_input(l, tape, work.input);
+        if (l < layout.depth - 1) {  // the last layer's are still there
+          transform_input(l, tape, work.input);
+          transform_input(l, tape_t, work.input_t);
+        }
         add_outer(at, work.input, work.grad_t, !fresh);
-        transform_input(l, tape_t, work.input_t);
         add_outer(at, work.input_t, work.grad, true);
       }
       multiply_grads(at, work.grad_t, filter(filters, at.filter_t), false);
@@ -773,7 +778,7 @@ class Slot {
     const int64_t stride = round_up(top.H * top.W, A::kTiles);
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
-      for_panel_pairs([&](int64_t group, int64_t panels) {
+      for_bunches([&](int64_t group, int64_t panels) {
         first_product(filters, group, panels, work.x);
         first_product(filters_t, group, panels, work.x_t);
         for (int64_t v = 0; v < panels; ++v)
@@ -871,14 +876,15 @@ class Filters {
     }
   }
 
-  // The first layer's filters by pairs of panels ([taps][two panels] and its transpose), and all norms' parameters.
+  // The first layer's filters by bunches of panels ([taps][panels] and its transpose), and all norms' parameters.
   void first(const T* theta, void* set) const {
     const LayerLayout& at = layout.layer[0];
     const int64_t taps = 9 * step.layer[0].in, out = step.layer[0].out;
     const T* weight = theta + step.layer[0].theta;
     const auto value = [&](int64_t t, int64_t k) { return t < taps && k < out ? weight[k * taps + t] : T(0); };
-    for (int64_t group = 0; group < at.out_groups; group += 2) {
-      const int64_t panels = smaller(2, at.out_groups - group);
+    constexpr int64_t bunch = Layout<T, A>::kBunch;
+    for (int64_t group = 0; group < at.out_groups; group += bunch) {
+      const int64_t panels = smaller(bunch, at.out_groups - group);
       Operand* to = static_cast<Operand*>(set) + at.filter + group * L * layout.taps;
       for (int64_t t = 0; t < layout.used_taps; t += 2)
         for (int64_t v = 0; v < panels; ++v) {

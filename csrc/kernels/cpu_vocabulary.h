@@ -9,6 +9,10 @@
 // instruction set, and a symbol shared between those files could be linked from the wrong one.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "../common/scalar.h"
@@ -41,6 +45,20 @@ PYDISTILL_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 PYDISTILL_INLINE Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
+}
+
+// a * b + c, rounded once where the instruction set can and vectors are registers: for sums whose last bits may differ
+// between instruction sets.
+template <class T>
+PYDISTILL_INLINE Vec<T> fused(Vec<T> a, T b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c);
+  else
+    return _mm512_fmadd_pd(a, _mm512_set1_pd(b), c);
+#else
+  return a * b + c;
+#endif
 }
 
 PYDISTILL_INLINE float sqrt_lane(float v) { return __builtin_sqrtf(v); }

@@ -21,24 +21,23 @@ struct Winograd {
   // One-dimensional transforms; the two-dimensional ones apply them along columns, then along rows.
   template <class T>
   PYDISTILL_INLINE static void input(const Vec<T> (&x)[6], Vec<T> (&v)[6]) {  // B^T x
-    const Vec<T> even_a = x[4] - x[2] * T(b2), odd_a = (x[3] - x[1] * T(b2)) * T(a);
-    const Vec<T> even_b = x[4] - x[2] * T(a2), odd_b = (x[3] - x[1] * T(a2)) * T(b);
-    v[0] = x[4] - x[2] * T(a2 + b2) + x[0] * T(a2 * b2);
-    v[1] = even_a + odd_a;
-    v[2] = even_a - odd_a;
-    v[3] = even_b + odd_b;
-    v[4] = even_b - odd_b;
-    v[5] = x[5] - x[3] * T(a2 + b2) + x[1] * T(a2 * b2);
+    const Vec<T> even_a = fused<T>(x[2], T(-b2), x[4]), odd_a = fused<T>(x[1], T(-b2), x[3]);
+    const Vec<T> even_b = fused<T>(x[2], T(-a2), x[4]), odd_b = fused<T>(x[1], T(-a2), x[3]);
+    v[0] = fused<T>(x[0], T(a2 * b2), fused<T>(x[2], T(-a2 - b2), x[4]));
+    v[1] = fused<T>(odd_a, T(a), even_a);
+    v[2] = fused<T>(odd_a, T(-a), even_a);
+    v[3] = fused<T>(odd_b, T(b), even_b);
+    v[4] = fused<T>(odd_b, T(-b), even_b);
+    v[5] = fused<T>(x[1], T(a2 * b2), fused<T>(x[3], T(-a2 - b2), x[5]));
   }
 
   template <class T>
   PYDISTILL_INLINE static void input_adjoint(const Vec<T> (&v)[6], Vec<T> (&x)[6]) {  // B v
-    const Vec<T> sum_a = v[1] + v[2], sum_b = v[3] + v[4];
-    const Vec<T> odd_a = (v[1] - v[2]) * T(a), odd_b = (v[3] - v[4]) * T(b);
+    const Vec<T> sum_a = v[1] + v[2], sum_b = v[3] + v[4], odd_a = v[1] - v[2], odd_b = v[3] - v[4];
     x[0] = v[0] * T(a2 * b2);
-    x[1] = v[5] * T(a2 * b2) - odd_a * T(b2) - odd_b * T(a2);
-    x[2] = -(v[0] * T(a2 + b2) + sum_a * T(b2) + sum_b * T(a2));
-    x[3] = odd_a + odd_b - v[5] * T(a2 + b2);
+    x[1] = fused<T>(odd_a, T(-a * b2), fused<T>(odd_b, T(-b * a2), v[5] * T(a2 * b2)));
+    x[2] = fused<T>(sum_a, T(-b2), fused<T>(sum_b, T(-a2), v[0] * T(-a2 - b2)));
+    x[3] = fused<T>(odd_a, T(a), fused<T>(odd_b, T(b), v[5] * T(-a2 - b2)));
     x[4] = v[0] + sum_a + sum_b;
     x[5] = v[5];
   }
@@ -47,20 +46,20 @@ struct Winograd {
   PYDISTILL_INLINE static void output(const Vec<T> (&m)[6], Vec<T> (&y)[4]) {  // A^T m
     const Vec<T> sum_a = m[1] + m[2], sum_b = m[3] + m[4], odd_a = m[1] - m[2], odd_b = m[3] - m[4];
     y[0] = m[0] + sum_a + sum_b;
-    y[1] = odd_a * T(a) + odd_b * T(b);
-    y[2] = sum_a * T(a2) + sum_b * T(b2);
-    y[3] = odd_a * T(a3) + odd_b * T(b3) + m[5];
+    y[1] = fused<T>(odd_a, T(a), odd_b * T(b));
+    y[2] = fused<T>(sum_a, T(a2), sum_b * T(b2));
+    y[3] = fused<T>(odd_a, T(a3), fused<T>(odd_b, T(b3), m[5]));
   }
 
   template <class T>
   PYDISTILL_INLINE static void output_adjoint(const Vec<T> (&y)[4], Vec<T> (&m)[6]) {  // A y
-    const Vec<T> even_a = y[0] + y[2] * T(a2), odd_a = y[1] * T(a) + y[3] * T(a3);
-    const Vec<T> even_b = y[0] + y[2] * T(b2), odd_b = y[1] * T(b) + y[3] * T(b3);
+    const Vec<T> even_a = fused<T>(y[2], T(a2), y[0]), odd_a = fused<T>(y[3], T(a2), y[1]);
+    const Vec<T> even_b = fused<T>(y[2], T(b2), y[0]), odd_b = fused<T>(y[3], T(b2), y[1]);
     m[0] = y[0];
-    m[1] = even_a + odd_a;
-    m[2] = even_a - odd_a;
-    m[3] = even_b + odd_b;
-    m[4] = even_b - odd_b;
+    m[1] = fused<T>(odd_a, T(a), even_a);
+    m[2] = fused<T>(odd_a, T(-a), even_a);
+    m[3] = fused<T>(odd_b, T(b), even_b);
+    m[4] = fused<T>(odd_b, T(-b), even_b);
     m[5] = y[3];
   }
 
