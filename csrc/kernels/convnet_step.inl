@@ -317,7 +317,8 @@ class Slot {
   }
 
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
-  void transform_grad(const LayerLayout& at, const V* plane, int64_t g, int64_t group, Operand* to) {
+  __attribute__((noinline)) void transform_grad(const LayerLayout& at, const V* plane, int64_t g, int64_t group,
+                                                Operand* to) {
     const int64_t tiles = padded_tiles(at);
     for (int64_t row = 0; row < at.rows; ++row)
       for (int64_t column = 0; column < at.columns; ++column) {
@@ -334,7 +335,7 @@ class Slot {
   }
 
   // Products' tiles back to a convolution's output.
-  void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
+  __attribute__((noinline)) void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
     const int64_t tiles = padded_tiles(at);
     for (int64_t row = 0; row < at.rows; ++row)
       for (int64_t column = 0; column < at.columns; ++column) {
@@ -483,7 +484,7 @@ class Slot {
   }
 
   // Panels side by side as rows [positions][panels * L].
-  void join_panels(const V* from, int64_t panels, Operand* to) const {
+  __attribute__((noinline)) void join_panels(const V* from, int64_t panels, Operand* to) const {
     const int64_t positions = layout.layer[0].H * layout.layer[0].W, all = round_up(positions, A::kTiles);
     for (int64_t i = 0; i < all; ++i)
       for (int64_t v = 0; v < panels; ++v) A::put(to + (i * panels + v) * L, i < positions ? from[v * all + i] : V{});
@@ -566,7 +567,7 @@ class Slot {
   }
 
   // Logits to the loss and, in their place, the gradient with respect to them; the row's padding becomes zero.
-  void cross_entropy(int64_t n, T* row) {
+  __attribute__((noinline)) void cross_entropy(int64_t n, T* row) {
     const T scale = target_scale(n), log_sum = log_sum_exp(row);
     T loss = 0, mass = 0;
     for (int64_t k = 0; k < step.classes; ++k) {
@@ -609,16 +610,16 @@ class Slot {
 
   void head_backward(T* grad_of, const T* logits_grad, void* set, bool add) {
     const int64_t row = layout.tape / sizeof(T);
-    multiply<T>(count, layout.classes, layout.features / L, {logits_grad, row, 1},
+    multiply<T>(count, step.classes, layout.features / L, {logits_grad, row, 1},
                 {value(set, layout.head_t), 0, 0, true},
                 {at(grad_of, 0, layout.layer[layout.depth - 1].grad_pooled), row, L, add});
   }
 
   void head_outer(T* features_of, const T* logits_grad, bool add) {
     const int64_t row = layout.tape / sizeof(T);
-    multiply<T>(layout.features, count, layout.classes / L,
-                {at(features_of, 0, layout.layer[layout.depth - 1].pooled), 1, row}, {logits_grad, row, L, false},
-                {sums + layout.sum_head, layout.classes, L, add});
+    multiply<T>(step.classes, count, layout.features / L, {logits_grad, 1, row},
+                {at(features_of, 0, layout.layer[layout.depth - 1].pooled), row, L, false},
+                {sums + layout.sum_head, layout.features, L, add});
   }
 
   void head_bias(const T* logits_grad) {
@@ -630,7 +631,7 @@ class Slot {
     }
   }
 
-  static void copy(const V* from, V* to, int64_t n) {
+  __attribute__((noinline)) static void copy(const V* from, V* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   }
 
@@ -928,7 +929,7 @@ class Filters {
           for (int64_t k = 0; k < layout.classes; ++k) {
             const T w = c < out && k < step.classes ? weight[k * out * plane + c * plane + position] : T(0);
             values[layout.head + packed_offset<T>(f, k / L, layout.features, layout.classes / L) + k % L] = w;
-            values[layout.head_t + packed_offset<T>(k, v, layout.classes, vectors) + i] = w;
+            if (k < step.classes) values[layout.head_t + packed_offset<T>(k, v, step.classes, vectors) + i] = w;
           }
         }
     for (int64_t k = 0; k < layout.classes; ++k)
@@ -1015,15 +1016,12 @@ class Reduction {
     const LayerLayout& at = layout.layer[layout.depth - 1];
     const int64_t plane = at.OH * at.OW, out = step.layer[layout.depth - 1].out;
     T* const weight = grad + step.head;
-    for (int64_t f = 0; f < layout.features; ++f) {
-      const int64_t c = f / L / plane * L + f % L, position = f / L % plane;
-      if (c >= out) continue;
-      for (int64_t v = 0; v < layout.classes / L; ++v) {
-        const V sum = total(e, layout.sum_head + f * layout.classes + v * L);
-        for (int i = 0; i < L && v * L + i < step.classes; ++i)
-          weight[(v * L + i) * out * plane + c * plane + position] = sum[i];
+    for (int64_t k = 0; k < step.classes; ++k)
+      for (int64_t f = 0; f < layout.features; f += L) {
+        const V sum = total(e, layout.sum_head + k * layout.features + f);
+        const int64_t c = f / L / plane * L, position = f / L % plane;
+        for (int i = 0; i < L && c + i < out; ++i) weight[k * out * plane + (c + i) * plane + position] = sum[i];
       }
-    }
     for (int64_t v = 0; v < layout.classes / L; ++v) {
       const V sum = total(e, layout.sum_head_bias + v * L);
       for (int i = 0; i < L && v * L + i < step.classes; ++i) weight[step.classes * out * plane + v * L + i] = sum[i];

@@ -68,7 +68,7 @@ ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool 
   // tiles of the second layer that fill the products' rows well while their 36 planes stay in the second-level cache
   const ConvNetStep::Layer& tiled = step.layer[std::min<int64_t>(1, step.depth - 1)];
   const int64_t tiles = ((tiled.H + 3) / 4) * ((tiled.W + 3) / 4);
-  step.chunk = std::clamp<int64_t>(128 / tiles, 1, std::max<int64_t>(1, (N + step.slots - 1) / step.slots));
+  step.chunk = std::clamp<int64_t>(64 / tiles, 1, std::max<int64_t>(1, (N + step.slots - 1) / step.slots));
   return step;
 }
 
