@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from bench import ROOT, run
-from bench.kernels import FORMS, minimum_bytes
-from bench.peers import block, compiled, eager
-from bench.peers.plain_convnet import PlainConvNet
-from bench.peers.problem import make_problem
-from bench.registry import CONVNET, GATE, SMALL, Case, Check, Config, Entry, Point, relative_error
+from . import ROOT, run
+from .kernels import FORMS, minimum_bytes
+from .peers import block, compiled, eager
+from .peers.plain_convnet import PlainConvNet
+from .peers.problem import make_problem
+from .registry import CONVNET, GATE, SMALL, Case, Check, Config, Entry, Point, relative_error
 
 Tensors = tuple[Tensor, ...]
 CALLS = 10  # between two clock readings: one of the block's forms takes less than a tenth of a millisecond
@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = CASES[name].only(options.providers.split(",")) if options.providers else CASES[name]
         found = run.run_case(
             case,
-            quick=options.quick,
+            size="quick" if options.quick else "full",
             repeats=options.repeats,
             out=options.out or run.RESULTS,
             measure=MEASURES[name],

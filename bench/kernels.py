@@ -198,7 +198,7 @@ def with_launch(kernel: Resources, library: ctypes.CDLL) -> Row:
 
 
 def triton_rows() -> list[Row]:
-    from bench import triton_kernels  # which stands on this module
+    from . import triton_kernels  # which stands on this module
 
     counted = triton_kernels.counted()
     rows = []

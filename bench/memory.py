@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from bench import ROOT
+from . import ROOT
 
 # For every provider alike: blocks of 64 KiB and more go back to the system when they are freed, so the peak is what the
 # work keeps alive and not what the allocator happens to hoard (which moves by tens of MiB from run to run).
@@ -58,9 +58,9 @@ def _sampled_peak_of(work: Callable[[], object]) -> int:
     return peak
 
 
-def measure(case: str, provider: str, xs: list[int], quick: bool) -> dict[int, int]:
+def measure(case: str, provider: str, xs: list[int], size: str) -> dict[int, int]:
     """Peak bytes above the baseline for every x, from one fresh process."""
-    command = [sys.executable, "-m", "bench.memory", case, provider, *map(str, xs), *(["--quick"] if quick else [])]
+    command = [sys.executable, "-m", __spec__.name, case, provider, *map(str, xs), "--size", size]
     finished = subprocess.run(
         command, cwd=ROOT, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -71,18 +71,18 @@ def measure(case: str, provider: str, xs: list[int], quick: bool) -> dict[int, i
 
 
 def main() -> None:
-    from bench.registry import CASES
+    from .registry import CASES, SIZES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case")
     parser.add_argument("provider")
     parser.add_argument("x", type=int, nargs="+")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--size", choices=SIZES, default="full")
     options = parser.parse_args()
 
     case = CASES[options.case]
     provider = case.providers[options.provider]
-    problem = case.problem(case.quick if options.quick else case.full, max(options.x))
+    problem = case.problem(case.config(options.size), max(options.x))
     thunks = {x: provider.prepare(problem.with_steps(x)) for x in options.x}
     provider.prepare(problem.with_steps(1))()
     gc.collect()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import eager, training
-from bench.peers.problem import Problem, Result, Thunk
+from .peers import eager, training
+from .peers.problem import Problem, Result, Thunk
 
 
 def accelerated(net: nn.Module) -> nn.Module:

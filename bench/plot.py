@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.run import RATIO, RESULTS
+from .run import RATIO, RESULTS
 
 INK, FAINT, OURS, PEER = "#1f2328", "#8c959f", "#0b6e4f", "#57606a"
 NAMES = {

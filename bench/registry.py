@@ -7,7 +7,7 @@ very thunks that are about to be timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench import ours
-from bench.peers import block, compiled, eager, tesla, training
-from bench.peers.problem import Problem, Result, make_problem
+from . import ours
+from .peers import block, compiled, eager, tesla, training
+from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
+
+SIZES = ("full", "brief", "quick")  # quick: tiny, shows that a case works and measures nothing
 
 
 class Provider(Protocol):
@@ -86,6 +88,7 @@ class Case:
     check: Callable[[Case, Point, Any, dict[str, Any]], Iterator[Check]]
     must_show: Callable[[Medians, Config], Iterator[Check]] = field(default=lambda medians, config: iter(()))
     brief: Config = field(default_factory=dict)  # what `pydistill bench` changes of `full`, to be done in minutes
+    brief_providers: tuple[str, ...] = ()  # and whom it measures; all without
     lines: bool = False  # whether cost should grow along a straight line in x, by mode
     problem: Callable[[Config, int], Problem] | None = None  # how a memory subprocess rebuilds a point's problem
 
@@ -93,7 +96,11 @@ class Case:
     def baseline(self) -> str:
         return next(iter(self.providers))
 
-    def only(self, names: list[str]) -> Case:
+    def config(self, size: str) -> Config:
+        """``size``: one of `SIZES`."""
+        return {"full": self.full, "brief": {**self.full, **self.brief}, "quick": self.quick}[size]
+
+    def only(self, names: Sequence[str]) -> Case:
         """The case with its baseline and those of the named providers that it has."""
         kept = {name: entry for name, entry in self.providers.items() if name in names or name == self.baseline}
         return replace(self, providers=kept)
@@ -216,6 +223,7 @@ def _step_case(name: str, shape: Config, brief: Config, providers: tuple[str, ..
         check=_unroll_check,
         must_show=partial(_step_must_show, bounds),
         brief=brief,
+        brief_providers=("eager-plain", "compiled", "exact", "exact-bf16"),
     )
 
 
@@ -473,6 +481,7 @@ TRAIN_STUDENTS = Case(
     gate=_training_gate,
     check=_training_check,
     must_show=_training_must_show,
+    brief_providers=("eager", "compiled", "pydistill"),
 )
 
 CASES: dict[str, Case] = {

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import ROOT, memory
-from bench.registry import CASES, Case, Check, Config, Point, r_squared
+from . import ROOT, memory
+from .registry import CASES, Case, Check, Config, Point, r_squared
 
 RESULTS = ROOT / "bench" / "results"
 COLUMNS = [
@@ -30,6 +30,7 @@ COLUMNS = [
     *("median", "p20", "p80", "config", "machine", "versions", "commit"),
 ]
 RATIO = "baseline / provider"
+BRIEF = ("instance_norm_relu_avg_pool", "unroll_step", "unroll_memory", "train_students")
 LINE = "R^2 of a line in x"
 
 Row = dict[str, Any]
@@ -73,7 +74,7 @@ def measured(case: Case, point: Point, repeats: int, measure: Callable[[Callable
     return samples
 
 
-def peaks(case: Case, config: Config, points: Sequence[Point], repeats: int, quick: bool) -> list[Samples]:
+def peaks(case: Case, config: Config, points: Sequence[Point], repeats: int, size: str) -> list[Samples]:
     check_point = Point(config["check_steps"], lambda: None, tuple(case.providers))
     assert case.problem is not None
     problem = case.problem(config, config["check_steps"])
@@ -84,7 +85,7 @@ def peaks(case: Case, config: Config, points: Sequence[Point], repeats: int, qui
     for _ in range(repeats):
         for name in case.providers:
             at = [point.x for point in points if name in point.providers]
-            found = memory.measure(case.name, name, at, quick)
+            found = memory.measure(case.name, name, at, size)
             for point, sample in zip(points, samples, strict=True):
                 if name in point.providers:
                     sample[name].append(found[point.x] / 2**20)
@@ -134,8 +135,7 @@ def _lines(rows: Sequence[Row]) -> list[Row]:
 def run_case(
     case: Case,
     *,
-    quick: bool = False,
-    brief: bool = False,
+    size: str = "full",
     repeats: int | None = None,
     out: Path | None = RESULTS,
     measure: Callable[[Callable[[], Any]], float] | None = None,
@@ -144,14 +144,14 @@ def run_case(
 
     What is measured is wall time, or the resident size of subprocesses for a case in MiB, unless `measure` is given.
     """
-    config = case.quick if quick else {**case.full, **case.brief} if brief else case.full
-    repeats = repeats or (2 if (quick or brief) and case.unit != "MiB" else case.repeats)
+    config = case.config(size)
+    repeats = repeats or (2 if size != "full" and case.unit != "MiB" else case.repeats)
     print(f"{case.name}: {case.metric} [{case.unit}]; {machine()}; {versions()}", flush=True)
     points = case.points(case, config)
     try:
         print(f"  gate: {passed(case.gate(case, config))} checks green", flush=True)
         if case.unit == "MiB" and measure is None:
-            samples = peaks(case, config, points, repeats, quick)
+            samples = peaks(case, config, points, repeats, size)
         else:
             samples = [measured(case, point, repeats, measure or seconds) for point in points]
     except RedGate as red:
@@ -161,7 +161,7 @@ def run_case(
     _print_table(case, rows)
     if out is not None:
         _write(out / f"{case.name}.csv", rows)
-    if quick or brief:
+    if size != "full":
         return 0
     medians = {
         (row["mode"], row["x_value"], row["provider"]): row["median"] for row in rows if row["metric"] == case.metric
@@ -170,6 +170,15 @@ def run_case(
     for bound in bounds:
         print(f"  must show: {bound}")
     return 0 if all(bound.ok for bound in bounds) else 3
+
+
+def brief(names: Sequence[str]) -> int:
+    """What `pydistill bench` does: cases at sizes that take minutes, tables and no files."""
+    unknown = set(names) - set(CASES)
+    if unknown:
+        raise ValueError(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    cases = [CASES[name] for name in names or BRIEF]
+    return max(run_case(c.only(c.brief_providers or tuple(c.providers)), size="brief", out=None) for c in cases)
 
 
 def _label(case: Case, point: Point) -> str:
@@ -267,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = [case.only(names) for case in cases]
     status = 0
     for case in cases:
-        found = run_case(case, quick=options.quick, repeats=options.repeats, out=options.out or RESULTS)
+        found = run_case(
+            case, size="quick" if options.quick else "full", repeats=options.repeats, out=options.out or RESULTS
+        )
         status = found if status in (0, 3) and found else status
     return status
 

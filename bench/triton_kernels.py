@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import ROOT
-from bench.kernels import FORMS, SHAPE, minimum_bytes
+from . import ROOT
+from .kernels import FORMS, SHAPE, minimum_bytes
 
 TARGETS = {  # backend, architecture, threads of a warp
     "sm_80": ("cuda", 80, 32),

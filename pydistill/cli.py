@@ -1,8 +1,10 @@
-"""Dataset distillation from the command line: distil a data set, or evaluate a distilled file."""
+"""Dataset distillation from the command line: distil a data set, evaluate a distilled file, time the kernels."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import io
 import json
 import shlex
@@ -199,6 +201,14 @@ class Evaluate:
     """Where to compute, as torch names it; auto is cuda where there is one."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Time the kernels on this machine beside plain PyTorch and torch.compile: a table per case, in a few minutes."""
+
+    cases: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Cases by name; without any, those that a user would decide by. An unknown name lists them."""
+
+
 class Interrupted(Exception):
     """A signal asked to stop, and the step under way is done."""
 
@@ -236,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"pydistill: the command line needs {_missing}, which is not installed: pip install 'pydistill[cli]'")
     argv = list(sys.argv[1:] if argv is None else argv)
     command = tyro.cli(
-        Annotated[Distill, tyro.conf.subcommand("distill")] | Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Distill, tyro.conf.subcommand("distill")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")],
         args=argv,
         prog="pydistill",
         description=__doc__,
@@ -244,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     console = rich.console.Console(highlight=False, soft_wrap=True)
     try:
+        if isinstance(command, Bench):
+            sys.exit(_bench(command))
         with Stop().installed() as stop:
             if isinstance(command, Distill):
                 config = _options_of_resumed(command, argv[1:]) if command.resume else command
@@ -255,6 +269,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         print(f"pydistill: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _bench(command: Bench) -> int:
+    # installed, the benchmarks are a part of the package; in a checkout, a folder of their own beside it
+    installed = importlib.util.find_spec("pydistill.bench") is not None
+    return importlib.import_module("pydistill.bench.run" if installed else "bench.run").brief(command.cases)
 
 
 def _folder(config: Distill) -> Path:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import pydistill
 from pydistill import _host, _library, ops
+from pydistill.trajectory import FlatModule, convnet_shape
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -27,6 +29,21 @@ def backends() -> dict[str, dict[str, str]]:
     return table
 
 
+def engine(net: torch.nn.Module, image: Sequence[int], device: torch.device | str = "cpu") -> str:
+    """Which engine `pydistill.unroll` and `pydistill.train_students` run ``net`` on, and why.
+
+    Args:
+        net: the student.
+        image: ``(C, H, W)`` of the images.
+        device: where they are.
+
+    Returns:
+        "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run.
+    """
+    found = convnet_shape(FlatModule(net).net, image, next(net.parameters()).dtype, device)
+    return f"generic: {found}" if isinstance(found, str) else f"student: {found}"
+
+
 def collect() -> dict[str, Any]:
     """Everything that `main` prints, as plain values."""
     build = _host.build_info()
@@ -37,6 +54,9 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "CPU instruction set": _host.isa(),
         "CPU threads": torch.get_num_threads(),
+        "bf16 convolutions": "matrix tiles (AMX)"
+        if _host.isa() == "amx"
+        else "rounded factors at the speed of float32",
         "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": backends(),
@@ -49,6 +69,8 @@ def main() -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
+    print("\nstudent engine: 3x3 convolutions, GroupNorm(C, C), ReLU, AvgPool2d(2) and a linear classifier;")
+    print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why")
     for op, table in operators.items():
         print(f"\n{op}")
         for backend, state in table.items():

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
-from bench.peers.eager import matching_loss, unflatten
-from bench.peers.plain_convnet import PlainConvNet
-from bench.peers.problem import Problem, Result, Thunk
+from .eager import matching_loss, unflatten
+from .plain_convnet import PlainConvNet
+from .problem import Problem, Result, Thunk
 
 Parameters = dict[str, Tensor]
 

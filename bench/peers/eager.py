@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.peers.problem import Problem, Result, Thunk
+from .problem import Problem, Result, Thunk
 
 
 def unflatten(net: nn.Module, theta: Tensor) -> dict[str, Tensor]:

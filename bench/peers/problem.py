@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.peers.plain_convnet import PlainConvNet
+from .plain_convnet import PlainConvNet
 
 
 class Result(NamedTuple):

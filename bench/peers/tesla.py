@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.peers.eager import inner_loss, matching_loss
-from bench.peers.problem import Problem, Result, Thunk
+from .eager import inner_loss, matching_loss
+from .problem import Problem, Result, Thunk
 
 
 def prepare(problem: Problem) -> Thunk:

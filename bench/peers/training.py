@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from bench.peers import compiled
-from bench.peers.compiled import Parameters
-from bench.peers.eager import unflatten
-from bench.peers.plain_convnet import PlainConvNet
-from bench.peers.problem import make_problem
+from . import compiled
+from .compiled import Parameters
+from .eager import unflatten
+from .plain_convnet import PlainConvNet
+from .problem import make_problem
 
 
 class Trained(NamedTuple):

@@ -90,7 +90,7 @@ def test_train_students_sees_a_wrong_optimizer(tmp_path: Path) -> None:
 
     case = CASES["train_students"].only([])
     case = replace(case, providers=case.providers | {"wrong": Entry(without_decay)})
-    assert run.run_case(case, quick=True, out=tmp_path) == 1
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -104,7 +104,7 @@ def test_train_students_must_beat_both_compiled_loops() -> None:
 
 def test_a_wrong_provider_turns_the_gate_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = with_entry("halved", Entry(halved, "exact"))
-    assert run.run_case(case, quick=True, out=tmp_path) == 1
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
     printed = capsys.readouterr().out
     assert "RED GATE" in printed
     assert "MISSED: halved, float64 d_images" in printed
@@ -116,13 +116,13 @@ def test_a_provider_wrong_only_in_single_precision_turns_the_check_red(tmp_path:
     def prepare(problem: Problem) -> Thunk:
         return (eager.prepare if problem.theta0.dtype == torch.float64 else halved)(problem)
 
-    assert run.run_case(with_entry("halved", Entry(prepare, "exact")), quick=True, out=tmp_path) == 1
+    assert run.run_case(with_entry("halved", Entry(prepare, "exact")), size="quick", out=tmp_path) == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_an_estimator_cannot_pass_for_the_exact_gradient(tmp_path: Path) -> None:
     tesla = CASES["unroll_step"].providers["tesla"]
-    assert run.run_case(with_entry("tesla", replace(tesla, mode="exact")), quick=True, out=tmp_path) == 1
+    assert run.run_case(with_entry("tesla", replace(tesla, mode="exact")), size="quick", out=tmp_path) == 1
 
 
 def test_the_exit_status_of_the_command_is_that_of_its_worst_case(
@@ -185,7 +185,7 @@ def on_the_cpu(name: str, providers: list[str]) -> Case:
 )
 def test_gpu_cases_are_green_on_the_cpu(name: str, providers: list[str], tmp_path: Path) -> None:
     # any measure: gates and rows are the same
-    assert run.run_case(on_the_cpu(name, providers), quick=True, out=tmp_path, measure=run.seconds) == 0
+    assert run.run_case(on_the_cpu(name, providers), size="quick", out=tmp_path, measure=run.seconds) == 0
     rows = rows_in(tmp_path / f"{name}.csv")
     assert list(rows[0]) == run.COLUMNS
     assert {row["provider"] for row in rows} == {"eager", *providers}
@@ -202,7 +202,7 @@ def test_gpu_step_gates_see_a_wrong_tangent(precision: str, tmp_path: Path) -> N
 
     case = on_the_cpu("gpu_step", [])
     case = replace(case, providers=case.providers | {"wrong": Entry(lambda problem: lambda: wrong(problem))})
-    assert run.run_case(case, quick=True, out=tmp_path) == 1
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
     assert not list(tmp_path.iterdir())
 
 

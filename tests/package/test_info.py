@@ -26,7 +26,8 @@ def test_report_names_every_operator_and_reason():
     table = facts["operators"]["instance_norm_relu_avg_pool"]
     assert table["cpu"] == "available"
     assert (table["cuda"] == "available") == torch.cuda.is_available()
-    assert table["triton"] == "no such kernel"
+    assert table["triton"] != "no such kernel"  # but the reason why it cannot run, where it cannot
+    assert facts["operators"]["conv2d"]["triton"] == "no such kernel"
 
 
 def test_host_module_does_without_torch():
@@ -66,7 +67,7 @@ def test_instruction_set_files_share_no_symbols(tmp_path, operator):
         symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout
         exported = [line for line in symbols.splitlines() if re.search(r" [TWVuBDR] ", line)]
         assert len(exported) == 1, exported
-        assert f"pydistill::{operator}_{isa}(" in exported[0]
+        assert re.search(rf"pydistill::{operator}_{isa}(\(|$)", exported[0])
 
 
 def test_backends_are_never_swapped_silently():
@@ -81,3 +82,15 @@ def test_an_import_without_the_library_says_so():
     assert result.returncode != 0
     assert "pydistill's compiled operators are missing (pydistill was built without _C)" in result.stderr
     assert "reinstall with `pip install .`" in result.stderr
+
+
+def test_engine_names_what_runs_a_net():
+    from pydistill.info import engine
+
+    net = pydistill.nn.ConvNet(3, 10, width=16, depth=2, image_size=16)
+    shape = "widths=(16, 16), first_padding=1, classes=10, eps=1e-05)"
+    assert engine(net, (3, 16, 16)) == f"student: ConvNetShape(channels=3, height=16, width_px=16, {shape}"
+    net = pydistill.nn.ConvNet(3, 10, width=16, depth=2, image_size=16, norm="batch")
+    assert re.fullmatch(
+        r"generic: block 0 has BatchNorm2d\(.*\), not GroupNorm\(C, C\) with .*", engine(net, (3, 16, 16))
+    )
