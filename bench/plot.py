@@ -1,10 +1,11 @@
-"""`python -m bench.plot`: the README's picture from bench/results/*.csv, and its caption."""
+"""`python -m bench.plot`: the README's pictures from bench/results/*.csv, and a caption."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from .run import RATIO, RESULTS
+from .run import LINE, RATIO, RESULTS
 
 INK, FAINT, OURS, PEER = "#1f2328", "#8c959f", "#0b6e4f", "#57606a"
 NAMES = {
@@ -22,10 +25,14 @@ NAMES = {
     "eager-accelerated": "eager loop, our ops dropped in",
     "tesla": "TESLA (first order)",
     "compiled": "torch.compile'd adjoint",
+    "compiled-bf16": "torch.compile'd adjoint, bf16 autocast",
     "exact": "pydistill, exact",
+    "exact-bf16": "pydistill, exact, bf16",
     "first_order": "pydistill, first order",
 }
-COLOURS = {"eager-plain": "#b3541e", "eager-accelerated": OURS, "exact": OURS, "first_order": OURS}
+COLOURS = {"eager-plain": "#b3541e"}
+COLOURS |= dict.fromkeys(("eager-accelerated", "exact", "exact-bf16", "first_order"), OURS)
+SIZES = {"T": "inner steps T", "B": "images per step B", "E": "students E"}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -98,6 +105,25 @@ def draw_time(axes: Axes, rows: list[Row]) -> None:
     axes.set_axis_off()
 
 
+def draw_scaling(axes: Sequence[Axes], rows: list[Row]) -> None:
+    """One panel a size: medians, their 20 % to 80 %, and the line whose R^2 the rows hold."""
+    straight = {row["mode"]: float(row["median"]) for row in rows if row["metric"] == LINE}
+    for panel, (mode, label) in zip(axes, SIZES.items(), strict=True):
+        found = [row for row in rows if row["mode"] == mode and row["metric"] not in (LINE, RATIO)]
+        points = sorted((float(r["x_value"]), *(float(r[key]) for key in ("median", "p20", "p80"))) for r in found)
+        x, y, low, high = (np.array(values) for values in zip(*points, strict=True))
+        panel.plot(x, np.polyval(np.polyfit(x, y, 1), x), color=FAINT, linewidth=1.2)
+        panel.errorbar(x, y, (y - low, high - y), fmt="o", color=OURS, markersize=5, linewidth=1.2, clip_on=False)
+        panel.set_title(f"R² = {straight[mode]:.4f}")
+        panel.set_xlabel(label)
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(x)
+        panel.grid(axis="y", color="#d8dee4", linewidth=0.8)
+        panel.set_axisbelow(True)
+    axes[0].set_ylabel("s per outer gradient")
+
+
 def caption(memory: list[Row], step: list[Row]) -> str:
     """The picture's conditions, in words and from the rows themselves."""
     config = json.loads(step[0]["config"])
@@ -115,20 +141,27 @@ def caption(memory: list[Row], step: list[Row]) -> str:
     )
 
 
+def save(figure: Figure, stem: Path) -> None:
+    for kind in ("png", "svg"):
+        metadata = {"Date": None} if kind == "svg" else {}
+        figure.savefig(stem.with_suffix(f".{kind}"), dpi=200, facecolor="white", metadata=metadata)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files, and of the picture")
     results: Path = parser.parse_args().results
     memory, step = read(results / "unroll_memory.csv"), read(results / "unroll_step.csv")
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.7), width_ratios=(1.15, 1))
+        figure, panels = plt.subplots(1, 3, figsize=(9.2, 2.9))
+        draw_scaling(panels, read(results / "unroll_scaling.csv"))
+        figure.tight_layout(w_pad=2.5)
+        save(figure, results / "scaling")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2), width_ratios=(1.15, 1))
         draw_memory(left, memory)
         draw_time(right, step)
         figure.tight_layout(w_pad=5)
-        for kind in ("png", "svg"):
-            figure.savefig(
-                results / f"unroll.{kind}", dpi=200, facecolor="white", metadata={"Date": None} if kind == "svg" else {}
-            )
+        save(figure, results / "unroll")
     text = caption(memory, step)
     (results / "unroll_caption.txt").write_text(text + "\n")
     print(text)

@@ -174,6 +174,10 @@ class ConvNetStudents:
     ) -> None:
         """Decide which steps keep their tape within ``memory``; ``stored``: what the unroll keeps of parameters."""
         if theta.device.type != "cpu":
+            if memory != "auto":
+                raise ValueError(
+                    f"memory: expected 'auto' on {theta.device.type}, where steps keep nothing, got {memory}"
+                )
             self._first_kept = steps
             return
         size = tape_bytes(self.shape, students, images, theta.dtype, self.precision)
