@@ -53,6 +53,8 @@ def logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
 
 def prepare(problem: Problem, half: bool = False, channels_last: bool = True) -> Thunk:
     """``half``: under bf16 autocast, as torch means it to be used: around the forward pass."""
+    # torch counts compilations by line of source, and a run asks for these lines at many sizes and in three ways
+    torch._dynamo.config.recompile_limit = 64
     net = problem.net
     lay_out = _channels_last if channels_last else Tensor.contiguous
 

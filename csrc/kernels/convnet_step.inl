@@ -92,7 +92,7 @@ struct Layout {
   int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape;
-  int64_t tile_rows, tile_elements, padded_panel, positions;  // the largest over layers
+  int64_t tile_elements, padded_panel, positions;  // the largest over layers
 
   explicit Layout(const Step& step) {
     depth = step.depth;
@@ -100,8 +100,7 @@ struct Layout {
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
     used_taps = A::kTiles == 1 ? 9 * step.layer[0].in : taps;  // matrix tiles take whole ones only
     int64_t operands = 0, values = 0, sums = 0, tapes = 0;
-    tile_rows = tile_elements = padded_panel = 0;
-    positions = 0;
+    tile_elements = padded_panel = positions = 0;
     for (int64_t l = 0; l < depth; ++l) {
       const Step::Layer& from = step.layer[l];
       LayerLayout& to = layer[l];
@@ -167,10 +166,9 @@ struct Workspace {
   Vec<T>*padded, *x, *x_t, *y;
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
-  Operand *image_rest, *columns_rest;  // of primal factors, where they are split
-  Operand *image, *columns, *rows,
-      *rows_t;  // first layer: padded planes, [positions][taps], [positions][a bunch of panels]
-  T *taps_grad, *logits, *logits_t;
+  // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
+  Operand *image, *image_rest, *columns, *columns_rest, *rows, *rows_t;
+  T* taps_grad;
 
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
     const bool tangent = step.form == Step::Form::tangent;
@@ -194,8 +192,6 @@ struct Workspace {
     rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
     taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
-    logits = arena.take<T>(layout.classes);
-    logits_t = arena.take<T>(layout.classes);
   }
 };
 
