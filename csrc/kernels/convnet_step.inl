@@ -185,10 +185,11 @@ struct Workspace {
     grad_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
     product = arena.take<T>(layout.tile_elements);
     const int64_t edge = 2 * layout.layer[0].padding;
-    image = arena.take<Operand>(step.layer[0].in * (step.image_h + edge) * (step.image_w + edge));
-    columns = arena.take<Operand>(positions * layout.taps);
-    image_rest = arena.take<Operand>(A::kSplit ? step.layer[0].in * (step.image_h + edge) * (step.image_w + edge) : 0);
-    columns_rest = arena.take<Operand>(A::kSplit ? positions * layout.taps : 0);
+    const int64_t pixels = step.layer[0].in * (step.image_h + edge) * (step.image_w + edge) + 1;
+    image = arena.take<Operand>(pixels);
+    columns = arena.take<Operand>(positions * layout.taps + 1);
+    image_rest = arena.take<Operand>(A::kSplit ? pixels : 0);
+    columns_rest = arena.take<Operand>(A::kSplit ? positions * layout.taps + 1 : 0);
     rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
     taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
@@ -436,10 +437,8 @@ class Slot {
       for (int64_t w = 0; w < at.W; ++w) {
         Operand* to = columns + (h * at.W + w) * layout.taps;
         for (int64_t c = 0; c < C; ++c)
-          for (int i = 0; i < 3; ++i, to += 3) {
-            const Operand* from = image + c * plane + (h + i) * width + w;
-            to[0] = from[0], to[1] = from[1], to[2] = from[2];
-          }
+          for (int i = 0; i < 3; ++i, to += 3)  // four at once, of which the next three overwrite the last
+            __builtin_memcpy(to, image + c * plane + (h + i) * width + w, 4 * sizeof(Operand));
         for (int64_t t = 9 * C; t < layout.taps; ++t) *to++ = Operand{};
       }
     for (int64_t i = positions * layout.taps; i < round_up(positions, A::kTiles) * layout.taps; ++i)
@@ -917,17 +916,22 @@ class Filters {
     const int64_t plane = at.OH * at.OW, out = step.layer[layout.depth - 1].out;
     const T* weight = theta + step.head;
     T* const values = layout.values(set);
-    for (int64_t group = 0; group < at.out_groups; ++group)
-      for (int64_t position = 0; position < plane; ++position)
-        for (int i = 0; i < L; ++i) {
-          const int64_t c = group * L + i, f = (group * plane + position) * L + i;
-          const int64_t v = f / L, vectors = layout.features / L;
-          for (int64_t k = 0; k < layout.classes; ++k) {
-            const T w = c < out && k < step.classes ? weight[k * out * plane + c * plane + position] : T(0);
-            values[layout.head + packed_offset<T>(f, k / L, layout.features, layout.classes / L) + k % L] = w;
-            if (k < step.classes) values[layout.head_t + packed_offset<T>(k, v, step.classes, vectors) + i] = w;
-          }
-        }
+    const int64_t vectors = layout.features / L;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t c = v / plane * L, position = v % plane;
+      for (int64_t k = 0; k < layout.classes; ++k) {
+        V row{};  // of class k: this position's neighbouring channels
+        for (int i = 0; i < L; ++i)
+          if (c + i < out && k < step.classes) row[i] = weight[k * out * plane + (c + i) * plane + position];
+        if (k < step.classes) store(values + layout.head_t + packed_offset<T>(k, v, step.classes, vectors), row);
+        const auto column = [&](int64_t f) {
+          return packed_offset<T>(f, k / L, layout.features, layout.classes / L) + k % L;
+        };
+        T* const to = values + layout.head + column(v * L);
+        const int64_t next = column(1) - column(0);
+        for (int i = 0; i < L; ++i) to[i * next] = row[i];
+      }
+    }
     for (int64_t k = 0; k < layout.classes; ++k)
       values[layout.head_bias + k] = k < step.classes ? weight[step.classes * out * plane + k] : T(0);
   }

@@ -82,7 +82,7 @@ struct Right {
 template <class T>
 PYDISTILL_INLINE int64_t packed_offset(int64_t d, int64_t v, int64_t depth, int64_t vectors) {
   constexpr int L = Lanes<T>::count;
-  int64_t first = 0;
+  int64_t first = v / kColumns * kColumns;  // all blocks but those at the end have the full width
   while (first + block_width(first, vectors) <= v) first += block_width(first, vectors);
   return first * depth * L + d * block_width(first, vectors) * L + (v - first) * L;
 }

@@ -11,6 +11,7 @@ devices the same formulas run layer by layer, captured in CUDA graphs.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -223,12 +224,13 @@ def tape_bytes(
     return _bytes(shape, "gradient", students, images, dtype, precision)[1] * students * images
 
 
+@lru_cache(maxsize=64)
 def _bytes(
     shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision
-) -> list[int]:
+) -> tuple[int, ...]:
     """For all threads together, for the tape of an image, for each thread."""
     double, half = dtype == torch.float64, precision == "bf16"
-    return _OPS.convnet_step_bytes(_sizes(shape), _FORMS.index(form), students, images, double, half).tolist()
+    return tuple(_OPS.convnet_step_bytes(_sizes(shape), _FORMS.index(form), students, images, double, half).tolist())
 
 
 def _memory(
@@ -238,6 +240,7 @@ def _memory(
     return (workspace or Workspace()).at_least(size)
 
 
+@lru_cache(maxsize=64)
 def _sizes(shape: ConvNetShape) -> Tensor:
     sizes = (shape.channels, shape.height, shape.width_px, shape.first_padding, shape.classes)
     return torch.tensor((*sizes, *shape.widths))

@@ -82,6 +82,8 @@ class InnerLoop:
             raise ValueError("memory: only the student engine works within a budget, and this unroll runs without it")
         self.memory = memory
         self.steps = self._draw(steps, batch_size, batches, images)
+        # the student engine asks nothing of the surroundings and does nothing to them
+        self.secluded = isinstance(self.students, ConvNetStudents) and augment is None
         # the backward pass replays steps: it has to find the net in the mode, and autocast as, it was
         self.training = tuple(m.training for m in self.flat.net.modules())
         self.autocast = (torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type))
@@ -239,6 +241,9 @@ class InnerLoop:
     @contextlib.contextmanager
     def recording(self, step: Step) -> Iterator[None]:
         """Note in ``step`` what running it takes from and does to the surroundings."""
+        if self.secluded:
+            yield
+            return
         buffers = dict(self.flat.net.named_buffers())
         if buffers:
             step.buffers = {name: b.detach().clone() for name, b in buffers.items()}
@@ -250,6 +255,9 @@ class InnerLoop:
     @contextlib.contextmanager
     def replaying(self, step: Step) -> Iterator[None]:
         """The surroundings as they were when ``step`` ran first."""
+        if self.secluded:
+            yield
+            return
         if self.training != tuple(m.training for m in self.flat.net.modules()):
             raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
         enabled, dtype = self.autocast
