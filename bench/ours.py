@@ -55,6 +55,11 @@ def exact(problem: Problem) -> Thunk:
     return trajectory_match(problem, mode="exact", engine="student")
 
 
+def exact_kept(problem: Problem) -> Thunk:
+    """With a budget in which every step keeps its activations."""
+    return trajectory_match(problem, mode="exact", engine="student", memory=1 << 30)
+
+
 def exact_bf16(problem: Problem) -> Thunk:
     return trajectory_match(problem, mode="exact", engine="student", precision="bf16")
 

@@ -819,8 +819,8 @@ class Filters {
     void* set = layout.set(step, e, of_direction);
     int64_t part = unit % per_set;
     if (part == 0) return first(theta, set);
-    if (part == 1) return classifier(theta, set);
-    part -= 2;
+    if (part == per_set - 1) return classifier(theta, set);  // at the other end, for another thread
+    --part;
     for (int64_t l = 1; l < layout.depth; ++l) {
       const int64_t parts = (layout.layer[l].in + layout.layer[l].out + 1) / 2;
       if (part < parts) return winograd(l, 2 * part, theta + step.layer[l].theta, set);
@@ -957,8 +957,8 @@ class Reduction {
     int64_t part = unit % per_student;
     T* grad = static_cast<T*>(step.grad) + e * step.P;
     if (part == 0) return first(e, grad);
-    if (part == 1) return classifier(e, grad);
-    part -= 2;
+    if (part == per_student - 1) return classifier(e, grad);  // at the other end, for another thread
+    --part;
     for (int64_t l = 1; l < layout.depth; ++l) {
       if (part < step.layer[l].in) return winograd(e, l, part, grad + step.layer[l].theta);
       part -= step.layer[l].in;

@@ -155,6 +155,22 @@ void run(ConvNetStep& step, Tensor& workspace) {
     parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel().reduce(step, begin, end); });
 }
 
+// The mean over each student's images of [E, N] values.
+Tensor means(const ConvNetStep& step, const Tensor& values) {
+  Tensor out = empty(values, values.scalar_type(), {step.E});
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(values.const_data_ptr());
+    for (int64_t e = 0; e < step.E; ++e) {
+      double sum = 0;
+      for (int64_t n = 0; n < step.N; ++n) sum += from[e * step.N + n];
+      static_cast<T*>(out.mutable_data_ptr())[e] = static_cast<T>(sum / static_cast<double>(step.N));
+    }
+  };
+  step.scalar == Scalar::f64 ? fill(0.0) : fill(0.0f);
+  return out;
+}
+
 Tensor logits(const Tensor& theta, const Tensor& images, const Tensor& shape, double eps, bool bf16, Tensor workspace) {
   ConvNetStep step = begin(Form::logits, theta, images, shape, eps, bf16);
   Tensor out = empty(theta, theta.scalar_type(), {step.E, step.N, step.classes});
@@ -173,7 +189,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, c
   Tensor grad = empty(theta, theta.scalar_type(), {step.E, step.P});
   step.losses = losses.mutable_data_ptr(), step.grad = grad.mutable_data_ptr();
   run(step, workspace);
-  return {losses, grad};
+  return {means(step, losses), grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Tensor& direction, const Tensor& images,
@@ -195,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Te
   step.images_grad = images_grad.mutable_data_ptr();
   if (soft) step.labels_grad = labels_grad.mutable_data_ptr();
   run(step, workspace);
-  return {slopes, grad, images_grad, labels_grad};
+  return {means(step, slopes), grad, images_grad, labels_grad};
 }
 
 }  // namespace

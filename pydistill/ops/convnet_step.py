@@ -138,7 +138,7 @@ def convnet_gradient(
         run = workspace.graphs.gradient if workspace else layers.gradient
         return run(shape, theta, images, labels, label_kind=label_kind, precision=precision)
     memory = _memory(workspace, shape, "gradient", theta, images, precision)
-    losses, grad = _OPS.convnet_step_gradient(
+    return _OPS.convnet_step_gradient(
         theta.contiguous(),
         images.contiguous(),
         labels.contiguous(),
@@ -149,7 +149,6 @@ def convnet_gradient(
         memory,
         tape,
     )
-    return losses.mean(1), grad
 
 
 def convnet_tangent(
@@ -193,7 +192,7 @@ def convnet_tangent(
         run = workspace.graphs.tangent if workspace else layers.tangent
         return run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
     memory = _memory(workspace, shape, "tangent", theta, images, precision)
-    slopes, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
+    slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
         theta.contiguous(),
         direction.contiguous(),
         images.contiguous(),
@@ -206,7 +205,7 @@ def convnet_tangent(
         memory,
         tape,
     )
-    return slopes.mean(1), grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
+    return slope, grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
 
 
 def workspace_bytes(

@@ -205,7 +205,7 @@ class InnerLoop:
         """Plain autograd through every step."""
         if not theta.requires_grad:
             theta = theta.detach().requires_grad_()
-        velocity, finite, kept = None, [], {}
+        velocity, largest, kept = None, [], {}
         with torch.enable_grad():
             for k in range(max(wanted)):
                 batch = self.augmented(self.batch(self.steps[k], images, labels), self.steps[k])
@@ -216,9 +216,9 @@ class InnerLoop:
                     losses.append(self.loss_scale * self.students.loss(row, x, y))
                 (grad,) = torch.autograd.grad(torch.stack(losses).sum(), theta, create_graph=True)
                 theta, velocity = self.update(theta, grad, velocity, lr)
-                finite.append(torch.isfinite(theta.detach()).all())
+                largest.append(largest_of(theta.detach()))
                 kept[k + 1] = theta
-        self.raise_if_not_finite(finite)
+        self.raise_if_not_finite(largest)
         return [kept[t] for t in wanted]
 
     def update(self, theta: Tensor, grad: Tensor, velocity: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +227,20 @@ class InnerLoop:
             velocity_next = self.momentum * velocity + velocity_next
         return theta - lr.view(-1, 1) * velocity_next, velocity_next
 
-    def raise_if_not_finite(self, finite: list[Tensor]) -> None:
+    def raise_if_not_finite(self, largest: list[Tensor]) -> None:
         if not self.check_finite:
             return
-        flags = torch.stack(finite).tolist()  # the loop's one synchronisation
+        flags = torch.stack(largest).isfinite().tolist()  # the loop's one synchronisation
         if not all(flags):
             step = flags.index(False) + 1
             raise FloatingPointError(
                 f"the student's parameters became non-finite in step {step} of {len(flags)}: the learning rate may be "
                 "too large; check_finite=False returns them as they are"
             )
+
+    def raise_if_changed(self) -> None:
+        if self.training != tuple(m.training for m in self.flat.net.modules()):
+            raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
 
     @contextlib.contextmanager
     def recording(self, step: Step) -> Iterator[None]:
@@ -258,8 +262,6 @@ class InnerLoop:
         if self.secluded:
             yield
             return
-        if self.training != tuple(m.training for m in self.flat.net.modules()):
-            raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
         enabled, dtype = self.autocast
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=enabled))
@@ -338,6 +340,11 @@ def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
     if lr.device != theta0.device:
         raise ValueError(f"lr: expected device {theta0.device} as theta0, got {lr.device}")
     return lr
+
+
+def largest_of(theta: Tensor) -> Tensor:
+    """The largest magnitude, not finite if any element is not: one pass, and nothing waits for it."""
+    return torch.linalg.vector_norm(theta, torch.inf)
 
 
 def select_rows(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:

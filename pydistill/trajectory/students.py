@@ -160,7 +160,8 @@ class ConvNetStudents:
     Steps at the end keep their tapes, as many as a budget allows, so that the reverse sweep need not run them again.
     """
 
-    AUTO_STEPS, AUTO_BYTES = 4, 256 << 20  # "auto" does not grow with the number of steps
+    # "auto" does not grow with the number of steps: four of them, or more where they are small
+    AUTO_STEPS, AUTO_MOST, AUTO_LEAST = 4, 256 << 20, 16 << 20
 
     def __init__(self, shape: ConvNetShape, label_kind: LabelKind, largest_label: int, precision: Precision):
         self.shape, self.label_kind, self.precision = shape, label_kind, precision
@@ -183,7 +184,7 @@ class ConvNetStudents:
         size = tape_bytes(self.shape, students, images, theta.dtype, self.precision)
         least = stored + workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
         if memory == "auto":
-            room = min(self.AUTO_STEPS * size, self.AUTO_BYTES)
+            room = max(min(self.AUTO_STEPS * size, self.AUTO_MOST), self.AUTO_LEAST)
         else:
             room = memory - least
             if room < 0:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
-from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr
+from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr, largest_of
 from pydistill.trajectory.students import ConvNetStudents, Engine
 
 Mode = Literal["exact", "first_order", "full"]
@@ -114,8 +114,8 @@ def unroll(
         precision: "bf16": convolutions with factors rounded to bfloat16 (the generic engine: under autocast); sums,
             statistics, parameters and updates stay in float32. "fp32": the dtype of theta0 throughout.
         memory: bytes that the student engine may work in. With room, some steps' activations are kept for the backward
-            pass, which else computes them again: the same bits, up to a fifth faster. "auto": of at most 4 steps, in at
-            most 256 MiB, beyond the stored parameters and the working memory of one step.
+            pass, which else computes them again: the same bits, up to a fifth faster. "auto": of 4 steps in at
+            most 256 MiB, or of as many as go into 16 MiB, beyond the stored parameters and one step's working memory.
 
     Returns:
         theta_T, shaped as theta0, or a tuple of such for ``at``.
@@ -233,7 +233,7 @@ class _Unroll(torch.autograd.Function):
             largest = max(images.shape[-4] if step.index is None else step.index.shape[-1] for step in steps)
             stored = trajectory.nbytes if trajectory is not None else 0
             loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
-        finite, out = [], {}
+        magnitudes, out = [], {}
         theta, velocity = theta0.detach(), None
         for k, step in enumerate(steps):
             if trajectory is not None:
@@ -241,10 +241,10 @@ class _Unroll(torch.autograd.Function):
             with loop.recording(step) if differentiable else contextlib.nullcontext():
                 grad = loop.gradient(theta, step, images, labels, replay=False, keep=differentiable)
             theta, velocity = loop.update(theta, grad, velocity, lr)
-            finite.append(torch.isfinite(theta).all())
+            magnitudes.append(largest_of(theta))
             if k + 1 in options.wanted:
                 out[k + 1] = theta
-        loop.raise_if_not_finite(finite)
+        loop.raise_if_not_finite(magnitudes)
         ctx.loop, ctx.options, ctx.steps, ctx.trajectory = loop, options, steps, trajectory
         ctx.save_for_backward(images, labels, lr)  # for their version check: replays must see the same values
         return tuple(out[t].clone() for t in options.wanted)
@@ -254,6 +254,7 @@ class _Unroll(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("unroll: this gradient cannot be differentiated again; mode='full' can")
         loop, options = ctx.loop, ctx.options
+        loop.raise_if_changed()
         images, labels, lr = ctx.saved_tensors
         _, _, needs_theta0, needs_images, needs_labels, needs_lr = ctx.needs_input_grad
         incoming: dict[int, Tensor] = {}
