@@ -17,7 +17,8 @@ inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] i
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{1} << 21;
   const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (start + page - 1) / page * page, last = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  const uintptr_t first = (start + page - 1) / page * page,
+                  last = (start + static_cast<uintptr_t>(bytes)) / page * page;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
