@@ -216,7 +216,7 @@ class InnerLoop:
                     losses.append(self.loss_scale * self.students.loss(row, x, y))
                 (grad,) = torch.autograd.grad(torch.stack(losses).sum(), theta, create_graph=True)
                 theta, velocity = self.update(theta, grad, velocity, lr)
-                largest.append(largest_of(theta.detach()))
+                largest.append(largest_of(theta.detach()[None])[0])
                 kept[k + 1] = theta
         self.raise_if_not_finite(largest)
         return [kept[t] for t in wanted]
@@ -342,19 +342,19 @@ def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
     return lr
 
 
-def largest_of(theta: Tensor) -> Tensor:
-    """The largest magnitude, not finite if any element is not: one pass, and nothing waits for it."""
-    return torch.linalg.vector_norm(theta, torch.inf)
+def largest_of(thetas: Tensor) -> Tensor:
+    """[T, E, P] to [T], the largest magnitudes, not finite where any element is not: one pass, and nobody waits for it."""
+    return torch.linalg.vector_norm(thetas, torch.inf, dim=(1, 2))
 
 
 def select_rows(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:
     """Rows of ``tensor`` by ``index`` [B] or [E, B]; ``own``: tensor has [E] in front."""
     if index is None:
         return tensor
+    if index.dim() == 1:
+        return tensor.index_select(1 if own else 0, index)
     if not own:
         return tensor[index]
-    if index.dim() == 1:
-        return tensor[:, index]
     return torch.stack([rows[where] for rows, where in zip(tensor, index, strict=True)])
 
 

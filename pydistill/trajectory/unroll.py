@@ -233,6 +233,7 @@ class _Unroll(torch.autograd.Function):
             largest = max(images.shape[-4] if step.index is None else step.index.shape[-1] for step in steps)
             stored = trajectory.nbytes if trajectory is not None else 0
             loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
+        all_kept = trajectory is not None and options.every == 1  # so that they can be looked at together
         magnitudes, out = [], {}
         theta, velocity = theta0.detach(), None
         for k, step in enumerate(steps):
@@ -241,9 +242,12 @@ class _Unroll(torch.autograd.Function):
             with loop.recording(step) if differentiable else contextlib.nullcontext():
                 grad = loop.gradient(theta, step, images, labels, replay=False, keep=differentiable)
             theta, velocity = loop.update(theta, grad, velocity, lr)
-            magnitudes.append(largest_of(theta))
+            if not all_kept:
+                magnitudes.append(largest_of(theta[None])[0])
             if k + 1 in options.wanted:
                 out[k + 1] = theta
+        if all_kept:
+            magnitudes = [*largest_of(trajectory.theta[1:]).to(theta.device), largest_of(theta[None])[0]]
         loop.raise_if_not_finite(magnitudes)
         ctx.loop, ctx.options, ctx.steps, ctx.trajectory = loop, options, steps, trajectory
         ctx.save_for_backward(images, labels, lr)  # for their version check: replays must see the same values
