@@ -343,7 +343,7 @@ def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
 
 
 def largest_of(thetas: Tensor) -> Tensor:
-    """[T, E, P] to [T], the largest magnitudes, not finite where any element is not: one pass, and nobody waits for it."""
+    """[T, E, P] to [T], the largest magnitudes, not finite where any element is not, in one pass."""
     return torch.linalg.vector_norm(thetas, torch.inf, dim=(1, 2))
 
 
