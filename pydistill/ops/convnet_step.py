@@ -50,14 +50,14 @@ class Workspace:
     several times what a kernel does with them. For one thread at a time; a workspace serves any shapes."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.graphs = StepGraphs()
 
     def at_least(self, size: int) -> Tensor:
         """uint8, of ``size`` bytes or more, contents undefined."""
         if len(self._memory) < size:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old one first
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory
 
 
@@ -131,7 +131,7 @@ def convnet_gradient(
         NotImplementedError: the backend cannot run here.
         RuntimeError: an argument requires a gradient, and grad mode is on.
     """
-    chosen = _check(shape, theta, images, precision, backend, labels, label_kind)
+    chosen = _check(shape, theta, images, precision, backend, labels, label_kind, tape)
     if chosen == "reference":
         return reference.convnet_gradient(shape, theta, images, labels, label_kind)
     if chosen == "cuda":
@@ -173,7 +173,7 @@ def convnet_tangent(
 
     Args:
         direction: ``[E, P]``.
-        curvature: False leaves the second result out, and its work.
+        curvature: False leaves the second result out and, on the CPU, its work.
         tape: as `convnet_gradient` filled it for the same theta, images, labels, kind and precision. It is used up.
 
     Returns:
@@ -182,15 +182,17 @@ def convnet_tangent(
         images_grad: ``[E, N, C, H, W]``, a student's own also where the images are shared.
         labels_grad: ``[E, N, K]``, None for hard labels.
     """
-    chosen = _check(shape, theta, images, precision, backend, labels, label_kind)
+    chosen = _check(shape, theta, images, precision, backend, labels, label_kind, tape)
     if direction.shape != theta.shape or direction.dtype != theta.dtype or direction.device != theta.device:
         wanted, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (theta, direction))
         raise ValueError(f"direction: expected {wanted} as theta, got {got}")
     if chosen == "reference":
-        return reference.convnet_tangent(shape, theta, direction, images, labels, label_kind)
+        slope, along, *others = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind)
+        return slope, along if curvature else None, *others
     if chosen == "cuda":
         run = workspace.graphs.tangent if workspace else layers.tangent
-        return run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
+        slope, along, *others = run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
+        return slope, along if curvature else None, *others
     memory = _memory(workspace, shape, "tangent", theta, images, precision)
     slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
         theta.contiguous(),
@@ -242,7 +244,7 @@ def _memory(
 @lru_cache(maxsize=64)
 def _sizes(shape: ConvNetShape) -> Tensor:
     sizes = (shape.channels, shape.height, shape.width_px, shape.first_padding, shape.classes)
-    return torch.tensor((*sizes, *shape.widths))
+    return torch.tensor((*sizes, *shape.widths), device="cpu")  # whatever the default device is
 
 
 def _check(
@@ -253,6 +255,7 @@ def _check(
     backend: str,
     labels: Tensor | None = None,
     label_kind: str = "hard",
+    tape: Tensor | None = None,
 ) -> str:
     if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
         raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")
@@ -281,4 +284,9 @@ def _check(
         if labels.shape not in (expected, (E, *expected)):
             shapes = f"{list(expected)} or {[E, *expected]}"
             raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
-    return choose_backend("convnet_step", backend, theta.device, BACKENDS)
+    chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
+    if chosen == "reference" and precision != "fp32":
+        raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
+    if chosen != "cpu" and tape is not None:
+        raise NotImplementedError(f"convnet_step: backend={chosen!r} keeps no tape")
+    return chosen

@@ -209,7 +209,7 @@ class ConvNetStudents:
         tape = None
         if keep is not None and keep >= self._first_kept:
             size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
-            tape = self.tapes[keep] = torch.empty(size, dtype=torch.uint8)
+            tape = self.tapes[keep] = torch.empty(size, dtype=torch.uint8, device="cpu")
         logits = self.logits(theta, batch.images) if with_logits else None
         with torch.no_grad():
             losses, grad = convnet_gradient(

@@ -119,6 +119,21 @@ def test_without_curvature():
     assert torch.equal(short[2], images_grad)
 
 
+def test_without_curvature_by_reference():
+    theta, direction, images, labels = problem(SHAPES["one block"], 3)
+    found = convnet_tangent(SHAPES["one block"], theta, direction, images, labels, curvature=False, backend="reference")
+    assert found[1] is None
+
+
+def test_default_device_does_not_matter():
+    """Working memory lies where the kernel is, not where `torch.set_default_device` points."""
+    shape = ConvNetShape(2, 7, 7, (5,), 1, 3)  # of no other test: sizes are kept from call to call
+    theta, direction, images, labels = problem(shape, 4)
+    with torch.device("meta"):
+        found = convnet_tangent(shape, theta, direction, images, labels)
+    assert torch.equal(found[1], convnet_tangent(shape, theta, direction, images, labels)[1])
+
+
 def test_workspace_serves_any_shape():
     """Also one that it has served before, with whatever the others left in it."""
     workspace = Workspace()
@@ -234,6 +249,21 @@ BAD = [
     ({"backend": lambda _: "cuda"}, NotImplementedError, "convnet_step: backend='cuda' cannot run on cpu tensors"),
     ({"backend": lambda _: "triton"}, NotImplementedError, "convnet_step has no triton kernel"),
     ({"theta": lambda t: t.clone().requires_grad_()}, RuntimeError, "not differentiable by autograd"),
+    (
+        {"backend": lambda _: "reference", "tape": lambda _: torch.empty(5, dtype=torch.uint8)},
+        NotImplementedError,
+        "convnet_step: backend='reference' keeps no tape",
+    ),
+    (
+        {
+            "backend": lambda _: "reference",
+            "precision": lambda _: "bf16",
+            "theta": torch.Tensor.float,
+            "images": torch.Tensor.float,
+        },
+        NotImplementedError,
+        "backend='reference' has precision='fp32' only, got 'bf16'",
+    ),
     ({"tape": lambda _: torch.empty(5, dtype=torch.uint8)}, RuntimeError, r"tape: expected uint8 \[\d+\]"),
 ]
 
