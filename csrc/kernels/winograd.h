@@ -15,7 +15,7 @@ namespace pydistill {
 namespace {
 
 struct Winograd {
-  static constexpr int kOut = 4, kIn = 6, kPoints = 36;
+  static constexpr int kPoints = 36;
   static constexpr double a = 5.0 / 8, b = 3.0 / 2, a2 = a * a, b2 = b * b, a3 = a2 * a, b3 = b2 * b;
 
   // One-dimensional transforms; the two-dimensional ones apply them along columns, then along rows.
