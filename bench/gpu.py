@@ -333,7 +333,7 @@ def step_ours(problem: Step, graphs: bool = False) -> Callable[[], Tensors]:
     widths = (config["width"],) * config["depth"]
     shape = ConvNetShape(config["channels"], size, size, widths, padding, config["classes"])
     engine = StepGraphs() if graphs else layers
-    options = {"precision": "bf16" if problem.precision == "bf16" else "fp32"}
+    options = {"precision": "fp32" if problem.precision == "fp64" else problem.precision}
 
     def call() -> Tensors:
         batch = (problem.images, problem.labels)
@@ -341,7 +341,7 @@ def step_ours(problem: Step, graphs: bool = False) -> Callable[[], Tensors]:
             return engine.gradient(shape, problem.theta, *batch, **options)
         return engine.tangent(shape, problem.theta, problem.direction, *batch, **options)[:3]
 
-    return _switched(problem, call)
+    return call
 
 
 QUANTITIES = ("gradient", "tangent")

@@ -58,6 +58,7 @@ struct ConvNetStep {
   void* labels_grad = nullptr;  // [E, N, classes], or null
 
   // The primal quantities of every image ([E, N] tapes): written by gradient, they save tangent their recomputation.
+  // With bf16 they are kept in it, and worked on in `scalar`.
   Tape tape_use = Tape::none;
   void* tape = nullptr;
 

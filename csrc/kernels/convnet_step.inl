@@ -29,12 +29,22 @@ PYDISTILL_INLINE double log_scalar(double v) { return __builtin_log(v); }
 // a term of its own size. So the products that decide this, those of the primal forward pass, take each factor as a sum
 // of two operands, value and rest: value value + rest value + value rest is right to 16 bits, at three products of the
 // dozen that a step has. The cosine of a step's image gradient to that in float32 goes from 0.990 to 0.9998 by it.
+template <bool FIRST, class A, class B>
+struct Choose {
+  using Type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using Type = B;
+};
+
 template <class T, bool ROUNDED>
 struct Native {
   using Operand = T;
-  static constexpr int64_t kChannels = Lanes<T>::count;  // channel counts are padded to multiples of this
-  static constexpr int64_t kTiles = 1;                   // and rows of a product to multiples of this
-  static constexpr bool kSplit = ROUNDED;                // factors can be kept as a sum of two operands
+  static constexpr int64_t kChannels = Lanes<T>::count;    // channel counts are padded to multiples of this
+  static constexpr int64_t kTiles = 1;                     // and rows of a product to multiples of this
+  static constexpr bool kSplit = ROUNDED;                  // factors can be kept as a sum of two operands
+  using Stored = typename Choose<ROUNDED, Bf16, T>::Type;  // what steps keep of activations, one to another
 
   PYDISTILL_INLINE static Operand narrow_one(T v) {
     if constexpr (ROUNDED) {
@@ -83,7 +93,8 @@ struct LayerLayout {
 template <class T, class A>
 struct Layout {
   static constexpr int L = Lanes<T>::count;
-  static constexpr int64_t kBunch = 2;  // panels of the first layer that are at work at a time
+  static constexpr int64_t kBunch = 2;       // panels of the first layer that are at work at a time
+  static constexpr int64_t kKept = 1 << 20;  // bytes that leave room for the rest in a second-level cache
   using Operand = typename A::Operand;
 
   int64_t depth, taps, used_taps, classes, features;  // padded, but for used_taps: those that products run over
@@ -91,8 +102,9 @@ struct Layout {
   int64_t head, head_t, head_bias;  // packed [features][classes], [classes][features], [classes], in T
   int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
   int64_t sum_head, sum_head_bias, partials;
-  int64_t logits_grad, tape;
+  int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
+  bool keeps_first;  // a chunk's first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
     depth = step.depth;
@@ -128,6 +140,8 @@ struct Layout {
       }
       positions = larger(positions, to.H * to.W);
     }
+    const int64_t planes = step.chunk * first_stride() * layer[0].out * (step.form == Step::Form::tangent ? 2 : 1);
+    keeps_first = step.form != Step::Form::logits && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
     features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
     head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
     values += 2 * features * classes + classes;
@@ -137,8 +151,10 @@ struct Layout {
     partials = (sum_head_bias + classes) * sizeof(T);
     logits_grad = tapes;
     tape = (tapes + classes) * sizeof(T);
+    stored = tapes * sizeof(typename A::Stored) + classes * sizeof(T);
   }
 
+  int64_t first_stride() const { return round_up(layer[0].H * layer[0].W, A::kTiles); }  // of its panels
   const Operand* operands(const void* set) const { return static_cast<const Operand*>(set); }
   T* values(void* set) const { return reinterpret_cast<T*>(static_cast<char*>(set) + head_begin); }
   void* set(const Step& step, int64_t e, bool of_direction) const {
@@ -146,6 +162,10 @@ struct Layout {
     return static_cast<char*>(step.filters) + (e * sets + of_direction) * filters;
   }
 };
+
+// Whether a tape that is handed on can be worked in.
+template <class T, class A>
+constexpr bool kTapeInPlace = sizeof(typename A::Stored) == sizeof(T);
 
 // A thread's working memory, cut from one block of bytes; with a null block it only counts them.
 struct Arena {
@@ -164,6 +184,7 @@ struct Workspace {
   using Operand = typename A::Operand;
   T *tape, *tape_t;
   Vec<T>*padded, *x, *x_t, *y;
+  Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
   // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
@@ -173,11 +194,15 @@ struct Workspace {
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
     const bool tangent = step.form == Step::Form::tangent;
     const int64_t positions = round_up(layout.positions, A::kTiles);
-    tape = arena.take<T>(step.tape_use == Step::Tape::none ? step.chunk * layout.tape / sizeof(T) : 0);
+    const bool in_place = step.tape_use != Step::Tape::none && kTapeInPlace<T, A>;
+    tape = arena.take<T>(in_place ? 0 : step.chunk * layout.tape / sizeof(T));
     tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
     padded = arena.take<Vec<T>>(layout.padded_panel);
-    x = arena.take<Vec<T>>(Layout<T, A>::kBunch * positions);
-    x_t = arena.take<Vec<T>>(Layout<T, A>::kBunch * positions);
+    x = arena.take<Vec<T>>(positions);
+    x_t = arena.take<Vec<T>>(tangent ? positions : 0);
+    const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups : Layout<T, A>::kBunch;
+    first = arena.take<Vec<T>>(panels * layout.first_stride());
+    first_t = arena.take<Vec<T>>(tangent ? panels * layout.first_stride() : 0);
     y = arena.take<Vec<T>>(positions);
     input = arena.take<Operand>(layout.tile_elements);
     grad = arena.take<Operand>(layout.tile_elements);
@@ -221,15 +246,17 @@ class Slot {
       count = smaller(step.chunk, end - first);
       fresh = first == begin;
       tape = work.tape;
-      if (step.tape_use != Step::Tape::none)
-        tape = static_cast<T*>(step.tape) + (e * step.N + first) * (layout.tape / sizeof(T));
+      if (kTapeInPlace<T, A> && step.tape_use != Step::Tape::none) tape = reinterpret_cast<T*>(kept_tape(0));
       if (step.form != Step::Form::tangent) {
         forward();
         if (step.form == Step::Form::gradient) backward(true);
+        if (!kTapeInPlace<T, A> && step.tape_use == Step::Tape::write) keep_tape();
       } else {
         if (step.tape_use != Step::Tape::read) {
           forward();
           backward(false);
+        } else if (!kTapeInPlace<T, A>) {
+          take_tape();
         }
         tangent_forward();
         tangent_backward();
@@ -253,6 +280,25 @@ class Slot {
   }
   static void fill(V* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = V{};
+  }
+
+  // Image g of the chunk's part of the tape that steps hand on; there and back again.
+  char* kept_tape(int64_t g) const { return static_cast<char*>(step.tape) + (e * step.N + first + g) * layout.stored; }
+  void keep_tape() const {
+    for (int64_t g = 0; g < count; ++g) {
+      auto* to = reinterpret_cast<typename A::Stored*>(kept_tape(g));
+      for (int64_t i = 0; i < layout.logits_grad; i += L) store_narrowed<T>(to + i, load(at(tape, g, i)));
+      T* const logits = reinterpret_cast<T*>(to + layout.logits_grad);
+      for (int64_t k = 0; k < layout.classes; ++k) logits[k] = at(tape, g, layout.logits_grad)[k];
+    }
+  }
+  void take_tape() const {
+    for (int64_t g = 0; g < count; ++g) {
+      const auto* from = reinterpret_cast<const typename A::Stored*>(kept_tape(g));
+      for (int64_t i = 0; i < layout.logits_grad; i += L) store(at(tape, g, i), load_widened<T>(from + i));
+      const T* const logits = reinterpret_cast<const T*>(from + layout.logits_grad);
+      for (int64_t k = 0; k < layout.classes; ++k) at(tape, g, layout.logits_grad)[k] = logits[k];
+    }
   }
 
   // Image g of the chunk's part of a tape, and panel `group` of a plane there.
@@ -485,6 +531,11 @@ class Slot {
       for (int64_t v = 0; v < panels; ++v) A::put(to + (i * panels + v) * L, i < positions ? from[v * all + i] : V{});
   }
 
+  // Where image g's panels from `group` on lie in `all`.
+  V* first_panels(V* all, int64_t g, int64_t group) const {
+    return layout.keeps_first ? all + (g * layout.layer[0].out_groups + group) * layout.first_stride() : all;
+  }
+
   template <class Visit>
   void for_bunches(Visit visit) {
     constexpr int64_t bunch = Layout<T, A>::kBunch;
@@ -496,15 +547,16 @@ class Slot {
 
   void forward() {
     const LayerLayout& top = layout.layer[0];
-    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
       for_bunches([&](int64_t group, int64_t panels) {
-        first_product(filters, group, panels, work.x);
+        V* const x = first_panels(work.first, g, group);
+        first_product(filters, group, panels, x);
         for (int64_t v = 0; v < panels; ++v)
           run_panel<T, Form::forward, true, true>(
               top.H, top.W, T(step.eps), affine(top, group + v, false),
-              {work.x + v * stride, nullptr, nullptr, nullptr, panel(tape, g, top.pooled, group + v, top.OH * top.OW)});
+              {x + v * stride, nullptr, nullptr, nullptr, panel(tape, g, top.pooled, group + v, top.OH * top.OW)});
       });
     }
     for (int64_t l = 1; l < layout.depth; ++l) {
@@ -658,18 +710,19 @@ class Slot {
     }
     if (!weights) return;
     const LayerLayout& top = layout.layer[0];
-    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
       for_bunches([&](int64_t group, int64_t panels) {
-        first_product(filters, group, panels, work.x);
+        V* const x = first_panels(work.first, g, group);
+        if (!layout.keeps_first) first_product(filters, group, panels, x);
         for (int64_t v = 0; v < panels; ++v)
           add_norm(top, group + v,
                    run_panel<T, Form::backward, true, true>(
                        top.H, top.W, T(step.eps), affine(top, group + v, false),
-                       {work.x + v * stride, nullptr, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW),
-                        nullptr, nullptr}));
-        join_panels(work.x, panels, work.rows);
+                       {x + v * stride, nullptr, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW), nullptr,
+                        nullptr}));
+        join_panels(x, panels, work.rows);
         first_outer(group, panels, work.rows, g);
       });
     }
@@ -689,16 +742,17 @@ class Slot {
 
   void tangent_forward() {
     const LayerLayout& top = layout.layer[0];
-    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    const int64_t stride = layout.first_stride();
     T* const tape_t = work.tape_t;
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
       for_bunches([&](int64_t group, int64_t panels) {
-        first_product(filters, group, panels, work.x);
-        first_product(filters_t, group, panels, work.x_t);
+        V *const x = first_panels(work.first, g, group), *const x_t = first_panels(work.first_t, g, group);
+        first_product(filters, group, panels, x);
+        first_product(filters_t, group, panels, x_t);
         for (int64_t v = 0; v < panels; ++v)
           run_panel<T, Form::jvp, true, true>(top.H, top.W, T(step.eps), affine(top, group + v, true),
-                                              {work.x + v * stride, work.x_t + v * stride, nullptr, nullptr,
+                                              {x + v * stride, x_t + v * stride, nullptr, nullptr,
                                                panel(tape_t, g, top.pooled, group + v, top.OH * top.OW)});
       });
     }
@@ -771,21 +825,23 @@ class Slot {
       transform_input_adjoint(l, tape_t);
     }
     const LayerLayout& top = layout.layer[0];
-    const int64_t stride = round_up(top.H * top.W, A::kTiles);
+    const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
       gather_columns(first + g);
       for_bunches([&](int64_t group, int64_t panels) {
-        first_product(filters, group, panels, work.x);
-        first_product(filters_t, group, panels, work.x_t);
+        V *const x = first_panels(work.first, g, group), *const x_t = first_panels(work.first_t, g, group);
+        if (!layout.keeps_first) {
+          first_product(filters, group, panels, x);
+          first_product(filters_t, group, panels, x_t);
+        }
         for (int64_t v = 0; v < panels; ++v)
           add_norm(top, group + v,
                    run_panel<T, Form::backward_jvp, true, true>(
                        top.H, top.W, T(step.eps), affine(top, group + v, true),
-                       {work.x + v * stride, work.x_t + v * stride,
-                        panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW),
+                       {x + v * stride, x_t + v * stride, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW),
                         panel(tape_t, g, top.grad_pooled, group + v, top.OH * top.OW), work.y}));
-        join_panels(work.x, panels, work.rows_t);
-        join_panels(work.x_t, panels, work.rows);
+        join_panels(x, panels, work.rows_t);
+        join_panels(x_t, panels, work.rows);
         if (sums != nullptr) first_outer(group, panels, work.rows_t, g);
         first_adjoint(group, panels, work.rows_t, filters, group > 0);
         first_adjoint(group, panels, work.rows, filters_t, true);
@@ -1048,7 +1104,7 @@ ConvNetStepSizes sizes(const Step& step) {
     const Layout<T, A> layout(step);
     Arena arena{nullptr};
     Workspace<T, A>(step, layout, arena);
-    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.tape};
+    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.stored};
   });
 }
 

@@ -64,6 +64,7 @@ PYDISTILL_INLINE void amx_block(int64_t depth, const Bf16* left, int64_t left_ro
 
 struct Amx {
   using Operand = Bf16;
+  using Stored = Bf16;
   static constexpr int64_t kChannels = 32, kTiles = 32;
   static constexpr bool kSplit = true;
 

@@ -23,8 +23,8 @@ _WARM_UP = 3
 class StepGraphs:
     """`gradient` and `tangent` of `_convnet_step_layers`, captured at the first call of each signature, then replayed.
 
-    A signature is the net's shape, the tensors' shapes, dtypes and device, the label kind and the precision, TF32
-    included. Inputs are copied into the graph's own buffers and results out of them, so that a result stays what it is
+    A signature is the net's shape, the tensors' shapes, dtypes and device, the label kind and the precision. Inputs
+    are copied into the graph's own buffers and results out of them, so that a result stays what it is
     when the next step runs. All graphs of an instance share one pool of memory, because no two of them run at a time:
     use an instance from one thread, and with one stream at a time. Memory is freed with the instance.
 
@@ -76,10 +76,8 @@ class StepGraphs:
         device = tensors[0].device
         if device.type != "cuda":
             raise ValueError(f"theta: expected a CUDA tensor, got one on {device}")
-        # a graph keeps the kernels that were chosen under the switches of its capture
-        switches = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
         signature = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        key = (function.__name__, shape, label_kind, precision, switches, signature)
+        key = (function.__name__, shape, label_kind, precision, signature)
         with torch.cuda.device(device):
             if key not in self._steps:
                 if device not in self._pools:

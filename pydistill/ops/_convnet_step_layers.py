@@ -19,6 +19,8 @@ finite), and its derivatives are the zeros that they are in exact arithmetic.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,12 +30,31 @@ from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops.instance_norm_relu_avg_pool import FORMS
 
 LabelKind = Literal["hard", "logits", "probs"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 # without the operators' autograd, vmap and tracing around them
 _block, _block_backward, _block_jvp, _block_backward_jvp = (form.raw for form in FORMS)
 
 
+def _switched(function: Callable) -> Callable:
+    """``function``, with GPUs rounding the factors of float32 products as its ``precision`` says."""
+
+    @functools.wraps(function)
+    def run(*args, precision: Precision = "fp32", **options):
+        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            return function(*args, precision=precision, **options)
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
+
+    return run
+
+
+@_switched
 @torch.no_grad()
 def logits(shape: ConvNetShape, theta: Tensor, images: Tensor, *, precision: Precision = "fp32") -> Tensor:
     """``[E, N, classes]`` at theta ``[E, P]`` for images ``[N, C, H, W]`` or ``[E, N, C, H, W]``."""
@@ -41,6 +62,7 @@ def logits(shape: ConvNetShape, theta: Tensor, images: Tensor, *, precision: Pre
     return net.classify(net.forward()[-1])
 
 
+@_switched
 @torch.no_grad()
 def gradient(
     shape: ConvNetShape,
@@ -63,10 +85,9 @@ def gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype. Whether a GPU may then round the inputs of convolutions and of
-            the classifier to TF32 is left to torch's own switches, ``torch.backends.cudnn.conv.fp32_precision`` and
-            ``torch.backends.cuda.matmul.fp32_precision``: they are never set here. "bf16": convolutions read and
-            write bfloat16 and add up in float32; statistics, parameters, classifier and loss are float32.
+        precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32": a GPU that can
+            rounds the factors of convolutions and of the classifier to TF32. "bf16": convolutions read and write
+            bfloat16 and add up in float32; statistics, parameters, classifier and loss are float32.
 
     Returns:
         loss ``[E]`` and its gradient ``[E, P]``, dtype of theta.
@@ -89,6 +110,7 @@ def gradient(
     return loss.value, grad
 
 
+@_switched
 @torch.no_grad()
 def tangent(
     shape: ConvNetShape,
@@ -176,9 +198,9 @@ class _Net(_Parameters):
     """The students at theta, and the layers that they are made of."""
 
     def __init__(self, shape: ConvNetShape, theta: Tensor, images: Tensor, precision: Precision):
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
-        if theta.dtype not in (torch.float32, torch.float64) or (precision == "bf16" and theta.dtype != torch.float32):
+        if precision not in ("fp32", "tf32", "bf16"):
+            raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
+        if theta.dtype not in (torch.float32, torch.float64) or (precision != "fp32" and theta.dtype != torch.float32):
             raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
         if images.dtype != theta.dtype or images.device != theta.device:
             wanted, got = (f"{t.dtype} on {t.device}" for t in (theta, images))

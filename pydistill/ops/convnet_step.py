@@ -37,7 +37,7 @@ __all__ = [
 BACKENDS = ("reference", "cpu", "cuda")
 
 LabelKind = Literal["hard", "logits", "probs"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Form = Literal["logits", "gradient", "tangent"]
 
 _FORMS = ("logits", "gradient", "tangent")  # in the order of ConvNetStep::Form
@@ -117,10 +117,13 @@ def convnet_gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype. "bf16" (theta float32): the convolutions' factors are rounded to
-            bfloat16; sums, statistics, parameters, classifier and loss are float32.
+        precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32" (theta float32,
+            CUDA): factors of convolutions and of the classifier are rounded to TF32. "bf16" (theta float32): the
+            convolutions' factors are rounded to bfloat16; sums, statistics, parameters, classifier and loss are
+            float32.
         workspace: working memory to reuse; fresh when None.
-        tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would else compute again. CPU.
+        tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would else compute again, in
+            theta's dtype or, for precision "bf16", in bfloat16. CPU.
         backend: "auto" (the device's), "reference" (autograd on plain torch), "cpu" or "cuda".
 
     Returns:
@@ -259,9 +262,9 @@ def _check(
 ) -> str:
     if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
         raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
-    if theta.dtype != torch.float32 and (theta.dtype != torch.float64 or precision == "bf16"):
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
+    if theta.dtype != torch.float32 and (theta.dtype != torch.float64 or precision != "fp32"):
         raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
     tensors = {"images": images} if labels is None else {"images": images, "labels": labels}
     for name, tensor in tensors.items():
@@ -287,6 +290,8 @@ def _check(
     chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
     if chosen == "reference" and precision != "fp32":
         raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
+    if chosen == "cpu" and precision == "tf32":
+        raise NotImplementedError("convnet_step: backend='cpu' has no precision='tf32'")
     if chosen != "cpu" and tape is not None:
         raise NotImplementedError(f"convnet_step: backend={chosen!r} keeps no tape")
     return chosen

@@ -228,7 +228,7 @@ class InnerLoop:
         return theta - lr.view(-1, 1) * velocity_next, velocity_next
 
     def raise_if_not_finite(self, largest: list[Tensor]) -> None:
-        if not self.check_finite:
+        if not self.check_finite or not largest:
             return
         flags = torch.stack(largest).isfinite().tolist()  # the loop's one synchronisation
         if not all(flags):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,15 +161,17 @@ class ConvNetStudents:
     Steps at the end keep their tapes, as many as a budget allows, so that the reverse sweep need not run them again.
     """
 
-    # "auto" does not grow with the number of steps: four of them, or more where they are small
-    AUTO_STEPS, AUTO_MOST, AUTO_LEAST = 4, 256 << 20, 16 << 20
+    AUTO = 256 << 20  # bytes of tapes that memory="auto" allows
+
+    _idle: ClassVar[list[Tensor]] = []  # at most one: the tapes' memory that an unroll has left to the next
 
     def __init__(self, shape: ConvNetShape, label_kind: LabelKind, largest_label: int, precision: Precision):
         self.shape, self.label_kind, self.precision = shape, label_kind, precision
         self.largest_label = largest_label
         self.workspace = Workspace()
         self.tapes: dict[int, Tensor] = {}
-        self._first_kept = 0
+        self._first_kept, self._tapes_bytes = 0, 0
+        self._memory: Tensor | None = None  # of the tapes
 
     def plan(
         self, memory: Literal["auto"] | int, steps: int, students: int, images: int, theta: Tensor, stored: int
@@ -184,12 +187,13 @@ class ConvNetStudents:
         size = tape_bytes(self.shape, students, images, theta.dtype, self.precision)
         least = stored + workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
         if memory == "auto":
-            room = max(min(self.AUTO_STEPS * size, self.AUTO_MOST), self.AUTO_LEAST)
+            room = self.AUTO
         else:
             room = memory - least
             if room < 0:
                 raise ValueError(f"memory: expected at least {least} bytes for this unroll, got {memory}")
         self._first_kept = max(0, steps - room // size)  # the reverse sweep starts at the end
+        self._tapes_bytes, self._memory = (steps - self._first_kept) * size, None
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """[E, B, K]."""
@@ -209,7 +213,8 @@ class ConvNetStudents:
         tape = None
         if keep is not None and keep >= self._first_kept:
             size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
-            tape = self.tapes[keep] = torch.empty(size, dtype=torch.uint8, device="cpu")
+            tape = self.tapes[keep] = self._tape_memory()[:size]
+            self._memory = self._memory[size:]
         logits = self.logits(theta, batch.images) if with_logits else None
         with torch.no_grad():
             losses, grad = convnet_gradient(
@@ -223,6 +228,21 @@ class ConvNetStudents:
                 tape=tape,
             )
         return Descent(losses, grad, logits)
+
+    def _tape_memory(self) -> Tensor:
+        """What is left of it. Freshly mapped pages cost more than a small step's tape is worth: they are handed on."""
+        if self._memory is None:
+            block = self._idle.pop() if self._idle else None
+            if block is None or len(block) < self._tapes_bytes:
+                block = torch.empty(self._tapes_bytes, dtype=torch.uint8, device="cpu")
+            self._memory = block
+            if len(block) <= self.AUTO:
+                weakref.finalize(self, self._hand_on, block).atexit = False
+        return self._memory
+
+    @classmethod
+    def _hand_on(cls, block: Tensor) -> None:
+        cls._idle[:] = [block]
 
     def adjoint(
         self,
@@ -283,10 +303,12 @@ def choose_students(
     """
     if engine not in ("auto", "student", "generic"):
         raise ValueError(f"engine: expected 'auto', 'student' or 'generic', got {engine!r}")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
-    if precision == "bf16" and images.dtype != torch.float32:
-        raise TypeError(f"precision: expected float32 images and theta0 for 'bf16', got {images.dtype}")
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
+    if precision != "fp32" and images.dtype != torch.float32:
+        raise TypeError(f"precision: expected float32 images and theta0 for {precision!r}, got {images.dtype}")
+    if precision == "tf32" and images.device.type != "cuda":
+        raise ValueError(f"precision: expected 'fp32' or 'bf16' on {images.device.type}, got 'tf32'")
     if engine != "generic":
         if output is not None:
             blocked = blocked or f"output={output} takes an element of a tuple"
@@ -299,6 +321,8 @@ def choose_students(
         if engine == "student":
             raise ValueError(f"engine: expected a net that the student engine can run, but {found}")
         _log.debug("generic engine: %s", found)
+    if precision == "tf32":
+        raise ValueError("precision: 'tf32' is the student engine's; others do as torch.backends says")
     return GenericStudents(flat, label_kind, output, largest_label, precision)
 
 

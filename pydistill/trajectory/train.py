@@ -126,7 +126,7 @@ def train_students(
             found), which takes a third more time on the student engine.
         check_finite: raise where a loss is not finite; False returns what comes of it.
         engine: "student", "generic" or "auto", as in `pydistill.unroll`.
-        precision: "fp32" or "bf16", as in `pydistill.unroll`.
+        precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
             took it; an exception from it ends the training.
         on_epoch: called after each epoch with a dict: ``students`` (the range that trained: all, or one on the generic

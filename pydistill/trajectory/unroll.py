@@ -111,11 +111,14 @@ def unroll(
             as the method repositories define them (`pydistill.trajectory.convnet_shape` says which). "generic":
             autograd, for any module. "auto": the first where it can run; the logger "pydistill" says at debug level
             which it was, and why.
-        precision: "bf16": convolutions with factors rounded to bfloat16 (the generic engine: under autocast); sums,
-            statistics, parameters and updates stay in float32. "fp32": the dtype of theta0 throughout.
+        precision: "bf16": convolutions with factors rounded to bfloat16 (the generic engine: under autocast), and kept
+            activations; sums, statistics, parameters and updates stay in float32. "tf32": the student engine on CUDA,
+            with factors rounded to TF32. "fp32": the dtype of theta0 throughout (the generic engine: as
+            ``torch.backends`` allows TF32).
         memory: bytes that the student engine may work in. With room, some steps' activations are kept for the backward
-            pass, which else computes them again: the same bits, up to a fifth faster. "auto": of 4 steps in at
-            most 256 MiB, or of as many as go into 16 MiB, beyond the stored parameters and one step's working memory.
+            pass, which else computes them again, up to a fifth slower: the same bits in "fp32", while "bf16" keeps
+            them in bfloat16. "auto": 256 MiB of them, beyond the stored parameters and one step's working memory. Up
+            to as much stays allocated for the next unroll.
 
     Returns:
         theta_T, shaped as theta0, or a tuple of such for ``at``.
@@ -233,7 +236,7 @@ class _Unroll(torch.autograd.Function):
             largest = max(images.shape[-4] if step.index is None else step.index.shape[-1] for step in steps)
             stored = trajectory.nbytes if trajectory is not None else 0
             loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
-        all_kept = trajectory is not None and options.every == 1  # so that they can be looked at together
+        all_kept = trajectory is not None and options.every == 1
         magnitudes, out = [], {}
         theta, velocity = theta0.detach(), None
         for k, step in enumerate(steps):
@@ -246,7 +249,7 @@ class _Unroll(torch.autograd.Function):
                 magnitudes.append(largest_of(theta[None])[0])
             if k + 1 in options.wanted:
                 out[k + 1] = theta
-        if all_kept:
+        if all_kept and loop.check_finite and not theta.isfinite().all():  # once not finite, an element stays so
             magnitudes = [*largest_of(trajectory.theta[1:]).to(theta.device), largest_of(theta[None])[0]]
         loop.raise_if_not_finite(magnitudes)
         ctx.loop, ctx.options, ctx.steps, ctx.trajectory = loop, options, steps, trajectory

@@ -97,15 +97,33 @@ def test_every_parameter_equals_autograd():
 
 def test_tape_changes_no_bit():
     shape = SHAPES["odd sizes, padded channels"]
-    for dtype, precision in ((torch.float64, "fp32"), (torch.float32, "fp32"), (torch.float32, "bf16")):
+    for dtype in (torch.float64, torch.float32):
         theta, direction, images, labels = problem(shape, 9, E=2, dtype=dtype)
-        tape = torch.empty(tape_bytes(shape, 2, 9, dtype, precision), dtype=torch.uint8)
-        plain = convnet_gradient(shape, theta, images, labels, precision=precision)
-        taped = convnet_gradient(shape, theta, images, labels, precision=precision, tape=tape)
+        tape = torch.empty(tape_bytes(shape, 2, 9, dtype), dtype=torch.uint8)
+        plain = convnet_gradient(shape, theta, images, labels)
+        taped = convnet_gradient(shape, theta, images, labels, tape=tape)
         assert all(torch.equal(a, b) for a, b in zip(plain, taped, strict=True))
-        plain = convnet_tangent(shape, theta, direction, images, labels, precision=precision)
-        taped = convnet_tangent(shape, theta, direction, images, labels, precision=precision, tape=tape)
+        plain = convnet_tangent(shape, theta, direction, images, labels)
+        taped = convnet_tangent(shape, theta, direction, images, labels, tape=tape)
         assert all(a is b or torch.equal(a, b) for a, b in zip(plain, taped, strict=True))
+
+
+def test_tape_is_kept_in_bf16():
+    shape = ConvNetShape(3, 32, 32, (64, 64, 64), 1, 10)
+    theta, direction, images, labels = problem(shape, 9, E=2, dtype=torch.float32)
+    size = tape_bytes(shape, 2, 9, torch.float32, "bf16")
+    assert size < 0.51 * tape_bytes(shape, 2, 9, torch.float32)
+    tape = torch.empty(size, dtype=torch.uint8)
+    plain = convnet_gradient(shape, theta, images, labels, precision="bf16")
+    taped = convnet_gradient(shape, theta, images, labels, precision="bf16", tape=tape)
+    assert all(torch.equal(a, b) for a, b in zip(plain, taped, strict=True))
+    truth = convnet_tangent(shape, theta, direction, images, labels)
+    plain = convnet_tangent(shape, theta, direction, images, labels, precision="bf16")
+    taped = convnet_tangent(shape, theta, direction, images, labels, precision="bf16", tape=tape)
+    for p, t, exact in zip(plain[:3], taped[:3], truth[:3], strict=True):
+        assert not torch.equal(p, t)
+        assert cosine(t, exact) > 0.998
+        assert cosine(t, p) > 0.999
 
 
 def test_without_curvature():
@@ -244,7 +262,7 @@ BAD = [
     ({"labels": lambda y: y.float()}, TypeError, "labels: expected torch.int64 for label_kind='hard'"),
     ({"labels": lambda y: y + 10}, RuntimeError, r"labels: expected class numbers in 0\.\.9, got 1"),
     ({"label_kind": lambda _: "soft"}, ValueError, "label_kind: expected 'hard', 'logits' or 'probs', got 'soft'"),
-    ({"precision": lambda _: "fp16"}, ValueError, "precision: expected 'fp32' or 'bf16', got 'fp16'"),
+    ({"precision": lambda _: "fp16"}, ValueError, "precision: expected 'fp32', 'tf32' or 'bf16', got 'fp16'"),
     ({"precision": lambda _: "bf16"}, TypeError, "theta: expected float32, or float64 with precision='fp32'"),
     ({"backend": lambda _: "cuda"}, NotImplementedError, "convnet_step: backend='cuda' cannot run on cpu tensors"),
     ({"backend": lambda _: "triton"}, NotImplementedError, "convnet_step has no triton kernel"),
@@ -263,6 +281,11 @@ BAD = [
         },
         NotImplementedError,
         "backend='reference' has precision='fp32' only, got 'bf16'",
+    ),
+    (
+        {"precision": lambda _: "tf32", "theta": torch.Tensor.float, "images": torch.Tensor.float},
+        NotImplementedError,
+        "convnet_step: backend='cpu' has no precision='tf32'",
     ),
     ({"tape": lambda _: torch.empty(5, dtype=torch.uint8)}, RuntimeError, r"tape: expected uint8 \[\d+\]"),
 ]

@@ -159,6 +159,23 @@ def test_bfloat16_convolutions_run_in_bfloat16_channels_last(sensible):
     assert all(t.dtype == torch.float32 for t in (features, *net.scales, net.classifier))
 
 
+@pytest.mark.parametrize(("precision", "wanted"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
+def test_precision_sets_the_switches_for_the_time_of_a_step(sensible, monkeypatch, precision, wanted):
+    problem, *_ = sensible
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    seen, convolve = [], layers._Net.convolve
+
+    def watch(*args):
+        seen.extend(switch.fp32_precision for switch in switches)
+        return convolve(*args)
+
+    monkeypatch.setattr(layers._Net, "convolve", watch)
+    before = [switch.fp32_precision for switch in switches]
+    problem.engine(precision)
+    assert set(seen) == {wanted}
+    assert [switch.fp32_precision for switch in switches] == before
+
+
 def test_no_autograd_graph_is_made():
     problem = Problem(NETS["depth 3"], students=3, shared=True, label_kind="probs")
     for tensor in (problem.theta, problem.direction, problem.images, problem.labels):
@@ -232,7 +249,7 @@ def test_labels_of_each_student_on_shared_images():
         (TypeError, "labels", {"labels": torch.zeros(5)}),
         (TypeError, "labels", {"label_kind": "probs"}),
         (ValueError, "label_kind", {"label_kind": "soft"}),
-        (ValueError, "precision", {"precision": "tf32"}),
+        (ValueError, "precision", {"precision": "fp16"}),
         (TypeError, "theta", {"precision": "bf16"}),
     ],
 )

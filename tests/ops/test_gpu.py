@@ -104,7 +104,7 @@ def test_step_float64(net, students, shared, label_kind):
         assert relative(value.cpu(), truth[name]) < 1e-10, name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("students", [1, 5])
 def test_step_precisions(students, precision):
     options = {"students": students, "shared": True, "label_kind": "hard", "images": 16, "classes": 10}
@@ -117,7 +117,7 @@ def test_step_precisions(students, precision):
             assert torch.cosine_similarity(value.cpu().flatten(), truth[name].flatten(), 0) > 0.99, name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_graphs_are_the_layers_bit_for_bit(precision):
     graphs = StepGraphs()
     kept = []

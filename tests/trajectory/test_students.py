@@ -298,7 +298,7 @@ BAD = [
     ({"lr": lambda _: torch.ones(3)}, r"lr: expected one element or \[2\], got shape \[3\]"),
     ({"batches": lambda _: [torch.zeros(3, 2, dtype=torch.int64)]}, r"batches\[0\]: expected a row for each of 2"),
     ({"engine": lambda _: "fast"}, "engine: expected 'auto', 'student' or 'generic', got 'fast'"),
-    ({"precision": lambda _: "tf32"}, "precision: expected 'fp32' or 'bf16', got 'tf32'"),
+    ({"precision": lambda _: "fp8"}, "precision: expected 'fp32', 'tf32' or 'bf16', got 'fp8'"),
     ({"memory": lambda _: -1}, "memory: expected 'auto' or a number of bytes, got -1"),
     ({"memory": lambda _: 1 << 30, "engine": lambda _: "generic"}, "memory: only the student engine works within"),
 ]
@@ -314,6 +314,12 @@ def test_bad_input(change, message):
         pydistill.unroll(
             net, *(given.pop(n) for n in ("theta0", "images", "labels", "lr")), steps=1, label_kind="logits", **given
         )
+
+
+def test_tf32_is_of_gpus():
+    net, theta0, _, images, labels, lr = students(1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="precision: expected 'fp32' or 'bf16' on cpu, got 'tf32'"):
+        pydistill.unroll(net, theta0, images, labels, lr, steps=1, label_kind="logits", precision="tf32")
 
 
 def test_bf16_of_float64_is_refused():

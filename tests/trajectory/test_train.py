@@ -335,7 +335,7 @@ WRONG = [
     ({"generator": generators()[:1] * 3}, ValueError, "generator: .* got 3, of which 1 distinct"),
     ({"engine": "fast"}, ValueError, "engine: expected 'auto', 'student' or 'generic', got 'fast'"),
     ({"precision": "bf16"}, TypeError, "precision: expected float32 images and theta0 for 'bf16'"),
-    ({"precision": "fp8"}, ValueError, "precision: expected 'fp32' or 'bf16', got 'fp8'"),
+    ({"precision": "fp8"}, ValueError, "precision: expected 'fp32', 'tf32' or 'bf16', got 'fp8'"),
     ({"eval_data": torch.ones(3)}, TypeError, "eval_data: expected a pair of images and labels, got Tensor"),
     ({"eval_data": (torch.ones(1), [0])}, TypeError, "eval_data: expected two tensors, got Tensor and list"),
     ({"eval_data": (torch.ones(2, 2, 8, 8), torch.zeros(2).long())}, TypeError, "eval_data: .*got torch.float32"),
