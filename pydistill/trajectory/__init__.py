@@ -2,6 +2,7 @@
 
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.match import trajectory_match
+from pydistill.trajectory.optimizers import Adam
 from pydistill.trajectory.smooth import GSAM, Smoothing
 from pydistill.trajectory.students import convnet_shape
 from pydistill.trajectory.train import TrainResult, train_students
@@ -9,6 +10,7 @@ from pydistill.trajectory.unroll import unroll
 
 __all__ = [
     "GSAM",
+    "Adam",
     "FlatModule",
     "Smoothing",
     "TrainResult",
