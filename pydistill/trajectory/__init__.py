@@ -2,8 +2,20 @@
 
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.match import trajectory_match
+from pydistill.trajectory.optimizers import Adam
+from pydistill.trajectory.smooth import GSAM, Smoothing
 from pydistill.trajectory.students import convnet_shape
 from pydistill.trajectory.train import TrainResult, train_students
 from pydistill.trajectory.unroll import unroll
 
-__all__ = ["FlatModule", "TrainResult", "convnet_shape", "train_students", "trajectory_match", "unroll"]
+__all__ = [
+    "GSAM",
+    "Adam",
+    "FlatModule",
+    "Smoothing",
+    "TrainResult",
+    "convnet_shape",
+    "train_students",
+    "trajectory_match",
+    "unroll",
+]

@@ -1,4 +1,8 @@
-"""A module seen as a function of one flat parameter vector."""
+"""A module seen as a function of one flat parameter vector, and what experts' training does with such vectors.
+
+The operators work on a vector ``[P]`` or on those of E students, ``[E, P]``, each student for itself, in one or two
+passes over memory, and never wait for a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+_LEAST_NORM = 1e-12  # a gradient shorter than this counts as this long, so that zero has a direction: none
 
 
 class FlatModule:
@@ -43,3 +49,134 @@ class FlatModule:
     def __call__(self, theta: Tensor, *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """``net(*inputs)`` at theta; ``buffers`` stand in for the module's own, which are then left untouched."""
         return functional_call(self.net, {**self.unflatten(theta), **(buffers or {})}, inputs, kwargs)
+
+
+@torch.no_grad()
+def ema_(average: Tensor, theta: Tensor, decay: float) -> Tensor:
+    """Moves an exponential moving average in place: ``average = decay average + (1 - decay) theta``.
+
+    FTD (Du et al., CVPR 2023) averages the synthetic images so; any shape will do. Equivalent to
+    ``average.lerp_(theta, 1 - decay)``, and theta may be of another dtype.
+
+    Args:
+        average: floating, any shape; overwritten.
+        theta: floating, the shape and device of average.
+        decay: in [0, 1].
+
+    Returns:
+        average itself.
+
+    Raises:
+        ValueError: decay is outside [0, 1], or the shapes differ.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
+    _check_same_shape("average", average, "theta", theta)
+    return average.lerp_(theta.to(average.dtype), 1 - decay)
+
+
+def sam_perturbation(grad: Tensor, rho: float, theta: Tensor | None = None) -> Tensor:
+    """The step towards the sharpest neighbour within ``rho``: ``rho grad / ||grad||``, zero where grad is zero.
+
+    SAM (Foret et al., ICLR 2021). With ``theta`` the neighbourhood is ASAM's (Kwon et al., ICML 2021), as FTD's
+    code has it by default: ``rho theta^2 grad / || |theta| grad ||``, which does not depend on how a layer is scaled.
+
+    Args:
+        grad: floating ``[P]`` or ``[E, P]``, at theta; a row whose norm is below 1e-12 is divided by that instead.
+        rho: radius, a number >= 0.
+        theta: as grad, or None.
+
+    Returns:
+        What to add to theta, as grad.
+
+    Raises:
+        ValueError: rho is negative, or the shapes differ.
+    """
+    if not rho >= 0:
+        raise ValueError(f"rho: expected a number >= 0, got {rho}")
+    if theta is not None:
+        _check_same_shape("grad", grad, "theta", theta)
+        grad = theta * grad
+    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+    step = grad * (rho / norm.clamp_min(_LEAST_NORM))
+    return step if theta is None else step * theta
+
+
+def gsam_combine(grad_perturbed: Tensor, grad: Tensor, alpha: float) -> Tensor:
+    """``grad_perturbed - alpha * (what of grad is orthogonal to grad_perturbed)``.
+
+    GSAM (Zhuang et al., ICLR 2022), with which FTD (Du et al., CVPR 2023) trains its experts. With c =
+    <grad, grad_perturbed> / ||grad_perturbed||^2 it is ``(1 + alpha c) grad_perturbed - alpha grad``; where
+    grad_perturbed is zero, all of grad is orthogonal to it.
+
+    Args:
+        grad_perturbed: ``[P]`` or ``[E, P]``, at theta + `sam_perturbation`.
+        grad: as grad_perturbed, at theta.
+        alpha: weight of the orthogonal part; 0 is SAM.
+
+    Returns:
+        The gradient to descend along, as grad_perturbed.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_same_shape("grad_perturbed", grad_perturbed, "grad", grad)
+    inner = torch.linalg.vecdot(grad, grad_perturbed)
+    squared = torch.linalg.vecdot(grad_perturbed, grad_perturbed)
+    ratio = (inner / squared).masked_fill(squared == 0, 0)[..., None]
+    return torch.addcmul(grad * -alpha, grad_perturbed, 1 + alpha * ratio)
+
+
+def perturb_towards(theta: Tensor, direction: Tensor, alpha: float, flat: FlatModule | None = None) -> Tensor:
+    """``theta * (1 + alpha direction / ||direction||)``: a start beside an expert's, as far as each weight is large.
+
+    AST (Shen et al., 2023), which draws the direction from a normal distribution, and as in its code with ``flat``:
+    each convolution's weight with its own stretch of the direction and that one's norm, the other parameters unchanged.
+
+    Args:
+        theta: ``[P]`` or ``[E, P]``.
+        direction: as theta; zero perturbs nothing.
+        alpha: how far.
+        flat: the module that theta parametrises, whose tensors of four dimensions alone are perturbed; None: theta as
+            one tensor.
+
+    Returns:
+        The perturbed parameters, as theta.
+
+    Raises:
+        ValueError: the shapes differ, or are not flat's.
+    """
+    _check_same_shape("theta", theta, "direction", direction)
+    if flat is None:
+        return torch.addcmul(theta, theta, sam_perturbation(direction, 1.0), value=alpha)
+    if theta.shape[-1] != flat.numel:
+        raise ValueError(f"theta: expected shape [..., {flat.numel}] for this net, got {list(theta.shape)}")
+    parts = zip(theta.split(flat.sizes, -1), direction.split(flat.sizes, -1), flat.shapes, strict=True)
+    return torch.cat([perturb_towards(w, d, alpha) if len(shape) == 4 else w for w, d, shape in parts], -1)
+
+
+def l2_to_reference(theta: Tensor, reference: Tensor) -> Tensor:
+    """``(theta - reference).square().sum(-1)``: the squared distance of each student, differentiable.
+
+    The numerator and the denominator of the trajectory-matching loss (Cazenavette et al., CVPR 2022), and a pull
+    towards pre-trained parameters.
+
+    Args:
+        theta: ``[P]`` or ``[E, P]``.
+        reference: as theta, or ``[P]`` for all students.
+
+    Returns:
+        A scalar, or ``[E]``.
+
+    Raises:
+        ValueError: the shapes do not agree.
+    """
+    if reference.shape not in (theta.shape, theta.shape[-1:]):
+        raise ValueError(f"reference: expected shape {list(theta.shape)} as theta, got {list(reference.shape)}")
+    difference = theta - reference
+    return torch.linalg.vecdot(difference, difference)
+
+
+def _check_same_shape(name: str, tensor: Tensor, other: str, second: Tensor) -> None:
+    if tensor.shape != second.shape:
+        raise ValueError(f"{other}: expected shape {list(tensor.shape)} as {name}, got {list(second.shape)}")

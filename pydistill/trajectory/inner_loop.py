@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.optimizers import SGD, Adam, State
 from pydistill.trajectory.students import Adjoint, Batch, ConvNetStudents, Engine, choose_students
 
 
@@ -47,8 +48,10 @@ class InnerLoop:
         augment: Callable[..., Tensor] | None,
         label_kind: LabelKind,
         loss_scale: float,
+        optimizer: Literal["sgd"] | Adam,
         momentum: float,
         weight_decay: float,
+        warmup: int,
         output: int | None,
         check_finite: bool,
         engine: Engine,
@@ -59,7 +62,7 @@ class InnerLoop:
         self.flat = FlatModule(net)
         self.device = theta0.device if isinstance(theta0, Tensor) else None
         self.label_kind, self.loss_scale = label_kind, loss_scale
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.weight_decay, self.warmup = weight_decay, warmup
         self.augment, self.generator, self.check_finite = augment, generator, check_finite
         largest_label, self.own_labels = check_training_set(self.flat, theta0, images, labels, label_kind)
         self.num_students = len(theta0) if theta0.dim() == 2 else 1
@@ -70,6 +73,15 @@ class InnerLoop:
         for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if optimizer != "sgd" and not isinstance(optimizer, Adam):
+            raise ValueError(f"optimizer: expected 'sgd' or a pydistill.trajectory.Adam, got {optimizer!r}")
+        if momentum and optimizer != "sgd":
+            raise ValueError(f"momentum: expected 0 with {optimizer}, which has moments of its own, got {momentum}")
+        self.optimizer = SGD(momentum) if optimizer == "sgd" else optimizer
+        if not isinstance(warmup, int) or isinstance(warmup, bool):
+            raise TypeError(f"warmup: expected an int, got {type(warmup).__name__}")
+        if not 0 <= warmup < steps:
+            raise ValueError(f"warmup: expected at least 0 and fewer than {steps} steps, got {warmup}")
         if augment is not None and not callable(augment):
             raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
         if memory != "auto" and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
@@ -201,31 +213,33 @@ class InnerLoop:
             for rows, where, what in zip(total, index, part, strict=True):
                 rows.index_add_(0, where, what)
 
-    def run_full(self, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, wanted: tuple) -> list[Tensor]:
-        """Plain autograd through every step."""
-        if not theta.requires_grad:
-            theta = theta.detach().requires_grad_()
-        velocity, largest, kept = None, [], {}
+    def run_full(self, theta0: Tensor, images: Tensor, labels: Tensor, lr: Tensor, wanted: tuple) -> list[Tensor]:
+        """Plain autograd through every step after the warm-up."""
+        theta = theta0 if theta0.requires_grad else theta0.detach().requires_grad_()
+        state, largest, kept = State(theta, ()), [], {}
         with torch.enable_grad():
             for k in range(max(wanted)):
+                if k == self.warmup > 0:  # theta0 stays in the graph, with derivative zero
+                    state = state._replace(theta=state.theta + (theta0 - theta0))
                 batch = self.augmented(self.batch(self.steps[k], images, labels), self.steps[k])
+                theta = state.theta if state.theta.requires_grad else state.theta.requires_grad_()
                 losses = []
                 for e, row in enumerate(theta):
                     x = batch.images[e] if batch.images.dim() == 5 else batch.images
                     y = batch.labels[e] if batch.per_student else batch.labels
                     losses.append(self.loss_scale * self.students.loss(row, x, y))
-                (grad,) = torch.autograd.grad(torch.stack(losses).sum(), theta, create_graph=True)
-                theta, velocity = self.update(theta, grad, velocity, lr)
-                largest.append(largest_of(theta.detach()[None])[0])
-                kept[k + 1] = theta
+                differentiable = k >= self.warmup
+                (grad,) = torch.autograd.grad(torch.stack(losses).sum(), theta, create_graph=differentiable)
+                with torch.set_grad_enabled(differentiable):
+                    state = self.update(k, State(theta, state.moments), grad, lr)
+                largest.append(largest_of(state.theta.detach()[None])[0])
+                kept[k + 1] = state.theta
         self.raise_if_not_finite(largest)
         return [kept[t] for t in wanted]
 
-    def update(self, theta: Tensor, grad: Tensor, velocity: Tensor | None, lr: Tensor) -> tuple[Tensor, Tensor]:
-        velocity_next = grad + self.weight_decay * theta if self.weight_decay else grad
-        if self.momentum and velocity is not None:
-            velocity_next = self.momentum * velocity + velocity_next
-        return theta - lr.view(-1, 1) * velocity_next, velocity_next
+    def update(self, k: int, state: State, grad: Tensor, lr: Tensor) -> State:
+        q = grad + self.weight_decay * state.theta if self.weight_decay else grad
+        return self.optimizer.step(k, state, q, lr.view(-1, 1))
 
     def raise_if_not_finite(self, largest: list[Tensor]) -> None:
         if not self.check_finite or not largest:

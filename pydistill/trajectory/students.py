@@ -120,6 +120,20 @@ class GenericStudents:
         losses, grads, logits = zip(*found, strict=True)
         return Descent(torch.stack(losses), torch.stack(grads), torch.stack(logits) if with_logits else None)
 
+    def penalty_gradient(self, theta: Tensor, images: Tensor, buffers: dict[str, Tensor] | None) -> Tensor:
+        """[E, P]: gradient of mean((||d sum(logits) / d images||_2 over channels - 1)^2); images [E, B, C, H, W]."""
+        found = []
+        for row, x in zip(theta, images, strict=True):
+            with torch.enable_grad():
+                row, x = row.detach().requires_grad_(), x.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self._logits(row, x, buffers).sum(), x, create_graph=True)
+                penalty = (torch.linalg.vector_norm(slope, dim=1) - 1).square().mean()
+                curved = penalty.requires_grad  # not where the slope is the same at every theta
+                found += (
+                    torch.autograd.grad(penalty, row, materialize_grads=True) if curved else [torch.zeros_like(row)]
+                )
+        return torch.stack(found)
+
     def adjoint(
         self,
         theta: Tensor,

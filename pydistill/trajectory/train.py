@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
-from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
 from pydistill.trajectory.inner_loop import check_lr, check_training_set, select_rows
-from pydistill.trajectory.students import Batch, ConvNetStudents, Engine, GenericStudents, choose_students
+from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
+from pydistill.trajectory.students import Batch, ConvNetStudents, Descent, Engine, GenericStudents, choose_students
 
 __all__ = ["EVAL_BATCH", "DivergedError", "TrainResult", "train_students"]
 
@@ -37,7 +38,7 @@ class TrainResult:
     """What `train_students` gives back; every tensor on the device of theta0."""
 
     theta: Tensor  # [E, P], final parameters
-    losses: Tensor  # [epochs, E], mean over an epoch's images, each before the step that it was in; dtype of theta
+    losses: Tensor  # [epochs, E], cross entropies, mean over an epoch's images, each before its step; dtype of theta
     accuracy: Tensor | None  # [E], float64, the share of eval_data's images that each student has right
     train_accuracy: Tensor | None  # [epochs, E], float64, of the images as trained on, before each step
     buffers: dict[str, Tensor]  # [E, ...] by name: each student's own, of a net that has buffers
@@ -74,6 +75,8 @@ def train_students(
     schedule: Schedule = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    sharpness: GSAM | None = None,
+    smoothing: Smoothing | None = None,
     label_kind: LabelKind = "hard",
     augment: Callable[..., Tensor] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -115,6 +118,10 @@ def train_students(
             starts anew, as the evaluation code of the papers has it; "cosine": half a cosine from one towards zero;
             a function of the epoch (from 0) and the number of epochs; None: one.
         momentum, weight_decay: as in ``torch.optim.SGD`` (no dampening, no Nesterov; the decay is coupled).
+        sharpness: `pydistill.trajectory.GSAM`: a second gradient in each step, which finds flatter minima (FTD). It
+            draws what a net draws (dropout) anew and leaves buffers as they are.
+        smoothing: `pydistill.trajectory.Smoothing`: a gradient penalty, factors on the loss by epoch, and clipping
+            (AST). The penalty leaves buffers as they are.
         label_kind: what ``labels`` holds.
         augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
             ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
@@ -125,7 +132,7 @@ def train_students(
         train_accuracy: also count the images that are classified right while training (soft labels: whose largest is
             found), which takes a third more time on the student engine.
         check_finite: raise where a loss is not finite; False returns what comes of it.
-        engine: "student", "generic" or "auto", as in `pydistill.unroll`.
+        engine: "student", "generic" or "auto", as in `pydistill.unroll`; "generic" alone has the gradient penalty.
         precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
             took it; an exception from it ends the training.
@@ -154,6 +161,9 @@ def train_students(
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    for name, option, kind in (("sharpness", sharpness, GSAM), ("smoothing", smoothing, Smoothing)):
+        if option is not None and not isinstance(option, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(option).__name__}")
     for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
@@ -163,12 +173,15 @@ def train_students(
     rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
     factors = _factors(schedule, epochs)
     given = _check_generators(generator, E)
-    students = choose_students(engine, flat, images, label_kind, None, largest_label, precision)
+    penalised = smoothing is not None and smoothing.gradient_penalty > 0
+    blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
+    students = choose_students(engine, flat, images, label_kind, None, largest_label, precision, blocked)
     together = isinstance(students, ConvNetStudents)
     if len(given) < E:
         given = _forked(given[0], E, epochs, batch_size, images, augment) if together else given * E
 
     training = _Training(
+        net=flat.net,
         students=students,
         images=images.detach(),
         labels=labels.detach(),
@@ -178,6 +191,8 @@ def train_students(
         batch_size=batch_size,
         momentum=momentum,
         weight_decay=weight_decay,
+        sharpness=sharpness,
+        smoothing=smoothing,
         augment=augment,
         eval_data=eval_data,
         train_accuracy=train_accuracy,
@@ -211,6 +226,7 @@ def train_students(
 class _Training:
     """What students that train together share."""
 
+    net: nn.Module
     students: GenericStudents | ConvNetStudents
     images: Tensor
     labels: Tensor
@@ -220,6 +236,8 @@ class _Training:
     batch_size: int
     momentum: float
     weight_decay: float
+    sharpness: GSAM | None
+    smoothing: Smoothing | None
     augment: Callable[..., Tensor] | None
     eval_data: tuple[Tensor, Tensor] | None
     train_accuracy: bool
@@ -250,11 +268,11 @@ class _Training:
             for step, index in enumerate(torch.stack(orders).to(theta.device).split(self.batch_size, 1)):
                 with torch.no_grad():
                     x, y = select_rows(images, index, own_images), select_rows(labels, index, self.own_labels)
+                    batch = plain = Batch(x, y, True)
                     if self.augment is not None:
-                        x = torch.stack([self._augmented(*each) for each in zip(x, generators, strict=True)])
-                    found = self.students.gradient(
-                        theta, Batch(x, y, True), None, None, with_logits=self.train_accuracy
-                    )
+                        augmented = [self._augmented(*each) for each in zip(x, generators, strict=True)]
+                        batch = plain._replace(images=torch.stack(augmented))
+                    found = self._gradient(theta, batch, plain, epoch)
                     losses[epoch, step] = found.losses
                     if found.logits is not None:
                         classes = y if y.dim() == 2 else y.argmax(-1)
@@ -268,6 +286,34 @@ class _Training:
                 record = {"students": rows, "epoch": epoch + 1, "theta": theta, "losses": self.means(losses[epoch])}
                 counted = right[epoch].double() / images.shape[-4] if self.train_accuracy else None
                 self.on_epoch(record | {"train_accuracy": counted})
+
+    def _gradient(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int) -> Descent:
+        """The losses of ``batch``, and the gradient to descend along; ``plain``: the batch before augmentation."""
+        found = self._objective(theta, batch, plain, epoch)
+        grad = found.grad
+        if self.sharpness is not None:
+            rho, alpha = self.sharpness.rho, self.sharpness.alpha
+            perturbed = theta + sam_perturbation(grad, rho, theta if self.sharpness.adaptive else None)
+            grad = gsam_combine(self._objective(perturbed, batch, plain, epoch, again=True).grad, grad, alpha)
+        if self.smoothing is not None and self.smoothing.clip_norm is not None:
+            grad = clipped(grad, self.smoothing.clip_norm)
+        return found._replace(grad=grad)
+
+    def _objective(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int, *, again: bool = False) -> Descent:
+        """The losses, and the gradient of all that is minimised at theta."""
+        buffers = self._spare_buffers() if again else None
+        wants_logits = self.train_accuracy and not again
+        found = self.students.gradient(theta, batch, buffers, None, with_logits=wants_logits)
+        if self.smoothing is not None:
+            if epoch < len(self.smoothing.loss_decay):
+                found.grad.mul_(self.smoothing.loss_decay[epoch])
+            if weight := self.smoothing.gradient_penalty:
+                penalty = self.students.penalty_gradient(theta, plain.images, self._spare_buffers())
+                found.grad.add_(penalty, alpha=weight)
+        return found
+
+    def _spare_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in self.net.named_buffers()}
 
     def _augmented(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if hasattr(self.augment, "draw"):

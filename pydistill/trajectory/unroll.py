@@ -1,18 +1,19 @@
-r"""The differentiable unroll: T steps of SGD on synthetic images, and the gradient of any loss of where they lead.
+r"""The differentiable unroll: T steps on synthetic images, and the gradient of any loss of where they lead.
 
 Inner loop, with g_k the gradient of the mean cross entropy of batch k (times ``loss_scale``) at theta_k:
 
-    v_{k+1} = momentum v_k + g_k + weight_decay theta_k,      theta_{k+1} = theta_k - lr v_{k+1}
+    theta_{k+1}, moments_{k+1} = optimiser(theta_k, moments_k, q_k),      q_k = g_k + weight_decay theta_k
 
-Given lambda_T = dL/dtheta_T, the reverse sweep from k = T - 1 down to 0 needs theta_k alone, not the steps' graphs:
+Given lambda_T = dL/dtheta_T, the reverse sweep from k = T - 1 down to 0 needs theta_k and the optimiser's moments, not
+the steps' graphs. `pydistill.trajectory.optimizers` gives nu, the adjoint of q_k; for SGD with momentum it is -lr w,
+with w <- lambda + momentum w, and for Adam it is derived there. Then
 
-    w        <- lambda + momentum w                           (the adjoint of v is nu = -lr w)
-    dL/dlr   <- dL/dlr - w . (g_k + weight_decay theta_k)
     dL/dX    <- dL/dX + d(nu . g_k)/dX                        (labels likewise)
     lambda   <- lambda + H_k nu + weight_decay nu             (+ dL/dtheta_k where L looks at step k)
 
 H_k nu = d(nu . g_k)/dtheta and the image term come from one step alone, run again from theta_k.
-The result is the gradient that backpropagation through all steps computes; memory grows by one vector per step.
+The result is the gradient that backpropagation through all steps computes; memory grows by one vector per step (by
+three with Adam).
 The trajectory-matching papers (Cazenavette et al., CVPR 2022) backpropagate through everything; Deng & Russakovsky
 (NeurIPS 2022) replay steps as is done here.
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr, largest_of
+from pydistill.trajectory.optimizers import Adam, State
 from pydistill.trajectory.students import ConvNetStudents, Engine
 
 Mode = Literal["exact", "first_order", "full"]
@@ -48,8 +50,10 @@ def unroll(
     augment: Callable[..., Tensor] | None = None,
     label_kind: LabelKind = "hard",
     loss_scale: float = 1.0,
+    optimizer: Literal["sgd"] | Adam = "sgd",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    warmup: int = 0,
     at: Sequence[int] | None = None,
     mode: Mode = "exact",
     output: int | None = None,
@@ -60,7 +64,7 @@ def unroll(
     precision: Precision = "fp32",
     memory: Literal["auto"] | int = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Train a student for ``steps`` steps of SGD from theta0; the result is differentiable.
+    """Train a student for ``steps`` steps of SGD or Adam from theta0; the result is differentiable.
 
     Equivalent to this loop, with or without its memory (``mode``)::
 
@@ -69,6 +73,8 @@ def unroll(
             loss = loss_scale * F.cross_entropy(net(augment(images[batches[k]]); theta), labels[batches[k]])
             v = momentum * v + torch.autograd.grad(loss, theta, create_graph=True)[0] + weight_decay * theta
             theta = theta - lr * v
+            if k + 1 == warmup:
+                theta, v = theta.detach(), v.detach()
 
     ``.backward()`` from any loss of the result fills the gradients of ``theta0``, ``images``, ``labels`` (when
     floating) and ``lr``, each where it requires one.
@@ -96,16 +102,22 @@ def unroll(
             of randomness (numpy's, Python's) are not.
         label_kind: what ``labels`` holds.
         loss_scale: factor on every step's loss.
-        momentum, weight_decay: as in ``torch.optim.SGD`` (no dampening, no Nesterov).
-        at: step numbers in 1..T: return the parameters after those steps, each differentiable, instead of the last.
+        optimizer: "sgd", or `pydistill.trajectory.Adam` with its betas and eps.
+        momentum, weight_decay: as in ``torch.optim.SGD`` (no dampening, no Nesterov). The decay is coupled with Adam
+            too, as in ``torch.optim.Adam``; momentum is SGD's alone.
+        warmup: how many of the steps come before the window that is differentiated, fewer than T: parameters and
+            moments after them are constants, and the gradient of theta0 is zero. RaT-BPTT (Feng et al., ICLR 2024)
+            draws it anew each time. These steps keep nothing.
+        at: step numbers in warmup + 1..T: return the parameters after those steps, each differentiable, instead of the
+            last.
         mode: "exact": the gradient by the reverse sweep above, memory of one step and one vector per step.
             "full": plain autograd through all steps, the same gradient at T times the memory; differentiable again.
             "first_order": the estimator of TESLA (Cui et al., ICML 2023), **biased**: it takes every theta_k for a
             constant, dL/dX_k = -lr (d g_k / d X_k)^T dL/dtheta_T, dropping the product of (I - lr H_j) over the later
-            steps, as it does in dL/dlr. Equal to the exact gradient for T = 1 only.
+            steps, as it does in dL/dlr; moments are differentiated. Equal to the exact gradient for T = 1 only.
         output: which element to take where ``net`` returns a tuple.
         store: where "exact" keeps the vectors: on theta0's device or on the "host".
-        store_every: keep every k-th vector (and velocity) only; the others are recomputed in the backward pass.
+        store_every: keep every k-th vector (and moments) only; the others are recomputed in the backward pass.
         check_finite: raise if parameters become non-finite; False returns them as they are.
         engine: "student": the hand-written step of `pydistill.ops.convnet_gradient` and `convnet_tangent`, for ConvNets
             as the method repositories define them (`pydistill.trajectory.convnet_shape` says which). "generic":
@@ -140,8 +152,10 @@ def unroll(
         augment=augment,
         label_kind=label_kind,
         loss_scale=loss_scale,
+        optimizer=optimizer,
         momentum=momentum,
         weight_decay=weight_decay,
+        warmup=warmup,
         output=output,
         check_finite=check_finite,
         engine=engine,
@@ -150,7 +164,7 @@ def unroll(
         mode=mode,
     )
     lr = check_lr(lr, theta0)
-    wanted = (steps,) if at is None else _check_at(at, steps)
+    wanted = (steps,) if at is None else _check_at(at, warmup, steps)
     if mode not in ("exact", "first_order", "full"):
         raise ValueError(f"mode: expected 'exact', 'first_order' or 'full', got {mode!r}")
     if store not in ("device", "host"):
@@ -177,42 +191,44 @@ class _SweepOptions:
 
 
 class _Trajectory:
-    """The parameters of every step, of which some are kept and the others recomputed a stretch at a time."""
+    """The states before each step after the warm-up: some are kept, the others recomputed a stretch at a time."""
 
     def __init__(self, loop: InnerLoop, options: _SweepOptions, theta0: Tensor, steps: int):
-        self.loop, self.every = loop, options.every
-        # velocities matter only where a stretch is recomputed under momentum
-        self.keeps_velocity = bool(loop.momentum) and options.every > 1
-        rows = (steps - 1) // options.every + 1
+        self.loop, self.every, self.steps = loop, options.every, steps
+        rows = (steps - loop.warmup - 1) // options.every + 1
+        needed = loop.optimizer.reversed_by_moments or options.every > 1  # a stretch begins with its moments
         # allocated at once: small blocks between the steps' large ones would fragment the heap
         self.theta = theta0.new_empty((rows, *theta0.shape), device=options.device)
-        self.velocity = self.theta.new_empty(self.theta.shape) if self.keeps_velocity else None
+        self.moments = [self.theta.new_empty(self.theta.shape) for _ in range(loop.optimizer.num_moments * needed)]
+        self.first_moments: tuple[Tensor, ...] = ()  # after the warm-up
+        self.last_moments: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.theta.nbytes * (2 if self.keeps_velocity else 1)
+        return self.theta.nbytes * (1 + len(self.moments))
 
-    def keep(self, k: int, theta: Tensor, velocity: Tensor | None) -> None:
-        if k % self.every == 0:
-            self.theta[k // self.every] = theta
-            if self.keeps_velocity and velocity is not None:
-                self.velocity[k // self.every] = velocity
+    def keep(self, k: int, state: State) -> None:
+        row, beside = divmod(k - self.loop.warmup, self.every)
+        if k == self.loop.warmup:
+            self.first_moments = state.moments
+        if beside == 0:
+            self.theta[row] = state.theta
+            for kept, moment in zip(self.moments, state.moments, strict=False):  # none before the first step
+                kept[row] = moment
 
     def stretches(
         self, steps: list[Step], images: Tensor, labels: Tensor, lr: Tensor
-    ) -> Iterator[tuple[int, list[Tensor]]]:
-        """From the last to the first: (k, [theta_k, theta_{k+1}, ...]) between two kept vectors."""
+    ) -> Iterator[tuple[int, list[State]]]:
+        """From the last to the first: (k, [the state before step k, before step k + 1, ...]) between two kept ones."""
         device = images.device
         for row in range(len(self.theta) - 1, -1, -1):
-            first = row * self.every
-            theta = self.theta[row].to(device)
-            velocity = self.velocity[row].to(device) if self.keeps_velocity and first else None
-            thetas = [theta]
-            for k in range(first, min(first + self.every, len(steps)) - 1):
-                grad = self.loop.gradient(theta, steps[k], images, labels, replay=True, keep=False)
-                theta, velocity = self.loop.update(theta, grad, velocity, lr)
-                thetas.append(theta)
-            yield first, thetas
+            first = self.loop.warmup + row * self.every
+            moments = tuple(kept[row].to(device) for kept in self.moments) if first else ()
+            states = [State(self.theta[row].to(device), moments)]
+            for k in range(first, min(first + self.every, self.steps) - 1):
+                grad = self.loop.gradient(states[-1].theta, steps[k], images, labels, replay=True, keep=False)
+                states.append(self.loop.update(k, states[-1], grad, lr))
+            yield first, states
 
 
 class _Unroll(torch.autograd.Function):
@@ -238,19 +254,22 @@ class _Unroll(torch.autograd.Function):
             loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
         all_kept = trajectory is not None and options.every == 1
         magnitudes, out = [], {}
-        theta, velocity = theta0.detach(), None
+        state = State(theta0.detach(), ())
         for k, step in enumerate(steps):
-            if trajectory is not None:
-                trajectory.keep(k, theta, velocity)
-            with loop.recording(step) if differentiable else contextlib.nullcontext():
-                grad = loop.gradient(theta, step, images, labels, replay=False, keep=differentiable)
-            theta, velocity = loop.update(theta, grad, velocity, lr)
-            if not all_kept:
-                magnitudes.append(largest_of(theta[None])[0])
+            recorded = differentiable and k >= loop.warmup
+            if recorded:
+                trajectory.keep(k, state)
+            with loop.recording(step) if recorded else contextlib.nullcontext():
+                grad = loop.gradient(state.theta, step, images, labels, replay=False, keep=recorded)
+            state = loop.update(k, state, grad, lr)
+            if not (all_kept and recorded):
+                magnitudes.append(largest_of(state.theta[None])[0])
             if k + 1 in options.wanted:
-                out[k + 1] = theta
-        if all_kept and loop.check_finite and not theta.isfinite().all():  # once not finite, an element stays so
-            magnitudes = [*largest_of(trajectory.theta[1:]).to(theta.device), largest_of(theta[None])[0]]
+                out[k + 1] = state.theta
+        if all_kept and loop.check_finite and not state.theta.isfinite().all():  # an element stays so from then on
+            magnitudes += [*largest_of(trajectory.theta[1:]).to(theta0.device), largest_of(state.theta[None])[0]]
+        if trajectory is not None:
+            trajectory.last_moments = state.moments if loop.optimizer.reversed_by_moments else ()
         loop.raise_if_not_finite(magnitudes)
         ctx.loop, ctx.options, ctx.steps, ctx.trajectory = loop, options, steps, trajectory
         ctx.save_for_backward(images, labels, lr)  # for their version check: replays must see the same values
@@ -272,18 +291,19 @@ class _Unroll(torch.autograd.Function):
         d_labels = torch.zeros_like(labels) if needs_labels else None
         d_lr = torch.zeros_like(lr) if needs_lr else None
         adjoint = torch.zeros_like(grads[0])  # lambda [E, P]
-        w = torch.zeros_like(adjoint)
-        scale = -lr.flatten().expand(len(adjoint))  # nu = scale w
+        sweep = loop.optimizer.sweep(lr.view(-1, 1).expand(len(adjoint), 1))
+        moments_after = ctx.trajectory.last_moments
 
-        for first, thetas in ctx.trajectory.stretches(ctx.steps, images, labels, lr):
-            for k in range(first + len(thetas) - 1, first - 1, -1):
-                theta, step = thetas[k - first], ctx.steps[k]
+        for first, states in ctx.trajectory.stretches(ctx.steps, images, labels, lr):
+            for k in range(first + len(states) - 1, first - 1, -1):
+                before, step = states[k - first], ctx.steps[k]
                 if k + 1 in incoming:
                     adjoint = adjoint + incoming[k + 1]
-                w = adjoint + loop.momentum * w if loop.momentum else adjoint
+                # nu = scale direction
+                direction, scale, lr_part = sweep.pull(k, adjoint, before.moments, moments_after)
                 found = loop.adjoint(
-                    theta,
-                    w,
+                    before.theta,
+                    direction,
                     scale,
                     step,
                     images,
@@ -293,24 +313,36 @@ class _Unroll(torch.autograd.Function):
                     needs_labels=needs_labels,
                 )
                 if d_lr is not None:
-                    slope = found.slope
-                    if loop.weight_decay:
-                        slope = slope + loop.weight_decay * (w * theta).sum(1)
-                    d_lr -= slope.view_as(d_lr) if d_lr.numel() == len(slope) else slope.sum().view_as(d_lr)
+                    if lr_part is None:
+                        lr_part = -found.slope
+                        if loop.weight_decay:
+                            lr_part = lr_part - loop.weight_decay * (direction * before.theta).sum(1)
+                    d_lr += _per_rate(lr_part, d_lr)
                 loop.accumulate(d_images, step, found.images, images.dim() == 5)
                 loop.accumulate(d_labels, step, found.labels, loop.own_labels)
                 if options.exact:
                     adjoint = adjoint + found.curvature
                     if loop.weight_decay:
-                        adjoint = adjoint + loop.weight_decay * scale[:, None] * w
+                        adjoint = adjoint + loop.weight_decay * scale[:, None] * direction
+                moments_after = before.moments
+        if loop.warmup:
+            if d_lr is not None and (lr_part := sweep.lr_of_start(ctx.trajectory.first_moments)) is not None:
+                d_lr += _per_rate(lr_part, d_lr)
+            adjoint = torch.zeros_like(adjoint)
         return None, None, adjoint if needs_theta0 else None, d_images, d_labels, d_lr
 
 
-def _check_at(at: Sequence[int], steps: int) -> tuple[int, ...]:
+def _per_rate(each: Tensor, lr: Tensor) -> Tensor:
+    """``each`` student's [E], summed where they share a rate, shaped as ``lr``."""
+    return each.view_as(lr) if lr.numel() == len(each) else each.sum().view_as(lr)
+
+
+def _check_at(at: Sequence[int], warmup: int, steps: int) -> tuple[int, ...]:
     wanted = tuple(at)
     if not wanted:
         raise ValueError("at: expected at least one step number, got none")
     for t in wanted:
-        if not isinstance(t, int) or not 1 <= t <= steps:
-            raise ValueError(f"at: expected step numbers in 1..{steps}, got {t!r}")
+        if not isinstance(t, int) or not warmup < t <= steps:
+            after = f", after the warmup of {warmup}" if warmup else ""
+            raise ValueError(f"at: expected step numbers in {warmup + 1}..{steps}{after}, got {t!r}")
     return wanted
