@@ -2,8 +2,9 @@
 
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.match import trajectory_match
+from pydistill.trajectory.store import ExpertStore
 from pydistill.trajectory.students import convnet_shape
 from pydistill.trajectory.train import TrainResult, train_students
 from pydistill.trajectory.unroll import unroll
 
-__all__ = ["FlatModule", "TrainResult", "convnet_shape", "train_students", "trajectory_match", "unroll"]
+__all__ = ["ExpertStore", "FlatModule", "TrainResult", "convnet_shape", "train_students", "trajectory_match", "unroll"]

@@ -41,6 +41,7 @@ class TrainResult:
     accuracy: Tensor | None  # [E], float64, the share of eval_data's images that each student has right
     train_accuracy: Tensor | None  # [epochs, E], float64, of the images as trained on, before each step
     buffers: dict[str, Tensor]  # [E, ...] by name: each student's own, of a net that has buffers
+    velocity: Tensor | None = None  # [E, P], after the last step; with momentum
 
     @torch.no_grad()
     def copy_into(self, net: nn.Module, student: int) -> None:
@@ -74,6 +75,7 @@ def train_students(
     schedule: Schedule = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    velocity0: Tensor | None = None,
     label_kind: LabelKind = "hard",
     augment: Callable[..., Tensor] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -115,6 +117,8 @@ def train_students(
             starts anew, as the evaluation code of the papers has it; "cosine": half a cosine from one towards zero;
             a function of the epoch (from 0) and the number of epochs; None: one.
         momentum, weight_decay: as in ``torch.optim.SGD`` (no dampening, no Nesterov; the decay is coupled).
+        velocity0: ``[E, P]`` to start from as a training that is continued does, with its ``velocity``; needs momentum.
+            None: a first step has no velocity.
         label_kind: what ``labels`` holds.
         augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
             ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
@@ -154,6 +158,12 @@ def train_students(
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    if velocity0 is not None:
+        if not momentum:
+            raise ValueError("velocity0: expected None without momentum")
+        if velocity0.shape != theta0.shape or velocity0.dtype != theta0.dtype or velocity0.device != theta0.device:
+            got = f"{velocity0.dtype} {list(velocity0.shape)} on {velocity0.device}"
+            raise ValueError(f"velocity0: expected dtype, shape and device of theta0, got {got}")
     for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
@@ -161,7 +171,7 @@ def train_students(
         _check_eval_data(eval_data, images)
     E, N = len(theta0), images.shape[-4]
     rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
-    factors = _factors(schedule, epochs)
+    factors = schedule_factors(schedule, epochs)
     given = _check_generators(generator, E)
     students = choose_students(engine, flat, images, label_kind, None, largest_label, precision)
     together = isinstance(students, ConvNetStudents)
@@ -189,11 +199,14 @@ def train_students(
     losses = theta.new_zeros(epochs, -(-N // batch_size), E)
     right = torch.zeros(epochs, E, dtype=torch.int64, device=theta.device)
     tested = torch.zeros(E, dtype=torch.int64, device=theta.device)
-    buffers = []
+    buffers, velocities = [], []
     for rows in [range(E)] if together else [range(e, e + 1) for e in range(E)]:
         own = slice(rows.start, rows.stop)
         with _training_mode(flat.net), _own_buffers(flat.net) as now:
-            training.run(rows, theta[own], rates[own], given[own], losses[..., own], right[:, own])
+            velocity = None if velocity0 is None else velocity0[own].detach().clone()
+            velocities.append(
+                training.run(rows, theta[own], velocity, rates[own], given[own], losses[..., own], right[:, own])
+            )
             if eval_data is not None:
                 flat.net.eval()
                 training.test(theta[own], tested[own])
@@ -204,6 +217,7 @@ def train_students(
         None if eval_data is None else tested.double() / len(eval_data[0]),
         right.double() / N if train_accuracy else None,
         {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]},
+        torch.cat(velocities) if momentum else None,
     )
 
 
@@ -231,17 +245,18 @@ class _Training:
         self,
         rows: range,
         theta: Tensor,
+        velocity: Tensor | None,
         rates: Tensor,
         generators: list[torch.Generator | None],
         losses: Tensor,
         right: Tensor,
-    ) -> None:
-        """Trains ``theta`` in place; fills ``losses`` [epochs, steps, E] and ``right`` [epochs, E]."""
+    ) -> Tensor:
+        """Trains ``theta`` in place; fills ``losses`` [epochs, steps, E] and ``right`` [epochs, E]; the velocity."""
         epochs, steps, _ = losses.shape
         own_images = self.images.dim() == 5
         images = self.images[rows.start : rows.stop] if own_images else self.images
         labels = self.labels[rows.start : rows.stop] if self.own_labels else self.labels
-        velocity, checked = None, 0
+        checked = 0
         for epoch, factor in enumerate(self.factors):
             if epoch == self.restart:
                 velocity = None
@@ -268,6 +283,7 @@ class _Training:
                 record = {"students": rows, "epoch": epoch + 1, "theta": theta, "losses": self.means(losses[epoch])}
                 counted = right[epoch].double() / images.shape[-4] if self.train_accuracy else None
                 self.on_epoch(record | {"train_accuracy": counted})
+        return velocity
 
     def _augmented(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if hasattr(self.augment, "draw"):
@@ -367,7 +383,8 @@ def _raise_if_not_finite(losses: Tensor, theta: Tensor, rows: range) -> None:
     raise DivergedError(rows[e], losses.shape[0], losses.shape[1], "the parameters of {} are no longer finite")
 
 
-def _factors(schedule: Schedule, epochs: int) -> list[float]:
+def schedule_factors(schedule: Schedule, epochs: int) -> list[float]:
+    """The factor on the learning rate, by epoch; ValueError for an unknown schedule or a wrong factor."""
     if schedule is None:
         return [1.0] * epochs
     if schedule == "step":

@@ -37,7 +37,7 @@ RESULTS = (
     "metrics.jsonl",
     "distilled.safetensors",
     "state.safetensors",
-    "experts.safetensors",
+    "experts.store",
     "images.png",
     "results.json",
 )
