@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pydistill.data import put_in_place
 from pydistill.trajectory.flat import FlatModule
 
 __all__ = ["ExpertStore", "Trajectories", "as_trajectories"]
@@ -199,7 +200,7 @@ class ExpertStore:
                 file.truncate(store._size)
                 file.flush()
                 os.fsync(file.fileno())
-            _rename(partial, path)
+            put_in_place(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -384,7 +385,7 @@ class ExpertStore:
                         rows = [torch.cat([tensor.reshape(-1) for tensor in expert[epoch]]) for expert in buffer]
                         store.append(range(first, first + count), epoch, torch.stack(rows))
                     first += count
-            _rename(partial, path)
+            put_in_place(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -412,7 +413,7 @@ class ExpertStore:
                 torch.save(buffer, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _rename(partial, path)
+            put_in_place(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -577,17 +578,6 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _rename(source: Path, target: Path) -> None:
-    """Atomic, and on the disk when it returns; the data of ``source`` has been synced."""
-    os.replace(source, target)
-    if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 _REPLAY_BUFFER = "a replay buffer: a list of experts, each a list of snapshots, each a list of tensors"

@@ -159,6 +159,8 @@ def train_students(
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     if velocity0 is not None:
+        if not isinstance(velocity0, Tensor):
+            raise TypeError(f"velocity0: expected a tensor or None, got {type(velocity0).__name__}")
         if not momentum:
             raise ValueError("velocity0: expected None without momentum")
         if velocity0.shape != theta0.shape or velocity0.dtype != theta0.dtype or velocity0.device != theta0.device:

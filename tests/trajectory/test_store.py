@@ -376,7 +376,7 @@ def test_a_creation_that_is_cut_off_leaves_the_old_file(filled, monkeypatch):
     def killed(source, target):
         raise KilledError
 
-    monkeypatch.setattr(store_module, "_rename", killed)
+    monkeypatch.setattr(store_module, "put_in_place", killed)
     with pytest.raises(KilledError):
         create(filled, overwrite=True)
     assert filled.read_bytes() == whole

@@ -333,6 +333,7 @@ def test_auto_takes_the_student_engine_for_convnets_alone(caplog):
 
 WRONG = [
     ({"epochs": 0}, ValueError, "epochs: expected at least 1, got 0"),
+    ({"velocity0": 0.0}, TypeError, "velocity0: expected a tensor or None, got float"),
     ({"velocity0": torch.zeros(E, 3)}, ValueError, "velocity0: expected None without momentum"),
     (
         {"velocity0": torch.zeros(E, 3), "momentum": 0.9},
