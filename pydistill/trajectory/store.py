@@ -104,7 +104,8 @@ class ExpertStore:
             got = f"{size} bytes that start with {prefix[:8].hex(' ') or 'nothing'}"
             raise ValueError(f"{self.path}: expected an expert store, which starts with {MAGIC.hex(' ')}; got {got}")
         if version != VERSION:
-            raise ValueError(f"{self.path}: expected an expert store of version {VERSION}, got version {version}")
+            newer = ", which a newer pydistill reads" if version > VERSION else ""
+            raise ValueError(f"{self.path}: expected an expert store of version {VERSION}, got {version}{newer}")
         text = self._file.read(min(length, size))
         if len(text) != length:
             raise ValueError(f"{self.path}: expected a header of {length} bytes, it is truncated to {len(text)}")
