@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .peers import eager, training
+from .peers import eager, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -117,5 +118,21 @@ def train_students(problem: training.Training) -> training.Thunk:
             generator=problem.generators,
         )
         return training.Trained(found.theta - problem.theta0, found.losses)
+
+    return run
+
+
+def expert_store(problem: segments.Experts) -> segments.Thunk:
+    from pydistill import ExpertStore
+
+    path = Path(problem.folder.name) / "experts.store"
+    if problem.opens:
+        ExpertStore.create(path, problem.net, experts=problem.experts, epochs=problem.epochs, overwrite=True).close()
+        return lambda: ExpertStore(path)
+    store = ExpertStore.import_replay_buffers([problem.buffer], problem.net, path, overwrite=True)
+    places = problem.places()
+
+    def run() -> segments.Segment:
+        return segments.Segment(*store.segment(*next(places), problem.length))
 
     return run

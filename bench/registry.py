@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .peers import block, compiled, eager, tesla, training
+from .peers import block, compiled, eager, segments, tesla, training
 from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -485,6 +485,65 @@ TRAIN_STUDENTS = Case(
     brief_providers=("eager", "compiled", "pydistill"),
 )
 
+
+def _store_points(case: Case, config: Config) -> list[Point]:
+    read, opened = config["read"][0], config["opened"][0]
+    return [
+        Point(read, partial(segments.make_experts, config), tuple(case.providers), "random segment"),
+        Point(opened, partial(segments.make_experts, config, opens=True), ("pydistill",), "open"),
+    ]
+
+
+def _is_truth(name: str, what: str, found: segments.Segment, truth: segments.Segment) -> Iterator[Check]:
+    for end, a, b in zip(segments.Segment._fields, found, truth, strict=True):
+        yield Check(name, f"{what}, {end}, equal bits", float(torch.equal(a, b)), 1.0, at_least=True)
+
+
+def _store_gate(case: Case, config: Config) -> Iterator[Check]:
+    """A small file, some segments, to the bit."""
+    problem = segments.make_experts({**config, **config["gate"]})
+    for name, entry in case.providers.items():
+        read = entry.prepare(problem)
+        for place, _ in zip(problem.places(), range(20), strict=False):
+            yield from _is_truth(name, f"segment {place}", read(), problem.truth(*place))
+
+
+def _store_check(case: Case, point: Point, problem: segments.Experts, outputs: dict[str, Any]) -> Iterator[Check]:
+    for name, output in outputs.items():
+        if problem.opens:
+            right = output.shape == (problem.experts, problem.epochs + 1, problem.numel)
+            yield Check(name, "the opened store's shape", float(right), 1.0, at_least=True)
+        else:
+            yield from _is_truth(name, "first segment", output, problem.truth(*next(problem.places())))
+
+
+def _store_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {(mode, provider): value for (mode, _, provider), value in medians.items()}
+    speedup = found["random segment", "torch.load"] / found["random segment", "pydistill"]
+    yield Check("pydistill", "speed-up over torch.load of the file", speedup, 50.0, at_least=True)
+    yield Check("pydistill", "ms to open", found["open", "pydistill"], 10.0)
+
+
+EXPERT_STORE = Case(
+    name="expert_store",
+    metric="time",
+    unit="ms",
+    x_name="experts",
+    providers={
+        "torch.load": Entry(segments.prepare_load),
+        "torch.load-mmap": Entry(partial(segments.prepare_load, mmap=True)),
+        "pydistill": Entry(ours.expert_store),
+    },
+    # experts, epochs; the store that is only opened has no data
+    full={**CONVNET, "length": 2, "read": (10, 50), "opened": (100, 50), "gate": {**SMALL, "read": (3, 4)}},
+    quick={**SMALL, "length": 2, "read": (3, 4), "opened": (5, 6), "gate": {**SMALL, "read": (3, 4)}},
+    repeats=20,
+    points=_store_points,
+    gate=_store_gate,
+    check=_store_check,
+    must_show=_store_must_show,
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -494,6 +553,7 @@ CASES: dict[str, Case] = {
         UNROLL_SCALING,
         UNROLL_MEMORY,
         TRAIN_STUDENTS,
+        EXPERT_STORE,
         INSTANCE_NORM_RELU_AVG_POOL,
     )
 }

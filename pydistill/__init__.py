@@ -8,10 +8,11 @@ __path__ = _extend_path(__path__, __name__)
 
 from pydistill import compat, nn, ops, reference
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
-from pydistill.trajectory import TrainResult, train_students, trajectory_match, unroll
+from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll
 
 __version__ = _version("pydistill")
 __all__ = [
+    "ExpertStore",
     "TrainResult",
     "__version__",
     "compat",

@@ -1,7 +1,8 @@
-"""Dataset distillation from the command line: distil a data set, evaluate a distilled file, time the kernels."""
+"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -11,22 +12,21 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
 
 from pydistill import __version__
 from pydistill.data import Dataset, DistilledSet, load, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.methods.mtt import MTTConfig, MTTState, distill
 from pydistill.nn import ConvNet
-from pydistill.trajectory.experts import completed_epochs, seeded_generator, seeded_net, train_experts
+from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net, train_experts
+from pydistill.trajectory.store import ExpertStore, as_trajectories
 
 try:
     import rich.progress
@@ -99,6 +99,66 @@ PRESETS: dict[str, Preset] = {
 # fmt: on
 
 
+_NOT_OF_RESULT = ("root", "experts", "device", "checkpoint_every")  # how a run was done, not what it made
+_TRAINING = ("num_experts", "epochs", "lr", "momentum", "weight_decay", "schedule", "batch_size", "seed")
+_OF_EXPERTS = ("num_experts", "train_epochs", "lr_expert")  # what --experts takes the place of
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Train experts into one file, for pydistill distill --experts; or make the file of replay buffers.
+
+    Options that stand at None take the data set's preset. The same command goes on with a file that was cut off, at any
+    moment, and ends in the bytes of a run that was not; the file of another training is refused. --out receives the
+    experts, and --out with .jsonl added the loss and accuracy of each epoch.
+    """
+
+    out: Path
+    """The file to write."""
+    overwrite: bool = False
+    """Start anew, whatever is at --out."""
+    dataset: DatasetName = "digits"
+    """What to train on; digits come with scikit-learn, the others are read from --root."""
+    root: Path | None = None
+    """Folder of the data set's files, as for pydistill distill."""
+    image_size: int | None = None
+    """Pixels to which digits (16) and image folders (32) are resized."""
+    width: int | None = None
+    """Channels of the ConvNet; the papers take 128."""
+    depth: int | None = None
+    """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the stored parameters; experts train in fp32."""
+    replay_buffers: Annotated[tuple[Path, ...], tyro.conf.arg(name="import")] = ()
+    """replay_buffer_*.pt of another code, to convert instead of training; width and depth say of which network."""
+
+    num_experts: int | None = None
+    """Experts to train."""
+    epochs: int | None = None
+    """Epochs of each expert."""
+    lr: float | None = None
+    """Learning rate."""
+    momentum: float = 0.0
+    """Of SGD; an epoch continues the velocity of the one before."""
+    weight_decay: float = 0.0
+    """Of SGD."""
+    schedule: Literal["step", "cosine"] | None = None
+    """Factor on the learning rate by epoch: a tenth from half of them on, or half a cosine; none by default."""
+    batch_size: int | None = None
+    """Images per SGD step."""
+    seed: int = 0
+    """Of the initial parameters and the order of the images."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    def resolved(self) -> Experts:
+        """The same options with those at None taken from the preset."""
+        preset = PRESETS[self.dataset]
+        options = {"width": preset.width, "depth": preset.depth, "num_experts": preset.num_experts}
+        options |= {"epochs": preset.train_epochs, "lr": preset.lr_expert, "batch_size": preset.batch_train}
+        return dataclasses.replace(self, **{k: v for k, v in options.items() if getattr(self, k) is None})
+
+
 @dataclass(frozen=True)
 class Distill:
     """Distil a data set: train experts, match their trajectories, and test fresh students on the result.
@@ -133,6 +193,8 @@ class Distill:
     depth: int | None = None
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
 
+    experts: Path | None = None
+    """A file of pydistill experts, instead of experts that this run trains."""
     num_experts: int | None = None
     """Experts to train."""
     train_epochs: int | None = None
@@ -171,12 +233,18 @@ class Distill:
     def resolved(self) -> Distill:
         """The same options with those at None taken from the preset."""
         preset = asdict(PRESETS[self.dataset])
+        for name in _OF_EXPERTS if self.experts else ():
+            if getattr(self, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag}: expected none with --experts, whose file says it, got {getattr(self, name)}")
+            del preset[name]
         return dataclasses.replace(self, **{k: v for k, v in preset.items() if getattr(self, k) is None})
 
     def stored(self) -> dict[str, Any]:
         """The options as JSON has them, without those that say where the run lies."""
         options = {name: value for name, value in asdict(self).items() if name not in ("out", "resume")}
-        return options | {"root": str(self.root.absolute()) if self.root else None}
+        paths = {"root": self.root, "experts": self.experts}
+        return options | {name: str(path.absolute()) if path else None for name, path in paths.items()}
 
     def mtt(self) -> MTTConfig:
         names = {f.name for f in dataclasses.fields(MTTConfig)} & {f.name for f in dataclasses.fields(self)}
@@ -222,7 +290,7 @@ class Stop:
         if self.requested:
             raise Interrupted
 
-    @contextmanager
+    @contextlib.contextmanager
     def installed(self) -> Iterator[Stop]:
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -247,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = tyro.cli(
         Annotated[Distill, tyro.conf.subcommand("distill")]
+        | Annotated[Experts, tyro.conf.subcommand("experts")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Bench, tyro.conf.subcommand("bench")],
         args=argv,
@@ -262,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if isinstance(command, Distill):
                 config = _options_of_resumed(command, argv[1:]) if command.resume else command
                 _Run(config.resolved(), _folder(config), console, stop).go()
+            elif isinstance(command, Experts):
+                _experts(command, console, stop)
             else:
                 _evaluate(command, console, stop)
     except Interrupted:
@@ -302,7 +373,7 @@ def _options_of_resumed(command: Distill, arguments: list[str]) -> Distill:
         raise ValueError(f"{path}: expected {wanted}; it is truncated or foreign ({error})") from error
     if not isinstance(options, dict) or options.keys() != Distill().stored().keys():
         raise ValueError(f"{path}: expected {wanted}; it holds other fields")
-    options["root"] = Path(options["root"]) if options["root"] else None
+    options |= {name: Path(options[name]) if options[name] else None for name in ("root", "experts")}
     saved = Distill(**options, out=command.out)
     config = (tyro.conf.FlagCreatePairsOff,)
     given = tyro.cli(Distill, args=arguments, prog="pydistill distill", default=saved, config=config)
@@ -321,10 +392,9 @@ class _Run:
         self.mtt = config.mtt()
         if config.students < 1 or config.checkpoint_every < 1:
             raise ValueError("--students, --checkpoint-every: expected at least 1 of each")
-        self.experts_file, self.state_file = folder / "experts.safetensors", folder / "state.safetensors"
+        self.experts_file, self.state_file = config.experts or folder / "experts.store", folder / "state.safetensors"
         self.metrics, self.results_file = folder / "metrics.jsonl", folder / "results.json"
-        columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
-        self.progress = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+        self.progress = _progress(console)
 
     def go(self) -> None:
         began = time.monotonic()
@@ -339,6 +409,7 @@ class _Run:
                 raise ValueError(
                     f"--iterations: expected at least {state.iteration}, already done, got {self.mtt.iterations}"
                 )
+            experts = self._ready_experts() if self.config.experts else None
             self.stop()
             # Whatever can be refused has been: from here on the folder holds a run that can go on.
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -348,7 +419,7 @@ class _Run:
             results = self._results()
             self._forget_metrics(state.iteration, results)
             with self.progress:
-                experts = self._train_experts()
+                experts = experts or self._train_experts()
                 distilled = self._distill(experts, state)
                 self._test(distilled, results)
         except Interrupted:
@@ -378,58 +449,46 @@ class _Run:
         return results
 
     def _log(self, record: dict[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        _append_line(self.metrics, record)
 
     def _forget_metrics(self, iteration: int, results: dict[str, Any]) -> None:
         """Drops the lines written after the last checkpoint, whose steps are taken, and logged, again."""
-        if not self.metrics.exists():
-            return
-        epochs = dict(enumerate(completed_epochs(self.experts_file)))
-        kept = []
-        for line in self.metrics.read_text().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that a killed process was writing
-                continue
+        epochs = dict(enumerate(_completed(self.experts_file)))
+
+        def keep(record: dict[str, Any]) -> bool:
             if record["phase"] == "experts":
-                keep = record["epoch"] <= epochs.get(record["expert"], 0)
-            else:
-                keep = record["iteration"] <= iteration if record["phase"] == "distill" else record["set"] in results
-            kept += [line] if keep else []
-        write_atomic(self.metrics, "".join(kept).encode())
+                return record["epoch"] <= epochs.get(record["expert"], 0)
+            return record["iteration"] <= iteration if record["phase"] == "distill" else record["set"] in results
 
-    def _train_experts(self) -> Tensor:
+        _keep_lines(self.metrics, keep)
+
+    def _ready_experts(self) -> ExpertStore:
+        """Those of --experts, once they are known to be of this data set and network."""
+        store = ExpertStore(self.experts_file)
+        found = data_crc32(self.dataset.train_images, self.dataset.train_labels)
+        if store.data_crc32 not in (None, found):
+            raise ValueError(
+                f"{store.path}: expected experts of {self.dataset.name} with crc32 {found} of its images and labels, "
+                f"got {store.dataset} with {store.data_crc32}"
+            )
+        as_trajectories(store, self.net, self.mtt.max_start_epoch - 1 + self.mtt.expert_epochs)
+        return store
+
+    def _train_experts(self) -> ExpertStore:
         config = self.config
-        steps = -(-len(self.dataset.train_images) // config.batch_train)
-        task = self.progress.add_task("experts", total=config.num_experts * config.train_epochs * steps, note="")
-        self.progress.update(task, completed=sum(completed_epochs(self.experts_file)) * steps)
-
-        def on_step() -> None:
-            self.progress.advance(task)
-            self.stop()
-
-        def on_epoch(record: dict[str, Any]) -> None:
-            self._log({"phase": "experts", **record})
-            self.progress.update(task, note=f"accuracy {record['accuracy']:.1%}")
-
-        experts = train_experts(
-            self.make_net,
-            self.dataset.train_images,
-            self.dataset.train_labels,
+        experts = _train_with_progress(
+            *(self.make_net, self.dataset, self.experts_file, self.progress, self.stop),
+            lambda record: self._log({"phase": "experts", **record}),
             num_experts=config.num_experts,
             epochs=config.train_epochs,
             lr=config.lr_expert,
             batch_size=config.batch_train,
             seed=config.seed,
-            path=self.experts_file,
-            on_step=on_step,
-            on_epoch=on_epoch,
         )
         self.console.print(f"{len(experts)} experts trained for {config.train_epochs} epochs")
         return experts
 
-    def _distill(self, experts: Tensor, state: MTTState) -> DistilledSet:
+    def _distill(self, experts: ExpertStore, state: MTTState) -> DistilledSet:
         task = self.progress.add_task("distil", total=self.mtt.iterations, completed=state.iteration, note="")
 
         def on_step(state: MTTState, record: dict[str, float]) -> None:
@@ -442,7 +501,7 @@ class _Run:
             self.stop()
 
         distilled = distill(self.mtt, self.dataset, experts, self.net, state=state, on_step=on_step)
-        options = {k: v for k, v in self.config.stored().items() if k not in ("root", "device", "checkpoint_every")}
+        options = {k: v for k, v in self.config.stored().items() if k not in _NOT_OF_RESULT}
         distilled.config |= {**options, "pydistill": __version__}
         distilled.save(self.folder / "distilled.safetensors")
         self.console.print(f"distilled in {state.iteration} iterations, learning rate {distilled.lr:.4f}")
@@ -503,6 +562,103 @@ class _Run:
             if row := results.get(name):
                 _add_row(table, label, row["images"], row["epochs"], row["lr"], row["accuracies"])
         return table
+
+
+def _experts(command: Experts, console: rich.console.Console, stop: Stop) -> None:
+    config = command.resolved()
+    dataset = load(config.dataset, config.root, image_size=config.image_size).to(_device(config.device))
+
+    def make_net() -> ConvNet:
+        return _convnet(dataset, config.width, config.depth)
+
+    if config.replay_buffers:
+        defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
+        if changed := [name for name in _TRAINING if getattr(command, name) != defaults[name]]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ValueError(f"{flags}: expected none with --import, which trains nothing")
+        options = {"dtype": config.dtype, "dataset": dataset.name, "overwrite": config.overwrite}
+        store = ExpertStore.import_replay_buffers(config.replay_buffers, make_net(), config.out, **options)
+        console.print(f"{len(store)} experts of {store.epochs} epochs imported: {config.out}")
+        return
+    began, metrics = time.monotonic(), config.out.with_name(f"{config.out.name}.jsonl")
+    epochs = {} if config.overwrite else dict(enumerate(_completed(config.out)))
+    _keep_lines(metrics, lambda record: record["epoch"] <= epochs.get(record["expert"], 0))
+    try:
+        with _progress(console) as progress:
+            store = _train_with_progress(
+                *(make_net, dataset, config.out, progress, stop, lambda record: _append_line(metrics, record)),
+                **{name: getattr(config, name) for name in (*_TRAINING, "dtype", "overwrite")},
+            )
+    except Interrupted:
+        console.print("stopped; the same command, without --overwrite, goes on")
+        raise
+    seconds = time.monotonic() - began
+    console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {config.out}")
+
+
+def _train_with_progress(
+    make_net: Callable[[], ConvNet],
+    dataset: Dataset,
+    path: Path,
+    progress: rich.progress.Progress,
+    stop: Stop,
+    log: Callable[[dict[str, Any]], None],
+    *,
+    num_experts: int,
+    epochs: int,
+    batch_size: int,
+    overwrite: bool = False,
+    **options: Any,
+) -> ExpertStore:
+    steps = -(-len(dataset.train_images) // batch_size)
+    done = 0 if overwrite else sum(_completed(path)) * steps
+    task = progress.add_task("experts", total=num_experts * epochs * steps, completed=done, note="")
+
+    def on_step() -> None:
+        progress.advance(task)
+        stop()
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        log(record)
+        progress.update(task, note=f"accuracy {record['accuracy']:.1%}")
+
+    return train_experts(
+        *(make_net, dataset.train_images, dataset.train_labels, path),
+        **{"num_experts": num_experts, "epochs": epochs, "batch_size": batch_size, "overwrite": overwrite},
+        dataset=dataset.name,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        **options,
+    )
+
+
+def _completed(path: Path) -> list[int]:
+    """Whole epochs of the experts in a file; no experts when there is no file."""
+    if not path.exists():
+        return []
+    with ExpertStore(path) as store:
+        return store.completed
+
+
+def _append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the other records of a file of JSON lines, and the line that a killed process was writing."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            kept += [line] if keep(json.loads(line)) else []
+    write_atomic(path, "".join(kept).encode())
+
+
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
+    return rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> None:

@@ -26,7 +26,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["DATASETS", "Dataset", "DistilledSet", "load", "read_safetensors", "write_atomic", "write_safetensors"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "DistilledSet",
+    "load",
+    "put_in_place",
+    "read_safetensors",
+    "write_atomic",
+    "write_safetensors",
+]
 
 DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder")
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
@@ -325,12 +334,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        put_in_place(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Renames a file that has been synced over another in the same folder; lasting when it returns."""
+    os.replace(source, target)
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.trajectory import trajectory_match
+from pydistill.trajectory.store import Trajectories, as_trajectories
 
 __all__ = ["MTTConfig", "MTTState", "distill"]
 
@@ -93,7 +94,7 @@ class MTTState:
 def distill(
     config: MTTConfig,
     dataset: Dataset,
-    experts: Tensor,
+    experts: Tensor | Trajectories,
     net: nn.Module,
     *,
     state: MTTState | None = None,
@@ -105,7 +106,7 @@ def distill(
     Args:
         config: hyper-parameters.
         dataset: real images, from which the synthetic ones start; its device is where the work is done.
-        experts: trajectories ``[E, epochs + 1, P]`` of `pydistill.trajectory.experts.train_experts`.
+        experts: trajectories, a `pydistill.trajectory.store.ExpertStore` or a tensor ``[E, epochs + 1, P]``.
         net: a network of the experts' structure; only its structure is used.
         state: where to start, `MTTState.initial` by default; advanced in place up to ``config.iterations``.
         augment: the differentiable augmentation of `pydistill.trajectory_match`, or None.
@@ -116,19 +117,13 @@ def distill(
         ValueError: the experts do not fit the network, or have too few epochs.
         FloatingPointError: the student's parameters stop being finite within an unroll.
     """
-    parameters = sum(p.numel() for p in net.parameters())
-    if experts.ndim != 3 or experts.shape[2] != parameters or not len(experts):
-        raise ValueError(f"experts: expected [E, epochs + 1, {parameters}] for this net, got {list(experts.shape)}")
-    needed = config.max_start_epoch - 1 + config.expert_epochs
-    if experts.shape[1] - 1 < needed:
-        wanted = f"max_start_epoch={config.max_start_epoch} and expert_epochs={config.expert_epochs}"
-        raise ValueError(f"experts: expected at least {needed} epochs for {wanted}, got {experts.shape[1] - 1}")
+    experts = as_trajectories(experts, net, config.max_start_epoch - 1 + config.expert_epochs)
     state = MTTState.initial(config, dataset) if state is None else state
     while state.iteration < config.iterations:
-        expert = int(torch.randint(len(experts), (), generator=state.generator))
+        expert = int(torch.randint(experts.shape[0], (), generator=state.generator))
         start = int(torch.randint(config.max_start_epoch, (), generator=state.generator))
         images, lr = state.images.detach().requires_grad_(), state.lr.detach().requires_grad_()
-        theta0, target = (experts[expert, t].to(images.device) for t in (start, start + config.expert_epochs))
+        theta0, target = (row.to(images.device) for row in experts.segment(expert, start, config.expert_epochs))
         loss = trajectory_match(
             net,
             theta0,

@@ -4,6 +4,7 @@ from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.match import trajectory_match
 from pydistill.trajectory.optimizers import Adam
 from pydistill.trajectory.smooth import GSAM, Smoothing
+from pydistill.trajectory.store import ExpertStore, Trajectories, as_trajectories
 from pydistill.trajectory.students import convnet_shape
 from pydistill.trajectory.train import TrainResult, train_students
 from pydistill.trajectory.unroll import unroll
@@ -11,9 +12,12 @@ from pydistill.trajectory.unroll import unroll
 __all__ = [
     "GSAM",
     "Adam",
+    "ExpertStore",
     "FlatModule",
     "Smoothing",
     "TrainResult",
+    "Trajectories",
+    "as_trajectories",
     "convnet_shape",
     "train_students",
     "trajectory_match",

@@ -1,15 +1,16 @@
 """Expert trajectories: what trajectory matching imitates.
 
-An expert is a network trained on the real images by plain SGD, with its parameters kept after every epoch ("Dataset
+An expert is a network trained on the real images by SGD, with its parameters kept after every epoch ("Dataset
 Distillation by Matching Training Trajectories", Cazenavette et al., CVPR 2022, calls them a buffer).
 """
 
 from __future__ import annotations
 
-import os
-import time
+import contextlib
+import json
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
-from pydistill.data import read_safetensors, write_safetensors
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.store import ExpertStore, PathLike, StoreDtype
 from pydistill.trajectory.students import trains_at_once
-from pydistill.trajectory.train import DivergedError, train_students
+from pydistill.trajectory.train import DivergedError, Schedule, schedule_factors, train_students
 
-__all__ = ["completed_epochs", "load_experts", "seeded_generator", "seeded_net", "train_experts"]
+__all__ = ["data_crc32", "seeded_generator", "seeded_net", "train_experts"]
 
-_SAVE_EVERY_S = 30.0
 # A step of so many images keeps a machine busy; more experts at once would only make a cut-off cost more.
 _IMAGES_AT_ONCE = 1024
 
@@ -41,51 +41,71 @@ def seeded_net(make_net: Callable[[], nn.Module], *key: int, device: torch.devic
         return make_net().to(device)
 
 
+def data_crc32(images: Tensor, labels: Tensor) -> int:
+    """The checksum by which a store knows the images ``[N, C, H, W]`` and labels ``[N]`` of its experts."""
+    pixels, classes = (tensor.cpu().contiguous().numpy() for tensor in (images, labels))
+    return zlib.crc32(classes, zlib.crc32(pixels))
+
+
 def train_experts(
     make_net: Callable[[], nn.Module],
     images: Tensor,
     labels: Tensor,
+    path: PathLike,
     *,
     num_experts: int,
     epochs: int,
     lr: float = 0.01,
     batch_size: int = 256,
+    momentum: float = 0.0,
+    schedule: Schedule = None,
     seed: int = 0,
     augment: Any = None,
-    path: str | os.PathLike[str] | None = None,
+    dtype: StoreDtype = "fp32",
+    dataset: str | None = None,
+    overwrite: bool = False,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
-) -> Tensor:
-    """Trains experts by plain SGD on the cross-entropy and keeps their flat parameters after every epoch.
+    **options: Any,
+) -> ExpertStore:
+    """Trains experts by SGD on the cross-entropy and stores their flat parameters after every epoch.
 
-    The order of the batches depends on ``(seed, expert, epoch)`` alone, so training that was cut off goes on from the
-    last whole epoch to the very trajectories that an unbroken run gives. Where experts can be trained at once
+    The order of the batches depends on ``(seed, expert, epoch)`` alone, and the store keeps what an epoch continues
+    (the velocity with momentum, float32 parameters beside bfloat16 rows): training that was cut off at any moment goes
+    on from the last whole epoch to the very bytes of an unbroken run. Where experts can be trained at once
     (`pydistill.train_students`), a few go through their epochs together.
 
     Args:
         make_net: builds a network of float32 parameters that gives logits ``[B, K]``.
         images: float32 ``[N, C, H, W]``.
         labels: int64 ``[N]``.
+        path: the store's file. One that exists already is continued.
         num_experts: how many experts, E.
         epochs: passes over the images, each followed by a snapshot.
-        lr: SGD's learning rate; no momentum, no weight decay.
+        lr: SGD's learning rate.
         batch_size: images per SGD step.
+        momentum: SGD's; an epoch continues the velocity of the one before.
+        schedule: as of `pydistill.train_students`, over all epochs.
         seed: of the initial parameters and the order of the batches.
         augment: None, or an object with ``draw(shape, generator) -> record`` and ``__call__(images, record)``.
-        path: a safetensors file that receives the trajectories, atomically, now and then and at the end, an exception
-            included. One that exists already is continued.
+        dtype: of the stored rows, "fp32" or "bf16"; experts train in float32 either way.
+        dataset: name of the images' data set, which the store keeps.
+        overwrite: start anew whatever is at ``path``.
         on_step: called after each SGD step of each expert; an exception from it ends the training, whole epochs stay
-            saved.
-        on_epoch: called after each epoch of each expert with ``expert``, ``epoch`` (1-based), ``loss`` and ``accuracy``
-            (on the batches as they were trained on).
+            stored.
+        on_epoch: called with each epoch of each expert, before the store has it: ``expert``, ``epoch`` (1-based),
+            ``loss`` and ``accuracy`` (on the batches as they were trained on).
+        options: further ones of `pydistill.train_students`, such as weight_decay, sharpness, smoothing, engine and
+            precision; recorded, so they have to be what JSON can hold, or dataclasses of such.
 
     Returns:
-        float32 ``[E, epochs + 1, P]`` on the CPU: snapshot 0 is the initialisation, parameters are flat in
-        ``net.parameters()`` order.
+        The store, ``[E, epochs + 1, P]``, whole and open for reading: snapshot 0 is the initialisation, parameters are
+        flat in ``net.parameters()`` order.
 
     Raises:
-        ValueError: a count below 1, labels that do not match the images, or a file at ``path`` that is truncated,
-            foreign, or of a training with other options or on other images.
+        TypeError: an option that `pydistill.train_students` does not know, or that JSON cannot hold.
+        ValueError: a count below 1, labels that do not match the images, or a file at ``path`` that is no store or of a
+            training with other options or on other images.
         FloatingPointError: an expert's loss or parameters stop being finite; its number, epoch and step are named.
     """
     for name, value in (("num_experts", num_experts), ("epochs", epochs), ("batch_size", batch_size)):
@@ -95,104 +115,143 @@ def train_experts(
         raise ValueError(f"images: expected [N, C, H, W] with at least one image, got shape {list(images.shape)}")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected torch.int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
-    config = {
-        "num_experts": num_experts,
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "seed": seed,
-        "augment": repr(augment),
-        "data_crc32": zlib.crc32(labels.cpu().numpy().tobytes(), zlib.crc32(images.cpu().numpy().tobytes())),
-    }
+    factors = schedule_factors(schedule, epochs)
     nets = [seeded_net(make_net, seed, 0, expert, device=images.device) for expert in range(num_experts)]
+    header = {
+        "experts": num_experts,
+        "epochs": epochs,
+        "dtype": dtype,
+        "state": ["theta"] * (dtype != "fp32") + ["velocity"] * (momentum > 0),
+        "dataset": dataset,
+        "data_crc32": data_crc32(images, labels),
+        "options": {
+            **{"lr": lr, "batch_size": batch_size, "momentum": momentum, "seed": seed},
+            "schedule": factors if callable(schedule) else schedule,
+            # without the address that is in the repr of an object which defines none
+            "augment": None if augment is None else re.sub(" at 0x[0-9a-f]+", "", repr(augment)),
+            **{name: _plain(name, value) for name, value in options.items()},
+        },
+    }
     start = torch.stack([FlatModule(net).parameters().cpu() for net in nets])
-    trajectories = start.new_zeros(num_experts, epochs + 1, start.shape[1])
-    trajectories[:, 0] = start
-    completed = torch.zeros(num_experts, dtype=torch.int64)
-    if path is not None and Path(path).exists():
-        trajectories, completed = _continue(path, config, start)
 
     at_once = -(-_IMAGES_AT_ONCE // min(batch_size, len(images))) if trains_at_once(nets[0], images) else 1
-    saved_at = time.monotonic()
-    try:
-        for first in range(0, num_experts, at_once):
-            members = range(first, min(first + at_once, num_experts))
-            while (epoch := min(int(completed[expert]) for expert in members)) < epochs:
-                # the last bits depend on how many train at once: a cut-off leaves all members after the same epoch
-                group = [expert for expert in members if completed[expert] == epoch]
+    with _open(path, nets[0], header, start, overwrite) as store, _taken_back_if_refused(store):
+        for group in _groups(store.completed, at_once):
+            theta, velocity = (each.to(images.device) for each in _state(store, group))
+            for epoch in range(store.completed[group.start], epochs):
+                if schedule == "step" and epoch == (epochs + 1) // 2:
+                    velocity.zero_()
                 try:
                     trained = train_students(
-                        nets[group[0]],
-                        trajectories[group, epoch].to(images.device),
+                        nets[group.start],
+                        theta,
                         images,
                         labels,
                         epochs=1,
                         lr=lr,
                         batch_size=batch_size,
+                        schedule=lambda *_, factor=factors[epoch]: factor,
+                        momentum=momentum,
+                        velocity0=velocity if momentum else None,
                         augment=augment,
                         generator=[seeded_generator(seed, 1, expert, epoch) for expert in group],
                         train_accuracy=on_epoch is not None,
                         on_step=on_step,
+                        **_of_epoch(options, epoch),
                     )
                 except DivergedError as error:
                     raise FloatingPointError(
                         f"lr: expected a rate at which training stays finite, got {lr}: "
-                        f"{error.what.format(f'expert {group[error.student]}')} in epoch {epoch + 1}, step {error.step}"
+                        f"{error.what.format(f'expert {group[error.student]}')} in epoch {epoch + 1}, "
+                        f"step {error.step}"
                     ) from None
-                trajectories[group, epoch + 1] = trained.theta.cpu()
-                completed[group] = epoch + 1
-                if path is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
-                    _save(path, trajectories, completed, config)
-                    saved_at = time.monotonic()
+                theta = trained.theta
+                velocity = trained.velocity if momentum else velocity
                 if on_epoch is not None:
                     losses, accuracies = trained.losses[0].tolist(), trained.train_accuracy[0].tolist()
                     for expert, loss, accuracy in zip(group, losses, accuracies, strict=True):
                         on_epoch({"expert": expert, "epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
-    finally:
-        if path is not None:
-            _save(path, trajectories, completed, config)
-    return trajectories
+                _append(store, group, epoch + 1, theta, velocity)
+    return ExpertStore(path)
 
 
-def load_experts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:
-    """Reads the trajectories ``[E, epochs + 1, P]`` and the options of `train_experts` from its file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or foreign, or its training was cut off.
-    """
-    trajectories, completed, config = _read(path)
-    epochs = trajectories.shape[1] - 1
-    if (completed < epochs).any():
-        raise ValueError(
-            f"{path}: expected {epochs} epochs of each expert, got {completed.tolist()}; "
-            "train_experts with the same options and path finishes them"
-        )
-    return trajectories, config
+def _groups(completed: list[int], at_once: int) -> Iterator[range]:
+    """Experts to train together; those whose last bits depend on it started together, and stand at the same epoch."""
+    for first in range(0, len(completed), at_once):
+        members = range(first, min(first + at_once, len(completed)))
+        together = len({completed[expert] for expert in members}) == 1
+        yield from [members] if together else [range(expert, expert + 1) for expert in members]
 
 
-def completed_epochs(path: str | os.PathLike[str]) -> list[int]:
-    """How many epochs of each expert a file of `train_experts` holds; no experts when there is no file."""
-    return _read(path)[1].tolist() if Path(path).exists() else []
+@contextlib.contextmanager
+def _taken_back_if_refused(store: ExpertStore) -> Iterator[None]:
+    """Leaves no file of a training whose options were refused in its first epoch, in the way of the right one's."""
+    try:
+        yield
+    except (TypeError, ValueError):
+        if not any(store.completed):
+            store.path.unlink()
+        raise
 
 
-def _save(path: str | os.PathLike[str], trajectories: Tensor, completed: Tensor, config: dict[str, Any]) -> None:
-    write_safetensors(path, {"trajectories": trajectories, "completed": completed}, "experts", config)
+def _of_epoch(options: dict[str, Any], epoch: int) -> dict[str, Any]:
+    """What a training of one epoch needs to be told to be that of ``epoch``."""
+    smoothing = options.get("smoothing")
+    if smoothing is None:
+        return options
+    return options | {"smoothing": replace(smoothing, loss_decay=smoothing.loss_decay[epoch : epoch + 1])}
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    tensors, header = read_safetensors(path, "experts")
-    trajectories, completed = tensors.get("trajectories"), tensors.get("completed")
-    if trajectories is None or completed is None or trajectories.ndim != 3 or completed.shape != trajectories.shape[:1]:
-        raise ValueError(f"{path}: expected 'trajectories' [E, epochs + 1, P] and 'completed' [E]")
-    return trajectories, completed, header["config"]
+def _plain(name: str, value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected what JSON can hold, to be recorded, got {type(value).__name__}") from error
 
 
-def _continue(path: str | os.PathLike[str], config: dict[str, Any], start: Tensor) -> tuple[Tensor, Tensor]:
-    trajectories, completed, saved = _read(path)
-    for name, value in config.items():
-        if saved.get(name) != value:
-            raise ValueError(f"{path}: expected experts trained with {name}={value!r}, got {saved.get(name)!r}")
-    if not torch.equal(trajectories[:, 0], start):
-        raise ValueError(f"{path}: expected experts that start as make_net's networks do, got others")
-    return trajectories, completed
+def _open(path: PathLike, net: nn.Module, header: dict[str, Any], start: Tensor, overwrite: bool) -> ExpertStore:
+    """The store to go on with, each expert's initialisation in it."""
+    if overwrite or not Path(path).exists():
+        store = ExpertStore.create(path, net, **header, overwrite=overwrite)
+    else:
+        store = ExpertStore(path, writable=True)
+    try:
+        _check_same(store, header)
+        store.check_fits(net)
+        if not store.holds(0, 0):
+            _append(store, range(len(start)), 0, start, torch.zeros_like(start))
+        stored = start.to(torch.bfloat16).float() if store.dtype == "bf16" else start
+        for expert, row in enumerate(stored):
+            if not torch.equal(store.row(expert, 0), row):
+                raise ValueError(f"{path}: expected experts that start as make_net's networks do, got others")
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _check_same(store: ExpertStore, header: dict[str, Any]) -> None:
+    wanted = header | header["options"]
+    found = store.header | store.options
+    for name in sorted((wanted | store.options).keys() - {"options"}):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{store.path}: expected experts trained with {name}={wanted.get(name)!r}, got {found.get(name)!r}; "
+                "overwrite=True starts anew"
+            )
+
+
+def _append(store: ExpertStore, group: range, epoch: int, theta: Tensor, velocity: Tensor) -> None:
+    state = {"theta": theta, "velocity": velocity}
+    store.append(group, epoch, theta, {name: state[name] for name in store.state_names})
+
+
+def _state(store: ExpertStore, group: range) -> tuple[Tensor, Tensor]:
+    """What the next epoch of some experts starts from: parameters and velocity, ``[len(group), P]``."""
+    states = [store.state(expert) for expert in group]
+    rows = [store.row(expert, store.completed[expert]) for expert in group]
+    theta = torch.stack([state.get("theta", row) for state, row in zip(states, rows, strict=True)])
+    velocity = torch.stack(
+        [state.get("velocity", torch.zeros_like(row)) for state, row in zip(states, rows, strict=True)]
+    )
+    return theta, velocity

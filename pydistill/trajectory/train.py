@@ -42,6 +42,7 @@ class TrainResult:
     accuracy: Tensor | None  # [E], float64, the share of eval_data's images that each student has right
     train_accuracy: Tensor | None  # [epochs, E], float64, of the images as trained on, before each step
     buffers: dict[str, Tensor]  # [E, ...] by name: each student's own, of a net that has buffers
+    velocity: Tensor | None = None  # [E, P], after the last step; with momentum
 
     @torch.no_grad()
     def copy_into(self, net: nn.Module, student: int) -> None:
@@ -77,6 +78,7 @@ def train_students(
     weight_decay: float = 0.0,
     sharpness: GSAM | None = None,
     smoothing: Smoothing | None = None,
+    velocity0: Tensor | None = None,
     label_kind: LabelKind = "hard",
     augment: Callable[..., Tensor] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -122,6 +124,8 @@ def train_students(
             draws what a net draws (dropout) anew and leaves buffers as they are.
         smoothing: `pydistill.trajectory.Smoothing`: a gradient penalty, factors on the loss by epoch, and clipping
             (AST). The penalty leaves buffers as they are.
+        velocity0: ``[E, P]`` to start from as a training that is continued does, with its ``velocity``; needs momentum.
+            None: a first step has no velocity.
         label_kind: what ``labels`` holds.
         augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
             ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
@@ -164,6 +168,14 @@ def train_students(
     for name, option, kind in (("sharpness", sharpness, GSAM), ("smoothing", smoothing, Smoothing)):
         if option is not None and not isinstance(option, kind):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(option).__name__}")
+    if velocity0 is not None:
+        if not isinstance(velocity0, Tensor):
+            raise TypeError(f"velocity0: expected a tensor or None, got {type(velocity0).__name__}")
+        if not momentum:
+            raise ValueError("velocity0: expected None without momentum")
+        if velocity0.shape != theta0.shape or velocity0.dtype != theta0.dtype or velocity0.device != theta0.device:
+            got = f"{velocity0.dtype} {list(velocity0.shape)} on {velocity0.device}"
+            raise ValueError(f"velocity0: expected dtype, shape and device of theta0, got {got}")
     for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
@@ -171,7 +183,7 @@ def train_students(
         _check_eval_data(eval_data, images)
     E, N = len(theta0), images.shape[-4]
     rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
-    factors = _factors(schedule, epochs)
+    factors = schedule_factors(schedule, epochs)
     given = _check_generators(generator, E)
     penalised = smoothing is not None and smoothing.gradient_penalty > 0
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
@@ -204,11 +216,14 @@ def train_students(
     losses = theta.new_zeros(epochs, -(-N // batch_size), E)
     right = torch.zeros(epochs, E, dtype=torch.int64, device=theta.device)
     tested = torch.zeros(E, dtype=torch.int64, device=theta.device)
-    buffers = []
+    buffers, velocities = [], []
     for rows in [range(E)] if together else [range(e, e + 1) for e in range(E)]:
         own = slice(rows.start, rows.stop)
         with _training_mode(flat.net), _own_buffers(flat.net) as now:
-            training.run(rows, theta[own], rates[own], given[own], losses[..., own], right[:, own])
+            velocity = None if velocity0 is None else velocity0[own].detach().clone()
+            velocities.append(
+                training.run(rows, theta[own], velocity, rates[own], given[own], losses[..., own], right[:, own])
+            )
             if eval_data is not None:
                 flat.net.eval()
                 training.test(theta[own], tested[own])
@@ -219,6 +234,7 @@ def train_students(
         None if eval_data is None else tested.double() / len(eval_data[0]),
         right.double() / N if train_accuracy else None,
         {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]},
+        torch.cat(velocities) if momentum else None,
     )
 
 
@@ -249,17 +265,18 @@ class _Training:
         self,
         rows: range,
         theta: Tensor,
+        velocity: Tensor | None,
         rates: Tensor,
         generators: list[torch.Generator | None],
         losses: Tensor,
         right: Tensor,
-    ) -> None:
-        """Trains ``theta`` in place; fills ``losses`` [epochs, steps, E] and ``right`` [epochs, E]."""
+    ) -> Tensor:
+        """Trains ``theta`` in place; fills ``losses`` [epochs, steps, E] and ``right`` [epochs, E]; the velocity."""
         epochs, steps, _ = losses.shape
         own_images = self.images.dim() == 5
         images = self.images[rows.start : rows.stop] if own_images else self.images
         labels = self.labels[rows.start : rows.stop] if self.own_labels else self.labels
-        velocity, checked = None, 0
+        checked = 0
         for epoch, factor in enumerate(self.factors):
             if epoch == self.restart:
                 velocity = None
@@ -286,6 +303,7 @@ class _Training:
                 record = {"students": rows, "epoch": epoch + 1, "theta": theta, "losses": self.means(losses[epoch])}
                 counted = right[epoch].double() / images.shape[-4] if self.train_accuracy else None
                 self.on_epoch(record | {"train_accuracy": counted})
+        return velocity
 
     def _gradient(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int) -> Descent:
         """The losses of ``batch``, and the gradient to descend along; ``plain``: the batch before augmentation."""
@@ -413,7 +431,8 @@ def _raise_if_not_finite(losses: Tensor, theta: Tensor, rows: range) -> None:
     raise DivergedError(rows[e], losses.shape[0], losses.shape[1], "the parameters of {} are no longer finite")
 
 
-def _factors(schedule: Schedule, epochs: int) -> list[float]:
+def schedule_factors(schedule: Schedule, epochs: int) -> list[float]:
+    """The factor on the learning rate, by epoch; ValueError for an unknown schedule or a wrong factor."""
     if schedule is None:
         return [1.0] * epochs
     if schedule == "step":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import eager, training
+from bench.peers import eager, segments, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 
@@ -99,6 +99,37 @@ def test_train_students_must_beat_both_compiled_loops() -> None:
     case = CASES["train_students"]
     for changed, expected in (({}, [True, True]), ({"compiled": 1.1}, [True, False]), ({"eager": 2.9}, [False, True])):
         medians = {("", 5, name): value for name, value in (seconds | changed).items()}
+        assert [check.ok for check in case.must_show(medians, case.full)] == expected
+
+
+def test_expert_store_is_green(tmp_path: Path) -> None:
+    assert run.main(["expert_store", "--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "expert_store.csv")
+    assert {(row["mode"], row["x_value"], row["provider"]) for row in rows} == {
+        ("open", "5", "pydistill"),
+        *(("random segment", "3", provider) for provider in ("torch.load", "torch.load-mmap", "pydistill")),
+    }
+
+
+def test_expert_store_sees_the_wrong_rows(tmp_path: Path) -> None:
+    def backwards(problem: segments.Experts) -> segments.Thunk:
+        right = segments.prepare_load(problem)
+        return lambda: segments.Segment(*reversed(right()))
+
+    case = replace(CASES["expert_store"], providers=CASES["expert_store"].providers | {"wrong": Entry(backwards)})
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_expert_store_must_be_fifty_times_as_fast() -> None:
+    case = CASES["expert_store"]
+    for load, opening, expected in (
+        (100.0, 1.0, [True, True]),
+        (98.0, 1.0, [False, True]),
+        (100.0, 11.0, [True, False]),
+    ):
+        medians = {("random segment", 10, "torch.load"): load, ("random segment", 10, "pydistill"): 2.0}
+        medians["open", 100, "pydistill"] = opening
         assert [check.ok for check in case.must_show(medians, case.full)] == expected
 
 

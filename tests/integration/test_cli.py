@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from pydistill.cli import PRESETS, Distill, main
 from pydistill.data import DATASETS, DistilledSet, read_safetensors
 from pydistill.methods.mtt import MTTConfig
+from pydistill.trajectory.store import ExpertStore
 
 OPTIONS = {
     "width": 4,
@@ -37,7 +39,7 @@ RESULTS = (
     "metrics.jsonl",
     "distilled.safetensors",
     "state.safetensors",
-    "experts.safetensors",
+    "experts.store",
     "images.png",
     "results.json",
 )
@@ -153,6 +155,159 @@ def test_more_iterations_continue_a_finished_run(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--out", str(folder), "--resume", "--iterations", "42"])
     assert "--iterations: expected at least 43, already done, got 42" in capsys.readouterr().err
+
+
+EXPERTS = {"width": 4, "depth": 2, "image-size": 8, "num-experts": 3, "epochs": 24, "momentum": 0.9}
+TRAIN = ["experts", *(part for name, value in EXPERTS.items() for part in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """The file of experts that nothing interrupted."""
+    path = tmp_path_factory.mktemp("experts") / "experts.store"
+    code, output = run(*TRAIN, "--dtype", "bf16", "--out", path)
+    assert code == 0, output
+    return path
+
+
+@pytest.fixture(scope="module")
+def few_experts(tmp_path_factory):
+    """Of the network and data set of `SMALL`."""
+    path = tmp_path_factory.mktemp("experts") / "few.store"
+    code, output = run(*TRAIN, "--num-experts", 2, "--epochs", 3, "--out", path)
+    assert code == 0, output
+    return path
+
+
+def losses_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.with_name(f"{path.name}.jsonl").read_text().splitlines()]
+
+
+def test_experts_killed_at_any_moment_and_resumed_are_bitwise_the_unbroken_ones(experts, tmp_path):
+    path, rng = tmp_path / "experts.store", random.Random(0)
+    for _ in range(4):
+        before = ExpertStore(path).completed[0] if path.exists() else 0
+        process = start(*TRAIN, "--dtype", "bf16", "--out", path)
+        wait_for(process, lambda before=before: path.exists() and ExpertStore(path).completed[0] >= before + 2)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate(timeout=180)
+        assert process.returncode == -signal.SIGKILL, "the run ended before the signal came"
+        with ExpertStore(path) as store:
+            store.verify()
+            assert before + 2 <= min(store.completed) == max(store.completed) < 24
+    code, output = run(*TRAIN, "--dtype", "bf16", "--out", path)
+    assert code == 0, output
+    assert path.read_bytes() == experts.read_bytes()
+    assert losses_in(path) == losses_in(experts)
+    assert [(r["expert"], r["epoch"]) for r in losses_in(path)] == [(e, t) for t in range(1, 25) for e in range(3)]
+
+
+def test_a_finished_experts_file_stays_unless_it_is_overwritten(few_experts, tmp_path, capsys):
+    path = tmp_path / "experts.store"
+    for suffix in ("", ".jsonl"):
+        shutil.copy(f"{few_experts}{suffix}", f"{path}{suffix}")
+    options = [*TRAIN, "--num-experts", "2", "--epochs", "3", "--out", str(path)]
+    main(options)
+    assert path.read_bytes() == few_experts.read_bytes()
+    assert losses_in(path) == losses_in(few_experts)
+    for changed, message in (
+        (["--lr", "0.5"], "expected experts trained with lr=0.5, got 0.05"),
+        (["--dtype", "bf16"], "expected experts trained with dtype='bf16', got 'fp32'"),
+        (["--image-size", "10"], "expected experts trained with data_crc32="),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*options, *changed])
+        assert stopped.value.code == 1
+        assert message in capsys.readouterr().err
+    assert path.read_bytes() == few_experts.read_bytes()
+    assert losses_in(path) == losses_in(few_experts)
+    main([*options, "--lr", "0.01", "--epochs", "1", "--overwrite"])
+    assert ExpertStore(path).options["lr"] == 0.01
+    assert [(r["expert"], r["epoch"]) for r in losses_in(path)] == [(0, 1), (1, 1)]
+
+
+def test_experts_stopped_by_a_signal_say_how_to_go_on(tmp_path):
+    path = tmp_path / "experts.store"
+    process = start(*TRAIN, "--epochs", "100000", "--out", path)
+    wait_for(process, lambda: path.exists() and ExpertStore(path).completed[0] >= 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "stopped; the same command, without --overwrite, goes on"
+
+
+def test_a_run_may_take_ready_experts(few_experts, tmp_path):
+    folder, own = tmp_path / "run", ("num-experts", "train-epochs")
+    options = [f"--{name}={value}" for name, value in OPTIONS.items() if name not in own]
+    before = few_experts.read_bytes()
+    process = start("distill", *options, "--out", folder, "--experts", few_experts)
+    wait_for(process, lambda: len(records(folder, "distill")) >= 4)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=180)
+    assert process.returncode == 130
+    main(["distill", "--out", str(folder), "--resume"])
+    assert few_experts.read_bytes() == before
+    assert not records(folder, "experts")
+    assert not (folder / "experts.store").exists()
+    distilled = DistilledSet.load(folder / "distilled.safetensors")
+    assert distilled.config["num_experts"] is None
+    assert "experts" not in distilled.config
+
+    torch.save([[[torch.zeros(1)]]], tmp_path / "replay_buffer_0.pt")
+    imported, exported = tmp_path / "imported.store", tmp_path / "replay_buffer_1.pt"
+    ExpertStore(few_experts).export_replay_buffer(exported)
+    main(["experts", "--width=4", "--depth=2", "--image-size=8", "--import", str(exported), "--out", str(imported)])
+    assert torch.equal(ExpertStore(imported).tensor(), ExpertStore(few_experts).tensor())
+    main(["distill", *options, "--out", str(tmp_path / "other"), "--experts", str(imported)])
+    names = ("distilled.safetensors", "state.safetensors", "images.png", "results.json")
+    assert all((folder / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experts", "{tmp}/absent"], "absent: expected an expert store, found no file"),
+        (["--experts", "{store}", "--image-size", "10"], "few.store: expected experts of digits with crc32"),
+        (["--experts", "{store}", "--width", "5"], "whose parameter features.0.weight is [5, 1, 3, 3]; got"),
+        (["--experts", "{store}", "--max-start-epoch", "4"], "experts: expected at least 4 epochs of each, got 3"),
+        (["--experts", "{store}", "--num-experts", "2"], "--num-experts: expected none with --experts"),
+    ],
+)
+def test_ready_experts_that_do_not_fit_leave_nothing(few_experts, tmp_path, capsys, arguments, message):
+    options = ["--width=4", "--depth=2", "--image-size=8", "--expert-epochs=1", "--max-start-epoch=2"]
+    arguments = [argument.format(tmp=tmp_path, store=few_experts) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", *options, "--out", str(tmp_path / "new"), *arguments])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--import", "{tmp}/absent.pt"], "absent.pt: expected a replay buffer"),
+        (
+            ["--import", "{tmp}/absent.pt", "--lr", "0.1", "--num-experts", "3"],
+            "--num-experts, --lr: expected none with",
+        ),
+        (["--lr", "0"], "lr: expected a positive finite number, got 0.0"),
+        (["--momentum", "-1"], "momentum: expected a finite number >= 0, got -1.0"),
+        (["--num-experts", "0"], "num_experts: expected at least 1, got 0"),
+        (["--width", "0"], "width"),
+        (["--dataset", "cifar10"], "root: expected the folder that holds the files of cifar10"),
+    ],
+)
+def test_wrong_arguments_of_experts_are_named_and_leave_nothing(tmp_path, capsys, arguments, message):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["experts", "--out", str(tmp_path / "experts.store"), *arguments])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_gives_the_accuracies_of_the_run_again(finished, capsys):

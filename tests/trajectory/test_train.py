@@ -145,6 +145,26 @@ def test_students_are_those_of_the_plain_loop(options, engine):
 
 
 @pytest.mark.parametrize("engine", ["student", "generic"])
+def test_a_velocity_continues_the_training_before(engine):
+    net, theta0, images, labels = problem()
+    options = {"batch_size": 4, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "engine": engine}
+    whole = pydistill.train_students(net, theta0, images, labels, epochs=3, generator=generators(), **options)
+    sources = generators()
+    found = pydistill.train_students(net, theta0, images, labels, epochs=1, generator=sources, **options)
+    given = found.velocity.clone()
+    theta, velocity = found.theta, found.velocity
+    found = pydistill.train_students(
+        net, theta, images, labels, epochs=2, generator=sources, velocity0=velocity, **options
+    )
+    assert torch.equal(found.theta, whole.theta)
+    assert torch.equal(found.velocity, whole.velocity)
+    assert torch.equal(velocity, given)
+    assert whole.velocity.norm() > 0
+    plain = {**options, "momentum": 0.0}
+    assert pydistill.train_students(net, theta0, images, labels, epochs=1, **plain).velocity is None
+
+
+@pytest.mark.parametrize("engine", ["student", "generic"])
 def test_float32_stays_close_for_a_few_steps(engine):
     net, theta0, images, labels = problem(torch.float32)
     options = {"epochs": 2, "batch_size": 6, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "step"}
@@ -313,6 +333,13 @@ def test_auto_takes_the_student_engine_for_convnets_alone(caplog):
 
 WRONG = [
     ({"epochs": 0}, ValueError, "epochs: expected at least 1, got 0"),
+    ({"velocity0": 0.0}, TypeError, "velocity0: expected a tensor or None, got float"),
+    ({"velocity0": torch.zeros(E, 3)}, ValueError, "velocity0: expected None without momentum"),
+    (
+        {"velocity0": torch.zeros(E, 3), "momentum": 0.9},
+        ValueError,
+        r"velocity0: expected dtype, shape and device of theta0, got torch\.float32 \[3, 3\] on cpu",
+    ),
     ({"epochs": 1.0}, TypeError, "epochs: expected an int, got float"),
     ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
     ({"batch_size": None}, TypeError, "batch_size: expected an int, got NoneType"),

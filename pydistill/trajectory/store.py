@@ -1,0 +1,618 @@
+"""Expert trajectories in one memory-mapped file.
+
+The file has a fixed size from its creation on, and is sparse until rows arrive. All integers are little-endian::
+
+    prefix    magic, version, length and crc32 of the header
+    header    JSON: sizes, layout of the parameters, architecture, data set, training options
+    table     [epochs + 1, experts] entries: checksums of a row and its state, the append that wrote them
+    rows      [experts, epochs + 1, P] in float32 or bfloat16, each at a multiple of 4096 bytes
+    states    [experts, 2, S, P] float32: what training goes on from, of odd and of even epochs in turn
+
+An append writes rows and states, syncs, and only then writes its table entries, which count once all of them are
+there. So a process killed at any moment leaves a file that lacks at most the append under way; and since an epoch's
+state never overwrites that of the epoch before, what the append started from is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pydistill.data import put_in_place
+from pydistill.trajectory.flat import FlatModule
+
+__all__ = ["ExpertStore", "Trajectories", "as_trajectories"]
+
+MAGIC, VERSION = b"PYDEXPRT", 1
+_PREFIX = struct.Struct("<8sIII")  # magic, version, length and crc32 of the header
+_PAGE = 4096
+_ENTRY = np.dtype([(name, "<u4") for name in ("row", "state", "first", "count", "check")])
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_HEADER: dict[str, Callable[[Any], bool]] = {  # what each field has to be
+    "experts": lambda value: isinstance(value, int) and value >= 1,
+    "epochs": lambda value: isinstance(value, int) and value >= 1,
+    "dtype": lambda value: value in _DTYPES,
+    "parameters": lambda value: isinstance(value, list) and len(value) > 0,
+    "state": lambda value: isinstance(value, list),
+    "architecture": lambda value: isinstance(value, str),
+    "dataset": lambda value: value is None or isinstance(value, str),
+    "data_crc32": lambda value: value is None or isinstance(value, int),
+    "options": lambda value: isinstance(value, dict),
+}
+
+StoreDtype = Literal["fp32", "bf16"]
+PathLike = str | os.PathLike[str]
+
+
+class ExpertStore:
+    """Trajectories of experts, ``[experts, epochs + 1, P]``; snapshot 0 is the initialisation.
+
+    Reading maps the file and touches only the rows asked for. The checksum of a row is verified the first time that an
+    object reads it, and of all rows by `verify`. A store is a context manager, and closes its file.
+
+    Attributes:
+        path: the file.
+        epochs: epochs that every expert has in the end.
+        dtype: "fp32" or "bf16", of the stored rows; what is read is float32 either way.
+        parameters: names and shapes, in ``net.parameters()`` order, in which a row of P numbers is laid out.
+        architecture: the network's repr.
+        dataset: name of the data set that the experts were trained on, or None.
+        data_crc32: checksum of its images and labels as `train_experts` takes it, or None.
+        options: how they were trained, as JSON has it.
+
+    Args:
+        path: a file that `create`, `train_experts` or `import_replay_buffers` made.
+        writable: whether `append` may be called; one process at a time.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, foreign, damaged in its header, of a newer version, or being written.
+    """
+
+    def __init__(self, path: PathLike, *, writable: bool = False):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: expected an expert store, found no file")
+        self._file = self.path.open("r+b" if writable else "rb")
+        self._writable, self._map = writable, None
+        try:
+            if writable:
+                self._lock()
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        prefix = self._file.read(_PREFIX.size)
+        magic, version, length, checksum = _PREFIX.unpack(prefix.ljust(_PREFIX.size, b"\0"))
+        if magic != MAGIC:
+            got = f"{size} bytes that start with {prefix[:8].hex(' ') or 'nothing'}"
+            raise ValueError(f"{self.path}: expected an expert store, which starts with {MAGIC.hex(' ')}; got {got}")
+        if version != VERSION:
+            newer = ", which a newer pydistill reads" if version > VERSION else ""
+            raise ValueError(f"{self.path}: expected an expert store of version {VERSION}, got {version}{newer}")
+        text = self._file.read(min(length, size))
+        if len(text) != length:
+            raise ValueError(f"{self.path}: expected a header of {length} bytes, it is truncated to {len(text)}")
+        if zlib.crc32(text) != checksum:
+            raise ValueError(f"{self.path}: its header is damaged: expected crc32 {checksum}, got {zlib.crc32(text)}")
+        self.header: dict[str, Any] = json.loads(text)
+        for name, is_right in _HEADER.items():
+            if not is_right(self.header.get(name, ...)):
+                raise ValueError(f"{self.path}: its header has no right {name}, got {self.header.get(name)!r}")
+        self._layout(_PREFIX.size + length)
+        if size != self._size:
+            what = "truncated" if size < self._size else "longer than it says"
+            raise ValueError(f"{self.path}: expected {self._size} bytes as its header says, it is {what}: {size}")
+        self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+        table = np.frombuffer(self._map, _ENTRY, (self.epochs + 1) * len(self), self._table_at)
+        self._table = table.reshape(self.epochs + 1, len(self)).copy()
+        self._complete = _complete(self._table)
+        self._verified: set[tuple[int, int]] = set()
+
+    def _layout(self, header_bytes: int) -> None:
+        header = self.header
+        self.epochs, self.dtype = header["epochs"], header["dtype"]
+        self.architecture, self.dataset, self.data_crc32 = (
+            header[k] for k in ("architecture", "dataset", "data_crc32")
+        )
+        self.options, self.state_names = header["options"], tuple(header["state"])
+        self.parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
+        self._numel = sum(math.prod(shape) for _, shape in self.parameters)
+        self._row_bytes = self._numel * _DTYPES[self.dtype].itemsize
+        self._state_bytes = self._numel * 4 * len(self.state_names)
+        self._table_at = _pages(header_bytes)
+        self._rows_at = _pages(self._table_at + len(self) * (self.epochs + 1) * _ENTRY.itemsize)
+        self._states_at = self._rows_at + len(self) * (self.epochs + 1) * _pages(self._row_bytes)
+        self._size = self._states_at + len(self) * 2 * _pages(self._state_bytes)
+
+    @classmethod
+    def create(
+        cls,
+        path: PathLike,
+        net: nn.Module,
+        *,
+        experts: int,
+        epochs: int,
+        dtype: StoreDtype = "fp32",
+        state: Sequence[str] = (),
+        dataset: str | None = None,
+        data_crc32: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> ExpertStore:
+        """Makes an empty store, open for `append`; what it says besides its rows depends on the arguments alone.
+
+        Args:
+            path: the file to make.
+            net: a network of the experts' structure; names and shapes of its parameters are kept.
+            experts, epochs: at least one of each.
+            dtype: "fp32", or "bf16" for half the size.
+            state: names of the float32 vectors ``[P]`` that training needs to go on; those of the last two epochs are
+                kept of each expert.
+            dataset, data_crc32, options: see the class; the options have to be what JSON can hold.
+            overwrite: whether a file at ``path`` may be replaced.
+
+        Raises:
+            FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
+            ValueError: a count below 1, or an unknown dtype.
+        """
+        path = Path(path)
+        _check_counts(experts=experts, epochs=epochs)
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected 'fp32' or 'bf16', got {dtype!r}")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
+        header = {
+            "experts": experts,
+            "epochs": epochs,
+            "dtype": dtype,
+            "parameters": _parameters_of(net),
+            "state": list(state),
+            "architecture": repr(FlatModule(net).net),
+            "dataset": dataset,
+            "data_crc32": data_crc32,
+            "options": dict(options or {}),
+        }
+        text = json.dumps(header, allow_nan=False).encode()
+        store = cls.__new__(cls)
+        store.header = header
+        store._layout(_PREFIX.size + len(text))
+        # one name for all attempts, so that those which were killed leave one file at most
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(_PREFIX.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
+                file.truncate(store._size)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return cls(path, writable=True)
+
+    def __len__(self) -> int:
+        return self.header["experts"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(experts, epochs + 1, P)``."""
+        return len(self), self.epochs + 1, self._numel
+
+    @property
+    def completed(self) -> list[int]:
+        """How many whole epochs of each expert the store holds."""
+        rows = np.logical_and.accumulate(self._complete, axis=0).sum(0)
+        return (rows - 1).clip(min=0).tolist()
+
+    def holds(self, expert: int, epoch: int) -> bool:
+        """Whether the snapshot after ``epoch`` epochs (0: the initialisation) is there."""
+        self._check_place(expert, epoch)
+        return bool(self._complete[epoch, expert])
+
+    def row(self, expert: int, epoch: int) -> Tensor:
+        """The parameters of an expert after ``epoch`` epochs, float32 ``[P]``, a copy.
+
+        Raises:
+            IndexError: there is no such expert or epoch.
+            ValueError: that epoch is not trained yet, or its row is damaged.
+        """
+        if not self.holds(expert, epoch):
+            have = self.completed[expert]
+            raise ValueError(f"{self.path}: expert {expert} has {have} whole epochs of {self.epochs}, not {epoch}")
+        raw = self._read(self._row_at(expert, epoch), self._row_bytes)
+        if (expert, epoch) not in self._verified:
+            self._check_crc(raw, "row", expert, epoch)
+            self._verified.add((expert, epoch))
+        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[self.dtype]).float()
+
+    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
+        """What a student starts from and should arrive at: the rows at ``epoch`` and ``epoch + length``.
+
+        Nothing else of the file is read. Errors are those of `row`, and ValueError for a length below 1.
+        """
+        _check_counts(length=length)
+        return self.row(expert, epoch), self.row(expert, epoch + length)
+
+    def tensor(self) -> Tensor:
+        """All of it in memory, float32 ``[experts, epochs + 1, P]``; errors as of `row`."""
+        return torch.stack(
+            [torch.stack([self.row(expert, t) for t in range(self.epochs + 1)]) for expert in range(len(self))]
+        )
+
+    def verify(self) -> None:
+        """Reads every whole row; ValueError for the first one whose checksum is not that of its bytes."""
+        for epoch, expert in np.argwhere(self._complete).tolist():
+            raw = self._read(self._row_at(expert, epoch), self._row_bytes)
+            self._check_crc(raw, "row", expert, epoch)
+
+    def check_fits(self, net: nn.Module) -> None:
+        """ValueError where the parameters of ``net`` are not laid out as the rows; says which parameter differs."""
+        have, wanted = self.parameters, _parameters_of(net)
+        for (name, shape), (net_name, net_shape) in zip(have, wanted, strict=False):
+            if (name, shape) != (net_name, net_shape):
+                raise ValueError(
+                    f"{self.path}: expected experts of this net, whose parameter {net_name} is {list(net_shape)}; "
+                    f"got {name} {list(shape)}"
+                )
+        if len(have) != len(wanted):
+            raise ValueError(
+                f"{self.path}: expected experts of this net, of {len(wanted)} parameters "
+                f"up to {wanted[-1][0]}; got {len(have)} up to {have[-1][0]}"
+            )
+
+    def append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
+        """Adds the snapshot after ``epoch`` epochs of some experts; on disk when it returns, all of it or nothing.
+
+        Args:
+            experts: consecutive ones, all of which have the epoch before, and none of which has this one.
+            epoch: 0 for the initialisation.
+            theta: floating ``[len(experts), P]``, rounded to the store's dtype.
+            state: float32 ``[len(experts), P]`` for each of the store's ``state`` names.
+
+        Raises:
+            IndexError: there is no such expert or epoch.
+            ValueError: the store is open for reading only, or an argument is not as said.
+        """
+        self._check_append(experts, epoch, theta, state or {})
+        rows = theta.detach().to("cpu", _DTYPES[self.dtype]).contiguous()
+        vectors = [(state or {})[name].detach().cpu() for name in self.state_names]
+        states = torch.stack(vectors, 1).contiguous() if vectors else rows.new_empty(len(experts), 0)
+        entries = np.zeros(len(experts), _ENTRY)
+        entries["first"], entries["count"] = experts.start, len(experts)
+        at = self._table_at + (epoch * len(self) + experts.start) * _ENTRY.itemsize
+        here = slice(experts.start, experts.stop)
+        if any(self._read(at, entries.nbytes)):  # of an append that was cut off: they must not stand for other rows
+            self._write(at, bytes(entries.nbytes))
+            self._sync()
+        for i, expert in enumerate(experts):
+            row, kept = _bytes_of(rows[i]), _bytes_of(states[i])
+            entries["row"][i], entries["state"][i] = zlib.crc32(row), zlib.crc32(kept)
+            self._write(self._row_at(expert, epoch), row)
+            if self.state_names:
+                self._write(self._state_at(expert, epoch), kept)
+        self._sync()
+        entries["check"] = _check(entries)
+        self._write(at, entries.tobytes())
+        self._sync()
+        self._table[epoch, here] = entries
+        self._complete[epoch, here] = True
+
+    def state(self, expert: int) -> dict[str, Tensor]:
+        """The vectors, float32 ``[P]`` by name, that came with the last whole epoch of an expert.
+
+        Raises:
+            ValueError: there is no whole epoch, or they are damaged.
+        """
+        epoch = self.completed[expert]
+        if not self.holds(expert, epoch):
+            raise ValueError(f"{self.path}: expert {expert} has no snapshot yet")
+        raw = self._read(self._state_at(expert, epoch), self._state_bytes)
+        self._check_crc(raw, "state", expert, epoch)
+        if not self.state_names:
+            return {}
+        vectors = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(len(self.state_names), self._numel)
+        return dict(zip(self.state_names, vectors, strict=True))
+
+    @classmethod
+    def import_replay_buffers(
+        cls,
+        paths: Sequence[PathLike],
+        net: nn.Module,
+        path: PathLike,
+        *,
+        dtype: StoreDtype = "fp32",
+        dataset: str | None = None,
+        overwrite: bool = False,
+    ) -> ExpertStore:
+        """Makes a store of the ``replay_buffer_*.pt`` that the code of MTT, TESLA, FTD and others writes.
+
+        Each file is a list of experts, an expert a list of epochs + 1 snapshots, a snapshot a list of float32 tensors
+        in ``net.parameters()`` order. Files are read by ``torch.load(weights_only=True)``, one at a time, and all are
+        checked before anything is written.
+
+        Args:
+            paths: the files, in the order of their experts.
+            net: a network of the experts' structure.
+            path: the store to make, atomically.
+            dtype, dataset, overwrite: as of `create`.
+
+        Returns:
+            The store, open for reading.
+
+        Raises:
+            FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
+            FileNotFoundError: one of ``paths`` is not there.
+            ValueError: a file is truncated, foreign or does not fit ``net``; says where.
+        """
+        path, paths = Path(path), [Path(each) for each in paths]
+        if not paths:
+            raise ValueError("paths: expected a replay buffer or more, got none")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
+        parameters, counts, snapshots = _parameters_of(net), [], None
+        for each in paths:
+            buffer = _load_replay_buffer(each)
+            snapshots = len(buffer[0]) if snapshots is None else snapshots
+            _check_replay_buffer(each, buffer, parameters, snapshots)
+            counts.append(len(buffer))
+        partial = path.with_name(f".{path.name}.import")
+        sizes = {"experts": sum(counts), "epochs": snapshots - 1}
+        options = {"replay_buffers": [each.name for each in paths]}
+        try:
+            with cls.create(
+                partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True
+            ) as store:
+                first = 0
+                for each, count in zip(paths, counts, strict=True):
+                    buffer = _load_replay_buffer(each)
+                    for epoch in range(snapshots):
+                        rows = [torch.cat([tensor.reshape(-1) for tensor in expert[epoch]]) for expert in buffer]
+                        store.append(range(first, first + count), epoch, torch.stack(rows))
+                    first += count
+            put_in_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return cls(path)
+
+    def export_replay_buffer(self, path: PathLike, experts: range | None = None, *, overwrite: bool = False) -> None:
+        """Writes experts (all by default) as one ``replay_buffer_*.pt``, for code that reads those.
+
+        Raises:
+            FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
+            IndexError, ValueError: as of `row`.
+        """
+        path, sizes = Path(path), [math.prod(shape) for _, shape in self.parameters]
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
+        buffer = []
+        for expert in range(len(self)) if experts is None else experts:
+            rows = (self.row(expert, epoch).split(sizes) for epoch in range(self.epochs + 1))
+            buffer.append(
+                [[p.view(shape).clone() for p, (_, shape) in zip(row, self.parameters, strict=True)] for row in rows]
+            )
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(buffer, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        self._file.close()
+
+    def __enter__(self) -> ExpertStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        experts, snapshots, numel = self.shape
+        return f"ExpertStore({str(self.path)!r}, [{experts}, {snapshots}, {numel}], {self.dtype})"
+
+    def _row_at(self, expert: int, epoch: int) -> int:
+        return self._rows_at + (expert * (self.epochs + 1) + epoch) * _pages(self._row_bytes)
+
+    def _state_at(self, expert: int, epoch: int) -> int:
+        return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
+
+    def _read(self, at: int, count: int) -> memoryview:
+        if self._map is None:
+            raise ValueError(f"{self.path}: the store is closed")
+        return memoryview(self._map)[at : at + count]
+
+    def _write(self, at: int, data: bytes | memoryview) -> None:
+        self._file.seek(at)
+        self._file.write(data)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        """Until the file is closed, or the process dies."""
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path}: expected a store that nobody writes to, another process does") from error
+
+    def _check_place(self, expert: int, epoch: int) -> None:
+        if not 0 <= expert < len(self):
+            raise IndexError(f"{self.path}: expert: expected one of 0..{len(self) - 1}, got {expert}")
+        if not 0 <= epoch <= self.epochs:
+            raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs}, got {epoch}")
+
+    def _check_crc(self, raw: memoryview, what: str, expert: int, epoch: int) -> None:
+        wanted, found = int(self._table[epoch, expert][what]), zlib.crc32(raw)
+        if wanted != found:
+            raise ValueError(
+                f"{self.path}: the {what} of expert {expert} at epoch {epoch} is damaged: "
+                f"expected crc32 {wanted}, got {found}"
+            )
+
+    def _check_append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor]) -> None:
+        if not self._writable:
+            raise ValueError(f"{self.path}: the store is open for reading only")
+        if not isinstance(experts, range) or experts.step != 1 or not len(experts):
+            raise ValueError(f"experts: expected a range of consecutive ones, got {experts!r}")
+        shape = (len(experts), self._numel)
+        for name, tensor in {"theta": theta, **{f"state {name}": tensor for name, tensor in state.items()}}.items():
+            if tensor.shape != shape or not tensor.is_floating_point():
+                got = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{name}: expected floating-point {list(shape)}, got {got}")
+        if state.keys() != set(self.state_names):
+            raise ValueError(f"state: expected {list(self.state_names)}, got {list(state)}")
+        if any(tensor.dtype != torch.float32 for tensor in state.values()):
+            raise ValueError(f"state: expected torch.float32, got {[tensor.dtype for tensor in state.values()]}")
+        for expert in experts:
+            if self.holds(expert, epoch):
+                raise ValueError(f"{self.path}: expert {expert} has epoch {epoch} already")
+            if epoch and not self.holds(expert, epoch - 1):
+                raise ValueError(f"{self.path}: expert {expert} lacks epoch {epoch - 1}, {epoch} comes after it")
+
+
+class Trajectories(Protocol):
+    """What trajectory matching needs of experts."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(experts, epochs + 1, P)``."""
+
+    @property
+    def completed(self) -> list[int]:
+        """How many whole epochs each expert has."""
+
+    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
+        """The parameters ``[P]`` at ``epoch`` and ``epoch + length``."""
+
+
+class _InMemory:
+    """A tensor ``[experts, epochs + 1, P]`` as `Trajectories`."""
+
+    def __init__(self, trajectories: Tensor):
+        self.trajectories = trajectories
+        self.shape = tuple(trajectories.shape)
+        self.completed = [self.shape[1] - 1] * self.shape[0]
+
+    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
+        return self.trajectories[expert, epoch], self.trajectories[expert, epoch + length]
+
+
+def as_trajectories(experts: Tensor | Trajectories, net: nn.Module, epochs: int) -> Trajectories:
+    """Experts to draw segments from: a store, a tensor ``[experts, epochs + 1, P]``, or what behaves like a store.
+
+    Raises:
+        ValueError: they do not fit ``net``, or one of them has fewer than ``epochs`` whole epochs.
+    """
+    numel = FlatModule(net).numel
+    if isinstance(experts, ExpertStore):
+        experts.check_fits(net)
+    if len(experts.shape) != 3 or experts.shape[2] != numel or not experts.shape[0]:
+        raise ValueError(f"experts: expected [E, epochs + 1, {numel}] for this net, got {list(experts.shape)}")
+    found = _InMemory(experts) if isinstance(experts, Tensor) else experts
+    if (least := min(found.completed)) < epochs:
+        raise ValueError(f"experts: expected at least {epochs} epochs of each, got {least}")
+    return found
+
+
+def _complete(table: np.ndarray) -> np.ndarray:
+    """Which of the entries ``[epochs + 1, experts]`` count: whole ones, of an append whose entries are all there."""
+    experts = np.arange(table.shape[1])
+    first = table["first"].astype(np.int64)
+    end = first + table["count"]
+    whole = (table["check"] == _check(table)) & (first <= experts) & (experts < end) & (end <= len(experts))
+    before = np.zeros((table.shape[0], len(experts) + 1), np.int64)
+    whole.cumsum(1, out=before[:, 1:])
+    first, end = (np.where(whole, each, 0) for each in (first, end))
+    there = np.take_along_axis(before, end, 1) - np.take_along_axis(before, first, 1)
+    return whole & (there == end - first)
+
+
+def _check(entries: np.ndarray) -> np.ndarray:
+    """What tells an entry from one that is missing or half written."""
+    return ~(entries["row"] ^ entries["state"] ^ entries["first"] ^ entries["count"])
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())
+
+
+def _parameters_of(net: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    flat = FlatModule(net)
+    return [(name, tuple(shape)) for name, shape in zip(flat.names, flat.shapes, strict=True)]
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+_REPLAY_BUFFER = "a replay buffer: a list of experts, each a list of snapshots, each a list of tensors"
+
+
+def _load_replay_buffer(path: Path) -> list[list[list[Tensor]]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected {_REPLAY_BUFFER}; found no file")
+    try:
+        # files of torch before 1.6 are no zip files, and cannot be mapped
+        buffer = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: expected {_REPLAY_BUFFER}; it is truncated or foreign ({reason})") from error
+    lists = isinstance(buffer, list) and buffer and all(isinstance(expert, list) and expert for expert in buffer)
+    if not lists or not all(isinstance(snapshot, list) for expert in buffer for snapshot in expert):
+        raise ValueError(f"{path}: expected {_REPLAY_BUFFER}; got something else")
+    return buffer
+
+
+def _check_replay_buffer(
+    path: Path, buffer: list[list[list[Tensor]]], parameters: list[tuple[str, tuple[int, ...]]], snapshots: int
+) -> None:
+    if snapshots < 2:
+        raise ValueError(f"{path}: expected experts of at least 2 snapshots, got {snapshots}")
+    for i, expert in enumerate(buffer):
+        if len(expert) != snapshots:
+            raise ValueError(f"{path}: expert {i}: expected {snapshots} snapshots as the first has, got {len(expert)}")
+        for t, snapshot in enumerate(expert):
+            place = f"{path}: expert {i}, snapshot {t}"
+            if len(snapshot) != len(parameters):
+                raise ValueError(f"{place}: expected {len(parameters)} tensors as net has, got {len(snapshot)}")
+            for (name, shape), tensor in zip(parameters, snapshot, strict=True):
+                if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.shape != shape:
+                    is_tensor = isinstance(tensor, Tensor)
+                    got = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
+                    raise ValueError(f"{place}: {name}: expected torch.float32 {list(shape)}, got {got}")
