@@ -95,12 +95,15 @@ class Dataset:
             self.std,
         )
 
-    def sample(self, ipc: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, ipc: int, generator: torch.Generator | None = None, preferred: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draws ``ipc`` real training images of each class without replacement.
 
         Args:
             ipc: images per class, at least 1.
             generator: a CPU generator; the global one by default.
+            preferred: bool ``[N]``, training images that are taken before any other of their class.
 
         Returns:
             Images ``[K * ipc, C, H, W]`` (a copy), classes in order, and their labels ``[K * ipc]``.
@@ -115,8 +118,10 @@ class Dataset:
             members = (self.train_labels == label).nonzero()[:, 0]
             if len(members) < ipc:
                 raise ValueError(f"ipc: expected at most {len(members)}, the training images of {name!r}, got {ipc}")
-            order = torch.randperm(len(members), generator=generator)[:ipc]
-            chosen.append(members[order.to(members.device)])
+            order = members[torch.randperm(len(members), generator=generator).to(members.device)]
+            if preferred is not None:
+                order = torch.cat([order[preferred[order]], order[~preferred[order]]])
+            chosen.append(order[:ipc])
         index = torch.cat(chosen)
         return self.train_images[index].clone(), self.train_labels[index].clone()
 

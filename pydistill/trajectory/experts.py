@@ -11,6 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 

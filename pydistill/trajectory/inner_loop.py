@@ -44,7 +44,7 @@ class InnerLoop:
         steps: int,
         batch_size: int | None,
         batches: Sequence[Tensor] | None,
-        generator: torch.Generator | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
         augment: Callable[..., Tensor] | None,
         label_kind: LabelKind,
         loss_scale: float,
@@ -63,9 +63,11 @@ class InnerLoop:
         self.device = theta0.device if isinstance(theta0, Tensor) else None
         self.label_kind, self.loss_scale = label_kind, loss_scale
         self.weight_decay, self.warmup = weight_decay, warmup
-        self.augment, self.generator, self.check_finite = augment, generator, check_finite
+        self.augment, self.check_finite = augment, check_finite
         largest_label, self.own_labels = check_training_set(self.flat, theta0, images, labels, label_kind)
         self.num_students = len(theta0) if theta0.dim() == 2 else 1
+        generators = check_generators(generator, self.num_students)
+        self.generators = generators if len(generators) > 1 else generators * self.num_students
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
         if steps < 1:
@@ -107,12 +109,12 @@ class InnerLoop:
         draws = hasattr(self.augment, "draw")
         indices: list[list[Tensor | None]] = []
         records: list[list[Any]] = []
-        for _ in range(self.num_students):
-            own = given or _draw_batches(batch_size, steps, N, device, self.generator)
+        for generator in self.generators:
+            own = given or _draw_batches(batch_size, steps, N, device, generator)
             indices.append(own)
             if draws:
                 counts = [N if index is None else index.shape[-1] for index in own]
-                records.append([self.augment.draw((n, *images.shape[-3:]), self.generator) for n in counts])
+                records.append([self.augment.draw((n, *images.shape[-3:]), generator) for n in counts])
         shared = given is not None or batch_size is None or self.num_students == 1
         return [
             Step(
@@ -359,6 +361,22 @@ def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
 def largest_of(thetas: Tensor) -> Tensor:
     """[T, E, P] to [T], the largest magnitudes, not finite where any element is not, in one pass."""
     return torch.linalg.vector_norm(thetas, torch.inf, dim=(1, 2))
+
+
+def check_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, E: int
+) -> list[torch.Generator | None]:
+    """One that all share, or E."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator]
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(f"generator: expected a torch.Generator, a sequence of them or None, got {generator!r}")
+    if len(generator) != E or len({id(each) for each in generator}) != E:
+        distinct = len({id(each) for each in generator})
+        raise ValueError(
+            f"generator: expected one for each of {E} students, got {len(generator)}, of which {distinct} distinct"
+        )
+    return list(generator)
 
 
 def select_rows(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ def trajectory_match(
     *,
     steps: int,
     targets: Mapping[int, Tensor] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
     **options: Any,
 ) -> Tensor:
     """The loss of MTT (Cazenavette et al., CVPR 2022), differentiable in images, labels, lr and theta0.
@@ -33,14 +34,17 @@ def trajectory_match(
             several segments of experts at once.
         targets: intermediate targets by step number in 1..T (AST, Shen et al., 2023): each adds the same ratio with
             the parameters after that step and its own target.
+        reduction: "mean" over students, or "none".
 
     Returns:
-        The loss, a scalar; with E students the mean of theirs.
+        The loss, a scalar; with E students the mean of theirs, or for reduction "none" ``[E]``.
 
     Raises:
         TypeError, ValueError: as `pydistill.unroll`, or a target of the wrong kind, or equal to theta0.
         FloatingPointError: as `pydistill.unroll`.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
     if "at" in options:
         raise TypeError("at: expected no such option; trajectory_match takes targets={step: parameters}")
     if not isinstance(theta0, Tensor):
@@ -58,10 +62,10 @@ def trajectory_match(
                 f"got {goal.dtype} {list(goal.shape)} on {goal.device}"
             )
     thetas = unroll(net, theta0, images, labels, lr, steps=steps, at=[t for _, t, _ in pairs], **options)
-    loss = theta0.new_zeros(())
+    loss = theta0.new_zeros(theta0.shape[:-1])
     for (name, _, goal), theta in zip(pairs, thetas, strict=True):
         distance = (theta0 - goal).square().sum(-1)
         if (distance == 0).any():
             raise ValueError(f"{name}: it equals theta0, which leaves no distance to normalise by")
-        loss = loss + ((theta - goal).square().sum(-1) / distance).mean()
-    return loss
+        loss = loss + (theta - goal).square().sum(-1) / distance
+    return loss.mean() if reduction == "mean" else loss

@@ -53,7 +53,7 @@ class Smoothing:
         gradient_penalty: weight of the penalty, AST's 2; 0: none. It needs the generic engine.
         loss_decay: factors on the cross entropy in the first epochs; it is one in those that follow. AST's:
             0.5, 0.55, ... 0.95.
-        clip_norm: the longest gradient of a student, as ``torch.nn.utils.clip_grad_norm_``; None: any.
+        clip_norm: (not AST's) the longest gradient of a student, as ``torch.nn.utils.clip_grad_norm_``; None: any.
 
     Raises:
         TypeError, ValueError: a number is not one, or out of range.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
-from pydistill.trajectory.inner_loop import check_lr, check_training_set, select_rows
+from pydistill.trajectory.inner_loop import check_generators, check_lr, check_training_set, select_rows
 from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
 from pydistill.trajectory.students import Batch, ConvNetStudents, Descent, Engine, GenericStudents, choose_students
 
@@ -184,7 +184,7 @@ def train_students(
     E, N = len(theta0), images.shape[-4]
     rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
     factors = schedule_factors(schedule, epochs)
-    given = _check_generators(generator, E)
+    given = check_generators(generator, E)
     penalised = smoothing is not None and smoothing.gradient_penalty > 0
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
     students = choose_students(engine, flat, images, label_kind, None, largest_label, precision, blocked)
@@ -453,22 +453,6 @@ def _check_positive(lr: Tensor) -> Tensor:
         got = lr.item() if lr.numel() == 1 else lr.tolist()
         raise ValueError(f"lr: expected a positive finite number, got {got}")
     return lr
-
-
-def _check_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, E: int
-) -> list[torch.Generator | None]:
-    """One that all share, or E."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return [generator]
-    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
-        raise TypeError(f"generator: expected a torch.Generator, a sequence of them or None, got {generator!r}")
-    if len(generator) != E or len({id(each) for each in generator}) != E:
-        distinct = len({id(each) for each in generator})
-        raise ValueError(
-            f"generator: expected one for each of {E} students, got {len(generator)}, of which {distinct} distinct"
-        )
-    return list(generator)
 
 
 def _check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor) -> None:

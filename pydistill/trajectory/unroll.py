@@ -46,7 +46,7 @@ def unroll(
     steps: int,
     batch_size: int | None = None,
     batches: Sequence[Tensor] | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     augment: Callable[..., Tensor] | None = None,
     label_kind: LabelKind = "hard",
     loss_scale: float = 1.0,
@@ -95,7 +95,8 @@ def unroll(
             used up (the last chunk may be smaller), its own for every student. None: all images in every step.
         batches: the steps' batches explicitly, T int64 index vectors, each ``[B]`` or ``[E, B]``; instead of
             batch_size.
-        generator: source of the permutations and of ``augment.draw``; torch's default when None.
+        generator: source of the permutations and of ``augment.draw``; torch's default when None. Or E of them, a
+            student's own each.
         augment: applied to each batch, differentiable in the images. Either an object with
             ``draw(shape, generator) -> record`` and ``__call__(images, record)``, or a plain function of the images
             that draws from torch's global generators; both are replayed bitwise in the backward pass. Other sources

@@ -1,0 +1,33 @@
+"""FYI: flip your images.
+
+Son, Oh, Baek, Ham, "FYI: Flip Your Images for Dataset Distillation", ECCV 2024. Each batch of synthetic images is seen
+together with its mirror image, so that the images need not spend themselves on both. Here on trajectory matching; the
+authors' code differentiates as TESLA does (``mode="first_order"``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydistill.augment import DiffAugment
+from pydistill.methods.matching import Matching
+from pydistill.methods.mtt import MTT
+
+
+def _halved(row: dict[str, Any]) -> dict[str, Any]:
+    """A batch is twice as large with its mirror images in it."""
+    return row | ({"batch_syn": row["batch_syn"] // 2} if "batch_syn" in row else {})
+
+
+@dataclass(frozen=True)
+class FYI(Matching):
+    """MTT's hyper-parameters."""
+
+    name: ClassVar[str] = "fyi"
+    presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
+        data: {ipc: _halved(row) for ipc, row in rows.items()} for data, rows in MTT.presets.items()
+    }
+
+    def augmentation(self) -> DiffAugment:
+        return DiffAugment(self.augment, flip_batch=True)

@@ -1,0 +1,5 @@
+"""Choosing real images to start from."""
+
+from pydistill.select.kmeans import kmeans, representatives
+
+__all__ = ["kmeans", "representatives"]
