@@ -26,7 +26,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["DATASETS", "Dataset", "DistilledSet", "load", "read_safetensors", "write_atomic", "write_safetensors"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "DistilledSet",
+    "load",
+    "read_safetensors",
+    "renormalise",
+    "write_atomic",
+    "write_safetensors",
+]
 
 DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder")
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
@@ -307,6 +316,23 @@ def _load_image_folder(folder: Path, image_size: int) -> Dataset:
         differing = sorted(set(classes[0]) ^ set(classes[1]))
         raise ValueError(f"root: expected the same classes for training and test in {folder}, {differing} differ")
     return _normalised("image-folder", parts[0], parts[1], classes[0])
+
+
+def renormalise(images: Tensor, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """Takes normalised images from one mean and deviation to another; ``images`` themselves where both are equal.
+
+    Equivalent to ``(images * before_std + before_mean - after_mean) / after_std`` per channel.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        before, after: a mean and a deviation ``[C]`` each, of pixels in ``[0, 1]``.
+    """
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        return images
+    # in one factor and one shift, from float64: what returns is then the same up to one rounding
+    (mean, std), (new_mean, new_std) = ([each.double() for each in pair] for pair in (before, after))
+    factor, shift = std / new_std, (mean - new_mean) / new_std
+    return images * factor.to(images)[:, None, None] + shift.to(images)[:, None, None]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from pydistill.cli import PRESETS, Distill, main
-from pydistill.data import DATASETS, DistilledSet, read_safetensors
+from pydistill.cli import PRESETS, Distill, NetName, main
+from pydistill.data import DATASETS, DistilledSet, load, read_safetensors, renormalise
+from pydistill.evaluate import evaluate
 from pydistill.methods.mtt import MTTConfig
+from pydistill.nn import NETS, make
 
 OPTIONS = {
     "width": 4,
@@ -155,35 +158,122 @@ def test_more_iterations_continue_a_finished_run(finished, tmp_path, capsys):
     assert "--iterations: expected at least 43, already done, got 42" in capsys.readouterr().err
 
 
-def test_evaluate_gives_the_accuracies_of_the_run_again(finished, capsys):
+def evaluated(tmp_path, *arguments):
+    """What ``pydistill evaluate`` writes as JSON."""
+    main(["evaluate", *map(str, arguments), "--json", str(tmp_path / "found.json")])
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+def refused(capsys, *arguments):
+    """The one line that a command says before it exits with 1."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    return error
+
+
+def test_evaluate_gives_the_accuracies_of_the_run_again(finished, tmp_path):
     folder, _ = finished
-    code, output = run("evaluate", folder / "distilled.safetensors", "--students", 2)
+    code, output = run("evaluate", folder / "distilled.safetensors", "--students", 2, "--json", tmp_path / "found.json")
     assert code == 0, output
-    accuracies = records(folder, "evaluate")[1]["accuracies"]
-    assert f"{100 * sum(accuracies) / 2:.1f} ±" in output
-    main(["evaluate", str(folder / "distilled.safetensors"), "--students", "1", "--epochs", "3"])
-    assert "distilled (mtt)" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    of_the_run = records(folder, "evaluate")[1]
+    assert found["nets"]["convnet-D2-W4"]["accuracies"] == of_the_run["accuracies"]
+    assert (found["lr"], found["epochs"], found["images"]) == (of_the_run["lr"], 5, 10)
+    assert f"{100 * sum(of_the_run['accuracies']) / 2:.1f} ±" in output
+
+
+def test_evaluate_makes_a_row_for_each_architecture(finished, tmp_path, capsys):
+    file = finished[0] / "distilled.safetensors"
+    options = ("--students", 2, "--epochs", 2, "--seed", 3, "--batch-size", 4, "--lr", 0.05)
+    found = evaluated(tmp_path, file, "--net", "convnet", "mlp", "alexnet", *options, "--width", 5, "--depth", 1)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "±" in line]
+    for row, (name, result) in zip(rows, found["nets"].items(), strict=True):
+        assert row.startswith(f"│ {name} ")
+        assert f"{100 * result['mean']:.1f} ± {100 * result['std']:.1f} %" in row
+    assert list(found["nets"]) == ["convnet-D1-W5", "mlp", "alexnet"]
+    assert {name: found[name] for name in ("dataset", "label_kind", "lr", "epochs", "batch_size", "seed")} == {
+        "dataset": "digits",
+        "label_kind": "hard",
+        "lr": 0.05,
+        "epochs": 2,
+        "batch_size": 4,
+        "seed": 3,
+    }
+    distilled, digits = DistilledSet.load(file), load("digits", image_size=8)
+    data = distilled.images, distilled.labels, digits.test_images, digits.test_labels
+    mlp = evaluate(lambda: make("mlp", 1, 10, 8), *data, lr=0.05, epochs=2, batch_size=4, students=range(2), seed=3)
+    assert found["nets"]["mlp"]["accuracies"] == mlp
+
+
+def test_evaluate_takes_soft_labels_in_a_space_of_their_own(finished, tmp_path):
+    """Logits that say what the hard labels do, in another normalisation, of which the test images are told."""
+    hard = DistilledSet.load(finished[0] / "distilled.safetensors")
+    mean, std = hard.mean + 0.2, hard.std * 0.5
+    soft = DistilledSet(
+        renormalise(hard.images, (hard.mean, hard.std), (mean, std)),
+        30 * torch.nn.functional.one_hot(hard.labels, 10).float(),
+        hard.lr,
+        mean,
+        std,
+        {"dataset": "digits"},
+        "logits",
+    )
+    soft.save(tmp_path / "soft.safetensors")
+    options = ("--students", 2, "--epochs", 100, "--lr", 0.05, "--width", 8, "--depth", 2)
+    found = evaluated(tmp_path, tmp_path / "soft.safetensors", *options)
+    assert found["label_kind"] == "logits"
+    # instance norm undoes most of the other space, so the students are nearly the same
+    same = evaluated(tmp_path, finished[0] / "distilled.safetensors", *options)
+    (soft_mean,), (hard_mean,) = ([row["mean"] for row in each["nets"].values()] for each in (found, same))
+    assert hard_mean > 0.4
+    assert abs(soft_mean - hard_mean) < 0.1
 
 
 def test_evaluate_refuses_what_it_cannot_test(finished, tmp_path, capsys):
-    whole = (finished[0] / "distilled.safetensors").read_bytes()
+    file = finished[0] / "distilled.safetensors"
     path = tmp_path / "d.safetensors"
-    path.write_bytes(whole[:-20])
+    path.write_bytes(file.read_bytes()[:-20])
     for name, message in (
         (path, "d.safetensors: expected a pydistill file of kind 'distilled', version 1; it is truncated"),
         (finished[0] / "state.safetensors", "got 'mtt_state', version 1"),
         (tmp_path / "absent", "absent: expected a pydistill file of kind 'distilled', version 1, found no file"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            main(["evaluate", str(name)])
-        assert stopped.value.code == 1
-        assert message in capsys.readouterr().err
-    distilled = DistilledSet.load(finished[0] / "distilled.safetensors")
-    del distilled.config["width"]
-    distilled.save(path)
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(path)])
-    assert "expected width (int) in its configuration" in capsys.readouterr().err
+        assert message in refused(capsys, "evaluate", name)
+    for options, message in (
+        (["--students", 0], "--students, --net: expected at least 1 of each"),
+        (["--net"], "--students, --net: expected at least 1 of each"),
+        (["--net", "vgg11"], "image_size: too small for VGG11, got (8, 8)"),
+        (["--width", 0], "width: expected at least 1, got 0"),
+        (["--epochs", 0], "epochs: expected at least 1, got 0"),
+        (["--lr", -1], "lr: expected a positive finite number, got -1.0"),
+        (["--dataset", "fashion-mnist", "--root", tmp_path / "no"], "root: expected the folder"),
+        (["--json", tmp_path / "no" / "x.json"], "--json: expected a file in a folder that is there"),
+    ):
+        assert message in refused(capsys, "evaluate", file, *options)
+    for change, message in (
+        ({"width": "wide"}, "expected width (int) or none in it, got 'wide'"),
+        ({"dataset": None}, "--dataset: expected the set to test on"),
+    ):
+        distilled = DistilledSet.load(file)
+        distilled.config |= change
+        distilled.save(path)
+        assert message in refused(capsys, "evaluate", path)
+    for images, labels, message in (
+        (torch.zeros(2, 3, 8, 8), torch.arange(2), "expected images [1, 8, 8] as digits has, got [3, 8, 8]"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]), "expected labels of the 10 classes of digits, got 11"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(2, 9), "expected labels of the 10 classes of digits, got 9"),
+    ):
+        mean = torch.zeros(images.shape[1])
+        kind = "hard" if labels.dim() == 1 else "probs"
+        DistilledSet(images, labels, 0.1, mean, mean + 1, {"dataset": "digits"}, kind).save(path)
+        assert message in refused(capsys, "evaluate", path)
+
+
+def test_every_network_can_be_named():
+    assert typing.get_args(NetName) == NETS
 
 
 def test_a_resumed_run_keeps_its_options(finished, capsys):

@@ -14,7 +14,7 @@ from pydistill.data import Dataset, read_safetensors, write_safetensors
 from pydistill.evaluate import accuracy, evaluate, train_student
 from pydistill.methods.mtt import MTTConfig, MTTState, distill
 from pydistill.nn import ConvNet
-from pydistill.trajectory.experts import completed_epochs, load_experts, seeded_generator, train_experts
+from pydistill.trajectory.experts import completed_epochs, load_experts, seeded_generator, seeded_net, train_experts
 
 CONFIG = MTTConfig(
     ipc=2,
@@ -377,6 +377,23 @@ def test_students_that_are_no_convnets_keep_what_is_their_own(dataset):
     assert not torch.equal(nets[0].features, nets[1].features)
     assert accuracies == [accuracy(net, dataset.test_images, dataset.test_labels) for net in nets]
     assert [net.norm.num_batches_tracked.item() for net in nets] == [18, 18]
+
+
+def test_students_are_evaluated_under_augmentation(dataset):
+    data = (dataset.train_images, dataset.train_labels)
+    options = {"lr": 0.02, "epochs": 3, "batch_size": 16, "augment": Shift()}
+    nets = []
+
+    def recorded_net():
+        nets.append(make_net())
+        return nets[-1]
+
+    evaluate(recorded_net, *data, dataset.test_images, dataset.test_labels, students=[4], seed=1, **options)
+    for augment in (Shift(), None):
+        net = seeded_net(make_net, 1, 2, 4)
+        train_student(net, *data, **(options | {"augment": augment}), generator=seeded_generator(1, 3, 4))
+        theirs, ours = (parameters_to_vector(each.parameters()) for each in (net, nets[0]))
+        assert torch.equal(theirs, ours) == (augment is not None)
 
 
 def test_students_may_have_their_own_images(dataset):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pydistill import data
-from pydistill.data import DistilledSet, load, write_atomic
+from pydistill.data import DistilledSet, load, renormalise, write_atomic
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -262,6 +262,14 @@ def test_pixels_undo_the_normalisation():
     written = distilled_set()
     written.images = (torch.full((4, 3, 5, 6), 0.25) - written.mean[:, None, None]) / written.std[:, None, None]
     torch.testing.assert_close(written.pixels(), torch.full((4, 3, 5, 6), 0.25))
+
+
+def test_images_go_from_one_normalisation_to_another():
+    pixels = torch.rand(3, 2, 4, 5)
+    before, after = [(torch.rand(2), torch.rand(2) + 0.1) for _ in range(2)]
+    images, wanted = ((pixels - mean[:, None, None]) / std[:, None, None] for mean, std in (before, after))
+    torch.testing.assert_close(renormalise(images, before, after), wanted)
+    assert renormalise(images, before, (before[0].clone(), before[1].clone())) is images
 
 
 def test_damaged_distilled_files_are_refused_by_name(tmp_path):
