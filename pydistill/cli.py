@@ -1,4 +1,4 @@
-"""Dataset distillation from the command line: distil a data set, evaluate a distilled file, time the kernels."""
+"""Dataset distillation from the command line: distil a data set, evaluate or export the result, time the kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from pydistill import __version__
-from pydistill.data import Dataset, DistilledSet, load, renormalise, write_atomic
+from pydistill.data import (
+    EXPORT_HEADER,
+    REPOSITORY_NORMALISATION,
+    Dataset,
+    DistilledSet,
+    load,
+    renormalise,
+    write_atomic,
+)
 from pydistill.evaluate import evaluate
 from pydistill.methods.mtt import MTTConfig, MTTState, distill
 from pydistill.nn import ConvNet, make
@@ -195,11 +203,12 @@ class Evaluate:
     """
 
     file: tyro.conf.Positional[Path]
-    """A distilled.safetensors that pydistill distill wrote."""
+    """A distilled.safetensors that pydistill distill wrote; or a folder of images.pt, labels.pt and maybe lr.pt."""
     net: tuple[NetName, ...] = ("convnet",)
     """The students' architectures, one or more."""
     dataset: DatasetName | None = None
-    """What to test on; by default the data set that the file was made from."""
+    """What to test on; by default the data set that the file was made from. A folder that other code wrote is taken
+    to be normalised as the method repositories do it for this set."""
     root: Path | None = None
     """Folder of the data set's files, as for pydistill distill."""
     students: int = 5
@@ -210,6 +219,8 @@ class Evaluate:
     """Distilled images per SGD step."""
     lr: float | None = None
     """Learning rate of the students; by default the one learnt along with the images."""
+    label_kind: Literal["logits", "probs"] | None = None
+    """What the soft labels of a folder are that other code wrote."""
     width: int | None = None
     """Channels of the ConvNet; by default as when the file was made, or else 128."""
     depth: int | None = None
@@ -220,6 +231,24 @@ class Evaluate:
     """Where to compute, as torch names it; auto is cuda where there is one."""
     json: Path | None = None
     """Where to write the accuracies of all students as JSON."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a distilled file as the method repositories and DD-Ranking have theirs: images.pt, labels.pt and lr.pt.
+
+    What these cannot say is in distilled.json beside them; pydistill evaluate takes the folder as well as the file.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """A distilled.safetensors that pydistill distill wrote."""
+    folder: tyro.conf.Positional[Path]
+    """Where to write; made where it is not there."""
+    normalised: Literal["own", "repositories"] = "own"
+    """By which mean and deviation: own, the file's, which are those of the real pixels; repositories, the constants of
+    the method repositories and DD-Ranking, which their code needs (Fashion-MNIST and CIFAR-10)."""
+    overwrite: bool = False
+    """Take the place of files that are there."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = tyro.cli(
         Annotated[Distill, tyro.conf.subcommand("distill")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Bench, tyro.conf.subcommand("bench")],
         args=argv,
         prog="pydistill",
@@ -283,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if isinstance(command, Distill):
                 config = _options_of_resumed(command, argv[1:]) if command.resume else command
                 _Run(config.resolved(), _folder(config), console, stop).go()
+            elif isinstance(command, Export):
+                _export(command, console)
             else:
                 _evaluate(command, console, stop)
     except Interrupted:
@@ -528,7 +560,7 @@ class _Run:
 
 
 def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> None:
-    distilled = DistilledSet.load(command.file)
+    distilled = _distilled(command)
     config = {}
     for key, kind in (("dataset", str), ("width", int), ("depth", int), ("student_epochs", int)):
         config[key] = distilled.config.get(key)
@@ -585,6 +617,34 @@ def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> N
         about = {"file": str(command.file), "dataset": dataset.name, "images": len(distilled.images)}
         about |= {"label_kind": distilled.label_kind, **options, "seed": command.seed}
         write_atomic(command.json, _json(about | {"nets": results, "pydistill": __version__}))
+
+
+def _distilled(command: Evaluate) -> DistilledSet:
+    if not command.file.is_dir():
+        if command.label_kind:
+            raise ValueError(f"--label-kind: expected none, {command.file} says what its labels are")
+        return DistilledSet.load(command.file)
+    space: dict[str, Sequence[float]] = {}
+    if not (command.file / EXPORT_HEADER).exists():
+        space = dict(zip(("mean", "std"), _repository_normalisation(command.dataset, command.file), strict=True))
+    return DistilledSet.import_tensors(command.file, **space, lr=command.lr, label_kind=command.label_kind)
+
+
+def _repository_normalisation(dataset: str | None, file: Path) -> tuple[Sequence[float], Sequence[float]]:
+    if dataset not in REPOSITORY_NORMALISATION:
+        known = " or ".join(REPOSITORY_NORMALISATION)
+        raise ValueError(f"{file}: the repositories' normalisation is known for {known}; got {dataset}")
+    return REPOSITORY_NORMALISATION[dataset]
+
+
+def _export(command: Export, console: rich.console.Console) -> None:
+    distilled = DistilledSet.load(command.file)
+    if command.normalised == "repositories":
+        space = _repository_normalisation(distilled.config.get("dataset"), command.file)
+        distilled = distilled.renormalised(*map(torch.tensor, space))
+    distilled.export(command.folder, overwrite=command.overwrite)
+    mean, std = ([round(each, 4) for each in pair.tolist()] for pair in (distilled.mean, distilled.std))
+    console.print(f"{len(distilled.images)} images, normalised by mean {mean} and deviation {std} -> {command.folder}")
 
 
 def _given(*values: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from pydistill.cli import PRESETS, Distill, NetName, main
-from pydistill.data import DATASETS, DistilledSet, load, read_safetensors, renormalise
+from pydistill.data import DATASETS, REPOSITORY_NORMALISATION, DistilledSet, load, read_safetensors, renormalise
 from pydistill.evaluate import evaluate
 from pydistill.methods.mtt import MTTConfig
 from pydistill.nn import NETS, make
@@ -270,6 +271,71 @@ def test_evaluate_refuses_what_it_cannot_test(finished, tmp_path, capsys):
         kind = "hard" if labels.dim() == 1 else "probs"
         DistilledSet(images, labels, 0.1, mean, mean + 1, {"dataset": "digits"}, kind).save(path)
         assert message in refused(capsys, "evaluate", path)
+
+
+def test_an_exported_set_is_evaluated_as_the_file_is(finished, tmp_path, capsys):
+    file, folder = finished[0] / "distilled.safetensors", tmp_path / "for others"
+    main(["export", str(file), str(folder)])
+    assert "10 images, normalised by mean [0.3" in capsys.readouterr().out
+    assert sorted(os.listdir(folder)) == ["distilled.json", "images.pt", "labels.pt", "lr.pt"]
+    of_file, of_folder = (evaluated(tmp_path, each, "--students", 2) for each in (file, folder))
+    assert of_folder == of_file | {"file": str(folder)}
+    assert "distilled.json: expected no file there" in refused(capsys, "export", file, folder)
+    main(["export", str(file), str(folder), "--overwrite"])
+
+
+def fashion_mnist(folder, images):
+    """Pixels as the four IDX files; each image is also a test image, and image i of class i modulo 10."""
+    folder.mkdir()
+    labels = torch.arange(len(images)).remainder(10).byte().numpy().tobytes()
+    pixels = (images * 255).round().byte().numpy().tobytes()
+    for part in ("train", "t10k"):
+        for kind, dims, content in (("images-idx3", (28, 28), pixels), ("labels-idx1", (), labels)):
+            header = struct.pack(f">BBBB{1 + len(dims)}i", 0, 0, 8, 1 + len(dims), len(images), *dims)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + content)
+
+
+def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
+    """In its normalisation, which is not the one of this set: the test images are taken to it."""
+    pixels = torch.rand(20, 28, 28)
+    fashion_mnist(tmp_path / "fashion", pixels)
+    (mean,), (std,) = REPOSITORY_NORMALISATION["fashion-mnist"]
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    images, labels = (pixels[:, None] * 255).round() / 255, torch.arange(20).remainder(10)
+    images, logits = (images - mean) / std, 5 * torch.nn.functional.one_hot(labels, 10).float()
+    torch.save(images, folder / "images_best.pt")
+    torch.save(logits, folder / "labels_best.pt")
+    of = ("--dataset", "fashion-mnist", "--root", tmp_path / "fashion")
+    assert "lr: expected a learning rate" in refused(capsys, "evaluate", folder, *of, "--label-kind", "logits")
+    assert "label_kind: expected 'logits' or 'probs'" in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
+    assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01)
+    assert "fashion-mnist or cifar10; got digits" in refused(capsys, "evaluate", folder, "--dataset", "digits")
+    options = ("--lr", 0.01, "--epochs", 10, "--students", 3, "--label-kind", "logits")
+    found = evaluated(tmp_path, folder, *of, *options, "--net", "mlp")
+    by_hand = {"lr": 0.01, "epochs": 10, "label_kind": "logits", "students": range(3)}
+    accuracies = evaluate(lambda: make("mlp", 1, 10, 28), images, logits, images, labels, **by_hand)
+    assert found["nets"]["mlp"]["accuracies"] == accuracies
+    pixels = images * std + mean
+    own = (pixels - pixels.mean()) / pixels.std()
+    assert evaluate(lambda: make("mlp", 1, 10, 28), images, logits, own, labels, **by_hand) != accuracies
+    assert (found["label_kind"], found["images"], found["lr"]) == ("logits", 20, 0.01)
+
+
+def test_an_export_in_the_repositories_normalisation(finished, tmp_path, capsys):
+    mean, std = torch.rand(1), torch.rand(1) + 0.1
+    path = tmp_path / "d.safetensors"
+    own = DistilledSet(torch.randn(4, 1, 28, 28), torch.arange(4), 0.1, mean, std, {"dataset": "fashion-mnist"})
+    own.save(path)
+    main(["export", str(path), str(tmp_path / "out"), "--normalised", "repositories"])
+    assert "normalised by mean [0.2861] and deviation [0.353]" in capsys.readouterr().out
+    pixels = torch.load(tmp_path / "out" / "images.pt") * 0.3530 + 0.2861
+    torch.testing.assert_close(pixels, own.images * std + mean)
+    digits = finished[0] / "distilled.safetensors"
+    options = (tmp_path / "digits", "--normalised", "repositories")
+    assert "fashion-mnist or cifar10; got digits" in refused(capsys, "export", digits, *options)
+    assert not (tmp_path / "digits").exists()
+    assert "--label-kind: expected none" in refused(capsys, "evaluate", digits, "--label-kind", "probs")
 
 
 def test_every_network_can_be_named():
