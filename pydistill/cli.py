@@ -569,8 +569,8 @@ def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> N
     name = command.dataset or config["dataset"]
     if name is None:
         raise ValueError(f"--dataset: expected the set to test on, {command.file} does not say what it was made from")
-    if command.students < 1 or not command.net:
-        raise ValueError("--students, --net: expected at least 1 of each")
+    if command.students < 1 or command.batch_size < 1 or not command.net:
+        raise ValueError("--students, --net, --batch-size: expected at least 1 of each")
     if command.json and not command.json.parent.is_dir():
         raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {command.json}")
     size = distilled.images.shape[2] if name in ("digits", "image-folder") else None
@@ -589,6 +589,8 @@ def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> N
     labels = {net: _label(net, maker()) for net, maker in makers.items()}  # refuses what cannot be built
     steps = options["epochs"] * -(-len(distilled.images) // command.batch_size) + -(-len(test_images) // EVAL_BATCH)
     table = _accuracy_table(f"{command.file}: {dataset.name}", "network", command.students)
+    about = {"file": str(command.file), "dataset": dataset.name, "images": len(distilled.images)}
+    about |= {"label_kind": distilled.label_kind, **options, "seed": command.seed, "pydistill": __version__}
     results = {}
     with _progress(console) as progress:
         for net, maker in makers.items():
@@ -612,11 +614,9 @@ def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> N
             )
             results[labels[net]] = {"mean": mean(accuracies), "std": pstdev(accuracies), "accuracies": accuracies}
             _add_row(table, labels[net], len(distilled.images), options["epochs"], options["lr"], accuracies)
+            if command.json:
+                write_atomic(command.json, _json(about | {"nets": results}))
     console.print(table)
-    if command.json:
-        about = {"file": str(command.file), "dataset": dataset.name, "images": len(distilled.images)}
-        about |= {"label_kind": distilled.label_kind, **options, "seed": command.seed}
-        write_atomic(command.json, _json(about | {"nets": results, "pydistill": __version__}))
 
 
 def _distilled(command: Evaluate) -> DistilledSet:
@@ -661,7 +661,8 @@ def _label(name: str, net: nn.Module) -> str:
 
 def _check_fits(file: Path, distilled: DistilledSet, dataset: Dataset) -> None:
     wanted, got = list(dataset.train_images.shape[1:]), list(distilled.images.shape[1:])
-    if wanted != got:
+    if wanted != got or not len(distilled.images):
+        got = f"{len(distilled.images)} of {got}"
         raise ValueError(f"{file}: expected images {wanted} as {dataset.name} has, got {got}")
     hard, K = distilled.label_kind == "hard", dataset.num_classes
     classes = int(distilled.labels.max()) + 1 if hard else distilled.labels.shape[1]

@@ -244,8 +244,9 @@ def test_evaluate_refuses_what_it_cannot_test(finished, tmp_path, capsys):
     ):
         assert message in refused(capsys, "evaluate", name)
     for options, message in (
-        (["--students", 0], "--students, --net: expected at least 1 of each"),
-        (["--net"], "--students, --net: expected at least 1 of each"),
+        (["--students", 0], "--students, --net, --batch-size: expected at least 1 of each"),
+        (["--net"], "--students, --net, --batch-size: expected at least 1 of each"),
+        (["--batch-size", 0], "--students, --net, --batch-size: expected at least 1 of each"),
         (["--net", "vgg11"], "image_size: too small for VGG11, got (8, 8)"),
         (["--width", 0], "width: expected at least 1, got 0"),
         (["--epochs", 0], "epochs: expected at least 1, got 0"),
@@ -263,7 +264,8 @@ def test_evaluate_refuses_what_it_cannot_test(finished, tmp_path, capsys):
         distilled.save(path)
         assert message in refused(capsys, "evaluate", path)
     for images, labels, message in (
-        (torch.zeros(2, 3, 8, 8), torch.arange(2), "expected images [1, 8, 8] as digits has, got [3, 8, 8]"),
+        (torch.zeros(2, 3, 8, 8), torch.arange(2), "expected images [1, 8, 8] as digits has, got 2 of [3, 8, 8]"),
+        (torch.zeros(0, 1, 8, 8), torch.arange(0), "expected images [1, 8, 8] as digits has, got 0 of [1, 8, 8]"),
         (torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]), "expected labels of the 10 classes of digits, got 11"),
         (torch.zeros(2, 1, 8, 8), torch.zeros(2, 9), "expected labels of the 10 classes of digits, got 9"),
     ):
