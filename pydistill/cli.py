@@ -14,19 +14,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import nn
 
 from pydistill import __version__
-from pydistill.data import Dataset, DistilledSet, load, write_atomic
+from pydistill.data import (
+    EXPORT_HEADER,
+    REPOSITORY_NORMALISATION,
+    Dataset,
+    DistilledSet,
+    load,
+    renormalise,
+    write_atomic,
+)
 from pydistill.evaluate import evaluate
 from pydistill.methods.mtt import MTTConfig, MTTState, distill
-from pydistill.nn import ConvNet
+from pydistill.nn import ConvNet, make
 from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net, train_experts
 from pydistill.trajectory.store import ExpertStore, as_trajectories
+from pydistill.trajectory.train import EVAL_BATCH
 
 try:
     import rich.progress
@@ -41,6 +52,7 @@ else:
     _missing = None
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "image-folder"]
+NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap"]
 
 
 @dataclass(frozen=True)
@@ -253,20 +265,59 @@ class Distill:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Train fresh students on a distilled file and test them on the data set it was made from."""
+    """Train fresh students on a distilled file and test them: a row for each network architecture.
+
+    The protocol is the papers': SGD with momentum 0.9 and weight decay 5e-4, a tenth of the learning rate from half of
+    the epochs on.
+    """
 
     file: tyro.conf.Positional[Path]
-    """A distilled.safetensors that pydistill distill wrote."""
+    """A distilled.safetensors that pydistill distill wrote; or a folder of images.pt, labels.pt and maybe lr.pt."""
+    net: tuple[NetName, ...] = ("convnet",)
+    """The students' architectures, one or more."""
+    dataset: DatasetName | None = None
+    """What to test on; by default the data set that the file was made from. A folder that other code wrote is taken
+    to be normalised as the method repositories do it for this set."""
     root: Path | None = None
     """Folder of the data set's files, as for pydistill distill."""
     students: int = 5
-    """Fresh students."""
+    """Fresh students of each architecture."""
     epochs: int | None = None
-    """Passes of a student over the distilled set; by default as many as when it was made."""
+    """Passes of a student over the distilled set; by default as many as when it was made, or else 1000."""
+    batch_size: int = 256
+    """Distilled images per SGD step."""
+    lr: float | None = None
+    """Learning rate of the students; by default the one learnt along with the images."""
+    label_kind: Literal["logits", "probs"] | None = None
+    """What the soft labels of a folder are that other code wrote."""
+    width: int | None = None
+    """Channels of the ConvNet; by default as when the file was made, or else 128."""
+    depth: int | None = None
+    """Blocks of the ConvNet; by default as when the file was made, or else 3, from 64 pixels on 4."""
     seed: int = 0
     """Of the students; 0 gives the very students of pydistill distill at its default seed."""
     device: str = "auto"
     """Where to compute, as torch names it; auto is cuda where there is one."""
+    json: Path | None = None
+    """Where to write the accuracies of all students as JSON."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a distilled file as the method repositories and DD-Ranking have theirs: images.pt, labels.pt and lr.pt.
+
+    What these cannot say is in distilled.json beside them; pydistill evaluate takes the folder as well as the file.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """A distilled.safetensors that pydistill distill wrote."""
+    folder: tyro.conf.Positional[Path]
+    """Where to write; made where it is not there."""
+    normalised: Literal["own", "repositories"] = "own"
+    """By which mean and deviation: own, the file's, which are those of the real pixels; repositories, the constants of
+    the method repositories and DD-Ranking, which their code needs (Fashion-MNIST and CIFAR-10)."""
+    overwrite: bool = False
+    """Take the place of files that are there."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Annotated[Distill, tyro.conf.subcommand("distill")]
         | Annotated[Experts, tyro.conf.subcommand("experts")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Bench, tyro.conf.subcommand("bench")],
         args=argv,
         prog="pydistill",
@@ -333,6 +385,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _Run(config.resolved(), _folder(config), console, stop).go()
             elif isinstance(command, Experts):
                 _experts(command, console, stop)
+            elif isinstance(command, Export):
+                _export(command, console)
             else:
                 _evaluate(command, console, stop)
     except Interrupted:
@@ -555,7 +609,9 @@ class _Run:
     def _table(self, distilled: DistilledSet, results: dict[str, Any]) -> rich.table.Table:
         config = self.config
         table = _accuracy_table(
-            f"{config.dataset}, ipc {config.ipc}, ConvNet-D{config.depth}-W{config.width}", config.students
+            f"{config.dataset}, ipc {config.ipc}, ConvNet-D{config.depth}-W{config.width}",
+            "training set",
+            config.students,
         )
         labels = {"random": "random real", "distilled": f"distilled ({config.method})", "whole": "whole set"}
         for name, label in labels.items():
@@ -662,46 +718,128 @@ def _progress(console: rich.console.Console) -> rich.progress.Progress:
 
 
 def _evaluate(command: Evaluate, console: rich.console.Console, stop: Stop) -> None:
-    distilled = DistilledSet.load(command.file)
-    config = distilled.config
-    for name, kind in (("dataset", str), ("width", int), ("depth", int), ("student_epochs", int)):
-        if not isinstance(config.get(name), kind):
-            wanted = f"{name} ({kind.__name__}) in its configuration, as pydistill distill writes it"
-            raise ValueError(f"{command.file}: expected {wanted}, got {config.get(name)!r}")
-    if command.students < 1:
-        raise ValueError(f"--students: expected at least 1, got {command.students}")
-    dataset = load(config["dataset"], command.root, image_size=config.get("image_size")).to(_device(command.device))
-    wanted, got = list(dataset.train_images.shape[1:]), list(distilled.images.shape[1:])
-    if wanted != got:
-        raise ValueError(f"{command.file}: expected images {wanted} as {dataset.name} has, got {got}")
-    epochs = config["student_epochs"] if command.epochs is None else command.epochs
-    accuracies = evaluate(
-        lambda: _convnet(dataset, config["width"], config["depth"]),
-        distilled.images.to(dataset.train_images.device),
-        distilled.labels.to(dataset.train_images.device),
-        dataset.test_images,
-        dataset.test_labels,
-        lr=distilled.lr,
-        epochs=epochs,
-        students=range(command.students),
-        seed=command.seed,
-        label_kind=distilled.label_kind,
-        on_step=stop,
-    )
-    title = f"{command.file.name}: {dataset.name}, ConvNet-D{config['depth']}-W{config['width']}"
-    table = _accuracy_table(title, command.students)
-    label = f"distilled ({config['method']})" if "method" in config else "distilled"
-    _add_row(table, label, len(distilled.images), epochs, distilled.lr, accuracies)
+    distilled = _distilled(command)
+    config = {}
+    for key, kind in (("dataset", str), ("width", int), ("depth", int), ("student_epochs", int)):
+        config[key] = distilled.config.get(key)
+        if not isinstance(config[key], kind | None):
+            raise ValueError(f"{command.file}: expected {key} ({kind.__name__}) or none in it, got {config[key]!r}")
+    name = command.dataset or config["dataset"]
+    if name is None:
+        raise ValueError(f"--dataset: expected the set to test on, {command.file} does not say what it was made from")
+    if command.students < 1 or command.batch_size < 1 or not command.net:
+        raise ValueError("--students, --net, --batch-size: expected at least 1 of each")
+    if command.json and not command.json.parent.is_dir():
+        raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {command.json}")
+    size = distilled.images.shape[2] if name in ("digits", "image-folder") else None
+    dataset = load(name, command.root, image_size=size).to(_device(command.device))
+    device = dataset.test_images.device
+    _check_fits(command.file, distilled, dataset)
+    test_images = renormalise(dataset.test_images, (dataset.mean, dataset.std), (distilled.mean, distilled.std))
+    options = {
+        "lr": _given(command.lr, distilled.lr),
+        "epochs": _given(command.epochs, config["student_epochs"], 1000),
+        "batch_size": command.batch_size,
+    }
+    shape = dataset.channels, dataset.num_classes, dataset.image_size
+    sizes = {name: _given(getattr(command, name), config[name]) for name in ("width", "depth")}
+    makers = {net: partial(make, net, *shape, **(sizes if net == "convnet" else {})) for net in command.net}
+    labels = {net: _label(net, maker()) for net, maker in makers.items()}  # refuses what cannot be built
+    steps = options["epochs"] * -(-len(distilled.images) // command.batch_size) + -(-len(test_images) // EVAL_BATCH)
+    table = _accuracy_table(f"{command.file}: {dataset.name}", "network", command.students)
+    about = {"file": str(command.file), "dataset": dataset.name, "images": len(distilled.images)}
+    about |= {"label_kind": distilled.label_kind, **options, "seed": command.seed, "pydistill": __version__}
+    results = {}
+    with _progress(console) as progress:
+        for net, maker in makers.items():
+            task = progress.add_task(labels[net], total=command.students * steps, note="")
+
+            def on_step(task: rich.progress.TaskID = task) -> None:
+                progress.advance(task)
+                stop()
+
+            accuracies = evaluate(
+                maker,
+                distilled.images.to(device),
+                distilled.labels.to(device),
+                test_images,
+                dataset.test_labels,
+                students=range(command.students),
+                seed=command.seed,
+                label_kind=distilled.label_kind,
+                on_step=on_step,
+                **options,
+            )
+            results[labels[net]] = {"mean": mean(accuracies), "std": pstdev(accuracies), "accuracies": accuracies}
+            _add_row(table, labels[net], len(distilled.images), options["epochs"], options["lr"], accuracies)
+            if command.json:
+                write_atomic(command.json, _json(about | {"nets": results}))
     console.print(table)
+
+
+def _distilled(command: Evaluate) -> DistilledSet:
+    if not command.file.is_dir():
+        if command.label_kind:
+            raise ValueError(f"--label-kind: expected none, {command.file} says what its labels are")
+        return DistilledSet.load(command.file)
+    space: dict[str, Sequence[float]] = {}
+    if not (command.file / EXPORT_HEADER).exists():
+        space = dict(zip(("mean", "std"), _repository_normalisation(command.dataset, command.file), strict=True))
+    return DistilledSet.import_tensors(command.file, **space, lr=command.lr, label_kind=command.label_kind)
+
+
+def _repository_normalisation(dataset: str | None, file: Path) -> tuple[Sequence[float], Sequence[float]]:
+    if dataset not in REPOSITORY_NORMALISATION:
+        known = " or ".join(REPOSITORY_NORMALISATION)
+        raise ValueError(f"{file}: the repositories' normalisation is known for {known}; got {dataset}")
+    return REPOSITORY_NORMALISATION[dataset]
+
+
+def _export(command: Export, console: rich.console.Console) -> None:
+    distilled = DistilledSet.load(command.file)
+    if command.normalised == "repositories":
+        space = _repository_normalisation(distilled.config.get("dataset"), command.file)
+        distilled = distilled.renormalised(*map(torch.tensor, space))
+    distilled.export(command.folder, overwrite=command.overwrite)
+    mean, std = ([round(each, 4) for each in pair.tolist()] for pair in (distilled.mean, distilled.std))
+    console.print(f"{len(distilled.images)} images, normalised by mean {mean} and deviation {std} -> {command.folder}")
+
+
+def _given(*values: Any) -> Any:
+    """The first that is not None, or None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _label(name: str, net: nn.Module) -> str:
+    if name != "convnet":
+        return name
+    convolutions = [layer for layer in net.features if isinstance(layer, nn.Conv2d)]
+    return f"convnet-D{len(convolutions)}-W{convolutions[0].out_channels}"
+
+
+def _check_fits(file: Path, distilled: DistilledSet, dataset: Dataset) -> None:
+    wanted, got = list(dataset.train_images.shape[1:]), list(distilled.images.shape[1:])
+    if wanted != got or not len(distilled.images):
+        got = f"{len(distilled.images)} of {got}"
+        raise ValueError(f"{file}: expected images {wanted} as {dataset.name} has, got {got}")
+    hard, K = distilled.label_kind == "hard", dataset.num_classes
+    classes = int(distilled.labels.max()) + 1 if hard else distilled.labels.shape[1]
+    if classes > K or (classes < K and not hard):
+        raise ValueError(f"{file}: expected labels of the {K} classes of {dataset.name}, got {classes}")
 
 
 def _convnet(dataset: Dataset, width: int, depth: int) -> ConvNet:
     return ConvNet(dataset.channels, dataset.num_classes, width, depth, dataset.image_size)
 
 
-def _accuracy_table(title: str, students: int) -> rich.table.Table:
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
+    return rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _accuracy_table(title: str, rows: str, students: int) -> rich.table.Table:
     table = rich.table.Table(title=title)
-    table.add_column("training set")
+    table.add_column(rows)
     for heading in ("images", "epochs", "learning rate", f"test accuracy of {students} students"):
         table.add_column(heading, justify="right")
     return table

@@ -9,6 +9,7 @@ ordinary containers only.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,30 @@ from torch import Tensor
 
 __all__ = [
     "DATASETS",
+    "EXPORT_HEADER",
+    "REPOSITORY_NORMALISATION",
     "Dataset",
     "DistilledSet",
     "load",
     "put_in_place",
     "read_safetensors",
+    "renormalise",
     "write_atomic",
     "write_safetensors",
 ]
 
+EXPORT_HEADER = "distilled.json"  # of a folder that DistilledSet.export wrote
 DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder")
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 FASHION_MNIST_CLASSES = (
     "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+# The mean and deviation by which the method repositories (VICO-UoE/DatasetCondensation and its descendants) and
+# DD-Ranking normalise: for CIFAR-10 the deviation is not the one of its pixels, and so not the one of `load`.
+REPOSITORY_NORMALISATION = {
+    "fashion-mnist": ((0.2861,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -323,6 +334,23 @@ def _load_image_folder(folder: Path, image_size: int) -> Dataset:
     return _normalised("image-folder", parts[0], parts[1], classes[0])
 
 
+def renormalise(images: Tensor, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """Takes normalised images from one mean and deviation to another; ``images`` themselves where both are equal.
+
+    Equivalent to ``(images * before_std + before_mean - after_mean) / after_std`` per channel.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        before, after: a mean and a deviation ``[C]`` each, of pixels in ``[0, 1]``.
+    """
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        return images
+    # in one factor and one shift, from float64: what returns is then the same up to one rounding
+    (mean, std), (new_mean, new_std) = ([each.double() for each in pair] for pair in (before, after))
+    factor, shift = std / new_std, (mean - new_mean) / new_std
+    return images * factor.to(images)[:, None, None] + shift.to(images)[:, None, None]
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes ``data`` to ``path`` so that a reader, or a crash at any moment, sees the old file or the new one whole.
 
@@ -468,6 +496,129 @@ class DistilledSet:
             return cls(lr=float(lr), config=header["config"], label_kind=header.get("label_kind", "hard"), **fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def renormalised(self, mean: Tensor, std: Tensor) -> DistilledSet:
+        """The same pixels under another mean and deviation, float32 ``[C]`` each."""
+        images = renormalise(self.images, (self.mean, self.std), (mean, std))
+        return replace(self, images=images, mean=mean, std=std)
+
+    def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the set as the method repositories save theirs (MTT, DATM) and DD-Ranking reads it, by ``torch.save``.
+
+        ``images.pt`` holds the images, ``[N, C, H, W]`` in normalised space, ``labels.pt`` the labels and ``lr.pt`` the
+        learning rate, a tensor of no dimensions. What those files cannot say, the mean and deviation of the space, the
+        kind of labels and the configuration, is in ``distilled.json`` beside them.
+
+        Other code takes the images to be in the space of its own test images: `renormalised` by
+        `REPOSITORY_NORMALISATION` makes them so. DD-Ranking's hard labels are the classes in order, an equal number of
+        images each, whatever ``labels.pt`` says.
+
+        Args:
+            folder: made where it is not there.
+            overwrite: take the place of an earlier export.
+
+        Raises:
+            FileExistsError: one of the files is there, and ``overwrite`` is not given.
+        """
+        folder = Path(folder)
+        tensors = {"images": self.images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        about = folder / EXPORT_HEADER
+        for path in (about, *(folder / f"{name}.pt" for name in tensors)):
+            if path.exists() and not overwrite:
+                raise FileExistsError(f"{path}: expected no file there, since nothing said to overwrite it")
+        folder.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)  # what describes the tensors is there only while all of them are
+        for name, tensor in tensors.items():
+            buffer = io.BytesIO()
+            torch.save(tensor.detach().cpu().clone(), buffer)
+            write_atomic(folder / f"{name}.pt", buffer.getvalue())
+        header = {"mean": self.mean.tolist(), "std": self.std.tolist(), "label_kind": self.label_kind}
+        write_atomic(about, (json.dumps(header | {"config": self.config}, indent=2) + "\n").encode())
+
+    @classmethod
+    def import_tensors(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        lr: float | None = None,
+        label_kind: str | None = None,
+    ) -> DistilledSet:
+        """Reads a folder that `export`, a method repository (MTT, FTD, DATM) or a baseline of DD-Ranking has filled.
+
+        It has ``images.pt``, ``labels.pt`` and possibly ``lr.pt``, or the same with ``_best`` before the dot. They are
+        read by ``torch.load(weights_only=True)``, which runs no code. What is given here goes before what the folder
+        says.
+
+        Args:
+            folder: with the files.
+            mean, std: one number per channel, of the space that the images are in; by default from ``distilled.json``.
+            lr: learning rate of the students; by default from ``lr.pt``.
+            label_kind: "hard", "logits" or "probs"; by default from ``distilled.json``, else "hard" for integers.
+
+        Raises:
+            FileNotFoundError: the images or the labels are missing.
+            ValueError: a file is truncated or holds something else, named with what was expected; or nothing says what
+                the mean and deviation, the learning rate, or the kind of floating-point labels are.
+        """
+        folder = Path(folder)
+        ending = "" if (folder / "images.pt").exists() or not (folder / "images_best.pt").exists() else "_best"
+        images, labels = (_read_tensor(folder / f"{name}{ending}.pt") for name in ("images", "labels"))
+        header = _read_export_header(folder / EXPORT_HEADER) if not ending else {}
+        mean, std = (header.get(key) if given is None else given for key, given in (("mean", mean), ("std", std)))
+        if mean is None or std is None:
+            raise ValueError(f"mean, std: expected those of the images' normalised space, which {folder} does not say")
+        if lr is None:
+            rate = folder / f"lr{ending}.pt"
+            if not rate.exists():
+                raise ValueError(f"lr: expected a learning rate, {rate} is not there")
+            tensor = _read_tensor(rate)
+            if tensor.numel() != 1:
+                raise ValueError(f"{rate}: expected one number, got {_describe(tensor)}")
+            lr = float(tensor)
+        if label_kind is None:
+            label_kind = header.get("label_kind") if labels.is_floating_point() else "hard"
+        if label_kind is None:
+            raise ValueError(
+                f"label_kind: expected 'logits' or 'probs', which {folder} does not say of its soft labels"
+            )
+        space = (torch.tensor(each, dtype=torch.float32) for each in (mean, std))
+        labels = labels.float() if labels.is_floating_point() else labels.long()
+        try:
+            return cls(images.float(), labels, float(lr), *space, header.get("config", {}), label_kind)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+
+def _read_tensor(path: Path) -> Tensor:
+    wanted = "a tensor that torch.save wrote"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: expected {wanted}; the file is truncated or foreign ({reason})") from error
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{path}: expected {wanted}; got a {type(tensor).__name__}")
+    return tensor.detach()
+
+
+def _read_export_header(path: Path) -> dict[str, Any]:
+    """What `DistilledSet.export` wrote beside its tensors; nothing where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        header = json.loads(path.read_text())
+        for name in ("mean", "std"):
+            header[name] = [float(each) for each in header[name]]
+        if not isinstance(header["label_kind"], str) or not isinstance(header["config"], dict):
+            raise TypeError("label_kind or config")
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = "mean, std, label_kind and config as JSON, as DistilledSet.export writes them"
+        raise ValueError(f"{path}: expected {wanted}; it is truncated or foreign ({error!r})") from error
+    return header
 
 
 def _describe(tensor: Tensor) -> str:

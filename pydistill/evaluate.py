@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.trajectory import FlatModule, train_students
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 from pydistill.trajectory.students import trains_at_once
@@ -118,6 +119,9 @@ def evaluate(
     *,
     lr: float,
     epochs: int,
+    batch_size: int = 256,
+    label_kind: LabelKind = "hard",
+    augment: Callable[..., Tensor] | None = None,
     students: Sequence[int] = range(5),
     seed: int = 0,
     on_step: Callable[[], None] | None = None,
@@ -137,6 +141,9 @@ def evaluate(
         test_labels: int64 ``[M]``.
         lr: learning rate; for a distilled set, the one learnt along with it.
         epochs: passes of each student over its images.
+        batch_size: images per step.
+        label_kind: what ``labels`` holds: "hard", "logits" or "probs".
+        augment: of each batch, as for `pydistill.train_students`.
         students: numbers of the students; student ``s`` is initialised and shown its images by ``(seed, s)`` alone.
             (The last bits of what it computes depend also on how many are trained at once.)
         seed: see ``students``.
@@ -169,6 +176,9 @@ def evaluate(
             labels[group] if own else labels,
             lr=lr,
             epochs=epochs,
+            batch_size=batch_size,
+            label_kind=label_kind,
+            augment=augment,
             generator=generators[group],
             eval_data=(test_images, test_labels),
             on_step=on_step,

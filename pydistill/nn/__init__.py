@@ -1,6 +1,22 @@
 """Student networks as the method repositories define them, on the fused operators."""
 
 from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool, accelerate
+from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.convnet import ConvNet
+from pydistill.nn.mlp import MLP
+from pydistill.nn.registry import NETS, make
+from pydistill.nn.resnet import ResNet18
+from pydistill.nn.vgg import VGG11
 
-__all__ = ["Conv2d", "ConvNet", "InstanceNormReLUAvgPool", "accelerate"]
+__all__ = [
+    "MLP",
+    "NETS",
+    "VGG11",
+    "AlexNet",
+    "Conv2d",
+    "ConvNet",
+    "InstanceNormReLUAvgPool",
+    "ResNet18",
+    "accelerate",
+    "make",
+]

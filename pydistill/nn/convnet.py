@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pydistill.nn.accelerate import accelerate
+from pydistill.nn.student import Student
 
 _ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "leakyrelu": lambda: nn.LeakyReLU(0.01), "sigmoid": nn.Sigmoid}
 _NORMS = {
@@ -18,7 +18,7 @@ _NORMS = {
 _POOLS = {"avg": lambda: nn.AvgPool2d(2), "max": lambda: nn.MaxPool2d(2), "none": None}
 
 
-class ConvNet(nn.Module):
+class ConvNet(Student):
     """``depth`` blocks of 3x3 convolution, norm, activation and 2x2 pool, then a linear classifier.
 
     Structure, parameter order and ``state_dict`` keys (``features.<i>``, ``classifier``) are those of the ConvNet in
@@ -51,15 +51,12 @@ class ConvNet(nn.Module):
         act: str = "relu",
         pool: str = "avg",
     ):
-        super().__init__()
+        super().__init__(channels, num_classes, image_size)
         for name, value, known in (("norm", norm, _NORMS), ("act", act, _ACTIVATIONS), ("pool", pool, _POOLS)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        for name, value in (("channels", channels), ("num_classes", num_classes), ("width", width), ("depth", depth)):
+            self._require(name, value, tuple(known))
+        for name, value in (("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.channels = channels
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         size = self.image_size
         layers: list[nn.Module] = []
         for block in range(depth):
@@ -78,14 +75,3 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(width * size[0] * size[1], num_classes)
         if norm == "instance":
             accelerate(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, channels, H, W]`` to logits ``[N, num_classes]``."""
-        return self.classifier(self.embed(x))
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Images to the flattened features before the classifier, ``[N, width * h * w]``."""
-        if x.dim() != 4 or x.shape[1] != self.channels or tuple(x.shape[2:]) != self.image_size:
-            H, W = self.image_size
-            raise ValueError(f"images: expected [N, {self.channels}, {H}, {W}], got {list(x.shape)}")
-        return torch.flatten(self.features(x), 1)

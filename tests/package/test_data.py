@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pydistill import data
-from pydistill.data import DistilledSet, load, write_atomic
+from pydistill.data import DistilledSet, load, renormalise, write_atomic
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -264,6 +264,14 @@ def test_pixels_undo_the_normalisation():
     torch.testing.assert_close(written.pixels(), torch.full((4, 3, 5, 6), 0.25))
 
 
+def test_images_go_from_one_normalisation_to_another():
+    pixels = torch.rand(3, 2, 4, 5)
+    before, after = [(torch.rand(2), torch.rand(2) + 0.1) for _ in range(2)]
+    images, wanted = ((pixels - mean[:, None, None]) / std[:, None, None] for mean, std in (before, after))
+    torch.testing.assert_close(renormalise(images, before, after), wanted)
+    assert renormalise(images, before, (before[0].clone(), before[1].clone())) is images
+
+
 def test_damaged_distilled_files_are_refused_by_name(tmp_path):
     path = tmp_path / "d.safetensors"
     with pytest.raises(FileNotFoundError, match=r"d\.safetensors: expected a pydistill file of kind 'distilled'"):
@@ -303,6 +311,151 @@ def test_a_distilled_set_that_does_not_fit_together_is_refused(change, message):
     fields = {name: getattr(distilled_set(), name) for name in ("images", "labels", "lr", "mean", "std")}
     with pytest.raises(ValueError, match=message):
         DistilledSet(**{**fields, **change})
+
+
+@pytest.mark.parametrize("label_kind", ["hard", "logits", "probs"])
+def test_an_exported_set_comes_back_bit_for_bit(tmp_path, label_kind):
+    written = distilled_set(label_kind)
+    written.export(tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == ["distilled.json", "images.pt", "labels.pt", "lr.pt"]
+    read = DistilledSet.import_tensors(tmp_path / "a" / "b")
+    for name in ("images", "labels", "mean", "std"):
+        assert torch.equal(getattr(read, name), getattr(written, name)), name
+        assert getattr(read, name).dtype == getattr(written, name).dtype
+    assert (read.lr, read.config, read.label_kind) == (written.lr, written.config, label_kind)
+
+
+def test_an_export_is_what_other_code_loads(tmp_path):
+    """torch.load as it stands, and the learning rate straight into an optimizer, as DD-Ranking has it."""
+    written = distilled_set("logits")
+    written.images = written.images.requires_grad_()
+    whole = torch.randn(50, 4)
+    written.labels = whole[3:7]
+    written.export(tmp_path)
+    images, labels, lr = (
+        torch.load(tmp_path / f"{name}.pt", map_location="cpu") for name in ("images", "labels", "lr")
+    )
+    assert torch.equal(images, written.images)
+    assert torch.equal(labels, written.labels)
+    assert not images.requires_grad
+    assert labels.untyped_storage().nbytes() == labels.numel() * 4, "the rest of the tensor it is a view of is kept"
+    assert lr.shape == ()
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    torch.optim.SGD([weight], lr=lr).step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.7))
+
+
+def test_an_export_takes_the_place_of_another_only_when_told(tmp_path):
+    first, second = distilled_set("probs"), distilled_set()
+    first.export(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    with pytest.raises(FileExistsError, match=r"distilled\.json: expected no file there"):
+        second.export(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    second.export(tmp_path, overwrite=True)
+    assert DistilledSet.import_tensors(tmp_path).label_kind == "hard"
+    for name in ("images", "lr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.pt").write_bytes(b"precious")
+        with pytest.raises(FileExistsError, match=rf"{name}\.pt: expected no file there"):
+            first.export(tmp_path / name)
+        assert os.listdir(tmp_path / name) == [f"{name}.pt"]
+
+
+def test_an_overwriting_export_that_is_cut_off_leaves_no_description_of_other_tensors(tmp_path, monkeypatch):
+    distilled_set("probs").export(tmp_path)
+    real = data.write_atomic
+
+    def fail(path, content):
+        if path.name == "labels.pt":
+            raise OSError("no space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(data, "write_atomic", fail)
+    with pytest.raises(OSError, match="no space left"):
+        distilled_set("logits").export(tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="mean, std: expected"):
+        DistilledSet.import_tensors(tmp_path)
+
+
+def test_what_the_method_repositories_save_is_read(tmp_path):
+    """Learnt leaves that want gradients, a float32 rate, no description; MTT's best iterate."""
+    images, logits = torch.randn(4, 3, 5, 6), torch.randn(4, 7)
+    for name, tensor in (("images", images), ("labels", logits), ("lr", torch.tensor(0.02))):
+        torch.save(tensor.clone().requires_grad_(), tmp_path / f"{name}_best.pt")
+    mean, std = data.REPOSITORY_NORMALISATION["cifar10"]
+    read = DistilledSet.import_tensors(tmp_path, mean=mean, std=std, label_kind="logits")
+    assert torch.equal(read.images, images)
+    assert torch.equal(read.labels, logits)
+    assert not read.images.requires_grad
+    assert (read.lr, read.config, read.label_kind) == (torch.tensor(0.02).item(), {}, "logits")
+    assert read.mean.tolist() == torch.tensor(mean).tolist()
+    torch.save(torch.nn.Parameter(images.double()), tmp_path / "images.pt")
+    torch.save(torch.tensor([0, 2, 1, 2], dtype=torch.int32), tmp_path / "labels.pt")
+    read = DistilledSet.import_tensors(tmp_path, mean=mean, std=std, lr=0.5)
+    assert (read.labels.tolist(), read.label_kind, read.lr) == ([0, 2, 1, 2], "hard", 0.5)
+    torch.testing.assert_close(read.images, images)
+
+
+def test_another_normalisation_keeps_the_pixels():
+    written = distilled_set()
+    mean, std = (torch.tensor(each) for each in data.REPOSITORY_NORMALISATION["cifar10"])
+    other = written.renormalised(mean, std)
+    assert torch.equal(other.mean, mean)
+    torch.testing.assert_close(other.pixels(), written.pixels())
+    assert (other.images - written.images).abs().max() > 0.1
+    assert (other.lr, other.config) == (written.lr, written.config)
+
+
+def save_export(folder, **contents):
+    distilled_set("logits").export(folder, overwrite=True)
+    for name, content in contents.items():
+        path = folder / {"header": "distilled.json"}.get(name, f"{name}.pt")
+        if content is None:
+            path.unlink()
+        elif isinstance(content, (bytes, str)):
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        else:
+            torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "error", "message"),
+    [
+        ({"images": None}, FileNotFoundError, r"images\.pt: expected a tensor that torch\.save wrote, found no file"),
+        ({"labels": None}, FileNotFoundError, r"labels\.pt: expected a tensor"),
+        ({"labels": b"PK"}, ValueError, r"labels\.pt: expected a tensor .*truncated or foreign"),
+        ({"images": b""}, ValueError, r"images\.pt: expected a tensor .*truncated or foreign"),
+        ({"images": [torch.zeros(4)]}, ValueError, r"images\.pt: expected a tensor .*got a list"),
+        ({"images": torch.zeros(4, 5, 6)}, ValueError, r"images: expected float32 \[N, C, H, W\], got float32"),
+        ({"images": torch.zeros(4, 1, 5, 6)}, ValueError, r"mean: expected float32 \[1\], got float32 \[3\]"),
+        ({"labels": torch.zeros(3, 4)}, ValueError, r"labels: expected float32 \[4, K\] for logits labels"),
+        ({"lr": torch.zeros(2)}, ValueError, r"lr\.pt: expected one number, got float32 \[2\]"),
+        ({"lr": None}, ValueError, r"lr: expected a learning rate, .*lr\.pt is not there"),
+        ({"header": None}, ValueError, "mean, std: expected those of the images' normalised space"),
+        ({"header": "{"}, ValueError, r"distilled\.json: expected mean, std, label_kind and config as JSON"),
+        ({"header": '{"mean": [1], "std": 3}'}, ValueError, r"distilled\.json: expected mean, std, label_kind"),
+    ],
+)
+def test_folders_of_tensors_that_do_not_fit_are_refused(tmp_path, contents, error, message):
+    save_export(tmp_path, **contents)
+    with pytest.raises(error, match=message):
+        DistilledSet.import_tensors(tmp_path)
+
+
+def test_a_folder_does_not_guess_what_its_soft_labels_are(tmp_path):
+    save_export(tmp_path, header=None)
+    with pytest.raises(ValueError, match=r"label_kind: expected 'logits' or 'probs', which .* does not say"):
+        DistilledSet.import_tensors(tmp_path, mean=[0.5] * 3, std=[1.0] * 3)
+
+
+def test_a_tensor_file_that_runs_code_is_refused_and_does_not_run(tmp_path):
+    save_export(tmp_path)
+    torch.save(RunsCode(tmp_path / "ran"), tmp_path / "images.pt")
+    with pytest.raises(ValueError, match=r"images\.pt: expected a tensor that torch\.save wrote; the file is trunc"):
+        DistilledSet.import_tensors(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

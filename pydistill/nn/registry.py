@@ -1,0 +1,61 @@
+"""Student networks by name."""
+
+from __future__ import annotations
+
+from pydistill.nn.alexnet import AlexNet
+from pydistill.nn.convnet import ConvNet
+from pydistill.nn.mlp import MLP
+from pydistill.nn.resnet import ResNet18
+from pydistill.nn.student import Student, is_large
+from pydistill.nn.vgg import VGG11
+
+# the class, and the options it is built with
+_NETS = {
+    "convnet": (ConvNet, {}),
+    "mlp": (MLP, {}),
+    "alexnet": (AlexNet, {}),
+    "vgg11": (VGG11, {}),
+    "resnet18": (ResNet18, {}),
+    "resnet18_ap": (ResNet18, {"average_pool": True}),
+}
+NETS = tuple(_NETS)
+
+
+def make(
+    name: str,
+    channels: int,
+    num_classes: int,
+    image_size: int | tuple[int, int],
+    width: int | None = None,
+    depth: int | None = None,
+    norm: str | None = None,
+) -> Student:
+    """Builds a student network by its name, as the method repositories define it.
+
+    Args:
+        name: "convnet", "mlp", "alexnet", "vgg11", "resnet18" or "resnet18_ap".
+        channels: of the input images ``[N, channels, H, W]``.
+        num_classes: logits per image.
+        image_size: height and width of the images in pixels, one int for both or (H, W).
+        width: of "convnet" and "mlp" alone; 128 by default.
+        depth: of "convnet" alone; by default 3 blocks, 4 from 64 pixels on.
+        norm: "instance", "batch" or "none" ("convnet": also "group" and "layer"; "mlp" takes none); by default what
+            theirs of that name has, "none" in AlexNet and "instance" in the others.
+
+    Raises:
+        ValueError: an unknown name, an option that the network does not have, or what the network raises.
+    """
+    if name not in _NETS:
+        raise ValueError(f"name: expected one of {', '.join(NETS)}, got {name!r}")
+    net, options = _NETS[name]
+    if name == "convnet" and depth is None:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        depth = 4 if is_large(size) else 3
+    takes = {"convnet": ("width", "depth", "norm"), "mlp": ("width",)}.get(name, ("norm",))
+    for option, value in (("width", width), ("depth", depth), ("norm", norm)):
+        if value is None:
+            continue
+        if option not in takes:
+            raise ValueError(f"{option}: expected none, {name} has no such option, got {value!r}")
+        options = options | {option: value}
+    return net(channels, num_classes, image_size=image_size, **options)
