@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from pydistill.whitening import ZCA
+
 __all__ = [
     "DATASETS",
     "EXPORT_HEADER",
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 EXPORT_HEADER = "distilled.json"  # of a folder that DistilledSet.export wrote
-DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder")
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "image-folder")
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 FASHION_MNIST_CLASSES = (
     "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -69,6 +71,7 @@ class Dataset:
         class_names: ``K`` names, in label order.
         mean: float32 ``[C]``, of the training pixels in ``[0, 1]``.
         std: float32 ``[C]``.
+        zca: what the images are whitened by, as pixels, after which mean is zero and std one; or None.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: Tensor
     std: Tensor
+    zca: ZCA | None = None
 
     @property
     def channels(self) -> int:
@@ -95,15 +99,32 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same set with its images and labels on ``device``."""
-        return Dataset(
-            self.name,
-            self.train_images.to(device),
-            self.train_labels.to(device),
-            self.test_images.to(device),
-            self.test_labels.to(device),
-            self.class_names,
-            self.mean,
-            self.std,
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images of the set's space as pixels, ``[..., C, H, W]``."""
+        if self.zca is not None:
+            return self.zca.to(images.device).inverse(images)
+        return images * self.std.to(images)[:, None, None] + self.mean.to(images)[:, None, None]
+
+    def whitened(self, eps: float = 0.1) -> Dataset:
+        """The same set whitened by a `pydistill.whitening.ZCA` that is fitted on the pixels of its training images.
+
+        Raises:
+            ValueError: the set is whitened already, or as `ZCA.fit` does.
+        """
+        if self.zca is not None:
+            raise ValueError(f"{self.name}: expected a set that is not whitened yet")
+        train = self.pixels(self.train_images)
+        zca = ZCA.fit(train, eps)
+        return replace(
+            self,
+            train_images=zca(train),
+            test_images=zca(self.pixels(self.test_images)),
+            mean=torch.zeros_like(self.mean),
+            std=torch.ones_like(self.std),
+            zca=zca.to("cpu"),
         )
 
     def sample(
@@ -142,9 +163,9 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
 
     Args:
         name: ``"digits"`` (scikit-learn's 8x8 digits, enlarged bilinearly to 16x16; every fifth image of each class is
-            a test image), ``"fashion-mnist"`` (the four IDX files, gzipped or not), ``"cifar10"`` (the python
-            batches) or ``"image-folder"`` (``root/train/<class>/*`` and ``root/test`` or ``root/val``, read by
-            torchvision).
+            a test image), ``"fashion-mnist"`` (the four IDX files, gzipped or not), ``"cifar10"`` and ``"cifar100"``
+            (the python batches) or ``"image-folder"`` (``root/train/<class>/*`` and ``root/test`` or ``root/val``,
+            read by torchvision).
         root: the folder with the files. For Fashion-MNIST the default is where Debian's package puts it; digits take
             none; the other two need one.
         image_size: height and width in pixels to which an image folder's pictures are resized and cropped (default
@@ -175,6 +196,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
         return _load_fashion_mnist(folder)
     if name == "cifar10":
         return _load_cifar10(folder)
+    if name == "cifar100":
+        return _load_cifar100(folder)
     return _load_image_folder(folder, image_size or 32)
 
 
@@ -278,24 +301,31 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _read_cifar10_batch(path: Path) -> tuple[Tensor, Tensor]:
-    wanted = "a CIFAR-10 python batch: a dict with 'data', uint8 [N, 3072], and 'labels', N integers in 0..9"
+def _read_cifar(path: Path, wanted: str) -> dict[str, Any]:
+    """One of CIFAR's pickled files, which are dicts."""
     try:
         with path.open("rb") as file:
-            batch = _ArrayUnpickler(file, encoding="bytes").load()
+            found = _ArrayUnpickler(file, encoding="bytes").load()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected {wanted}, found no file") from error
     except Exception as error:  # a foreign stream makes the unpickler raise almost anything
         raise ValueError(f"{path}: expected {wanted}; the file is truncated or foreign ({error})") from error
-    if not isinstance(batch, dict):
-        raise ValueError(f"{path}: expected {wanted}; got a {type(batch).__name__}")
-    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    data, labels = fields.get("data"), fields.get("labels")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected {wanted}; got a {type(found).__name__}")
+    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+
+
+def _read_cifar_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    key = "labels" if classes == 10 else "fine_labels"
+    wanted = f"a CIFAR-{classes} python batch: a dict with 'data', uint8 [N, 3072], and '{key}', "
+    wanted += f"N integers in 0..{classes - 1}"
+    fields = _read_cifar(path, wanted)
+    data, labels = fields.get("data"), fields.get(key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         got = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
         raise ValueError(f"{path}: expected {wanted}; got {got} for 'data'")
-    if not isinstance(labels, list) or len(labels) != len(data) or not all(label in range(10) for label in labels):
-        raise ValueError(f"{path}: expected {wanted}; got other 'labels' for its {len(data)} images")
+    if not isinstance(labels, list) or len(labels) != len(data) or not all(label in range(classes) for label in labels):
+        raise ValueError(f"{path}: expected {wanted}; got other '{key}' for its {len(data)} images")
     images = torch.from_numpy(data.reshape(-1, 3, 32, 32).astype(np.float32)).div_(255)
     return images, torch.tensor(labels, dtype=torch.int64)
 
@@ -303,9 +333,21 @@ def _read_cifar10_batch(path: Path) -> tuple[Tensor, Tensor]:
 def _load_cifar10(folder: Path) -> Dataset:
     nested = folder / "cifar-10-batches-py"
     folder = nested if nested.is_dir() else folder
-    batches = [_read_cifar10_batch(folder / f"data_batch_{i}") for i in range(1, 6)]
-    train = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    return _normalised("cifar10", train, _read_cifar10_batch(folder / "test_batch"), CIFAR10_CLASSES)
+    batches = [_read_cifar_batch(folder / f"data_batch_{i}", 10) for i in range(1, 6)]
+    train = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    return _normalised("cifar10", train, _read_cifar_batch(folder / "test_batch", 10), CIFAR10_CLASSES)
+
+
+def _load_cifar100(folder: Path) -> Dataset:
+    nested = folder / "cifar-100-python"
+    folder = nested if nested.is_dir() else folder
+    train, test = (_read_cifar_batch(folder / name, 100) for name in ("train", "test"))
+    wanted = "CIFAR-100's meta file: a dict with 'fine_label_names', 100 of them"
+    names = _read_cifar(folder / "meta", wanted).get("fine_label_names")
+    if not isinstance(names, list) or len(names) != 100:
+        raise ValueError(f"{folder / 'meta'}: expected {wanted}; got others")
+    names = tuple(name.decode("latin1") if isinstance(name, bytes) else str(name) for name in names)
+    return _normalised("cifar100", train, test, names)
 
 
 def _load_image_folder(folder: Path, image_size: int) -> Dataset:
@@ -435,6 +477,7 @@ class DistilledSet:
         std: float32 ``[C]``.
         config: what made it, as JSON-able values.
         label_kind: ``"hard"`` for int64 labels, ``"logits"`` or ``"probs"`` for soft ones.
+        zca: what the images are whitened by, or None.
 
     Raises:
         ValueError: the shapes, the dtypes and ``label_kind`` do not agree.
@@ -447,6 +490,7 @@ class DistilledSet:
     std: Tensor
     config: dict[str, Any] = field(default_factory=dict)
     label_kind: str = "hard"
+    zca: ZCA | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.float32:
@@ -468,12 +512,22 @@ class DistilledSet:
 
     def pixels(self) -> Tensor:
         """The images as pixels clamped to ``[0, 1]``, ``[N, C, H, W]``."""
+        if self.zca is not None:
+            return self.zca.inverse(self.images).clamp(0, 1)
         return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
+
+    def normalise(self, images: Tensor, dataset: Dataset) -> Tensor:
+        """Takes images of ``dataset``'s space, which is not whitened, to the space of this set."""
+        if self.zca is not None:
+            return self.zca.to(images.device)(dataset.pixels(images))
+        return renormalise(images, (dataset.mean, dataset.std), (self.mean, self.std))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, atomically, with the configuration as JSON in its metadata."""
         tensors = {"images": self.images, "labels": self.labels, "mean": self.mean, "std": self.std}
         tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        if self.zca is not None:
+            tensors |= {f"zca_{name}": tensor for name, tensor in self.zca.tensors().items()}
         write_safetensors(path, tensors, "distilled", self.config, label_kind=self.label_kind)
 
     @classmethod
@@ -492,13 +546,17 @@ class DistilledSet:
         if lr.numel() != 1:
             raise ValueError(f"{path}: lr: expected one number, got {_describe(lr)}")
         fields = {name: tensors[name] for name in ("images", "labels", "mean", "std")}
+        zca = {name.removeprefix("zca_"): tensor for name, tensor in tensors.items() if name.startswith("zca_")}
         try:
+            fields["zca"] = ZCA(**zca) if zca else None
             return cls(lr=float(lr), config=header["config"], label_kind=header.get("label_kind", "hard"), **fields)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def renormalised(self, mean: Tensor, std: Tensor) -> DistilledSet:
-        """The same pixels under another mean and deviation, float32 ``[C]`` each."""
+        """The same pixels under another mean and deviation, float32 ``[C]`` each; ValueError for a whitened set."""
+        if self.zca is not None:
+            raise ValueError("zca: expected a set that is not whitened, which no mean and deviation make another of")
         images = renormalise(self.images, (self.mean, self.std), (mean, std))
         return replace(self, images=images, mean=mean, std=std)
 
@@ -506,8 +564,9 @@ class DistilledSet:
         """Writes the set as the method repositories save theirs (MTT, DATM) and DD-Ranking reads it, by ``torch.save``.
 
         ``images.pt`` holds the images, ``[N, C, H, W]`` in normalised space, ``labels.pt`` the labels and ``lr.pt`` the
-        learning rate, a tensor of no dimensions. What those files cannot say, the mean and deviation of the space, the
-        kind of labels and the configuration, is in ``distilled.json`` beside them.
+        learning rate, a tensor of no dimensions; ``zca.pt`` the whitening of a whitened set. What those files cannot
+        say, the mean and deviation of the space, the kind of labels and the configuration, is in ``distilled.json``
+        beside them.
 
         Other code takes the images to be in the space of its own test images: `renormalised` by
         `REPOSITORY_NORMALISATION` makes them so. DD-Ranking's hard labels are the classes in order, an equal number of
@@ -528,9 +587,12 @@ class DistilledSet:
                 raise FileExistsError(f"{path}: expected no file there, since nothing said to overwrite it")
         folder.mkdir(parents=True, exist_ok=True)
         about.unlink(missing_ok=True)  # what describes the tensors is there only while all of them are
-        for name, tensor in tensors.items():
+        (folder / "zca.pt").unlink(missing_ok=True)
+        if self.zca is not None:
+            tensors["zca"] = self.zca.tensors()
+        for name, content in tensors.items():
             buffer = io.BytesIO()
-            torch.save(tensor.detach().cpu().clone(), buffer)
+            torch.save(content if name == "zca" else content.detach().cpu().clone(), buffer)
             write_atomic(folder / f"{name}.pt", buffer.getvalue())
         header = {"mean": self.mean.tolist(), "std": self.std.tolist(), "label_kind": self.label_kind}
         write_atomic(about, (json.dumps(header | {"config": self.config}, indent=2) + "\n").encode())
@@ -586,7 +648,9 @@ class DistilledSet:
         space = (torch.tensor(each, dtype=torch.float32) for each in (mean, std))
         labels = labels.float() if labels.is_floating_point() else labels.long()
         try:
-            return cls(images.float(), labels, float(lr), *space, header.get("config", {}), label_kind)
+            zca = folder / "zca.pt"
+            whitening = ZCA(**torch.load(zca, weights_only=True)) if zca.exists() else None
+            return cls(images.float(), labels, float(lr), *space, header.get("config", {}), label_kind, whitening)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 

@@ -164,7 +164,8 @@ def distill(
     images, labels, lr = config.result(state)
     settings = {"method": config.name, "dataset": dataset.name, "class_names": list(dataset.class_names)}
     settings |= asdict(config)
-    return DistilledSet(images.cpu(), labels.cpu(), lr, dataset.mean, dataset.std, settings, state.label_kind)
+    space = (dataset.mean, dataset.std)
+    return DistilledSet(images.cpu(), labels.cpu(), lr, *space, settings, state.label_kind, dataset.zca)
 
 
 def world() -> tuple[int, int]:

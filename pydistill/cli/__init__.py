@@ -1,0 +1,23 @@
+"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_PACKAGES = {"tyro": "tyro", "rich": "rich", "PIL": "pillow"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console command ``pydistill``; exits with 0, 1 after an error, 130 after SIGINT or SIGTERM."""
+    for module, package in _PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            sys.exit(
+                f"pydistill: the command line needs {package}, which is not installed: pip install 'pydistill[cli]'"
+            )
+    from pydistill.cli.commands import run
+
+    run(list(sys.argv[1:] if argv is None else argv), __doc__)

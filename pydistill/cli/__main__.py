@@ -1,0 +1,3 @@
+from pydistill.cli import main
+
+main()
