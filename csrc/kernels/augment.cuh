@@ -162,6 +162,12 @@ __device__ Range around(A at, A reach, int size) {
           static_cast<int>(std::ceil(between<A>(0, at + reach, last))) + 1};
 }
 
+// What becomes of an infinite mean where it is subtracted and added again.
+template <class A>
+__device__ A nan_if_infinite(A mean) {
+  return mean + 0 * mean;
+}
+
 template <class A>
 __device__ A tent(A distance) {
   const A weight = 1 - std::abs(distance);
@@ -254,7 +260,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once) kernel(const Call cal
       part += factor * (weight * total);
     }
   }
-  const A constant = sums ? sum_over_block(shared.parts, part) : A(0);
+  const A constant = sums ? nan_if_infinite(sum_over_block(shared.parts, part)) : A(0);
 
   for (int pixel = static_cast<int>(threadIdx.x); pixel < pixels; pixel += threads) {
     const int i = pixel / W, j = pixel % W;
@@ -279,7 +285,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once) kernel(const Call cal
         if (C <= channels_at_once) {
           for (int l = 0; l < channels_at_once; ++l) all += own[l];
         }
-        A alike = mixes ? p.contrast * (1 - p.saturation) * (all / static_cast<A>(C)) : A(0);
+        A alike = mixes ? p.contrast * (1 - p.saturation) * nan_if_infinite(all / static_cast<A>(C)) : A(0);
         if (form == Form::forward && weight != 0)
           alike += (constant + brightness) * weight;  // a NaN only where image is
         for (int l = 0; l < channels_at_once; ++l) out[l] += p.contrast * p.saturation * own[l] + alike;
