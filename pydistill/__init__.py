@@ -6,7 +6,7 @@ from pkgutil import extend_path as _extend_path
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import compat, nn, ops, reference
+from pydistill import augment, compat, nn, ops, reference
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import TrainResult, train_students, trajectory_match, unroll
 
@@ -14,6 +14,7 @@ __version__ = _version("pydistill")
 __all__ = [
     "TrainResult",
     "__version__",
+    "augment",
     "compat",
     "instance_norm_relu_avg_pool",
     "nn",
