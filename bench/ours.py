@@ -119,3 +119,9 @@ def train_students(problem: training.Training) -> training.Thunk:
         return training.Trained(found.theta - problem.theta0, found.losses)
 
     return run
+
+
+def augment_images(images: Tensor, record: Tensor) -> Tensor:
+    from pydistill.ops import augment_images
+
+    return augment_images(images, record)
