@@ -240,27 +240,46 @@ PYDISTILL_INLINE void set_pixel(T* at, typename Pixel<T, L>::Type v) {
   *reinterpret_cast<typename Pixel<T, L>::Type*>(at) = v;
 }
 
-// W positions of L planes (those from `lanes` on are zero) into pixels, and back.
+// Of four vectors the four that hold their first, second, third and fourth elements.
+template <class P>
+PYDISTILL_INLINE void transpose_four(P (&v)[4]) {
+  const P low = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5), high = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+  const P low_2 = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+  const P high_2 = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+  v[0] = __builtin_shufflevector(low, low_2, 0, 1, 4, 5), v[1] = __builtin_shufflevector(low, low_2, 2, 3, 6, 7);
+  v[2] = __builtin_shufflevector(high, high_2, 0, 1, 4, 5), v[3] = __builtin_shufflevector(high, high_2, 2, 3, 6, 7);
+}
+
+// W positions of L planes into pixels, and back into the first `lanes` of them.
 template <class T, int L>
 PYDISTILL_INLINE void weave(const T* const* planes, int64_t offset, int64_t W, T* pixels) {
-  if constexpr (L == 1) {
-    for (int64_t j = 0; j < W; ++j) pixels[j] = planes[0][offset + j];
-  } else {
-    const T *const a = planes[0] + offset, *const b = planes[1] + offset, *const c = planes[2] + offset,
-                   *const d = planes[3] + offset;
-    for (int64_t j = 0; j < W; ++j) {
-      pixels[4 * j] = a[j];
-      pixels[4 * j + 1] = b[j];
-      pixels[4 * j + 2] = c[j];
-      pixels[4 * j + 3] = d[j];
+  int64_t j = 0;
+  if constexpr (L == 4) {
+    for (; j + 4 <= W; j += 4) {
+      typename Pixel<T, 4>::Type v[4];
+      for (int l = 0; l < 4; ++l) v[l] = pixel<T, 4>(planes[l] + offset + j);
+      transpose_four(v);
+      for (int k = 0; k < 4; ++k) set_pixel<T, 4>(pixels + (j + k) * 4, v[k]);
     }
   }
+  for (; j < W; ++j)
+    for (int l = 0; l < L; ++l) pixels[L * j + l] = planes[l][offset + j];
 }
 
 template <class T, int L>
 PYDISTILL_INLINE void unweave(const T* pixels, int64_t offset, int64_t W, int64_t lanes, T* const* planes) {
-  for (int64_t l = 0; l < lanes; ++l)
-    for (int64_t j = 0; j < W; ++j) planes[l][offset + j] = pixels[L * j + l];
+  int64_t j = 0;
+  if constexpr (L == 4) {
+    for (; j + 4 <= W; j += 4) {
+      typename Pixel<T, 4>::Type v[4];
+      for (int k = 0; k < 4; ++k) v[k] = pixel<T, 4>(pixels + (j + k) * 4);
+      transpose_four(v);
+      for (int l = 0; l < 4; ++l)
+        if (l < lanes) set_pixel<T, 4>(planes[l] + offset + j, v[l]);
+    }
+  }
+  for (; j < W; ++j)
+    for (int64_t l = 0; l < lanes; ++l) planes[l][offset + j] = pixels[L * j + l];
 }
 
 // Where results of one axis come from: a source index in the ring's frame, and the weights of it and of the next.
