@@ -136,3 +136,9 @@ def expert_store(problem: segments.Experts) -> segments.Thunk:
         return segments.Segment(*store.segment(*next(places), problem.length))
 
     return run
+
+
+def augment_images(images: Tensor, record: Tensor) -> Tensor:
+    from pydistill.ops import augment_images
+
+    return augment_images(images, record)

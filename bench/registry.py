@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .peers import block, compiled, eager, segments, tesla, training
+from .peers import augment, block, compiled, eager, segments, tesla, training
 from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -427,6 +427,62 @@ INSTANCE_NORM_RELU_AVG_POOL = Case(
 )
 
 
+def _augment_points(case: Case, config: Config) -> list[Point]:
+    size = config["shape"][-1]
+    return [
+        Point(size, partial(augment.make_augmentation, config["shape"], mode), tuple(case.providers), mode)
+        for mode in augment.MODES
+    ]
+
+
+def _augment_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, an odd size, both outputs to 1e-10."""
+    problem = augment.make_augmentation(config["gate"], augment.MODES[1], torch.float64)
+    truths = augment.eager_augment(problem)()
+    for name, entry in case.providers.items():
+        for i, (value, truth) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
+            yield Check(name, f"float64 output {i}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _augment_check(case: Case, point: Point, problem: augment.Augmentation, outputs: dict[str, Any]) -> Iterator[Check]:
+    """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
+    truths = augment.eager_augment(problem.double())()
+    for i, truth in enumerate(truths):
+        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, values in outputs.items():
+            error = relative_error(values[i], truth)
+            yield Check(name, f"float32 {point.mode}, output {i}, relative error", error, bound)
+
+
+def _augment_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (mode, _, provider), value in medians.items() if mode == augment.MODES[1]}
+    for peer, bound in (("eager", 8.0), ("eager-batched", 6.0), ("compiled", 2.0)):
+        if peer in found and "pydistill" in found:
+            speedup = found[peer] / found["pydistill"]
+            yield Check("pydistill", f"forward+backward, speed-up over {peer}", speedup, bound, at_least=True)
+
+
+AUGMENT = Case(
+    name="augment",
+    metric="time",
+    unit="ms",
+    x_name="image size",
+    providers={
+        "eager": Entry(partial(augment.eager_augment, op=partial(augment.sequence, by_image=True))),
+        "eager-batched": Entry(augment.eager_augment),
+        "compiled": Entry(augment.compiled_augment),
+        "pydistill": Entry(partial(augment.eager_augment, op=ours.augment_images)),
+    },
+    full={"shape": (256, 3, 32, 32), "gate": (5, 3, 17, 15)},
+    quick={"shape": (4, 3, 8, 8), "gate": (3, 3, 9, 7)},
+    repeats=20,
+    points=_augment_points,
+    gate=_augment_gate,
+    check=_augment_check,
+    must_show=_augment_must_show,
+)
+
+
 def _training_points(case: Case, config: Config) -> list[Point]:
     problem = partial(training.make_training, config)
     return [Point(config["students"], problem, tuple(case.providers), per=config["epochs"])]
@@ -555,5 +611,6 @@ CASES: dict[str, Case] = {
         TRAIN_STUDENTS,
         EXPERT_STORE,
         INSTANCE_NORM_RELU_AVG_POOL,
+        AUGMENT,
     )
 }

@@ -26,6 +26,11 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "soft_cross_entropy_backward_jvp(Tensor grad, Tensor? grad_t, Tensor logits, Tensor labels,"
       " Tensor logits_t, Tensor labels_t, int kind) -> (Tensor, Tensor, Tensor)");
 
+  m.def(
+      "augment(Tensor images, Tensor record, bool flip_batch, bool align_corners, bool linear)"
+      " -> Tensor");
+  m.def("augment_backward(Tensor grad, Tensor record, bool flip_batch, bool align_corners) -> Tensor");
+
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
   // block's width. `workspace` is uint8, as large as the first number of
   // convnet_step_bytes; the others are those of a tape per image and of each thread's own memory.

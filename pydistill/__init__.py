@@ -6,7 +6,7 @@ from pkgutil import extend_path as _extend_path
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import compat, nn, ops, reference
+from pydistill import augment, compat, nn, ops, reference
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll
 
@@ -15,6 +15,7 @@ __all__ = [
     "ExpertStore",
     "TrainResult",
     "__version__",
+    "augment",
     "compat",
     "instance_norm_relu_avg_pool",
     "nn",

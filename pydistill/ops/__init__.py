@@ -1,5 +1,6 @@
 """The operators: one file each, registered with torch when imported."""
 
+from pydistill.ops.augment import augment_images
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
@@ -7,6 +8,7 @@ from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "ConvNetShape",
+    "augment_images",
     "conv2d",
     "convnet_gradient",
     "convnet_logits",

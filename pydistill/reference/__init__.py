@@ -1,10 +1,12 @@
 """Plain-torch definitions of the operators: any device and dtype, differentiable to any order."""
 
+from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "augment_images",
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",

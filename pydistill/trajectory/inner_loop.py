@@ -141,7 +141,10 @@ class InnerLoop:
             x = batch.images[e] if batch.images.dim() == 5 else batch.images
             rows.append(self.augment(x, step.records[e]) if step.records is not None else self.augment(x))
         alone = self.num_students == 1 and batch.images.dim() == 4
-        return batch._replace(images=rows[0] if alone else torch.stack(rows))
+        times = copies(len(rows[0]), batch.images.shape[-4])
+        return batch._replace(
+            images=rows[0] if alone else torch.stack(rows), labels=repeat(batch.labels, times, batch.per_student)
+        )
 
     def gradient(
         self, theta: Tensor, step: Step, images: Tensor, labels: Tensor, *, replay: bool, keep: bool
@@ -195,6 +198,7 @@ class InnerLoop:
                 (dx,) = torch.autograd.grad(batch.images, plain.images, dx)
         if dy is not None:
             dy = dy * scale.view(-1, 1, 1)
+            dy = dy.unflatten(1, (-1, plain.images.shape[-4])).sum(1)  # over what `repeat` made of a label
             if not batch.per_student:
                 dy = dy.sum(0) if len(dy) > 1 else dy[0]
         along = None if found.curvature is None else found.curvature * scale[:, None]
@@ -388,6 +392,19 @@ def select_rows(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:
     if not own:
         return tensor[index]
     return torch.stack([rows[where] for rows, where in zip(tensor, index, strict=True)])
+
+
+def copies(after: int, before: int) -> int:
+    """How many images an augmentation made of one: the first ``before`` of each image, then the next, and so on."""
+    times, rest = divmod(after, before)
+    if rest or not times:
+        raise ValueError(f"augment: expected as many images as before, or a multiple, got {after} of {before}")
+    return times
+
+
+def repeat(labels: Tensor, times: int, per_student: bool) -> Tensor:
+    """Labels [B, ...], or [E, B, ...] if ``per_student``, for as many copies of their images."""
+    return labels if times == 1 else torch.cat([labels] * times, 1 if per_student else 0)
 
 
 def _check_batches(

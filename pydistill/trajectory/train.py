@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
-from pydistill.trajectory.inner_loop import check_generators, check_lr, check_training_set, select_rows
+from pydistill.trajectory.inner_loop import (
+    check_generators,
+    check_lr,
+    check_training_set,
+    copies,
+    repeat,
+    select_rows,
+)
 from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
 from pydistill.trajectory.students import Batch, ConvNetStudents, Descent, Engine, GenericStudents, choose_students
 
@@ -129,7 +136,9 @@ def train_students(
         label_kind: what ``labels`` holds.
         augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
             ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
-            those draws alone come in another order on the student engine than when students train one by one.
+            those draws alone come in another order on the student engine than when students train one by one. Where m
+            times as many images come out, one copy of the batch after the other, the labels are repeated.
+            `pydistill.augment.DiffAugment` is one.
         generator: source of the orders and of ``augment.draw``. One, torch's default when None: what students take
             from it is what they would take one after the other. Or E of them, a student's own each.
         eval_data: images ``[M, C, H, W]`` and int64 labels ``[M]`` to test the trained students on, in eval mode.
@@ -214,7 +223,7 @@ def train_students(
     )
     theta = theta0.detach().clone()
     losses = theta.new_zeros(epochs, -(-N // batch_size), E)
-    right = torch.zeros(epochs, E, dtype=torch.int64, device=theta.device)
+    right = torch.zeros(epochs, E, dtype=torch.float64, device=theta.device)
     tested = torch.zeros(E, dtype=torch.int64, device=theta.device)
     buffers, velocities = [], []
     for rows in [range(E)] if together else [range(e, e + 1) for e in range(E)]:
@@ -232,7 +241,7 @@ def train_students(
         theta,
         training.means(losses),
         None if eval_data is None else tested.double() / len(eval_data[0]),
-        right.double() / N if train_accuracy else None,
+        right / N if train_accuracy else None,
         {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]},
         torch.cat(velocities) if momentum else None,
     )
@@ -286,14 +295,17 @@ class _Training:
                 with torch.no_grad():
                     x, y = select_rows(images, index, own_images), select_rows(labels, index, self.own_labels)
                     batch = plain = Batch(x, y, True)
+                    times = 1
                     if self.augment is not None:
-                        augmented = [self._augmented(*each) for each in zip(x, generators, strict=True)]
-                        batch = plain._replace(images=torch.stack(augmented))
+                        x = torch.stack([self._augmented(*each) for each in zip(x, generators, strict=True)])
+                        times = copies(x.shape[1], index.shape[1])
+                        y = repeat(y, times, True)
+                        batch = Batch(x, y, True)
                     found = self._gradient(theta, batch, plain, epoch)
                     losses[epoch, step] = found.losses
                     if found.logits is not None:
                         classes = y if y.dim() == 2 else y.argmax(-1)
-                        right[epoch] += (found.logits.argmax(-1) == classes).sum(1)
+                        right[epoch] += (found.logits.argmax(-1) == classes).sum(1) / times
                     velocity = self._descend(theta, found.grad, velocity, minus_rates)
                 self._stepped(rows)
             if self.check_finite and ((epoch + 1 - checked) * steps >= _STEPS_BETWEEN_CHECKS or epoch + 1 == epochs):
@@ -301,7 +313,7 @@ class _Training:
                 checked = epoch + 1
             if self.on_epoch is not None:
                 record = {"students": rows, "epoch": epoch + 1, "theta": theta, "losses": self.means(losses[epoch])}
-                counted = right[epoch].double() / images.shape[-4] if self.train_accuracy else None
+                counted = right[epoch] / images.shape[-4] if self.train_accuracy else None
                 self.on_epoch(record | {"train_accuracy": counted})
         return velocity
 

@@ -100,7 +100,8 @@ def unroll(
         augment: applied to each batch, differentiable in the images. Either an object with
             ``draw(shape, generator) -> record`` and ``__call__(images, record)``, or a plain function of the images
             that draws from torch's global generators; both are replayed bitwise in the backward pass. Other sources
-            of randomness (numpy's, Python's) are not.
+            of randomness (numpy's, Python's) are not. Where m times as many images come out, one copy of the batch
+            after the other, the labels are repeated. `pydistill.augment.DiffAugment` is one.
         label_kind: what ``labels`` holds.
         loss_scale: factor on every step's loss.
         optimizer: "sgd", or `pydistill.trajectory.Adam` with its betas and eps.

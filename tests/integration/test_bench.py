@@ -78,6 +78,13 @@ def test_block_is_green(tmp_path: Path) -> None:
     }
 
 
+def test_augment_is_green(tmp_path: Path) -> None:
+    assert run.main(["augment", "--quick", "--providers", "eager-batched,pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "augment.csv")
+    assert {row["provider"] for row in rows} == {"eager", "eager-batched", "pydistill"}
+    assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
+
+
 def test_train_students_is_green(tmp_path: Path) -> None:
     assert run.main(["train_students", "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "train_students.csv")

@@ -1,5 +1,6 @@
 // The CUDA launchers on the host machine of cuda_vocabulary.h, as plain C functions for ctypes, and a few kernels with
 // known bugs that the machine must see. Each function returns null, or what went wrong as text.
+#include "../../csrc/kernels/augment.cuh"
 #include "../../csrc/kernels/cuda_vocabulary.h"
 #include "../../csrc/kernels/instance_norm_relu_avg_pool.cuh"
 #include "../../csrc/kernels/soft_cross_entropy.cuh"
@@ -133,6 +134,7 @@ extern "C" {
 // The tests mirror these structs and compare their sizes before the first call.
 int64_t size_of_call() { return sizeof(InstanceNormReluAvgPool); }
 int64_t size_of_soft_cross_entropy() { return sizeof(SoftCrossEntropy); }
+int64_t size_of_augment() { return sizeof(Augment); }
 int64_t size_of_launch() { return sizeof(Launch); }
 
 const char* run_small_kernel(const char* name, uint64_t seed, unsigned grid, unsigned block, int64_t shared_bytes,
@@ -228,6 +230,39 @@ const char* exercise_soft_cross_entropy(int form, int scalar, int kind, int64_t 
     call.loss = zeros(N * compute);
     call.grad_logits = zeros(N * K * element);
     launch_soft_cross_entropy(call, nullptr);
+  });
+}
+
+const char* run_augment(const Augment* call, uint64_t seed) {
+  return guarded([&] {
+    cuda_host::machine().seed(seed);
+    launch_augment(*call, nullptr);
+  });
+}
+
+// As exercise_instance_norm_relu_avg_pool: on heap blocks of their exact sizes.
+const char* exercise_augment(int form, int scalar, const int64_t* shape, bool flip_batch, const float* parameters) {
+  return guarded([&] {
+    Augment call;
+    call.form = static_cast<Augment::Form>(form);
+    call.scalar = static_cast<Scalar>(scalar);
+    call.N = shape[0], call.C = shape[1], call.H = shape[2], call.W = shape[3];
+    call.copies = flip_batch ? 2 : 1;
+    const int64_t element = call.scalar == Scalar::f64 ? 8 : call.scalar == Scalar::f32 ? 4 : 2;
+    const int64_t plane = call.H * call.W, rows = call.copies * call.N;
+    const bool forward = call.form == Augment::Form::forward;
+
+    const std::vector<float> record = [&] {
+      std::vector<float> all;
+      for (int64_t n = 0; n < rows; ++n) all.insert(all.end(), parameters, parameters + Augment::columns);
+      return all;
+    }();
+    call.record = record.data(), call.record_row = Augment::columns, call.record_column = 1;
+    std::vector<unsigned char> images(static_cast<size_t>(call.N * call.C * plane * element));
+    std::vector<unsigned char> results(static_cast<size_t>(rows * call.C * plane * element));
+    call.from = {(forward ? images : results).data(), call.C * plane, plane, call.W, 1};
+    call.to = {(forward ? results : images).data(), call.C * plane, plane, call.W, 1};
+    launch_augment(call, nullptr);
   });
 }
 

@@ -59,6 +59,19 @@ class SoftCrossEntropy(ctypes.Structure):
     )
 
 
+class Augment(ctypes.Structure):
+    """Augment of csrc/kernels/augment.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("form", "scalar")),
+        *((name, ctypes.c_int64) for name in (*"NCHW", "copies")),
+        *((name, ctypes.c_bool) for name in ("align_corners", "linear")),
+        ("record", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("record_row", "record_column")),
+        *((name, Map) for name in ("from_", "to")),
+    )
+
+
 class HostMachine:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -67,11 +80,13 @@ class HostMachine:
             "run_instance_norm_relu_avg_pool",
             "run_sum_over_batch",
             "run_soft_cross_entropy",
+            "run_augment",
         ):
             getattr(self.library, name).restype = ctypes.c_char_p
         assert self.library.size_of_call() == ctypes.sizeof(Call)
         assert self.library.size_of_launch() == ctypes.sizeof(Launch)
         assert self.library.size_of_soft_cross_entropy() == ctypes.sizeof(SoftCrossEntropy)
+        assert self.library.size_of_augment() == ctypes.sizeof(Augment)
 
     @staticmethod
     def _check(error: bytes | None) -> None:
@@ -139,3 +154,23 @@ class HostMachine:
             is_rows = isinstance(getattr(call, name), Rows)
             setattr(call, name, Rows.of(tensor) if is_rows else tensor.data_ptr())
         self._check(self.library.run_soft_cross_entropy(ctypes.byref(call), ctypes.c_uint64(seed)))
+
+    def augment(
+        self,
+        form: str,
+        *,
+        source: torch.Tensor,
+        result: torch.Tensor,
+        record: torch.Tensor,
+        flip_batch: bool = False,
+        align_corners: bool = True,
+        linear: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Writes ``result`` [n, C, H, W]; ``source`` are images, or for the backward gradients."""
+        copies = 2 if flip_batch else 1
+        rows = len(source) if form == "forward" else len(source) // copies
+        sizes = (rows, *source.shape[1:], copies)
+        places = (record.data_ptr(), *record.stride(), Map.of(source), Map.of(result))
+        call = Augment(FORMS.index(form), SCALARS.index(source.dtype), *sizes, align_corners, linear, *places)
+        self._check(self.library.run_augment(ctypes.byref(call), ctypes.c_uint64(seed)))

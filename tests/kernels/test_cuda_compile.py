@@ -7,7 +7,11 @@ import pytest
 from bench.kernels import ARCHITECTURES, FORMS, KERNELS, SCALARS, Resources, compile_kernels, find_nvcc
 
 OPERATORS = tuple(sorted(header.stem for header in KERNELS.glob("*.cuh")))
-THREADS = {"instance_norm_relu_avg_pool": 1024, "soft_cross_entropy": 768}  # at least, on a multiprocessor at once
+THREADS = {
+    "instance_norm_relu_avg_pool": 1024,
+    "soft_cross_entropy": 768,
+    "augment": 512,
+}  # at least, on a multiprocessor at once
 
 
 @pytest.fixture(scope="module", params=OPERATORS)
@@ -18,6 +22,8 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, list[Resources]]:
 
 
 def expected(operator: str) -> set[str]:
+    if operator == "augment":
+        return {f"{operator}::kernel<{scalar}, {form}>" for scalar in SCALARS for form in ("forward", "backward")}
     if operator == "soft_cross_entropy":
         return {f"{operator}::kernel<{scalar}, {form}>" for scalar in SCALARS for form in FORMS}
     return {f"{operator}::sum_over_batch_kernel<{scalar}>" for scalar in ("f32", "f64")} | {

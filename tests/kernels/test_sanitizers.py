@@ -34,6 +34,14 @@ library.exercise_soft_cross_entropy.restype = ctypes.c_char_p
 for form, scalar, kind, (N, K) in itertools.product(range(4), range(4), range(3), ((5, 37), (1, 1), (0, 3))):
     error = library.exercise_soft_cross_entropy(form, scalar, kind, ctypes.c_int64(N), ctypes.c_int64(K))
     assert not error, error
+library.exercise_augment.restype = ctypes.c_char_p
+record = (ctypes.c_float * 13)(0.2, 1.5, 0.7, 2, -3, 1, -1, 4, 5, 1, 0.8, 1.2, 0.3)
+for form, scalar, flip_batch, shape in itertools.product(
+    range(2), range(4), (False, True), ((2, 3, 9, 7), (1, 5, 1, 4), (0, 3, 4, 4))
+):
+    sizes = (ctypes.c_int64 * 4)(*shape)
+    error = library.exercise_augment(form, scalar, sizes, ctypes.c_bool(flip_batch), record)
+    assert not error, error
 print("clean")
 """
 

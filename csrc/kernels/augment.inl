@@ -1,0 +1,520 @@
+// CPU body: see augment.h for what is computed. An image at a time goes through its stages in scratch memory that stays
+// in the nearest caches. Up to cutout and flip its channels are planes of [H, W]; for the resamplings four neighbouring
+// channels are woven into pixels, so that a tap is one short vector, in a ring of zeros two pixels wide, so that no tap
+// asks whether it lies inside. Coordinates are in double; sums run in a fixed order of sixteen partial sums, so that
+// instruction sets of any width give the same bits.
+#include "augment.h"
+#include "cpu_vocabulary.h"
+
+namespace pydistill {
+namespace {
+
+using Call = Augment;
+using Form = Call::Form;
+
+constexpr int64_t ring = 2;
+
+// An image's row of the record, in the words of the loops below.
+struct Parameters {
+  double brightness, saturation, contrast;
+  int64_t crop_y, crop_x, cutout_top, cutout_left, cutout_bottom, cutout_right;
+  bool flip, mirrored;
+  bool scales, rotates, finite;
+  double scale_x, scale_y;
+  double xx, xy, yx, yy;  // rotation: from the result's place about the centre to the source's
+};
+
+PYDISTILL_INLINE double between(double low, double value, double high) {  // a NaN comes out as low
+  return value > low ? (value < high ? value : high) : low;
+}
+
+Parameters parameters_of(const Call& call, int64_t n) {
+  const double H = static_cast<double>(call.H), W = static_cast<double>(call.W);
+  const auto value = [&](Call::Column column) PYDISTILL_LAMBDA {
+    return double(call.record[n * call.record_row + column * call.record_column]);
+  };
+  const auto whole = [&](double v, double limit)
+                         PYDISTILL_LAMBDA { return static_cast<int64_t>(between(-limit, v, limit)); };
+  Parameters p;
+  p.brightness = call.linear ? 0 : value(Call::brightness);
+  p.saturation = value(Call::saturation), p.contrast = value(Call::contrast);
+  p.crop_y = whole(value(Call::crop_y), H), p.crop_x = whole(value(Call::crop_x), W);
+  p.cutout_top = whole(value(Call::cutout_top), 1e9), p.cutout_left = whole(value(Call::cutout_left), 1e9);
+  p.cutout_bottom = p.cutout_top + whole(value(Call::cutout_height), 1e9);
+  p.cutout_right = p.cutout_left + whole(value(Call::cutout_width), 1e9);
+  p.flip = value(Call::flip) != 0;
+  p.mirrored = n >= call.N;
+  p.scale_x = value(Call::scale_x), p.scale_y = value(Call::scale_y);
+  const double angle = value(Call::angle), zero = 0 * (p.scale_x + p.scale_y + angle);
+  p.finite = zero == 0;
+  p.scales = p.scale_x != 1 || p.scale_y != 1;
+  p.rotates = angle != 0;
+  // grid coordinates run from -1 to 1 between the centres of the outer pixels, or their outer edges
+  const double across = call.align_corners ? W - 1 : W, down = call.align_corners ? H - 1 : H;
+  const double sine = p.rotates && p.finite ? __builtin_sin(angle) : 0;
+  p.xx = p.yy = p.rotates && p.finite ? __builtin_cos(angle) : 1;
+  p.xy = down > 0 ? -sine * across / down : 0;
+  p.yx = across > 0 ? sine * down / across : 0;
+  return p;
+}
+
+// Scratch memory, taken piece by piece.
+struct Memory {
+  unsigned char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* const taken = reinterpret_cast<T*>(next);
+    next += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return taken;
+  }
+};
+
+template <class T, class Term>
+PYDISTILL_INLINE T sum(int64_t count, Term term) {
+  T part[16] = {};
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16)
+    for (int i = 0; i < 16; ++i) part[i] += term(k + i);
+  for (int i = 0; k < count; ++k, ++i) part[i] += term(k);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+template <class S, class T>
+void load_planes_of(const Map& map, int64_t n, int64_t C, int64_t H, int64_t W, T* planes) {
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t i = 0; i < H; ++i) {
+      const S* const from = static_cast<const S*>(map.data) + n * map.n + c * map.c + i * map.h;
+      T* const to = planes + (c * H + i) * W;
+      if (map.w == 1)
+        for (int64_t j = 0; j < W; ++j) to[j] = widen(from[j]);
+      else
+        for (int64_t j = 0; j < W; ++j) to[j] = widen(from[j * map.w]);
+    }
+}
+
+template <class T>
+void load_planes(const Call& call, int64_t n, T* planes) {
+  if constexpr (sizeof(T) == 8) {
+    load_planes_of<double>(call.from, n, call.C, call.H, call.W, planes);
+  } else {
+    if (call.scalar == Scalar::f32) load_planes_of<float>(call.from, n, call.C, call.H, call.W, planes);
+    if (call.scalar == Scalar::bf16) load_planes_of<Bf16>(call.from, n, call.C, call.H, call.W, planes);
+    if (call.scalar == Scalar::f16) load_planes_of<F16>(call.from, n, call.C, call.H, call.W, planes);
+  }
+}
+
+template <class S, class T>
+void store_planes_of(const T* planes, const Map& map, int64_t n, int64_t count) {
+  S* const to = static_cast<S*>(map.data) + n * map.n;
+  for (int64_t k = 0; k < count; ++k) narrow(planes[k], to[k]);
+}
+
+template <class T>
+void store_planes(const Call& call, const T* planes, int64_t n) {
+  const int64_t count = call.C * call.H * call.W;
+  if constexpr (sizeof(T) == 8) {
+    store_planes_of<double>(planes, call.to, n, count);
+  } else {
+    if (call.scalar == Scalar::f32) store_planes_of<float>(planes, call.to, n, count);
+    if (call.scalar == Scalar::bf16) store_planes_of<Bf16>(planes, call.to, n, count);
+    if (call.scalar == Scalar::f16) store_planes_of<F16>(planes, call.to, n, count);
+  }
+}
+
+template <class T>
+void channel_means(const T* x, int64_t C, int64_t count, T* means) {
+  for (int64_t k = 0; k < count; ++k) means[k] = x[k];
+  for (int64_t c = 1; c < C; ++c)
+    for (int64_t k = 0; k < count; ++k) means[k] += x[c * count + k];
+  for (int64_t k = 0; k < count; ++k) means[k] /= static_cast<T>(C);
+}
+
+template <class T>
+void colour(const Parameters& p, int64_t C, int64_t count, T* x, T* means) {
+  const T b = static_cast<T>(p.brightness), s = static_cast<T>(p.saturation), c = static_cast<T>(p.contrast);
+  if (b != 0)
+    for (int64_t k = 0; k < C * count; ++k) x[k] += b;
+  if (s == 1 && c == 1) return;
+  channel_means(x, C, count, means);
+  const T M = sum<T>(count, [&](int64_t k) PYDISTILL_LAMBDA { return means[k]; }) / static_cast<T>(count);
+  for (int64_t plane = 0; plane < C; ++plane) {
+    T* const own = x + plane * count;
+    if (s != 1)
+      for (int64_t k = 0; k < count; ++k) own[k] = (own[k] - means[k]) * s + means[k];
+    if (c != 1)
+      for (int64_t k = 0; k < count; ++k) own[k] = (own[k] - M) * c + M;
+  }
+}
+
+// total += the adjoint of `colour` at q.
+template <class T>
+void add_colour_adjoint(const Parameters& p, int64_t C, int64_t count, const T* q, T* means, T* total) {
+  const T s = static_cast<T>(p.saturation), c = static_cast<T>(p.contrast);
+  if (s == 1 && c == 1) {
+    for (int64_t k = 0; k < C * count; ++k) total[k] += q[k];
+    return;
+  }
+  channel_means(q, C, count, means);
+  const T M = sum<T>(count, [&](int64_t k) PYDISTILL_LAMBDA { return means[k]; }) / static_cast<T>(count);
+  const T own = c * s, shared = c * (1 - s), constant = (1 - c) * M;
+  for (int64_t k = 0; k < count; ++k) means[k] = shared * means[k] + constant;
+  for (int64_t plane = 0; plane < C; ++plane)
+    for (int64_t k = 0; k < count; ++k) total[plane * count + k] += own * q[plane * count + k] + means[k];
+}
+
+PYDISTILL_INLINE bool moves(const Parameters& p) {
+  return p.crop_y || p.crop_x || (p.cutout_bottom > p.cutout_top && p.cutout_right > p.cutout_left) || p.flip ||
+         p.mirrored;
+}
+
+// Mirror, crop, cutout and flip as runs of neighbours: `run(to, from, step, count)` for results to, to + 1, ... that
+// are made of from, from + step, ... in a plane. What no run names is zero.
+template <class Run>
+PYDISTILL_INLINE void for_each_run(const Parameters& p, int64_t H, int64_t W, Run run) {
+  const int64_t step = p.flip != p.mirrored ? -1 : 1;
+  const int64_t first = p.crop_x < 0 ? -p.crop_x : 0, last = p.crop_x > 0 ? W - p.crop_x : W;
+  for (int64_t i = 0; i < H; ++i) {
+    const int64_t source = i + p.crop_y;
+    if (source < 0 || source >= H) continue;
+    const auto columns = [&](int64_t begin, int64_t end) PYDISTILL_LAMBDA {  // of the result before its flip
+      if (begin >= end) return;
+      const int64_t leftmost = p.flip ? end - 1 : begin;  // of them, in the result
+      const int64_t to = p.flip ? W - end : begin, from = leftmost + p.crop_x;
+      run(i * W + to, source * W + (p.mirrored ? W - 1 - from : from), step, end - begin);
+    };
+    const bool cut = i >= p.cutout_top && i < p.cutout_bottom && p.cutout_left < p.cutout_right;
+    columns(first, cut && p.cutout_left < last ? p.cutout_left : last);
+    if (cut) columns(p.cutout_right > first ? p.cutout_right : first, last);
+  }
+}
+
+template <class T>
+void place(const Parameters& p, int64_t C, int64_t H, int64_t W, const T* x, T* y) {
+  for (int64_t k = 0; k < C * H * W; ++k) y[k] = 0;
+  for_each_run(p, H, W, [&](int64_t to, int64_t from, int64_t step, int64_t count) PYDISTILL_LAMBDA {
+    for (int64_t c = 0; c < C; ++c) {
+      T* const t = y + c * H * W + to;
+      const T* const f = x + c * H * W + from;
+      if (step == 1)
+        for (int64_t k = 0; k < count; ++k) t[k] = f[k];
+      else
+        for (int64_t k = 0; k < count; ++k) t[k] = f[-k];
+    }
+  });
+}
+
+template <class T>
+void place_adjoint(const Parameters& p, int64_t C, int64_t H, int64_t W, const T* y, T* x) {
+  for (int64_t k = 0; k < C * H * W; ++k) x[k] = 0;
+  for_each_run(p, H, W, [&](int64_t to, int64_t from, int64_t step, int64_t count) PYDISTILL_LAMBDA {
+    for (int64_t c = 0; c < C; ++c) {
+      const T* const t = y + c * H * W + to;
+      T* const f = x + c * H * W + from;
+      if (step == 1)
+        for (int64_t k = 0; k < count; ++k) f[k] = t[k];
+      else
+        for (int64_t k = 0; k < count; ++k) f[-k] = t[k];
+    }
+  });
+}
+
+// L neighbouring channels of a pixel.
+template <class T, int L>
+struct Pixel {
+  typedef T Type __attribute__((vector_size(L * sizeof(T)), aligned(sizeof(T))));
+};
+template <class T>
+struct Pixel<T, 1> {
+  typedef T Type;
+};
+
+template <class T, int L>
+PYDISTILL_INLINE typename Pixel<T, L>::Type pixel(const T* at) {
+  return *reinterpret_cast<const typename Pixel<T, L>::Type*>(at);
+}
+
+template <class T, int L>
+PYDISTILL_INLINE void set_pixel(T* at, typename Pixel<T, L>::Type v) {
+  *reinterpret_cast<typename Pixel<T, L>::Type*>(at) = v;
+}
+
+// Of four vectors the four that hold their first, second, third and fourth elements.
+template <class P>
+PYDISTILL_INLINE void transpose_four(P (&v)[4]) {
+  const P low = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5), high = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+  const P low_2 = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+  const P high_2 = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+  v[0] = __builtin_shufflevector(low, low_2, 0, 1, 4, 5), v[1] = __builtin_shufflevector(low, low_2, 2, 3, 6, 7);
+  v[2] = __builtin_shufflevector(high, high_2, 0, 1, 4, 5), v[3] = __builtin_shufflevector(high, high_2, 2, 3, 6, 7);
+}
+
+// W positions of L planes into pixels, and back into the first `lanes` of them.
+template <class T, int L>
+PYDISTILL_INLINE void weave(const T* const* planes, int64_t offset, int64_t W, T* pixels) {
+  int64_t j = 0;
+  if constexpr (L == 4) {
+    for (; j + 4 <= W; j += 4) {
+      typename Pixel<T, 4>::Type v[4];
+      for (int l = 0; l < 4; ++l) v[l] = pixel<T, 4>(planes[l] + offset + j);
+      transpose_four(v);
+      for (int k = 0; k < 4; ++k) set_pixel<T, 4>(pixels + (j + k) * 4, v[k]);
+    }
+  }
+  for (; j < W; ++j)
+    for (int l = 0; l < L; ++l) pixels[L * j + l] = planes[l][offset + j];
+}
+
+template <class T, int L>
+PYDISTILL_INLINE void unweave(const T* pixels, int64_t offset, int64_t W, int64_t lanes, T* const* planes) {
+  int64_t j = 0;
+  if constexpr (L == 4) {
+    for (; j + 4 <= W; j += 4) {
+      typename Pixel<T, 4>::Type v[4];
+      for (int k = 0; k < 4; ++k) v[k] = pixel<T, 4>(pixels + (j + k) * 4);
+      transpose_four(v);
+      for (int l = 0; l < 4; ++l)
+        if (l < lanes) set_pixel<T, 4>(planes[l] + offset + j, v[l]);
+    }
+  }
+  for (; j < W; ++j)
+    for (int64_t l = 0; l < lanes; ++l) planes[l][offset + j] = pixels[L * j + l];
+}
+
+// Where results of one axis come from: a source index in the ring's frame, and the weights of it and of the next.
+template <class T>
+struct Axis {
+  int32_t* index;
+  T *near, *far;
+
+  static Axis take(Memory& memory, int64_t size) {
+    return {memory.take<int32_t>(size), memory.take<T>(size), memory.take<T>(size)};
+  }
+
+  void set(double scale, int64_t size) {
+    const double centre = static_cast<double>(size - 1) / 2, limit = static_cast<double>(size + ring);
+    for (int64_t k = 0; k < size; ++k) {
+      const double at =
+          between(0, scale * (static_cast<double>(static_cast<int32_t>(k)) - centre) + centre + ring, limit);
+      index[k] = static_cast<int32_t>(at);
+      far[k] = static_cast<T>(at - index[k]);
+      near[k] = 1 - far[k];
+    }
+  }
+};
+
+// The taps of one row of the rotation: offsets of pixels in the ring's frame, and four weights each.
+template <class T>
+struct Taps {
+  int32_t* offset;
+  T* weight[4];
+
+  static Taps take(Memory& memory, int64_t W) {
+    return {memory.take<int32_t>(W), {memory.take<T>(W), memory.take<T>(W), memory.take<T>(W), memory.take<T>(W)}};
+  }
+
+  void set(const Parameters& p, int64_t i, int64_t H, int64_t W) {
+    const double centre_x = static_cast<double>(W - 1) / 2, centre_y = static_cast<double>(H - 1) / 2;
+    const double v = static_cast<double>(i) - centre_y;
+    const double x0 = p.xy * v + (centre_x + ring), y0 = p.yy * v + (centre_y + ring);
+    const double limit_x = static_cast<double>(W + ring), limit_y = static_cast<double>(H + ring);
+    const int32_t pitch = static_cast<int32_t>(W + 2 * ring);
+    for (int64_t j = 0; j < W; ++j) {
+      const double u = static_cast<double>(static_cast<int32_t>(j)) - centre_x;
+      const double x = between(0, p.xx * u + x0, limit_x), y = between(0, p.yx * u + y0, limit_y);
+      const int32_t column = static_cast<int32_t>(x), row = static_cast<int32_t>(y);
+      const T right = static_cast<T>(x - column), below = static_cast<T>(y - row), left = 1 - right, above = 1 - below;
+      offset[j] = row * pitch + column;
+      weight[0][j] = above * left;
+      weight[1][j] = above * right;
+      weight[2][j] = below * left;
+      weight[3][j] = below * right;
+    }
+  }
+};
+
+// Both resamplings of up to L channels at a time.
+template <class T, int L>
+struct Resampling {
+  using P = typename Pixel<T, L>::Type;
+
+  const int64_t C, H, W, pitch = W + 2 * ring;  // of pixels in the ring's frame
+  T *zeros, *first, *second, *row;
+  Axis<T> across, down;
+  Taps<T> taps;
+
+  Resampling(int64_t C, int64_t H, int64_t W, Memory& memory) : C(C), H(H), W(W) {
+    zeros = memory.take<T>(H * W);  // what stands for the channels that a last group lacks
+    first = memory.take<T>(framed()), second = memory.take<T>(framed());
+    row = memory.take<T>(pitch * L);
+    across = Axis<T>::take(memory, W), down = Axis<T>::take(memory, H);
+    taps = Taps<T>::take(memory, W);
+    clear(zeros, H * W), clear(first, framed()), clear(second, framed());
+  }
+
+  int64_t framed() const { return (H + 2 * ring) * pitch * L; }
+  T* inside(T* frame, int64_t i) const { return frame + ((i + ring) * pitch + ring) * L; }
+  static void clear(T* memory, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) memory[k] = 0;
+  }
+
+  // Channels [c, c + lanes) of [C, H, W] planes.
+  int64_t group(T* planes, int64_t c, T* (&own)[4]) const {
+    const int64_t lanes = C - c < L ? C - c : L;
+    for (int64_t l = 0; l < 4; ++l) own[l] = l < lanes ? planes + (c + l) * H * W : zeros;
+    return lanes;
+  }
+
+  void forward(const Parameters& p, T* x, T* y) {
+    if (p.scales) across.set(p.scale_x, W), down.set(p.scale_y, H);
+    for (int64_t c = 0; c < C; c += L) {
+      T *from[4], *to[4];
+      group(x, c, from);
+      const int64_t lanes = group(y, c, to);
+      for (int64_t i = 0; i < H; ++i) weave<T, L>(from, i * W, W, inside(first, i));
+      if (p.scales) scale(first, second);
+      const T* const source = p.scales ? second : first;
+      for (int64_t i = 0; i < H; ++i) {
+        if (p.rotates) {
+          taps.set(p, i, H, W);
+          for (int64_t j = 0; j < W; ++j) {
+            const T *const above = source + taps.offset[j] * int64_t{L}, *const below = above + pitch * L;
+            set_pixel<T, L>(row + j * L,
+                            (taps.weight[0][j] * pixel<T, L>(above) + taps.weight[1][j] * pixel<T, L>(above + L)) +
+                                (taps.weight[2][j] * pixel<T, L>(below) + taps.weight[3][j] * pixel<T, L>(below + L)));
+          }
+        }
+        unweave<T, L>(p.rotates ? row : inside(second, i), i * W, W, lanes, to);
+      }
+    }
+  }
+
+  void scale(const T* from, T* to) {
+    for (int64_t i = 0; i < H; ++i) {
+      const T *const above = from + down.index[i] * pitch * L, *const below = above + pitch * L;
+      const T near = down.near[i], far = down.far[i];
+      for (int64_t k = 0; k < pitch * L; ++k) row[k] = near * above[k] + far * below[k];
+      T* const own = inside(to, i);
+      for (int64_t j = 0; j < W; ++j) {
+        const T* const at = row + across.index[j] * int64_t{L};
+        set_pixel<T, L>(own + j * L, across.near[j] * pixel<T, L>(at) + across.far[j] * pixel<T, L>(at + L));
+      }
+    }
+  }
+
+  void adjoint(const Parameters& p, T* y, T* x) {
+    if (p.scales) across.set(p.scale_x, W), down.set(p.scale_y, H);
+    for (int64_t c = 0; c < C; c += L) {
+      T *from[4], *to[4];
+      group(y, c, from);
+      const int64_t lanes = group(x, c, to);
+      T *at = first, *other = second;
+      if (p.rotates) {
+        clear(at, framed());
+        for (int64_t i = 0; i < H; ++i) {
+          weave<T, L>(from, i * W, W, row);
+          taps.set(p, i, H, W);
+          for (int64_t j = 0; j < W; ++j) {
+            const P g = pixel<T, L>(row + j * L);
+            T *const above = at + taps.offset[j] * int64_t{L}, *const below = above + pitch * L;
+            set_pixel<T, L>(above, pixel<T, L>(above) + taps.weight[0][j] * g);
+            set_pixel<T, L>(above + L, pixel<T, L>(above + L) + taps.weight[1][j] * g);
+            set_pixel<T, L>(below, pixel<T, L>(below) + taps.weight[2][j] * g);
+            set_pixel<T, L>(below + L, pixel<T, L>(below + L) + taps.weight[3][j] * g);
+          }
+        }
+      } else {
+        for (int64_t i = 0; i < H; ++i) weave<T, L>(from, i * W, W, inside(at, i));
+      }
+      if (p.scales) {
+        scale_adjoint(at, other);
+        at = other;
+      }
+      for (int64_t i = 0; i < H; ++i) unweave<T, L>(inside(at, i), i * W, W, lanes, to);
+    }
+  }
+
+  // Down first, whole rows at a time, then across, back into `from`'s memory and out of it.
+  void scale_adjoint(T* from, T* to) {
+    clear(to, framed());
+    for (int64_t i = 0; i < H; ++i) {
+      T *const above = to + down.index[i] * pitch * L, *const below = above + pitch * L;
+      const T* const own = from + (i + ring) * pitch * L;
+      const T near = down.near[i], far = down.far[i];
+      for (int64_t k = 0; k < pitch * L; ++k) above[k] += near * own[k];
+      for (int64_t k = 0; k < pitch * L; ++k) below[k] += far * own[k];
+    }
+    for (int64_t i = 0; i < H; ++i) {
+      T* const own = inside(to, i);
+      clear(row, pitch * L);
+      for (int64_t j = 0; j < W; ++j) {
+        T* const at = row + across.index[j] * int64_t{L};
+        const P g = pixel<T, L>(own + j * L);
+        set_pixel<T, L>(at, pixel<T, L>(at) + across.near[j] * g);
+        set_pixel<T, L>(at + L, pixel<T, L>(at + L) + across.far[j] * g);
+      }
+      for (int64_t k = 0; k < W * L; ++k) own[k] = row[ring * L + k];
+    }
+  }
+};
+
+template <class T, int L>
+void run_images(const Call& call, int64_t begin, int64_t end, void* scratch) {
+  const int64_t C = call.C, H = call.H, W = call.W, count = H * W;
+  Memory memory{static_cast<unsigned char*>(scratch)};
+  T *x = memory.take<T>(C * count), *y = memory.take<T>(C * count);
+  T *const means = memory.take<T>(count), *const total = memory.take<T>(C * count);
+  Resampling<T, L> resampling(C, H, W, memory);
+
+  for (int64_t n = begin; n < end; ++n) {
+    if (call.form == Form::forward) {
+      const Parameters p = parameters_of(call, n);
+      load_planes(call, n % call.N, x);
+      colour(p, C, count, x, means);
+      if (moves(p)) {
+        place(p, C, H, W, x, y);
+        T* const swapped = x;
+        x = y, y = swapped;
+      }
+      if (!p.finite) {
+        for (int64_t k = 0; k < C * count; ++k) y[k] = __builtin_nanf("");
+      } else if (p.scales || p.rotates) {
+        resampling.forward(p, x, y);
+      }
+      store_planes(call, !p.finite || p.scales || p.rotates ? y : x, n);
+    } else {
+      for (int64_t k = 0; k < C * count; ++k) total[k] = 0;
+      for (int64_t copy = 0; copy < call.copies; ++copy) {
+        const Parameters p = parameters_of(call, n + copy * call.N);
+        load_planes(call, n + copy * call.N, y);
+        if (p.finite && (p.scales || p.rotates)) {
+          resampling.adjoint(p, y, x);
+          T* const swapped = x;
+          x = y, y = swapped;
+        }
+        if (moves(p)) {
+          place_adjoint(p, C, H, W, y, x);
+          T* const swapped = x;
+          x = y, y = swapped;
+        }
+        if (!p.finite)
+          for (int64_t k = 0; k < C * count; ++k) y[k] = __builtin_nanf("");
+        add_colour_adjoint(p, C, count, y, means, total);
+      }
+      store_planes(call, total, n);
+    }
+  }
+}
+
+}  // namespace
+
+// begin and end count results, or for the backward images.
+void PYDISTILL_KERNEL(const Augment& call, int64_t begin, int64_t end, void* scratch) {
+  if (call.scalar == Scalar::f64)
+    call.C == 1 ? run_images<double, 1>(call, begin, end, scratch) : run_images<double, 4>(call, begin, end, scratch);
+  else
+    call.C == 1 ? run_images<float, 1>(call, begin, end, scratch) : run_images<float, 4>(call, begin, end, scratch);
+}
+
+}  // namespace pydistill

@@ -1,0 +1,3 @@
+// The body in augment.inl, compiled with this instruction set's flags (see CMakeLists.txt).
+#define PYDISTILL_KERNEL augment_base
+#include "augment.inl"
