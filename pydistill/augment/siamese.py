@@ -118,6 +118,11 @@ class DiffAugment:
     def operations(self) -> tuple[str, ...]:
         return () if self.strategy in ("none", "None", "") else tuple(self.strategy.split("_"))
 
+    @property
+    def copies(self) -> int:
+        """How many images come out for each that goes in."""
+        return 2 if self.flip_batch else 1
+
     def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """The parameters for a batch.
 
@@ -132,7 +137,7 @@ class DiffAugment:
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
 
     def _rows(self, shape: Sequence[int]) -> int:
-        return shape[0] * (2 if self.flip_batch else 1)
+        return shape[0] * self.copies
 
     def _record(self, shape: Sequence[int], draws: _Draws) -> Tensor:
         H, W = shape[2:]

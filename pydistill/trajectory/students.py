@@ -227,8 +227,9 @@ class ConvNetStudents:
         tape = None
         if keep is not None and keep >= self._first_kept:
             size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
-            tape = self.tapes[keep] = self._tape_memory()[:size]
-            self._memory = self._memory[size:]
+            if len(self._tape_memory()) >= size:  # an augmentation of which nothing is known may have made more images
+                tape = self.tapes[keep] = self._memory[:size]
+                self._memory = self._memory[size:]
         logits = self.logits(theta, batch.images) if with_logits else None
         with torch.no_grad():
             losses, grad = convnet_gradient(

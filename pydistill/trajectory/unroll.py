@@ -252,6 +252,7 @@ class _Unroll(torch.autograd.Function):
         trajectory = _Trajectory(loop, options, theta0, T) if differentiable else None
         if isinstance(loop.students, ConvNetStudents):
             largest = max(images.shape[-4] if step.index is None else step.index.shape[-1] for step in steps)
+            largest *= getattr(loop.augment, "copies", 1)
             stored = trajectory.nbytes if trajectory is not None else 0
             loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
         all_kept = trajectory is not None and options.every == 1
