@@ -269,11 +269,6 @@ class Run:
     def make_net(self) -> nn.Module:
         return convnet(self.dataset, self.options.width, self.options.depth)
 
-    @property
-    def augment(self) -> DiffAugment | None:
-        """Of experts and of the students that are tested."""
-        return DiffAugment(self.config.augment) if self.config.augment else None
-
     def _results(self) -> dict[str, Any]:
         """What of the students' accuracies an earlier process left; those of another number of iterations are void."""
         try:
@@ -322,7 +317,7 @@ class Run:
                 lr=options.lr_expert,
                 batch_size=options.batch_train,
                 seed=self.config.seed,
-                augment=self.augment,
+                augment=DiffAugment(self.config.augment) if self.config.augment else None,
                 **self.config.expert_options(options.train_epochs),
             )
             self.console.print(f"{len(experts)} experts trained for {options.train_epochs} epochs")
@@ -388,7 +383,7 @@ class Run:
                 epochs=epochs,
                 batch_size=batch_size,
                 label_kind=distilled.label_kind if name == "distilled" else "hard",
-                augment=self.augment,
+                augment=self.config.augmentation(),
                 students=range(options.students),
                 seed=seed,
                 on_step=on_step,

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, sum_over_ranks, world
 from pydistill.trajectory import Trajectories, as_trajectories, trajectory_match
@@ -68,7 +67,6 @@ class Matching(Config):
     lr_teacher: float = 0.01  # where the students' learning rate starts
     momentum: float = 0.5  # of both outer updates
     student_momentum: float = 0.0  # of the students' SGD
-    augment: str = ""  # differentiable siamese augmentation of the students' batches: operations joined by "_"
     segments: int = 1  # segments of experts in an outer step, whose gradients are averaged
     mode: Literal["exact", "first_order", "full"] = "exact"  # how trajectory_match differentiates
 
@@ -76,12 +74,8 @@ class Matching(Config):
         super().__post_init__()
         if self.min_start_epoch >= self.max_start_epoch:
             raise ValueError(f"min_start_epoch: expected less than {self.max_start_epoch}, got {self.min_start_epoch}")
-        self.augmentation()  # raises for an unknown operation
 
     # ---- what a method may say differently
-
-    def augmentation(self) -> DiffAugment | None:
-        return DiffAugment(self.augment) if self.augment else None
 
     def expert_options(self, epochs: int) -> dict[str, Any]:
         """Further options of `train_experts`, for experts of so many epochs."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.trajectory import FlatModule, Trajectories
 from pydistill.trajectory.experts import seeded_generator
@@ -74,6 +75,7 @@ class Config:
 
     ipc: int = 1  # synthetic images per class
     iterations: int = 5000  # outer steps
+    augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
     zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
     precision: str = field(default="fp32", kw_only=True)  # of the students' convolutions: fp32, bf16, or tf32 on GPUs
     seed: int = field(default=0, kw_only=True)  # of everything that is drawn
@@ -86,6 +88,7 @@ class Config:
             least = 1 if isinstance(value, int) and "int" in str(f.type) and f.name not in self.may_be_zero else 0
             if not least <= value < math.inf:
                 raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
+        self.augmentation()  # raises for an unknown operation
 
     @classmethod
     def preset(cls, dataset: str, ipc: int) -> Self:
@@ -107,6 +110,10 @@ class Config:
             return cls(ipc=ipc)
         nearest = min(table, key=lambda known: (abs(math.log(known / ipc)), known))
         return replace(cls.preset(dataset, nearest), ipc=ipc)
+
+    def augmentation(self) -> DiffAugment | None:
+        """Of the students' batches, here and where the result is tested."""
+        return DiffAugment(self.augment) if self.augment else None
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Trajectories | Tensor | None) -> Any:
         """ValueError where the experts do not fit; gives what `step` gets as experts."""

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, fresh_parameters, sum_over_ranks, world
 from pydistill.trajectory import Adam, FlatModule, unroll
@@ -63,10 +62,9 @@ class RaTBPTT(Config):
     learn_labels: bool = False  # move the labels, too
     clip: float = 2.0  # longest gradient, in terms of its moving average
     clip_decay: float = 0.9  # of that average
-    augment: str = ""  # of synthetic and of real images: operations joined by "_"
     start: Literal["noise", "real"] = "noise"  # what the synthetic images are at first
     segments: int = 1  # students in an iteration, whose gradients are averaged
-    lr_student: float = 0.01  # for SGD students on the result
+    lr_eval: float = 0.01  # for SGD students on the result
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +72,6 @@ class RaTBPTT(Config):
             raise ValueError(f"total: expected at least the window of {self.window}, got {self.total}")
         if self.start not in ("noise", "real"):
             raise ValueError(f"start: expected 'noise' or 'real', got {self.start!r}")
-        DiffAugment(self.augment)
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
         if world()[1] > self.segments:
@@ -87,7 +84,7 @@ class RaTBPTT(Config):
             images = torch.randn(images.shape, generator=generator).to(images)
         if self.learn_labels:
             labels = F.one_hot(labels, dataset.num_classes).to(images.dtype)
-        lr = torch.tensor(self.lr_student, dtype=images.dtype, device=images.device)
+        lr = torch.tensor(self.lr_eval, dtype=images.dtype, device=images.device)
         return State({"images": images, "labels": labels, "lr": lr}, "probs" if self.learn_labels else "hard")
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
@@ -116,7 +113,7 @@ class RaTBPTT(Config):
     ) -> Tensor:
         generator = seeded_generator(self.seed, 6, state.iteration, number)
         warmup = int(torch.randint(self.total - self.window + 1, (), generator=generator))
-        augment = DiffAugment(self.augment) if self.augment else None
+        augment = self.augmentation()  # of the real images, too
         images = wanted["images"]
         theta = unroll(
             net,
