@@ -3,7 +3,7 @@
 ``python -m bench.kernels`` compiles every ``csrc/kernels/*.cuh`` with nvcc for the architectures that are shipped, and
 writes ``bench/results/kernels.csv``. Registers, spills and static shared memory are ptxas's words. Dynamic shared
 memory is the launcher's choice for planes of 32x32 and 16 channels on that architecture; `soft_cross_entropy`, a warp a
-row, asks for none, `augment`, a block an image, for less than a kilobyte; neither has figures there. Bytes moved are
+row, asks for none, `augment`, a block an image, for less than a kilobyte: neither has figures there. Bytes moved are
 counted, not modelled: the same kernel runs on the host machine of ``cuda_vocabulary.h``, which counts what is asked of
 global memory; caches would make it less, half-used sectors more. The minimum is every input read once and every output
 written once.

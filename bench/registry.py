@@ -456,7 +456,7 @@ def _augment_check(case: Case, point: Point, problem: augment.Augmentation, outp
 
 def _augment_must_show(medians: Medians, config: Config) -> Iterator[Check]:
     found = {provider: value for (mode, _, provider), value in medians.items() if mode == augment.MODES[1]}
-    for peer, bound in (("eager", 8.0), ("eager-batched", 6.0), ("compiled", 2.0)):
+    for peer, bound in (("eager", 4.0), ("eager-batched", 4.0), ("compiled", 4.0)):
         if peer in found and "pydistill" in found:
             speedup = found[peer] / found["pydistill"]
             yield Check("pydistill", f"forward+backward, speed-up over {peer}", speedup, bound, at_least=True)

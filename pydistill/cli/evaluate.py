@@ -71,7 +71,7 @@ class Evaluate:
     def run(self, console: rich.console.Console, stop: Stop) -> None:
         distilled = _distilled(self)
         config = {}
-        kinds = {"dataset": str, "width": int, "depth": int, "student_epochs": int, "augment": str}
+        kinds = {"dataset": str, "width": int, "depth": int, "student_epochs": int, "augment": str, "flip_batch": bool}
         for key, kind in kinds.items():
             config[key] = distilled.config.get(key)
             if not isinstance(config[key], kind | None):
@@ -94,7 +94,7 @@ class Evaluate:
             "batch_size": self.batch_size,
         }
         strategy = _given(self.augment, config["augment"], "")
-        augment = DiffAugment(strategy)
+        augment = DiffAugment(strategy, flip_batch=self.augment is None and bool(config["flip_batch"]))
         shape = dataset.channels, dataset.num_classes, dataset.image_size
         sizes = {name: _given(getattr(self, name), config[name]) for name in ("width", "depth")}
         makers = {net: partial(make, net, *shape, **(sizes if net == "convnet" else {})) for net in self.net}
@@ -122,7 +122,7 @@ class Evaluate:
                     students=range(self.students),
                     seed=self.seed,
                     label_kind=distilled.label_kind,
-                    augment=augment if augment.operations else None,
+                    augment=augment if augment.operations or augment.flip_batch else None,
                     on_step=on_step,
                     **options,
                 )

@@ -170,7 +170,8 @@ def distill(
             on_step(state, {"iteration": state.iteration, **record})
     images, labels, lr = config.result(state)
     settings = {"method": config.name, "dataset": dataset.name, "class_names": list(dataset.class_names)}
-    settings |= asdict(config)
+    augmentation = config.augmentation()
+    settings |= {**asdict(config), "flip_batch": augmentation is not None and augmentation.flip_batch}
     space = (dataset.mean, dataset.std)
     return DistilledSet(images.cpu(), labels.cpu(), lr, *space, settings, state.label_kind, dataset.zca)
 

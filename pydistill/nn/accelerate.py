@@ -22,6 +22,10 @@ class InstanceNormReLUAvgPool(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps, self.relu, self.pool, self.contiguous = eps, relu, pool, contiguous
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         y = instance_norm_relu_avg_pool(x, self.weight, self.bias, eps=self.eps, relu=self.relu, pool=self.pool)
         return y.contiguous() if self.contiguous else y
