@@ -485,7 +485,7 @@ class Slot {
         for (int64_t c = 0; c < C; ++c)
           for (int i = 0; i < 3; ++i, to += 3)  // four at once, of which the next three overwrite the last
             __builtin_memcpy(to, image + c * plane + (h + i) * width + w, 4 * sizeof(Operand));
-        for (int64_t t = 9 * C; t < layout.taps; ++t) *to++ = Operand{};
+        for (int64_t t = 9 * C; t < layout.used_taps; ++t) *to++ = Operand{};
       }
     for (int64_t i = positions * layout.taps; i < round_up(positions, A::kTiles) * layout.taps; ++i)
       columns[i] = Operand{};
@@ -496,17 +496,18 @@ class Slot {
     const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w;
     T* image = static_cast<T*>(step.images_grad) + (e * step.N + n) * C * H * W;
     fill(image, C * H * W);
-    for (int64_t c = 0; c < C; ++c)
-      for (int i = 0; i < 3; ++i)
-        for (int j = 0; j < 3; ++j)
-          for (int64_t h = 0; h < at.H; ++h) {
-            const int64_t y = h + i - at.padding;
-            if (y < 0 || y >= H) continue;
+    for (int64_t h = 0; h < at.H; ++h)  // outermost: a row's taps stay in the first-level cache
+      for (int64_t c = 0; c < C; ++c)
+        for (int i = 0; i < 3; ++i) {
+          const int64_t y = h + i - at.padding;
+          if (y < 0 || y >= H) continue;
+          for (int j = 0; j < 3; ++j) {
             const int64_t from = larger(0, at.padding - j), to = smaller(at.W, W + at.padding - j);
             T* row = image + (c * H + y) * W + j - at.padding;
             const T* taps = work.taps_grad + h * at.W * layout.taps + c * 9 + i * 3 + j;
             for (int64_t w = from; w < to; ++w) row[w] += taps[w * layout.taps];
           }
+        }
   }
 
   // The first convolution's output for the panels [group, group + panels), one after the other in `to`.
