@@ -45,6 +45,6 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " bool bf16, Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor)");
   m.def(
       "convnet_step_tangent(Tensor theta, Tensor direction, Tensor images, Tensor labels, Tensor shape, float eps,"
-      " int label_kind, bool bf16, bool curvature, Tensor(a!) workspace, Tensor(b!)? tape)"
+      " int label_kind, bool bf16, bool curvature, Tensor scale, Tensor(a!) workspace, Tensor(b!)? tape)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
 }

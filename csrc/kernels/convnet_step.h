@@ -5,7 +5,8 @@
 //   logits    theta, images                              -> logits
 //   gradient  theta, images, labels                      -> losses, grad = g
 //   tangent   theta, direction, images, labels           -> slopes (of the losses along the direction, so that their
-//             mean is <g, direction>), grad = H direction, images_grad = d<g, direction>/d images, labels_grad likewise
+//             mean is <g, direction>), and, each times `scale`, grad = H direction, images_grad =
+//             d<g, direction>/d images, labels_grad likewise
 //
 // Students and images are independent until weights' gradients are summed. So a thread takes a few images at a time
 // through all layers and back, in working memory that stays in its cache, and no activation of the whole batch is ever
@@ -47,6 +48,7 @@ struct ConvNetStep {
 
   const void* theta = nullptr;
   const void* direction = nullptr;
+  const void* scale = nullptr;                     // [E], in tangent
   const void* images = nullptr;                    // [N, C, H, W] per student
   const void* labels = nullptr;                    // [N] int64 or [N, classes]
   int64_t images_student = 0, labels_student = 0;  // elements from one student's to the next; 0 where shared

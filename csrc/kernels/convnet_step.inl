@@ -235,6 +235,7 @@ class Slot {
     filters_t = layout.set(step, e, true);
     if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
+    scale = step.scale != nullptr ? static_cast<const T*>(step.scale)[e] : T(1);
     begin = step.N * slot / step.slots;
     end = step.N * (slot + 1) / step.slots;
   }
@@ -271,6 +272,7 @@ class Slot {
   Arena arena;
   Workspace<T, A> work;
   int64_t e, begin, end, first = 0, count = 0;
+  T scale;
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
   T *sums = nullptr, *tape = nullptr;  // no sums where step.grad is absent
@@ -508,6 +510,7 @@ class Slot {
             for (int64_t w = from; w < to; ++w) row[w] += taps[w * layout.taps];
           }
         }
+    for (int64_t i = 0; i < C * H * W; ++i) image[i] *= scale;
   }
 
   // The first convolution's output for the panels [group, group + panels), one after the other in `to`.
@@ -597,11 +600,11 @@ class Slot {
   }
 
   // The target's weight of class k, and the sum of all.
-  T target(int64_t n, int64_t k, T scale) const {
+  T target(int64_t n, int64_t k, T high) const {
     if (step.kind == Step::Labels::hard)
       return static_cast<const int64_t*>(step.labels)[e * step.labels_student + n] == k ? T(1) : T(0);
     const T* row = static_cast<const T*>(step.labels) + e * step.labels_student + n * step.classes;
-    return step.kind == Step::Labels::probs ? row[k] : exp_scalar(row[k] - scale);
+    return step.kind == Step::Labels::probs ? row[k] : exp_scalar(row[k] - high);
   }
   T target_scale(int64_t n) const {  // log-sum-exp of label logits
     if (step.kind != Step::Labels::logits) return 0;
@@ -616,16 +619,16 @@ class Slot {
 
   // Logits to the loss and, in their place, the gradient with respect to them; the row's padding becomes zero.
   __attribute__((noinline)) void cross_entropy(int64_t n, T* row) {
-    const T scale = target_scale(n), log_sum = log_sum_exp(row);
+    const T high = target_scale(n), log_sum = log_sum_exp(row);
     T loss = 0, mass = 0;
     for (int64_t k = 0; k < step.classes; ++k) {
-      const T t = target(n, k, scale);
+      const T t = target(n, k, high);
       mass += t;
       if (t != 0) loss -= t * (row[k] - log_sum);
     }
     for (int64_t k = 0; k < step.classes; ++k) {
       const T p = exp_scalar(row[k] - log_sum);
-      row[k] = (mass * p - target(n, k, scale)) / T(step.N);
+      row[k] = (mass * p - target(n, k, high)) / T(step.N);
     }
     for (int64_t k = step.classes; k < layout.classes; ++k) row[k] = 0;
     if (step.form == Step::Form::gradient) static_cast<T*>(step.losses)[e * step.N + n] = loss;
@@ -634,10 +637,10 @@ class Slot {
   // From the logits' tangents to the tangent of their gradient, in their place; the loss's slope; the labels' gradient.
   // The gradient is (mass p - target) / N, from which mass p is had back.
   void cross_entropy_tangent(int64_t n, const T* grad, T* row_t) {
-    const T scale = target_scale(n), N = T(step.N);
+    const T high = target_scale(n), N = T(step.N);
     T slope = 0, mass = 0, mean = 0, target_mean = 0;
     for (int64_t k = 0; k < step.classes; ++k) {
-      const T t = target(n, k, scale);
+      const T t = target(n, k, high);
       slope += grad[k] * row_t[k];
       mass += t;
       mean += (grad[k] * N + t) * row_t[k];
@@ -648,11 +651,10 @@ class Slot {
     if (step.labels_grad != nullptr) {
       T* out = static_cast<T*>(step.labels_grad) + (e * step.N + n) * step.classes;
       for (int64_t k = 0; k < step.classes; ++k)
-        out[k] = step.kind == Step::Labels::probs ? (average - row_t[k]) / N
-                                                  : target(n, k, scale) * (target_mean - row_t[k]) / N;
+        out[k] = scale * (step.kind == Step::Labels::probs ? (average - row_t[k]) / N
+                                                           : target(n, k, high) * (target_mean - row_t[k]) / N);
     }
-    for (int64_t k = 0; k < step.classes; ++k)
-      row_t[k] = (grad[k] * N + target(n, k, scale)) * (row_t[k] - average) / N;
+    for (int64_t k = 0; k < step.classes; ++k) row_t[k] = (grad[k] * N + target(n, k, high)) * (row_t[k] - average) / N;
     for (int64_t k = step.classes; k < layout.classes; ++k) row_t[k] = 0;
   }
 
@@ -1033,7 +1035,7 @@ class Reduction {
   V total(int64_t e, int64_t offset) const {
     V sum = load(slot(e, 0) + offset);
     for (int64_t s = 1; s < step.slots; ++s) sum += load(slot(e, s) + offset);
-    return sum;
+    return step.scale != nullptr ? sum * static_cast<const T*>(step.scale)[e] : sum;
   }
 
   void winograd(int64_t e, int64_t l, int64_t c, T* grad) const {

@@ -194,11 +194,13 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Tensor& direction, const Tensor& images,
                                                    const Tensor& labels, const Tensor& shape, double eps,
-                                                   int64_t label_kind, bool bf16, bool curvature, Tensor workspace,
-                                                   std::optional<Tensor> tape) {
+                                                   int64_t label_kind, bool bf16, bool curvature, const Tensor& scale,
+                                                   Tensor workspace, std::optional<Tensor> tape) {
   ConvNetStep step = begin(Form::tangent, theta, images, shape, eps, bf16);
   check_dense(direction, "direction", {step.E, step.P}, theta.scalar_type());
   step.direction = direction.const_data_ptr();
+  check_dense(scale, "scale", {step.E}, theta.scalar_type());
+  step.scale = scale.const_data_ptr();
   take_labels(step, labels, label_kind, theta);
   take_tape(step, tape, ConvNetStep::Tape::read);
   const bool soft = step.kind != ConvNetStep::Labels::hard;

@@ -164,6 +164,7 @@ def convnet_tangent(
     label_kind: LabelKind = "hard",
     precision: Precision = "fp32",
     curvature: bool = True,
+    scale: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
     backend: str = "auto",
@@ -177,6 +178,7 @@ def convnet_tangent(
     Args:
         direction: ``[E, P]``.
         curvature: False leaves the second result out and, on the CPU, its work.
+        scale: ``[E]``, dtype of theta: a factor on all results but the slope; None: one.
         tape: as `convnet_gradient` filled it for the same theta, images, labels, kind and precision. It is used up.
 
     Returns:
@@ -189,28 +191,35 @@ def convnet_tangent(
     if direction.shape != theta.shape or direction.dtype != theta.dtype or direction.device != theta.device:
         wanted, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (theta, direction))
         raise ValueError(f"direction: expected {wanted} as theta, got {got}")
+    if scale is not None and (scale.shape != theta.shape[:1] or scale.dtype != theta.dtype):
+        raise ValueError(f"scale: expected {theta.dtype} [{len(theta)}], got {scale.dtype} {list(scale.shape)}")
+    if chosen == "cpu":
+        memory = _memory(workspace, shape, "tangent", theta, images, precision)
+        slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
+            theta.contiguous(),
+            direction.contiguous(),
+            images.contiguous(),
+            labels.contiguous(),
+            _sizes(shape),
+            shape.eps,
+            _KINDS.index(label_kind),
+            precision == "bf16",
+            curvature,
+            theta.new_ones(len(theta)) if scale is None else scale.contiguous(),
+            memory,
+            tape,
+        )
+        return slope, grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
     if chosen == "reference":
-        slope, along, *others = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind)
-        return slope, along if curvature else None, *others
-    if chosen == "cuda":
+        found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind)
+    else:
         run = workspace.graphs.tangent if workspace else layers.tangent
-        slope, along, *others = run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
-        return slope, along if curvature else None, *others
-    memory = _memory(workspace, shape, "tangent", theta, images, precision)
-    slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
-        theta.contiguous(),
-        direction.contiguous(),
-        images.contiguous(),
-        labels.contiguous(),
-        _sizes(shape),
-        shape.eps,
-        _KINDS.index(label_kind),
-        precision == "bf16",
-        curvature,
-        memory,
-        tape,
-    )
-    return slope, grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
+        found = run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
+    slope, grad, images_grad, labels_grad = found
+    if scale is not None:
+        grad, images_grad = grad * scale[:, None], images_grad * scale.view(-1, 1, 1, 1, 1)
+        labels_grad = None if labels_grad is None else labels_grad * scale.view(-1, 1, 1)
+    return slope, grad if curvature else None, images_grad, labels_grad
 
 
 def workspace_bytes(

@@ -171,7 +171,8 @@ class InnerLoop:
     ) -> Adjoint:
         """<g, direction> ``[E]``, and ``scale`` ``[E]`` times its derivatives: along theta, and along the step's batch
         of images (before augmentation) and labels, summed over the students that share it."""
-        scale = scale * self.loss_scale
+        if self.loss_scale != 1:
+            scale = scale * self.loss_scale
         with self.replaying(step):
             plain = self.batch(step, images.detach(), labels.detach())
             moving = needs_images and self.augment is not None
@@ -182,6 +183,7 @@ class InnerLoop:
             found = self.students.adjoint(
                 theta,
                 direction,
+                scale,
                 batch._replace(images=batch.images.detach()),
                 step.copied_buffers(),
                 step.number,
@@ -191,18 +193,16 @@ class InnerLoop:
             )
         dx, dy = found.images, found.labels
         if dx is not None:
-            dx = dx * scale.view(-1, 1, 1, 1, 1)
             if batch.images.dim() == 4:
                 dx = dx.sum(0) if len(dx) > 1 else dx[0]
             if moving:
                 (dx,) = torch.autograd.grad(batch.images, plain.images, dx)
         if dy is not None:
-            dy = dy * scale.view(-1, 1, 1)
             dy = dy.unflatten(1, (-1, plain.images.shape[-4])).sum(1)  # over what `repeat` made of a label
             if not batch.per_student:
                 dy = dy.sum(0) if len(dy) > 1 else dy[0]
-        along = None if found.curvature is None else found.curvature * scale[:, None]
-        return Adjoint(found.slope * self.loss_scale, along, dx, dy)
+        slope = found.slope if self.loss_scale == 1 else found.slope * self.loss_scale
+        return Adjoint(slope, found.curvature, dx, dy)
 
     def accumulate(self, total: Tensor | None, step: Step, part: Tensor | None, own: bool) -> None:
         """Add a batch's ``part`` where `batch` took it from; ``own``: total has [E] in front."""

@@ -72,7 +72,7 @@ class SGD:
     def step(self, k: int, state: State, q: Tensor, lr: Tensor) -> State:
         """``lr`` [E, 1] or [1, 1]."""
         velocity = self.momentum * state.moments[0] + q if self.momentum and state.moments else q
-        return State(state.theta - lr * velocity, (velocity,) if self.momentum else ())
+        return State(torch.addcmul(state.theta, velocity, lr, value=-1), (velocity,) if self.momentum else ())
 
     def sweep(self, lr: Tensor) -> _SGDSweep:
         return _SGDSweep(self, lr)

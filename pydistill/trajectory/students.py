@@ -55,7 +55,7 @@ class Descent(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """What <g, direction> is and how it changes; a field is None where it was not asked for."""
+    """What <g, direction> is and scale [E] times how it changes; a field is None where it was not asked for."""
 
     slope: Tensor  # [E]: <g, direction>
     curvature: Tensor | None  # [E, P]: along theta
@@ -138,6 +138,7 @@ class GenericStudents:
         self,
         theta: Tensor,
         direction: Tensor,
+        scale: Tensor,
         batch: Batch,
         buffers: dict[str, Tensor] | None,
         kept: int | None,
@@ -164,6 +165,7 @@ class GenericStudents:
                     )
                 else:  # a loss linear in theta: nothing depends on anything
                     parts = tuple(torch.zeros_like(t) for t in wanted.values())
+                parts = [part * scale[e] for part in parts]
             found.append({"slope": torch.dot(g.detach(), direction[e]), **dict(zip(wanted, parts, strict=True))})
         joined = {name: torch.stack([f[name] for f in found]) for name in found[0]}
         return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
@@ -263,6 +265,7 @@ class ConvNetStudents:
         self,
         theta: Tensor,
         direction: Tensor,
+        scale: Tensor,
         batch: Batch,
         buffers: dict[str, Tensor] | None,
         kept: int | None,
@@ -282,6 +285,7 @@ class ConvNetStudents:
                     label_kind=self.label_kind,
                     precision=self.precision,
                     curvature=curvature,
+                    scale=scale,
                     workspace=self.workspace,
                     tape=self.tapes.pop(kept, None),
                 )
