@@ -44,6 +44,7 @@ def trajectory_match(problem: Problem, students: int | None = None, **options: A
             lr,
             steps=problem.steps,
             batches=list(problem.batches),
+            augment=Replay(problem.draws) if problem.draws else None,
             **options,
         )
         d_images, d_lr = torch.autograd.grad(loss, (images, lr))
@@ -52,13 +53,21 @@ def trajectory_match(problem: Problem, students: int | None = None, **options: A
     return run
 
 
+class Replay:
+    """A problem's augmentations, in the order of its steps."""
+
+    def __init__(self, draws: tuple[tuple[str, Tensor], ...]):
+        self.records = iter([record for _, record in draws])
+
+    def draw(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        return next(self.records)
+
+    def __call__(self, images: Tensor, record: Tensor) -> Tensor:
+        return augment_images(images, record)
+
+
 def exact(problem: Problem) -> Thunk:
     return trajectory_match(problem, mode="exact", engine="student")
-
-
-def exact_kept(problem: Problem) -> Thunk:
-    """With a budget in which every step keeps its activations."""
-    return trajectory_match(problem, mode="exact", engine="student", memory=1 << 30)
 
 
 def exact_bf16(problem: Problem) -> Thunk:

@@ -105,6 +105,32 @@ def sequence(images: Tensor, record: Tensor, *, by_image: bool = False) -> Tenso
     return rotate(scale(x, *columns[10:12]), columns[12])
 
 
+# The operators by name, as the repositories draw one of them for a batch, with their columns of a record.
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], slice]] = {
+    "color": (color, slice(0, 3)),
+    "crop": (crop, slice(3, 5)),
+    "cutout": (cut_out, slice(5, 9)),
+    "flip": (lambda x, flip: torch.where(flip.view(-1, 1, 1, 1) != 0, x.flip(3), x), slice(9, 10)),
+    "scale": (scale_by_image, slice(10, 12)),
+    "rotate": (rotate_by_image, slice(12, 13)),
+}
+IDENTITY = torch.tensor([0.0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0])
+
+
+def draw_single(shape: tuple[int, ...], step: int) -> tuple[str, Tensor]:
+    """A batch's operation, each in its turn, and the record that has this one at work alone."""
+    name = list(OPERATIONS)[step % len(OPERATIONS)]
+    columns = OPERATIONS[name][1]
+    record = IDENTITY.expand(shape[0], -1).clone()
+    record[:, columns] = make_augmentation(shape, MODES[0]).record[:, columns]
+    return name, record
+
+
+def single(x: Tensor, name: str, record: Tensor) -> Tensor:
+    operator, columns = OPERATIONS[name]
+    return operator(x, *record[:, columns].to(x.dtype).unbind(1))
+
+
 def eager_augment(problem: Augmentation, op: AugmentOp = sequence) -> Callable[[], tuple[Tensor, ...]]:
     """`op` under autograd: the result and, in the second mode, the images' gradient."""
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import augment
 from .problem import Problem, Result, Thunk
 
 
@@ -37,9 +38,10 @@ def prepare(problem: Problem, net: nn.Module | None = None, *, first_order: bool
         images = problem.images.clone().requires_grad_()
         lr = problem.lr.clone().requires_grad_()
         theta = problem.theta0.clone().requires_grad_()
-        for index in problem.batches:
+        for k, index in enumerate(problem.batches):
             at = theta.detach().requires_grad_() if first_order else theta
-            loss = inner_loss(net, at, images[index], problem.labels[index])
+            x = augment.single(images[index], *problem.draws[k]) if problem.draws else images[index]
+            loss = inner_loss(net, at, x, problem.labels[index])
             (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
             theta = theta - lr * gradient
         loss = matching_loss(theta, problem)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .augment import draw_single
 from .plain_convnet import PlainConvNet
 
 
@@ -32,13 +33,14 @@ class Problem:
     labels: Tensor  # [N], long
     lr: Tensor  # []
     batches: tuple[Tensor, ...]  # T index tensors
+    draws: tuple[tuple[str, Tensor], ...] = ()  # each step's augmentation: operation and record; empty: none
 
     @property
     def steps(self) -> int:
         return len(self.batches)
 
     def with_steps(self, steps: int) -> Problem:
-        return replace(self, batches=self.batches[:steps])
+        return replace(self, batches=self.batches[:steps], draws=self.draws[:steps])
 
 
 def make_problem(
@@ -54,6 +56,7 @@ def make_problem(
     dtype: torch.dtype = torch.float32,
     lr: float = 0.01,
     seed: int = 0,
+    augment: bool = False,
     **_: Any,
 ) -> Problem:
     """Drawn in float64 and rounded to `dtype`, so that the same seed is the same problem in every precision."""
@@ -69,6 +72,7 @@ def make_problem(
     batches: list[Tensor] = []
     while len(batches) < steps:
         batches.extend(torch.randperm(images, generator=generator).split(batch))
+    shapes = [(len(index), channels, image_size, image_size) for index in batches[:steps]]
     return Problem(
         net=net.to(dtype),
         theta0=theta0.to(dtype),
@@ -77,4 +81,5 @@ def make_problem(
         labels=torch.arange(images) % classes,
         lr=torch.tensor(lr, dtype=dtype),
         batches=tuple(batches[:steps]),
+        draws=tuple(draw_single(shape, k) for k, shape in enumerate(shapes)) if augment else (),
     )
