@@ -18,3 +18,26 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    from tests.bars import make_dataset
+
+    return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def store(dataset, tmp_path_factory):
+    """Two experts of three epochs on `dataset`."""
+    from pydistill.trajectory.experts import train_experts
+    from tests.bars import make_net
+
+    path = tmp_path_factory.mktemp("experts") / "experts.store"
+    options = {"num_experts": 2, "epochs": 3, "lr": 0.05, "batch_size": 10, "seed": 3}
+    return train_experts(make_net, dataset.train_images, dataset.train_labels, path, **options)
+
+
+@pytest.fixture(scope="session")
+def experts(store):
+    return store.tensor()

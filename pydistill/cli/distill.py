@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, get_args
@@ -120,8 +120,11 @@ class Distill:
             raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
         if not ipc.lstrip("-").isdecimal():
             raise ValueError(f"--ipc: expected a whole number, got {ipc!r}")
-        config = METHODS[method].nearest_preset(dataset, int(ipc))
-        return cls(method, config, dataset, **asdict(SETTINGS[dataset]))
+        config, setting = METHODS[method].nearest_preset(dataset, int(ipc)), SETTINGS[dataset]
+        if config.needs_experts:
+            needed = config.max_start_epoch - 1 + config.expert_epochs
+            setting = replace(setting, train_epochs=max(needed, setting.train_epochs))
+        return cls(method, config, dataset, **asdict(setting))
 
     @classmethod
     def _of_run(cls, out: str | None) -> Distill:
@@ -137,7 +140,7 @@ class Distill:
         try:
             config = METHODS[options["method"]](**options["config"])
             paths = {name: Path(options[name]) if options[name] else None for name in ("root", "experts")}
-            saved = cls(**options | paths | {"config": config}, out=Path(out), resume=True)
+            saved = cls(**options | paths | {"config": config}, out=Path(out))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected {wanted}; it holds other fields ({error})") from error
         if saved.stored().keys() != options.keys():
@@ -341,7 +344,8 @@ class Run:
 
         distilled = distill(self.config, self.dataset, self.net, experts, state=state, on_step=on_step)
         if self.first:
-            options = {k: v for k, v in _flat(self.options).items() if k not in _HOW}
+            silent = _HOW + (_OF_EXPERTS if self.options.experts or not self.config.needs_experts else ())
+            options = {k: v for k, v in _flat(self.options).items() if k not in silent}
             distilled.config |= {**options, "pydistill": __version__}
             distilled.save(self.folder / "distilled.safetensors")
             self.console.print(f"distilled in {total} iterations, learning rate {distilled.lr:.4f}")
