@@ -31,7 +31,7 @@ class DATM(Matching):
 
     name: ClassVar[str] = "datm"
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
-        data: {ipc: row | {"lr_label": 1.0, "threshold": 2.0} for ipc, row in rows.items()}
+        data: {ipc: row | {"lr_label": 10.0, "threshold": 2.0} for ipc, row in rows.items()}
         for data, rows in SMALL.items()
     } | {
         "cifar10": {

@@ -6,7 +6,7 @@ Distillation by Matching Training Trajectories", Cazenavette et al., CVPR 2022, 
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import json
 import re
 import zlib
@@ -135,8 +135,19 @@ def train_experts(
     }
     start = torch.stack([FlatModule(net).parameters().cpu() for net in nets])
 
+    # a step that leads nowhere: what train_students refuses is refused before a file is made or overwritten
+    two = torch.stack([labels.argmax(), labels.argmin()])
+    with torch.random.fork_rng(devices=[]):
+        train_students(
+            copy.deepcopy(nets[0]),
+            start[:1].to(images.device),
+            images[two],
+            labels[two],
+            **{"epochs": 1, "lr": lr, "batch_size": batch_size, "momentum": momentum, "check_finite": False},
+            **_of_epoch(options, 0),
+        )
     at_once = -(-_IMAGES_AT_ONCE // min(batch_size, len(images))) if trains_at_once(nets[0], images) else 1
-    with _open(path, nets[0], header, start, overwrite) as store, _taken_back_if_refused(store):
+    with _open(path, nets[0], header, start, overwrite) as store:
         for group in _groups(store.completed, at_once):
             theta, velocity = (each.to(images.device) for each in _state(store, group))
             for epoch in range(store.completed[group.start], epochs):
@@ -182,17 +193,6 @@ def _groups(completed: list[int], at_once: int) -> Iterator[range]:
         members = range(first, min(first + at_once, len(completed)))
         together = len({completed[expert] for expert in members}) == 1
         yield from [members] if together else [range(expert, expert + 1) for expert in members]
-
-
-@contextlib.contextmanager
-def _taken_back_if_refused(store: ExpertStore) -> Iterator[None]:
-    """Leaves no file of a training whose options were refused in its first epoch, in the way of the right one's."""
-    try:
-        yield
-    except (TypeError, ValueError):
-        if not any(store.completed):
-            store.path.unlink()
-        raise
 
 
 def _of_epoch(options: dict[str, Any], epoch: int) -> dict[str, Any]:

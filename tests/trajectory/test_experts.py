@@ -163,6 +163,14 @@ def test_wrong_options_of_experts_leave_no_file(dataset, tmp_path, options, erro
     with pytest.raises(error, match=message):
         train_experts(make_net, dataset.train_images, dataset.train_labels, tmp_path / "experts.store", **options)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "experts.store").write_text("precious")
+    with pytest.raises(error, match=message):
+        train_experts(
+            *(make_net, dataset.train_images, dataset.train_labels, tmp_path / "experts.store"),
+            **options,
+            overwrite=True,
+        )
+    assert (tmp_path / "experts.store").read_text() == "precious"
 
 
 def test_experts_that_stand_at_different_epochs_are_continued(dataset, store, tmp_path):
