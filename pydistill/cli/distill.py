@@ -246,6 +246,8 @@ class Run:
                 results = self._results()
                 if self.first:
                     self.folder.mkdir(parents=True, exist_ok=True)
+                    for left in self.folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+                        left.unlink()
                     write_atomic(self.folder / "config.json", as_json(options.stored()))
                     self._forget_metrics(iteration, results)
                     self.console.print(f"{self.dataset.name} -> {self.folder}")
