@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from pydistill import data
 from pydistill.data import DistilledSet, load, renormalise, write_atomic
+from pydistill.whitening import ZCA
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -142,6 +143,35 @@ def test_cifar10_from_python_batches(tmp_path, nested):
     np.testing.assert_allclose(restored.reshape(4, 3072).numpy() * 255, pixels[5], atol=1e-3)
 
 
+def write_cifar100(folder: Path) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 5, 3072), np.uint8)
+    for index, name in enumerate(("train", "test")):
+        batch = {b"data": pixels[index], b"fine_labels": [index, 1, 2, 99, 50], b"coarse_labels": [0] * 5}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = [f"class {i}".encode() for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}, protocol=2))
+    return pixels
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_cifar100_from_python_batches(tmp_path, nested):
+    folder = tmp_path / "cifar-100-python" if nested else tmp_path
+    folder.mkdir(exist_ok=True)
+    pixels = write_cifar100(folder)
+    found = load("cifar100", tmp_path)
+    assert found.train_labels.tolist() == [0, 1, 2, 99, 50]
+    assert (found.num_classes, found.class_names[99]) == (100, "class 99")
+    restored = found.pixels(found.test_images)
+    np.testing.assert_allclose(restored.reshape(5, 3072).numpy() * 255, pixels[1], atol=1e-3)
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"one"]}))
+    with pytest.raises(ValueError, match=r"meta: expected CIFAR-100's meta file: .* 100 of them; got others"):
+        load("cifar100", tmp_path)
+    (folder / "test").write_bytes(pickle.dumps({b"data": pixels[1], b"fine_labels": [0, 1, 2, 3, 100]}))
+    with pytest.raises(ValueError, match=r"test: expected a CIFAR-100 python batch.*'fine_labels'.*; got other"):
+        load("cifar100", tmp_path)
+
+
 class RunsCode:
     def __init__(self, path):
         self.path = str(path)
@@ -236,6 +266,38 @@ def test_a_sample_has_each_class_and_no_image_twice():
         digits.sample(1000)
     with pytest.raises(ValueError, match="ipc: expected at least 1"):
         digits.sample(0)
+
+
+def test_a_sample_prefers_what_it_is_told_to():
+    digits = load("digits", image_size=8)
+    preferred = torch.zeros(len(digits.train_images), dtype=torch.bool)
+    preferred[::7] = True
+    images, _ = digits.sample(3, torch.Generator().manual_seed(1), preferred)
+    wanted = {image.numpy().tobytes() for image in digits.train_images[preferred]}
+    assert {image.numpy().tobytes() for image in images} <= wanted
+    assert len(digits.sample(100, None, preferred)[0]) == 1000  # where they do not suffice, others follow
+
+
+def test_a_whitened_set_and_what_is_distilled_from_it(tmp_path):
+    digits = load("digits", image_size=8)
+    white = digits.whitened(eps=0.01)
+    pixels = digits.pixels(digits.train_images)
+    torch.testing.assert_close(white.pixels(white.train_images), pixels, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(white.train_images, ZCA.fit(pixels, 0.01)(pixels))
+    assert (white.mean.item(), white.std.item()) == (0, 1)
+    with pytest.raises(ValueError, match="digits: expected a set that is not whitened yet"):
+        white.whitened()
+    space = (white.mean, white.std, {}, "hard", white.zca)
+    written = DistilledSet(white.train_images[:4].clone(), torch.arange(4), 0.1, *space)
+    torch.testing.assert_close(written.pixels(), pixels[:4].clamp(0, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(written.normalise(digits.test_images, digits), white.test_images, atol=1e-4, rtol=1e-4)
+    written.save(tmp_path / "d.safetensors")
+    written.export(tmp_path / "folder")
+    for read in (DistilledSet.load(tmp_path / "d.safetensors"), DistilledSet.import_tensors(tmp_path / "folder")):
+        assert torch.equal(read.zca.matrix, white.zca.matrix)
+        assert torch.equal(read.images, written.images)
+    with pytest.raises(ValueError, match="zca: expected a set that is not whitened"):
+        written.renormalised(white.mean, white.std)
 
 
 def distilled_set(label_kind: str = "hard") -> DistilledSet:
