@@ -206,7 +206,10 @@ def _ranks(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    torch.distributed.init_process_group("nccl" if device_of(device).type == "cuda" else "gloo")
+    on_gpus = device_of(device).type == "cuda"
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpus else "gloo")
     try:
         yield
     finally:

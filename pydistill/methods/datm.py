@@ -59,6 +59,12 @@ class DATM(Matching):
     first_max_start_epoch: int | None = None  # max_start_epoch at the beginning; None: it does not grow
     expansion: int = 1000  # iterations until it is reached
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.min_start_epoch < (self.first_max_start_epoch or self.max_start_epoch) <= self.max_start_epoch:
+            wanted = f"more than {self.min_start_epoch} and at most {self.max_start_epoch}"
+            raise ValueError(f"first_max_start_epoch: expected {wanted}, got {self.first_max_start_epoch}")
+
     def last_start(self, iteration: int) -> int:
         if self.first_max_start_epoch is None:
             return self.max_start_epoch

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Config:
     iterations: int = 5000  # outer steps
     augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
     zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
-    precision: str = field(default="fp32", kw_only=True)  # of the students' convolutions: fp32, bf16, or tf32 on GPUs
+    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)  # of the students' convolutions
     seed: int = field(default=0, kw_only=True)  # of everything that is drawn
 
     def __post_init__(self) -> None:

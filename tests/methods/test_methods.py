@@ -111,6 +111,8 @@ def test_a_state_of_another_run_is_refused(dataset, experts, tmp_path):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         MTT(**SMALL | options)
+    with pytest.raises(ValueError, match="first_max_start_epoch: expected more than 0 and at most 2, got 3"):
+        DATM(**SMALL, first_max_start_epoch=3)
     with pytest.raises(ValueError, match="total: expected at least the window of 9, got 3"):
         RaTBPTT(window=9, total=3)
 
