@@ -155,7 +155,9 @@ struct Layout {
   }
 
   int64_t first_stride() const { return round_up(layer[0].H * layer[0].W, A::kTiles); }  // of its panels
-  int64_t columns() const { return round_up(first_stride() * taps + 1, 64); }  // of an image, room for one more included
+  int64_t columns() const {
+    return round_up(first_stride() * taps + 1, 64);
+  }  // of an image, room for one more included
   const Operand* operands(const void* set) const { return static_cast<const Operand*>(set); }
   T* values(void* set) const { return reinterpret_cast<T*>(static_cast<char*>(set) + head_begin); }
   void* set(const Step& step, int64_t e, bool of_direction) const {
@@ -199,11 +201,12 @@ struct Workspace {
     tape = arena.take<T>(in_place ? 0 : step.chunk * layout.tape / sizeof(T));
     tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
     padded = arena.take<Vec<T>>(layout.padded_panel);
-    x = arena.take<Vec<T>>(positions);
-    x_t = arena.take<Vec<T>>(tangent ? positions : 0);
-    const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups : Layout<T, A>::kBunch;
-    first = arena.take<Vec<T>>(panels * layout.first_stride());
-    first_t = arena.take<Vec<T>>(tangent ? panels * layout.first_stride() : 0);
+    const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups * layout.first_stride()
+                                              : Layout<T, A>::kBunch * positions;
+    first = arena.take<Vec<T>>(panels);
+    first_t = arena.take<Vec<T>>(tangent ? panels : 0);
+    x = layout.keeps_first ? arena.take<Vec<T>>(positions) : first;
+    x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
     input = arena.take<Operand>(layout.tile_elements);
     grad = arena.take<Operand>(layout.tile_elements);
@@ -276,7 +279,7 @@ class Slot {
   T scale;
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
-  Operand* columns = nullptr;  // of the first layer's input, for the image at work
+  Operand* columns = nullptr;          // of the first layer's input, for the image at work
   T *sums = nullptr, *tape = nullptr;  // no sums where step.grad is absent
 
   static void fill(T* to, int64_t n) {
