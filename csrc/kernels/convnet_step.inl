@@ -104,7 +104,7 @@ struct Layout {
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
-  bool keeps_first;  // a chunk's first convolutions stay in cache from the forward to the backward pass
+  bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
     depth = step.depth;
@@ -155,6 +155,9 @@ struct Layout {
   }
 
   int64_t first_stride() const { return round_up(layer[0].H * layer[0].W, A::kTiles); }  // of its panels
+  int64_t columns() const {
+    return round_up(first_stride() * taps + 1, 64);
+  }  // of an image, room for one more included
   const Operand* operands(const void* set) const { return static_cast<const Operand*>(set); }
   T* values(void* set) const { return reinterpret_cast<T*>(static_cast<char*>(set) + head_begin); }
   void* set(const Step& step, int64_t e, bool of_direction) const {
@@ -198,11 +201,12 @@ struct Workspace {
     tape = arena.take<T>(in_place ? 0 : step.chunk * layout.tape / sizeof(T));
     tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
     padded = arena.take<Vec<T>>(layout.padded_panel);
-    x = arena.take<Vec<T>>(positions);
-    x_t = arena.take<Vec<T>>(tangent ? positions : 0);
-    const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups : Layout<T, A>::kBunch;
-    first = arena.take<Vec<T>>(panels * layout.first_stride());
-    first_t = arena.take<Vec<T>>(tangent ? panels * layout.first_stride() : 0);
+    const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups * layout.first_stride()
+                                              : Layout<T, A>::kBunch * positions;
+    first = arena.take<Vec<T>>(panels);
+    first_t = arena.take<Vec<T>>(tangent ? panels : 0);
+    x = layout.keeps_first ? arena.take<Vec<T>>(positions) : first;
+    x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
     input = arena.take<Operand>(layout.tile_elements);
     grad = arena.take<Operand>(layout.tile_elements);
@@ -212,9 +216,9 @@ struct Workspace {
     const int64_t edge = 2 * layout.layer[0].padding;
     const int64_t pixels = step.layer[0].in * (step.image_h + edge) * (step.image_w + edge) + 1;
     image = arena.take<Operand>(pixels);
-    columns = arena.take<Operand>(positions * layout.taps + 1);
+    columns = arena.take<Operand>((layout.keeps_first ? step.chunk : 1) * layout.columns());
     image_rest = arena.take<Operand>(A::kSplit ? pixels : 0);
-    columns_rest = arena.take<Operand>(A::kSplit ? positions * layout.taps + 1 : 0);
+    columns_rest = arena.take<Operand>(A::kSplit ? layout.columns() : 0);
     rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
     taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
@@ -275,6 +279,7 @@ class Slot {
   T scale;
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
+  Operand* columns = nullptr;          // of the first layer's input, for the image at work
   T *sums = nullptr, *tape = nullptr;  // no sums where step.grad is absent
 
   static void fill(T* to, int64_t n) {
@@ -457,6 +462,13 @@ class Slot {
 
   // ---- the first layer, from its input's columns
 
+  // Points `columns` to those of image g of the chunk, which the forward pass gathers, and the backward pass again
+  // where they are not kept.
+  void use_columns(int64_t g, bool forward) {
+    columns = work.columns + (layout.keeps_first ? g * layout.columns() : 0);
+    if (forward || !layout.keeps_first) gather_columns(first + g);
+  }
+
   __attribute__((noinline)) void gather_columns(int64_t n) {
     const LayerLayout& at = layout.layer[0];
     const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w, edge = at.padding;
@@ -473,7 +485,7 @@ class Slot {
           work.image[to] = A::narrow_one(value);
           if constexpr (A::kSplit) work.image_rest[to] = A::narrow_one(value - widen(work.image[to]));
         }
-    fill_columns(work.image, work.columns);
+    fill_columns(work.image, columns);
     if constexpr (A::kSplit) fill_columns(work.image_rest, work.columns_rest);
   }
 
@@ -517,14 +529,14 @@ class Slot {
   void first_product(const void* set, int64_t group, int64_t panels, V* to) {
     const LayerLayout& at = layout.layer[0];
     const int64_t positions = at.H * at.W, offset = group * L * layout.taps;
-    const auto product = [&](const Operand* columns, int64_t filters, bool add) {
-      A::product(positions, layout.used_taps, panels, columns, layout.taps, filter(set, filters) + offset,
+    const auto product = [&](const Operand* from, int64_t filters, bool add) {
+      A::product(positions, layout.used_taps, panels, from, layout.taps, filter(set, filters) + offset,
                  {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, add});
     };
-    product(work.columns, at.filter, false);
+    product(columns, at.filter, false);
     if (A::kSplit && set == filters) {
       product(work.columns_rest, at.filter, true);
-      product(work.columns, at.filter_rest, true);
+      product(columns, at.filter_rest, true);
     }
   }
 
@@ -553,7 +565,7 @@ class Slot {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      gather_columns(first + g);
+      use_columns(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         first_product(filters, group, panels, x);
@@ -715,7 +727,7 @@ class Slot {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      gather_columns(first + g);
+      use_columns(g, false);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         if (!layout.keeps_first) first_product(filters, group, panels, x);
@@ -733,7 +745,7 @@ class Slot {
 
   void first_outer(int64_t group, int64_t panels, const Operand* rows, int64_t g) {
     const LayerLayout& top = layout.layer[0];
-    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, work.columns, layout.taps, rows, panels * L,
+    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, columns, layout.taps, rows, panels * L,
              {sums + top.sum + group * L, top.out, L, !(fresh && g == 0)});
   }
 
@@ -748,7 +760,7 @@ class Slot {
     const int64_t stride = layout.first_stride();
     T* const tape_t = work.tape_t;
     for (int64_t g = 0; g < count; ++g) {
-      gather_columns(first + g);
+      use_columns(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
         V *const x = first_panels(work.first, g, group), *const x_t = first_panels(work.first_t, g, group);
         first_product(filters, group, panels, x);
@@ -830,7 +842,7 @@ class Slot {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      gather_columns(first + g);
+      use_columns(g, false);
       for_bunches([&](int64_t group, int64_t panels) {
         V *const x = first_panels(work.first, g, group), *const x_t = first_panels(work.first_t, g, group);
         if (!layout.keeps_first) {

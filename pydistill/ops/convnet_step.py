@@ -43,6 +43,7 @@ Form = Literal["logits", "gradient", "tangent"]
 _FORMS = ("logits", "gradient", "tangent")  # in the order of ConvNetStep::Form
 _KINDS = ("hard", "logits", "probs")  # in the order of ConvNetStep::Labels
 _OPS = torch.ops.pydistill
+_passed: dict[tuple, str] = {}  # backends by the arguments' signatures
 
 
 class Workspace:
@@ -268,6 +269,27 @@ def _check(
     labels: Tensor | None = None,
     label_kind: str = "hard",
     tape: Tensor | None = None,
+) -> str:
+    """The backend. In a loop the checks take as long as a tenth of a small step: what has passed is remembered."""
+    given = [(t.shape, t.dtype, t.device, t.requires_grad) for t in (theta, images, labels) if t is not None]
+    kinds = (shape, precision, backend, label_kind, tape is None, torch.is_grad_enabled())
+    signature = (*given, *kinds)
+    if signature not in _passed:
+        if len(_passed) >= 64:
+            _passed.clear()
+        _passed[signature] = _check_all(shape, theta, images, precision, backend, labels, label_kind, tape)
+    return _passed[signature]
+
+
+def _check_all(
+    shape: ConvNetShape,
+    theta: Tensor,
+    images: Tensor,
+    precision: str,
+    backend: str,
+    labels: Tensor | None,
+    label_kind: str,
+    tape: Tensor | None,
 ) -> str:
     if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
         raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")

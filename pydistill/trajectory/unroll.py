@@ -199,22 +199,28 @@ class _Trajectory:
         self.loop, self.every, self.steps = loop, options.every, steps
         rows = (steps - loop.warmup - 1) // options.every + 1
         needed = loop.optimizer.reversed_by_moments or options.every > 1  # a stretch begins with its moments
-        # allocated at once: small blocks between the steps' large ones would fragment the heap
-        self.theta = theta0.new_empty((rows, *theta0.shape), device=options.device)
-        self.moments = [self.theta.new_empty(self.theta.shape) for _ in range(loop.optimizer.num_moments * needed)]
+        shape = (rows, *theta0.shape)
+        # Autograd allocates large blocks in each step, and small ones between them would fragment the heap; the student
+        # engine does not, and there the vectors are kept as they come.
+        self.as_they_come = isinstance(loop.students, ConvNetStudents) and options.every == 1 and not options.device
+        self.theta: Tensor | list[Tensor] = []
+        if not self.as_they_come:
+            self.theta = theta0.new_empty(shape, device=options.device)
+        num_moments = loop.optimizer.num_moments * needed
+        self.moments = [theta0.new_empty(shape, device=options.device) for _ in range(num_moments)]
+        self.nbytes = (1 + num_moments) * rows * theta0.nbytes
         self.first_moments: tuple[Tensor, ...] = ()  # after the warm-up
         self.last_moments: tuple[Tensor, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return self.theta.nbytes * (1 + len(self.moments))
 
     def keep(self, k: int, state: State) -> None:
         row, beside = divmod(k - self.loop.warmup, self.every)
         if k == self.loop.warmup:
             self.first_moments = state.moments
-        if beside == 0:
+        if self.as_they_come:
+            self.theta.append(state.theta if k else state.theta.clone())  # the first is the caller's
+        elif beside == 0:
             self.theta[row] = state.theta
+        if beside == 0:
             for kept, moment in zip(self.moments, state.moments, strict=False):  # none before the first step
                 kept[row] = moment
 
@@ -270,7 +276,7 @@ class _Unroll(torch.autograd.Function):
             if k + 1 in options.wanted:
                 out[k + 1] = state.theta
         if all_kept and loop.check_finite and not state.theta.isfinite().all():  # an element stays so from then on
-            magnitudes += [*largest_of(trajectory.theta[1:]).to(theta0.device), largest_of(state.theta[None])[0]]
+            magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in (*trajectory.theta[1:], state.theta)]
         if trajectory is not None:
             trajectory.last_moments = state.moments if loop.optimizer.reversed_by_moments else ()
         loop.raise_if_not_finite(magnitudes)
