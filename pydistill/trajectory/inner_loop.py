@@ -262,12 +262,12 @@ class InnerLoop:
         if self.training != tuple(m.training for m in self.flat.net.modules()):
             raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
 
-    @contextlib.contextmanager
-    def recording(self, step: Step) -> Iterator[None]:
+    def recording(self, step: Step) -> contextlib.AbstractContextManager[None]:
         """Note in ``step`` what running it takes from and does to the surroundings."""
-        if self.secluded:
-            yield
-            return
+        return contextlib.nullcontext() if self.secluded else self._recording(step)
+
+    @contextlib.contextmanager
+    def _recording(self, step: Step) -> Iterator[None]:
         buffers = dict(self.flat.net.named_buffers())
         if buffers:
             step.buffers = {name: b.detach().clone() for name, b in buffers.items()}
@@ -276,12 +276,12 @@ class InnerLoop:
         if not all(torch.equal(a, b) for a, b in zip(before, self._rng(), strict=True) if a is not None):
             step.rng = before
 
-    @contextlib.contextmanager
-    def replaying(self, step: Step) -> Iterator[None]:
+    def replaying(self, step: Step) -> contextlib.AbstractContextManager[None]:
         """The surroundings as they were when ``step`` ran first."""
-        if self.secluded:
-            yield
-            return
+        return contextlib.nullcontext() if self.secluded else self._replaying(step)
+
+    @contextlib.contextmanager
+    def _replaying(self, step: Step) -> Iterator[None]:
         enabled, dtype = self.autocast
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=enabled))
