@@ -276,7 +276,8 @@ class _Unroll(torch.autograd.Function):
             if k + 1 in options.wanted:
                 out[k + 1] = state.theta
         if all_kept and loop.check_finite and not state.theta.isfinite().all():  # an element stays so from then on
-            magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in (*trajectory.theta[1:], state.theta)]
+            thetas = (*trajectory.theta[1:], state.theta)
+            magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in thetas]
         if trajectory is not None:
             trajectory.last_moments = state.moments if loop.optimizer.reversed_by_moments else ()
         loop.raise_if_not_finite(magnitudes)
