@@ -200,9 +200,10 @@ class _Trajectory:
         rows = (steps - loop.warmup - 1) // options.every + 1
         needed = loop.optimizer.reversed_by_moments or options.every > 1  # a stretch begins with its moments
         shape = (rows, *theta0.shape)
-        # Autograd allocates large blocks in each step, and small ones between them would fragment the heap; the student
-        # engine does not, and there the vectors are kept as they come.
-        self.as_they_come = isinstance(loop.students, ConvNetStudents) and options.every == 1 and not options.device
+        # Vectors of their own between the steps' other blocks fragment the heap, so that they are copied to one block;
+        # but small ones are kept as they come where a step is so short that copying shows.
+        engine = isinstance(loop.students, ConvNetStudents)
+        self.as_they_come = engine and theta0.nbytes <= 1 << 17 and options.every == 1 and not options.device
         self.theta: Tensor | list[Tensor] = []
         if not self.as_they_come:
             self.theta = theta0.new_empty(shape, device=options.device)
