@@ -249,8 +249,11 @@ class ConvNetStudents:
     def _tape_memory(self) -> Tensor:
         """What is left of it. Freshly mapped pages cost more than a small step's tape is worth: they are handed on."""
         if self._memory is None:
-            block = self._idle.pop() if self._idle else None
-            if block is None or len(block) < self._tapes_bytes:
+            try:
+                block = self._idle.pop()
+            except IndexError:
+                block = torch.empty(0, dtype=torch.uint8, device="cpu")
+            if len(block) < self._tapes_bytes:
                 block = torch.empty(self._tapes_bytes, dtype=torch.uint8, device="cpu")
             self._memory = block
             if len(block) <= self.AUTO:
