@@ -83,9 +83,8 @@ class DATM(Matching):
             logits = torch.stack([flat(theta, images) for theta in thetas])  # [E, N, K]
         agrees = (logits.argmax(2) == labels).to(logits.dtype)[..., None]
         agrees = torch.where(agrees.sum(0) > 0, agrees, 1.0)  # an image that no expert has right: all of them
-        lr = torch.tensor(self.lr_teacher, dtype=images.dtype, device=images.device)
-        mean = (logits * agrees).sum(0) / agrees.sum(0)
-        return State({"images": images, "labels": mean, "lr": lr}, "logits")
+        lr = images.new_tensor(self.lr_teacher)
+        return State({"images": images, "labels": (logits * agrees).sum(0) / agrees.sum(0), "lr": lr}, "logits")
 
     def counts(self, losses: Tensor) -> Tensor:
         return (losses <= self.threshold).to(losses.dtype)

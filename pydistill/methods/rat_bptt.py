@@ -18,6 +18,7 @@ from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, fresh_parameters, sum_over_ranks, world
 from pydistill.trajectory import Adam, FlatModule, unroll
 from pydistill.trajectory.experts import seeded_generator
+from pydistill.trajectory.optimizers import State as Moving
 
 
 def _row(window: int, total: int, **more: Any) -> dict[str, Any]:
@@ -143,10 +144,7 @@ class RaTBPTT(Config):
         return (torch.stack(of_class) + self.ipc * classes[:, None]).flatten().to(device)
 
     def _adam(self, state: State, name: str, grad: Tensor) -> None:
-        moments = [state.tensors.get(f"{name}_moment{i}", torch.zeros_like(grad)) for i in (1, 2)]
-        moments = [torch.lerp(grad, moments[0], 0.9), torch.lerp(grad.square(), moments[1], 0.999)]
-        step = state.iteration + 1
-        mean, square = moments[0] / (1 - 0.9**step), moments[1] / (1 - 0.999**step)
-        state[name] = state[name] - self.lr_img * mean / (square.sqrt() + 1e-8)
-        for i, moment in zip((1, 2), moments, strict=True):
-            state[f"{name}_moment{i}"] = moment
+        names = [f"{name}_moment{i}" for i in (1, 2)]
+        moments = tuple(state[each] for each in names if each in state.tensors)
+        found = Adam().step(state.iteration, Moving(state[name], moments), grad, torch.tensor(self.lr_img))
+        state.tensors |= {name: found.theta, **dict(zip(names, found.moments, strict=True))}

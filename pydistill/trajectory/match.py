@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from pydistill.trajectory.flat import l2_to_reference
 from pydistill.trajectory.unroll import unroll
 
 
@@ -64,8 +65,8 @@ def trajectory_match(
     thetas = unroll(net, theta0, images, labels, lr, steps=steps, at=[t for _, t, _ in pairs], **options)
     loss = theta0.new_zeros(theta0.shape[:-1])
     for (name, _, goal), theta in zip(pairs, thetas, strict=True):
-        distance = (theta0 - goal).square().sum(-1)
+        distance = l2_to_reference(theta0, goal)
         if (distance == 0).any():
             raise ValueError(f"{name}: it equals theta0, which leaves no distance to normalise by")
-        loss = loss + (theta - goal).square().sum(-1) / distance
+        loss = loss + l2_to_reference(theta, goal) / distance
     return loss.mean() if reduction == "mean" else loss
