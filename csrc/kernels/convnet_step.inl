@@ -155,9 +155,8 @@ struct Layout {
   }
 
   int64_t first_stride() const { return round_up(layer[0].H * layer[0].W, A::kTiles); }  // of its panels
-  int64_t columns() const {
-    return round_up(first_stride() * taps + 1, 64);
-  }  // of an image, room for one more included
+  // Of an image's columns; gathering writes one element beyond.
+  int64_t columns() const { return round_up(first_stride() * taps + 1, 64); }
   const Operand* operands(const void* set) const { return static_cast<const Operand*>(set); }
   T* values(void* set) const { return reinterpret_cast<T*>(static_cast<char*>(set) + head_begin); }
   void* set(const Step& step, int64_t e, bool of_direction) const {
