@@ -54,12 +54,13 @@ struct Native {
     }
     return v;
   }
-  PYDISTILL_INLINE static void put(Operand* to, Vec<T> v) {
+  template <class V>
+  PYDISTILL_INLINE static void put(Operand* to, V v) {  // a Vec<T> or a part of it
     if constexpr (ROUNDED)
-      for (int i = 0; i < Lanes<T>::count; ++i) v[i] = narrow_one(v[i]);
-    store(to, v);
+      for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) v[i] = narrow_one(v[i]);
+    __builtin_memcpy(to, &v, sizeof(V));
   }
-  PYDISTILL_INLINE static Vec<T> widened(const Operand* from) { return load(from); }
+  PYDISTILL_INLINE static Register<T> widened(const Operand* from) { return load_register<T>(from); }
   // Rows d and d + 1 of vector v of a right factor [depth][vectors].
   PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t vectors, Vec<T> even,
                                     Vec<T> odd) {
@@ -228,8 +229,9 @@ struct Workspace {
 template <class T, class A>
 class Slot {
   using V = Vec<T>;
+  using R = Register<T>;
   using Operand = typename A::Operand;
-  static constexpr int L = Lanes<T>::count;
+  static constexpr int L = Lanes<T>::count, kParts = Wide<T>::parts, kLanes = Registers<T>::lanes;
 
  public:
   Slot(const Step& step, int64_t e, int64_t slot, void* scratch)
@@ -346,58 +348,64 @@ class Slot {
         for (int64_t h = 0; h < at.H; ++h)
           for (int64_t w = 0; w < at.W; ++w) work.padded[(h + 1) * width + w + 1] = plane[h * at.W + w];
         for (int64_t row = 0; row < at.rows; ++row)
-          for (int64_t column = 0; column < at.columns; ++column) {
-            V x[6][6], v[6][6];
-            const V* corner = work.padded + 4 * row * width + 4 * column;
-            for (int i = 0; i < 6; ++i)
-              for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j];
-            both_ways<T, 6, 6>(Winograd::input<T>, x, v);
-            Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + group * L;
-            for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in_row, v[p / 6][p % 6]);
-            if constexpr (A::kSplit)
-              if (rest != nullptr)
-                for (int p = 0; p < 36; ++p)
-                  A::put(rest + (out - to) + p * tiles * at.in_row,
-                         v[p / 6][p % 6] - A::widened(out + p * tiles * at.in_row));
-          }
+          for (int64_t column = 0; column < at.columns; ++column)
+            for (int part = 0; part < kParts; ++part) {
+              R x[6][6], v[6][6];
+              const Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
+              for (int i = 0; i < 6; ++i)
+                for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j].part[part];
+              both_ways<T, 6, 6>(Winograd::input<T>, x, v);
+              const int64_t lane = group * L + part * kLanes;
+              Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
+              for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in_row, v[p / 6][p % 6]);
+              if constexpr (A::kSplit)
+                if (rest != nullptr)
+                  for (int p = 0; p < 36; ++p)
+                    A::put(rest + (out - to) + p * tiles * at.in_row,
+                           v[p / 6][p % 6] - A::widened(out + p * tiles * at.in_row));
+            }
       }
     clear_rest(at, to, at.in_row);
     if (A::kSplit && rest != nullptr) clear_rest(at, rest, at.in_row);
   }
 
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
-  __attribute__((noinline)) void transform_grad(const LayerLayout& at, const V* plane, int64_t g, int64_t group,
+  __attribute__((noinline)) void transform_grad(const LayerLayout& at, V* plane, int64_t g, int64_t group,
                                                 Operand* to) {
     const int64_t tiles = padded_tiles(at);
     for (int64_t row = 0; row < at.rows; ++row)
-      for (int64_t column = 0; column < at.columns; ++column) {
-        V y[4][4], m[6][6];
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j) {
-            const int64_t h = 4 * row + i, w = 4 * column + j;
-            y[i][j] = h < at.H && w < at.W ? plane[h * at.W + w] : V{};
-          }
-        both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
-        Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + group * L;
-        for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out_row, m[p / 6][p % 6]);
-      }
+      for (int64_t column = 0; column < at.columns; ++column)
+        for (int part = 0; part < kParts; ++part) {
+          R y[4][4], m[6][6];
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t h = 4 * row + i, w = 4 * column + j;
+              y[i][j] = h < at.H && w < at.W ? wide<T>(plane)[h * at.W + w].part[part] : R{};
+            }
+          both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
+          const int64_t lane = group * L + part * kLanes;
+          Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + lane;
+          for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out_row, m[p / 6][p % 6]);
+        }
   }
 
   // Products' tiles back to a convolution's output.
   __attribute__((noinline)) void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
     const int64_t tiles = padded_tiles(at);
     for (int64_t row = 0; row < at.rows; ++row)
-      for (int64_t column = 0; column < at.columns; ++column) {
-        V m[6][6], y[4][4];
-        const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + group * L;
-        for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load(in + p * tiles * at.out);
-        both_ways<T, 6, 4>(Winograd::output<T>, m, y);
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j) {
-            const int64_t h = 4 * row + i, w = 4 * column + j;
-            if (h < at.H && w < at.W) plane[h * at.W + w] = y[i][j];
-          }
-      }
+      for (int64_t column = 0; column < at.columns; ++column)
+        for (int part = 0; part < kParts; ++part) {
+          R m[6][6], y[4][4];
+          const int64_t lane = group * L + part * kLanes;
+          const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + lane;
+          for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load_register<T>(in + p * tiles * at.out);
+          both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t h = 4 * row + i, w = 4 * column + j;
+              if (h < at.H && w < at.W) wide<T>(plane)[h * at.W + w].part[part] = y[i][j];
+            }
+        }
   }
 
   // Products' tiles back to the gradient of the previous block's pooled output, overlaps added.
@@ -408,15 +416,17 @@ class Slot {
       for (int64_t group = 0; group < at.in_groups; ++group) {
         fill(work.padded, (4 * at.rows + 2) * width);
         for (int64_t row = 0; row < at.rows; ++row)
-          for (int64_t column = 0; column < at.columns; ++column) {
-            V v[6][6], x[6][6];
-            const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + group * L;
-            for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load(in + p * tiles * at.in);
-            both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
-            V* corner = work.padded + 4 * row * width + 4 * column;
-            for (int i = 0; i < 6; ++i)
-              for (int j = 0; j < 6; ++j) corner[i * width + j] += x[i][j];
-          }
+          for (int64_t column = 0; column < at.columns; ++column)
+            for (int part = 0; part < kParts; ++part) {
+              R v[6][6], x[6][6];
+              const int64_t lane = group * L + part * kLanes;
+              const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + lane;
+              for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load_register<T>(in + p * tiles * at.in);
+              both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
+              Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
+              for (int i = 0; i < 6; ++i)
+                for (int j = 0; j < 6; ++j) corner[i * width + j].part[part] += x[i][j];
+            }
         V* plane = panel(to, g, layout.layer[l - 1].grad_pooled, group, at.H * at.W);
         for (int64_t h = 0; h < at.H; ++h)
           for (int64_t w = 0; w < at.W; ++w) plane[h * at.W + w] = work.padded[(h + 1) * width + w + 1];
@@ -871,7 +881,7 @@ template <class T, class A>
 class Filters {
   using V = Vec<T>;
   using Operand = typename A::Operand;
-  static constexpr int L = Lanes<T>::count;
+  static constexpr int L = Lanes<T>::count, kParts = Wide<T>::parts, kLanes = Registers<T>::lanes;
 
  public:
   explicit Filters(const Step& step) : step(step), layout(step) {
@@ -920,20 +930,22 @@ class Filters {
     Operand* to = static_cast<Operand*>(set) + (over_out ? at.filter : at.filter_t);
     [[maybe_unused]] Operand* rest = static_cast<Operand*>(set) + at.filter_rest;
     for (int64_t group = 0; group < width / L; ++group) {
-      V u[2][6][6];
-      for (int half = 0; half < 2; ++half) {
-        V w[3][3] = {};
-        const int64_t fixed = row + half;
-        for (int i = 0; i < L; ++i) {
-          const int64_t moving = group * L + i;
-          const int64_t c = over_out ? fixed : moving, k = over_out ? moving : fixed;
-          if (c < in && k < out)
-            for (int t = 0; t < 9; ++t) w[t / 3][t % 3][i] = weight[(k * in + c) * 9 + t];
+      Wide<T> u[2][36];
+      for (int half = 0; half < 2; ++half)
+        for (int part = 0; part < kParts; ++part) {
+          Register<T> w[3][3] = {}, transformed[6][6];
+          const int64_t fixed = row + half;
+          for (int i = 0; i < kLanes; ++i) {
+            const int64_t moving = group * L + part * kLanes + i;
+            const int64_t c = over_out ? fixed : moving, k = over_out ? moving : fixed;
+            if (c < in && k < out)
+              for (int t = 0; t < 9; ++t) w[t / 3][t % 3][i] = weight[(k * in + c) * 9 + t];
+          }
+          both_ways<T, 3, 6>(Winograd::filter<T>, w, transformed);
+          for (int p = 0; p < 36; ++p) u[half][p].part[part] = transformed[p / 6][p % 6];
         }
-        both_ways<T, 3, 6>(Winograd::filter<T>, w, u[half]);
-      }
       for (int p = 0; p < 36; ++p) {
-        const V even = u[0][p / 6][p % 6], odd = u[1][p / 6][p % 6];
+        const V even = vector_of(u[0][p]), odd = vector_of(u[1][p]);
         A::pack(to + p * depth * width, row, group, depth, width / L, even, odd);
         if constexpr (A::kSplit)
           if (over_out)
@@ -1012,7 +1024,7 @@ class Filters {
 template <class T, class A>
 class Reduction {
   using V = Vec<T>;
-  static constexpr int L = Lanes<T>::count;
+  static constexpr int L = Lanes<T>::count, kParts = Wide<T>::parts, kLanes = Registers<T>::lanes;
 
  public:
   explicit Reduction(const Step& step) : step(step), layout(step) {
@@ -1053,11 +1065,16 @@ class Reduction {
     const LayerLayout& at = layout.layer[l];
     const int64_t in = step.layer[l].in, out = step.layer[l].out;
     for (int64_t group = 0; group < at.out_groups; ++group) {
-      V u[6][6], w[3][3];
-      for (int p = 0; p < 36; ++p) u[p / 6][p % 6] = total(e, at.sum + (p * at.in + c) * at.out + group * L);
-      both_ways<T, 6, 3>(Winograd::filter_adjoint<T>, u, w);
-      for (int i = 0; i < L && group * L + i < out; ++i)
-        for (int t = 0; t < 9; ++t) grad[((group * L + i) * in + c) * 9 + t] = w[t / 3][t % 3][i];
+      Wide<T> sums[36];
+      for (int p = 0; p < 36; ++p) sums[p] = wide_of<T>(total(e, at.sum + (p * at.in + c) * at.out + group * L));
+      for (int part = 0; part < kParts; ++part) {
+        Register<T> u[6][6], w[3][3];
+        for (int p = 0; p < 36; ++p) u[p / 6][p % 6] = sums[p].part[part];
+        both_ways<T, 6, 3>(Winograd::filter_adjoint<T>, u, w);
+        const int64_t k = group * L + part * kLanes;
+        for (int i = 0; i < kLanes && k + i < out; ++i)
+          for (int t = 0; t < 9; ++t) grad[((k + i) * in + c) * 9 + t] = w[t / 3][t % 3][i];
+      }
     }
   }
 
