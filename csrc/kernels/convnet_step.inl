@@ -105,6 +105,7 @@ struct Layout {
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
+  bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
   bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
@@ -141,8 +142,10 @@ struct Layout {
       }
       positions = larger(positions, to.H * to.W);
     }
+    backwards = step.form != Step::Form::logits && step.form != Step::Form::features;
+    to_images = backwards && step.form != Step::Form::gradient;
     const int64_t planes = step.chunk * first_stride() * layer[0].out * (step.form == Step::Form::tangent ? 2 : 1);
-    keeps_first = step.form != Step::Form::logits && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
+    keeps_first = backwards && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
     features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
     head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
     values += 2 * features * classes + classes;
@@ -186,7 +189,7 @@ template <class T, class A>
 struct Workspace {
   using Operand = typename A::Operand;
   T *tape, *tape_t;
-  Vec<T>*padded, *x, *x_t, *y;
+  Vec<T>*padded, *x, *x_t, *y, *attention;
   Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
@@ -208,6 +211,7 @@ struct Workspace {
     x = layout.keeps_first ? arena.take<Vec<T>>(positions) : first;
     x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
+    attention = arena.take<Vec<T>>(step.form == Step::Form::features ? layout.positions : 0);
     input = arena.take<Operand>(layout.tile_elements);
     grad = arena.take<Operand>(layout.tile_elements);
     input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
@@ -221,7 +225,7 @@ struct Workspace {
     columns_rest = arena.take<Operand>(A::kSplit ? layout.columns() : 0);
     rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
-    taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
+    taps_grad = arena.take<T>(layout.to_images ? positions * layout.taps : 0);
   }
 };
 
@@ -241,6 +245,8 @@ class Slot {
     if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
     scale = step.scale != nullptr ? static_cast<const T*>(step.scale)[e] : T(1);
+    // Rounding moves features little, and nothing is differentiated twice: single operands do (see above).
+    split = A::kSplit && step.form != Step::Form::features && step.form != Step::Form::features_backward;
     begin = step.N * slot / step.slots;
     end = step.N * (slot + 1) / step.slots;
   }
@@ -256,6 +262,7 @@ class Slot {
       if (step.form != Step::Form::tangent) {
         forward();
         if (step.form == Step::Form::gradient) backward(true);
+        if (step.form == Step::Form::features_backward) features_backward();
         if (!kTapeInPlace<T, A> && step.tape_use == Step::Tape::write) keep_tape();
       } else {
         if (step.tape_use != Step::Tape::read) {
@@ -278,6 +285,7 @@ class Slot {
   Workspace<T, A> work;
   int64_t e, begin, end, first = 0, count = 0;
   T scale;
+  bool split;         // the primal forward pass takes its factors as sums of two operands
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
   Operand* columns = nullptr;          // of the first layer's input, for the image at work
@@ -484,7 +492,7 @@ class Slot {
     const int64_t width = W + 2 * edge, plane = (H + 2 * edge) * width;
     const T* image = static_cast<const T*>(step.images) + e * step.images_student + n * C * H * W;
     for (int64_t i = 0; i < C * plane; ++i) work.image[i] = Operand{};
-    if constexpr (A::kSplit)
+    if (split)
       for (int64_t i = 0; i < C * plane; ++i) work.image_rest[i] = Operand{};
     for (int64_t c = 0; c < C; ++c)
       for (int64_t h = 0; h < H; ++h)
@@ -492,10 +500,10 @@ class Slot {
           const T value = image[(c * H + h) * W + w];
           const int64_t to = c * plane + (h + edge) * width + w + edge;
           work.image[to] = A::narrow_one(value);
-          if constexpr (A::kSplit) work.image_rest[to] = A::narrow_one(value - widen(work.image[to]));
+          if (split) work.image_rest[to] = A::narrow_one(value - widen(work.image[to]));
         }
     fill_columns(work.image, columns);
-    if constexpr (A::kSplit) fill_columns(work.image_rest, work.columns_rest);
+    if (split) fill_columns(work.image_rest, work.columns_rest);
   }
 
   void fill_columns(const Operand* image, Operand* columns) const {
@@ -543,7 +551,7 @@ class Slot {
                  {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, add});
     };
     product(columns, at.filter, false);
-    if (A::kSplit && set == filters) {
+    if (split && set == filters) {
       product(work.columns_rest, at.filter, true);
       product(columns, at.filter_rest, true);
     }
@@ -568,28 +576,122 @@ class Slot {
     for (int64_t group = 0; group < groups; group += bunch) visit(group, smaller(bunch, groups - group));
   }
 
+  // ---- features
+
+  bool attends(int64_t l) const { return step.features.attended >> l & 1; }
+
+  // Where block l's maps begin in image g's rows.
+  int64_t spatial_offset(int64_t l, int64_t g) const {
+    int64_t at = (e * step.N + first + g) * step.features.spatial_row;
+    for (int64_t k = 0; k < l; ++k) at += attends(k) ? layout.layer[k].H * layout.layer[k].W : 0;
+    return at;
+  }
+  int64_t channel_offset(int64_t l, int64_t g) const {
+    int64_t at = (e * step.N + first + g) * step.features.channel_row;
+    for (int64_t k = 0; k < l; ++k) at += attends(k) ? step.layer[k].out : 0;
+    return at;
+  }
+
+  // A block behind its convolution, and the maps of its attention: panels of an image come in order.
+  void forward_panel(int64_t l, int64_t g, int64_t group, V* conv) {
+    const LayerLayout& at = layout.layer[l];
+    const Panels<T> panels = {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)};
+    if (step.form != Step::Form::features || !attends(l)) {
+      run_panel<T, Form::forward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels);
+      return;
+    }
+    const Step::Features& to = step.features;
+    Attention<T> attention;
+    attention.power = T(to.power);
+    attention.spatial = to.spatial != nullptr ? work.attention : nullptr;
+    if (group == 0) fill(work.attention, at.H * at.W);
+    run_panel<T, Form::forward, true, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels,
+                                                  &attention);
+    if (to.channel != nullptr) {
+      T* const out = static_cast<T*>(to.channel) + channel_offset(l, g) + group * L;
+      for (int i = 0; i < L && group * L + i < step.layer[l].out; ++i) out[i] = attention.channel[i];
+    }
+    if (to.spatial != nullptr && group == at.out_groups - 1) {
+      T* const out = static_cast<T*>(to.spatial) + spatial_offset(l, g);
+      for (int64_t i = 0; i < at.H * at.W; ++i) out[i] = lane_sum<T>(work.attention[i]);
+    }
+  }
+
+  // The gradient of a block's input to its norm, in x's place, from those of its pooled output and its maps.
+  AffineGradient<T> backward_panel(int64_t l, int64_t g, int64_t group, V* x) {
+    const LayerLayout& at = layout.layer[l];
+    const Panels<T> panels = {x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr};
+    if (step.form != Step::Form::features_backward || !attends(l))
+      return run_panel<T, Form::backward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels);
+    const Step::Features& from = step.features;
+    Attention<T> attention;
+    attention.power = T(from.power);
+    if (from.spatial_grad != nullptr)
+      attention.grad_spatial = static_cast<const T*>(from.spatial_grad) + spatial_offset(l, g);
+    if (from.channel_grad != nullptr) {
+      const T* const grad = static_cast<const T*>(from.channel_grad) + channel_offset(l, g) + group * L;
+      for (int i = 0; i < L && group * L + i < step.layer[l].out; ++i) attention.grad_channel[i] = grad[i];
+    }
+    return run_panel<T, Form::backward, true, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels,
+                                                          &attention);
+  }
+
+  // Visits the chunk's embeddings, or their gradients, as visit(image of all students', feature, value in the tape).
+  template <class Visit>
+  void for_embedding(Visit visit) {
+    const LayerLayout& at = layout.layer[layout.depth - 1];
+    const bool of_grad = step.form == Step::Form::features_backward;
+    const int64_t plane = at.OH * at.OW, channels = step.layer[layout.depth - 1].out;
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t group = 0; group < at.out_groups; ++group) {
+        T* const values = reinterpret_cast<T*>(panel(tape, g, of_grad ? at.grad_pooled : at.pooled, group, plane));
+        for (int i = 0; i < L && group * L + i < channels; ++i)
+          for (int64_t p = 0; p < plane; ++p)
+            visit(e * step.N + first + g, (group * L + i) * plane + p, values[p * L + i]);
+      }
+  }
+
+  void features_backward() {
+    const LayerLayout& at = layout.layer[layout.depth - 1];
+    for (int64_t g = 0; g < count; ++g)  // padded channels have no gradient
+      fill(panel(tape, g, at.grad_pooled, 0, 0), at.OH * at.OW * at.out_groups);
+    if (step.features.embedding_grad != nullptr)
+      for_embedding([&](int64_t n, int64_t f, T& value) {
+        value = static_cast<const T*>(step.features.embedding_grad)[n * step.features.embedding_row + f];
+      });
+    blocks_backward(false);
+    const int64_t stride = layout.first_stride();
+    for (int64_t g = 0; g < count; ++g) {
+      use_columns(g, false);
+      for_bunches([&](int64_t group, int64_t panels) {
+        V* const x = first_panels(work.first, g, group);
+        if (!layout.keeps_first) first_product(filters, group, panels, x);
+        for (int64_t v = 0; v < panels; ++v) backward_panel(0, g, group + v, x + v * stride);
+        join_panels(x, panels, work.rows);
+        first_adjoint(group, panels, work.rows, filters, group > 0);
+      });
+      scatter_taps(first + g);
+    }
+  }
+
   // ---- passes over the chunk
 
   void forward() {
-    const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
       use_columns(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         first_product(filters, group, panels, x);
-        for (int64_t v = 0; v < panels; ++v)
-          run_panel<T, Form::forward, true, true>(
-              top.H, top.W, T(step.eps), affine(top, group + v, false),
-              {x + v * stride, nullptr, nullptr, nullptr, panel(tape, g, top.pooled, group + v, top.OH * top.OW)});
+        for (int64_t v = 0; v < panels; ++v) forward_panel(0, g, group + v, x + v * stride);
       });
     }
     for (int64_t l = 1; l < layout.depth; ++l) {
       const LayerLayout& at = layout.layer[l];
-      Operand* const rest = work.grad;  // unused before the backward pass
+      Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
       transform_input(l, tape, work.input, rest);
       multiply_inputs(at, work.input, filter(filters, at.filter), false);
-      if constexpr (A::kSplit) {
+      if (split) {
         multiply_inputs(at, rest, filter(filters, at.filter), true);
         multiply_inputs(at, work.input, filter(filters, at.filter_rest), true);
       }
@@ -598,11 +700,14 @@ class Slot {
           // The panel leaves its deviations from the mean behind; for all later purposes they are as good.
           V* conv = panel(tape, g, at.conv, group, at.H * at.W);
           transform_output(at, g, group, conv);
-          run_panel<T, Form::forward, true, true>(
-              at.H, at.W, T(step.eps), affine(at, group, false),
-              {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)});
+          forward_panel(l, g, group, conv);
         }
     }
+    if (step.form == Step::Form::features)
+      return for_embedding([&](int64_t n, int64_t f, T& value) {
+        static_cast<T*>(step.features.embedding)[n * step.features.embedding_row + f] = value;
+      });
+    if (step.form == Step::Form::features_backward) return;
     const int64_t row = layout.tape / sizeof(T);
     T* const logits = at(tape, 0, layout.logits_grad);
     multiply<T>(count, layout.features, layout.classes / L,
@@ -713,14 +818,18 @@ class Slot {
       head_outer(tape, logits_grad, !fresh);
       head_bias(logits_grad);
     }
+    blocks_backward(weights);
+    if (weights) first_backward();
+  }
+
+  // From the gradient of the last block's pooled output to that of the first's.
+  void blocks_backward(bool weights) {
     for (int64_t l = layout.depth - 1; l > 0; --l) {
       const LayerLayout& at = layout.layer[l];
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           copy(panel(tape, g, at.conv, group, at.H * at.W), work.x, at.H * at.W);
-          const auto grad = run_panel<T, Form::backward, true, true>(
-              at.H, at.W, T(step.eps), affine(at, group, false),
-              {work.x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr});
+          const auto grad = backward_panel(l, g, group, work.x);
           if (weights) add_norm(at, group, grad);
           transform_grad(at, work.x, g, group, work.grad);
         }
@@ -732,7 +841,10 @@ class Slot {
       multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
       transform_input_adjoint(l, tape);
     }
-    if (!weights) return;
+  }
+
+  // The first block's weights' gradient.
+  void first_backward() {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
@@ -740,12 +852,7 @@ class Slot {
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         if (!layout.keeps_first) first_product(filters, group, panels, x);
-        for (int64_t v = 0; v < panels; ++v)
-          add_norm(top, group + v,
-                   run_panel<T, Form::backward, true, true>(
-                       top.H, top.W, T(step.eps), affine(top, group + v, false),
-                       {x + v * stride, nullptr, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW), nullptr,
-                        nullptr}));
+        for (int64_t v = 0; v < panels; ++v) add_norm(top, group + v, backward_panel(0, g, group + v, x + v * stride));
         join_panels(x, panels, work.rows);
         first_outer(group, panels, work.rows, g);
       });

@@ -133,20 +133,20 @@ PYDISTILL_INLINE Vec<T> vector_of(Wide<T> v) {
   return out;
 }
 
-#define PYDISTILL_WIDE_OPERATOR(OP)                                             \
-  template <class T>                                                            \
-  PYDISTILL_INLINE Wide<T> operator OP(Wide<T> a, Wide<T> b) {                  \
+#define PYDISTILL_WIDE_OPERATOR(OP)                                              \
+  template <class T>                                                             \
+  PYDISTILL_INLINE Wide<T> operator OP(Wide<T> a, Wide<T> b) {                   \
     for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] OP b.part[i]; \
-    return a;                                                                   \
-  }                                                                             \
-  template <class T>                                                            \
-  PYDISTILL_INLINE Wide<T> operator OP(Wide<T> a, T b) {                        \
-    for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] OP b;        \
-    return a;                                                                   \
-  }                                                                             \
-  template <class T, class B>                                                   \
-  PYDISTILL_INLINE Wide<T>& operator OP##=(Wide<T>& a, B b) {                   \
-    return a = a OP b;                                                          \
+    return a;                                                                    \
+  }                                                                              \
+  template <class T>                                                             \
+  PYDISTILL_INLINE Wide<T> operator OP(Wide<T> a, T b) {                         \
+    for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] OP b;         \
+    return a;                                                                    \
+  }                                                                              \
+  template <class T, class B>                                                    \
+  PYDISTILL_INLINE Wide<T>& operator OP## = (Wide<T> & a, B b) {                 \
+    return a = a OP b;                                                           \
   }
 PYDISTILL_WIDE_OPERATOR(+)
 PYDISTILL_WIDE_OPERATOR(-)
@@ -164,9 +164,10 @@ PYDISTILL_INLINE Wide<T> where_on(Wide<T> argument, Wide<T> value) {
   return value;
 }
 
-// a^p and its derivative p a^(p - 1) of a >= 0; the derivative at zero is taken as zero where it would not be finite.
+// a^p of a >= 0, and its derivative p a^(p - 1), taken as zero where a is.
 template <class T>
 PYDISTILL_INLINE Wide<T> power(Wide<T> a, T p) {
+  if (p == T(0)) return Wide<T>{} + T(1);
   if (p == T(1)) return a;
   if (p == T(2)) return a * a;
   if (p == T(3)) return a * a * a;
@@ -177,18 +178,18 @@ PYDISTILL_INLINE Wide<T> power(Wide<T> a, T p) {
 }
 template <class T>
 PYDISTILL_INLINE Wide<T> power_slope(Wide<T> a, T p) {
-  if (p == T(1)) return Wide<T>{} + T(1);
-  if (p == T(2)) return a * T(2);
-  if (p == T(3)) return a * a * T(3);
-  if (p == T(4)) return a * a * a * T(4);
-  for (int i = 0; i < Wide<T>::parts; ++i)
-    for (int j = 0; j < Registers<T>::lanes; ++j) {
-      const T v = a.part[i][j];
-      a.part[i][j] = v == T(0) && p < T(1) ? T(0) : p * power_lane(v, p - T(1));
-    }
-  return a;
+  return where_on(a, power(a, p - T(1)) * p);
 }
 
+// The sum of the lanes, in a tree of fixed order.
+template <class T>
+PYDISTILL_INLINE T lane_sum(Vec<T> v) {
+  T half[Lanes<T>::count];
+  store(half, v);
+  for (int n = Lanes<T>::count / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] += half[i + n];
+  return half[0];
+}
 
 template <class T>
 PYDISTILL_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {  // correctly rounded root and quotient, unlike rsqrt instructions

@@ -1,15 +1,26 @@
 """The operators: one file each, registered with torch when imported."""
 
+from pydistill.ops.attention_map import attention_map
 from pydistill.ops.augment import augment_images
 from pydistill.ops.conv2d import conv2d
-from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
+from pydistill.ops.convnet_step import (
+    ConvNetShape,
+    convnet_features,
+    convnet_features_backward,
+    convnet_gradient,
+    convnet_logits,
+    convnet_tangent,
+)
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "ConvNetShape",
+    "attention_map",
     "augment_images",
     "conv2d",
+    "convnet_features",
+    "convnet_features_backward",
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
