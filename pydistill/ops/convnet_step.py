@@ -309,9 +309,8 @@ def convnet_features_backward(
         own = images.expand(len(theta), *images.shape[-4:]).detach().requires_grad_()
         with torch.enable_grad():
             outputs = reference.convnet_features(shape, theta.detach(), own, p, attended, "both")
-            found = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-            (images_grad,) = torch.autograd.grad(*map(list, zip(*found, strict=True)), own) if found else (own * 0,)
-        return images_grad[0] if isinstance(images_grad, tuple) else images_grad.detach()
+            total = sum((out * grad).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None)
+            return torch.autograd.grad(total + 0 * own.sum(), own)[0]
     _refuse_cuda(chosen)
     memory = _memory(workspace, shape, "features_backward", theta, images, precision)
     return _OPS.convnet_step_features_backward(
