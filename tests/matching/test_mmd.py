@@ -74,7 +74,7 @@ def test_func_and_compile():
 
 @pytest.mark.parametrize(("n", "d", "offset"), [(64, 512, 0.0), (40, 2048, 0.0), (100, 100, 0.0), (64, 128, 100.0)])
 def test_float32_is_about_as_exact_as_the_cube(n, d, offset):
-    """At most twice the cube's error, or some roundings; features far from the origin lose nothing by the Gram matrix."""
+    """At most twice the cube's error, or some roundings, wherever the features lie."""
     x, y = samples(n, n, d, torch.float32, shift=0.1)
     x, y = ((t.detach().relu() + offset).requires_grad_() for t in (x, y))
     truth = with_gradients(reference, *(t.detach().double().requires_grad_() for t in (x, y)))
