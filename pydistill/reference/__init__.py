@@ -4,6 +4,7 @@ from pydistill.reference.attention_map import attention_map
 from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.reference.mmd import mmd
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "mmd",
     "soft_cross_entropy",
 ]
