@@ -4,6 +4,7 @@ from pydistill.ops.augment import augment_images
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "row_products",
     "soft_cross_entropy",
 ]
