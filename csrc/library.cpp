@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " -> Tensor");
   m.def("augment_backward(Tensor grad, Tensor record, bool flip_batch, bool align_corners) -> Tensor");
 
+  // `rows` are (start, count, length) triples: count rows of length elements, one after the other from start on.
+  m.def("row_products(Tensor a, Tensor b, int[] rows) -> Tensor");
+  m.def("row_products_backward(Tensor grad, Tensor a, Tensor b, int[] rows) -> (Tensor, Tensor)");
+  m.def("row_products_jvp(Tensor a, Tensor b, Tensor a_t, Tensor b_t, int[] rows) -> Tensor");
+
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
   // block's width. `workspace` is uint8, as large as the first number of
   // convnet_step_bytes; the others are those of a tape per image and of each thread's own memory.

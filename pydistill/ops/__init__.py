@@ -12,6 +12,7 @@ from pydistill.ops.convnet_step import (
     convnet_tangent,
 )
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "row_products",
     "soft_cross_entropy",
 ]

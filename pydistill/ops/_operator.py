@@ -116,9 +116,9 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
     # "meta" tensors hold shapes only: the CPU's registration answers for them
     native = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(device.type)
     chosen = native if backend == "auto" else backend
-    # the CUDA kernels are not built for HIP, and not every operator has one
-    if backend == "auto" and chosen == "cuda" and (torch.version.hip or "cuda" not in available):
-        chosen = "triton"
+    if backend == "auto" and chosen == "cuda":
+        # the CUDA kernels are not built for HIP, and not every operator has one
+        chosen = "triton" if torch.version.hip or ("cuda" not in available and "triton" in available) else "cuda"
     if chosen is None:
         raise NotImplementedError(f"{op} has no kernel for {device.type} tensors; backend='reference' runs anywhere")
     if chosen not in available:

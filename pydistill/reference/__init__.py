@@ -5,6 +5,7 @@ from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.mmd import mmd
+from pydistill.reference.row_products import row_products
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
     "mmd",
+    "row_products",
     "soft_cross_entropy",
 ]
