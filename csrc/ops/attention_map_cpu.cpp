@@ -25,12 +25,20 @@ void run(const AttentionMap& call) {
   });
 }
 
-AttentionMap describe(const Tensor& x, const std::optional<Tensor>& factor, double power, int64_t order) {
+// t in the layout of `like`: itself, or a copy.
+Tensor dense(const Tensor& t, const Tensor& like) {
+  if (is_channels_last(like) ? is_channels_last(t) : t.is_contiguous()) return t;
+  const auto size = t.sizes();
+  Tensor copy = empty_image(like, size[0], size[1], size[2], size[3]);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// x is dense; factor is made so.
+AttentionMap describe(const Tensor& x, std::optional<Tensor>& factor, double power, int64_t order) {
   AttentionMap call;
   call.scalar = scalar_of(x, "x");
-  check(x.dim() == 4, "x: expected [N, C, H, W], got ", x.dim(), " dimensions");
   const bool last = is_channels_last(x);
-  check(last || x.is_contiguous(), "x: expected contiguous or channels-last memory");
   const auto sizes = x.sizes();
   call.N = sizes[0];
   call.outer = last ? sizes[2] * sizes[3] : sizes[1];
@@ -40,14 +48,16 @@ AttentionMap describe(const Tensor& x, const std::optional<Tensor>& factor, doub
   call.x = x.const_data_ptr();
   if (factor) {
     check_image(*factor, "factor", {sizes[0], sizes[1], sizes[2], sizes[3]}, x);
-    check(last ? is_channels_last(*factor) : factor->is_contiguous(), "factor: expected the memory format of x");
+    factor = dense(*factor, x);
     call.factor = factor->const_data_ptr();
   }
   return call;
 }
 
-std::tuple<Tensor, Tensor> attention_map(const Tensor& x, const std::optional<Tensor>& factor, double power,
-                                         int64_t order, bool spatial, bool channel) {
+std::tuple<Tensor, Tensor> attention_map(const Tensor& any, std::optional<Tensor> factor, double power, int64_t order,
+                                         bool spatial, bool channel) {
+  check(any.dim() == 4, "x: expected [N, C, H, W], got ", any.dim(), " dimensions");
+  const Tensor x = dense(any, any);
   AttentionMap call = describe(x, factor, power, order);
   const ScalarType type = compute_type(call.scalar);
   const bool last = is_channels_last(x);
@@ -62,15 +72,18 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, const std::optional<Te
   return {by_position, by_channel};
 }
 
-Tensor attention_map_adjoint(const std::optional<Tensor>& spatial, const std::optional<Tensor>& channel,
-                             const Tensor& x, const std::optional<Tensor>& factor, double power, int64_t order) {
+Tensor attention_map_adjoint(std::optional<Tensor> spatial, std::optional<Tensor> channel, const Tensor& any,
+                             std::optional<Tensor> factor, double power, int64_t order) {
+  check(any.dim() == 4, "x: expected [N, C, H, W], got ", any.dim(), " dimensions");
+  const Tensor x = dense(any, any);
   AttentionMap call = describe(x, factor, power, order);
   const bool last = is_channels_last(x);
-  const auto take = [&](const std::optional<Tensor>& map, const char* name, int64_t width) -> void* {
+  const auto take = [&](std::optional<Tensor>& map, const char* name, int64_t width) -> void* {
     if (!map) return nullptr;
-    check(map->dim() == 2 && map->sizes()[0] == call.N && map->sizes()[1] == width && map->is_contiguous() &&
+    check(map->dim() == 2 && map->sizes()[0] == call.N && map->sizes()[1] == width &&
               map->scalar_type() == compute_type(call.scalar),
-          name, ": expected contiguous [", call.N, ", ", width, "] of the dtype of maps");
+          name, ": expected [", call.N, ", ", width, "] of the dtype of maps");
+    map = torch::stable::contiguous(*map);
     return const_cast<void*>(map->const_data_ptr());  // only read
   };
   void* const at_position = take(spatial, "spatial", x.sizes()[2] * x.sizes()[3]);

@@ -1,6 +1,6 @@
 """Attention maps of features, in one read and without a copy of them.
 
-Two operators, each the other's adjoint in its sums; with f the ``order``-th derivative of ``|x|^power`` times ``factor``:
+Two operators, each the other's adjoint in its sums; with f the ``order``-th derivative of ``|x|^p`` times ``factor``:
 
     reduce     spatial = f summed over the channels, channel = f summed over the positions
     adjoint    f (spatial + channel), for every element
@@ -63,7 +63,7 @@ def attention_map(
     if chosen == "reference":
         return reference.attention_map(x, p, axis)
     operators = _triton if chosen == "triton" else _native
-    spatial, channel = operators.reduce(_dense(x), None, p, 0, axis != "channel", axis != "spatial")
+    spatial, channel = operators.reduce(x, None, p, 0, axis != "channel", axis != "spatial")
     return (spatial, channel) if axis == "both" else (spatial if axis == "spatial" else channel)
 
 
@@ -74,13 +74,6 @@ def check_power(p: float) -> None:
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """In memory that the kernels take: x's own format where it is one, or that of ``like``."""
-    if _is_channels_last(x if like is None else like):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous()
 
 
 def _reduce_fake(x: Tensor, factor: Tensor | None, p: float, order: int, spatial: bool, channel: bool) -> tuple:
@@ -100,16 +93,11 @@ def _batch_into_samples(op: Any, tensors: int) -> Any:
     """The vmap rule: samples are independent, so a batch dimension becomes more samples."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        B, folded, layout = info.batch_size, [], None
+        B, folded = info.batch_size, []
         for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
             if arg is not None:
                 arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
                 arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
-                if arg.dim() == 4:  # x comes before what has to share its layout
-                    layout = arg if layout is None else layout
-                    arg = _dense(arg, layout)
-                else:
-                    arg = arg.contiguous()
             folded.append(arg)
         out = op(*folded, *args[tensors:])
         if isinstance(out, Tensor):
@@ -145,27 +133,27 @@ class _Operators:
 
     def _reduce_vjp(self, saved: tuple, options: tuple, grad_spatial: Tensor, grad_channel: Tensor) -> tuple:
         (x, factor), (p, order, spatial, channel) = saved, options
-        grads = (grad_spatial.contiguous() if spatial else None, grad_channel.contiguous() if channel else None)
+        grads = (grad_spatial if spatial else None, grad_channel if channel else None)
         grad_x = self.adjoint(*grads, x, factor, p, order + 1)
         return grad_x, None if factor is None else self.adjoint(*grads, x, None, p, order)
 
     def _reduce_jvp(self, saved: tuple, options: tuple, x_t: Tensor, factor_t: Tensor | None) -> tuple:
         (x, factor), (p, order, *wanted) = saved, options
-        maps_t = self.reduce(x, _product(x, x_t, factor), p, order + 1, *wanted)
+        maps_t = self.reduce(x, _product(x_t, factor), p, order + 1, *wanted)
         if factor is not None:
-            moved = self.reduce(x, _dense(factor_t, x), p, order, *wanted)
+            moved = self.reduce(x, factor_t, p, order, *wanted)
             maps_t = tuple(a + b for a, b in zip(maps_t, moved, strict=True))
         return maps_t
 
     def _adjoint_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
         (spatial, channel, x, factor), (p, order) = saved, options
-        weight = _product(x, grad, factor)
+        weight = _product(grad, factor)
         maps = self.reduce(x, weight, p, order, spatial is not None, channel is not None)
         grads = [None if given is None else found for given, found in zip((spatial, channel), maps, strict=True)]
         grad_x = self.adjoint(spatial, channel, x, weight, p, order + 1)
         grad_factor = None
         if factor is not None:
-            grad_factor = self.adjoint(spatial, channel, x, _dense(grad, x), p, order)
+            grad_factor = self.adjoint(spatial, channel, x, grad, p, order)
         return *grads, grad_x, grad_factor
 
     def _adjoint_jvp(
@@ -178,16 +166,15 @@ class _Operators:
         factor_t: Tensor | None,
     ) -> Tensor:
         (spatial, channel, x, factor), (p, order) = saved, options
-        moving = [None if t is None else t.contiguous() for t in (spatial_t, channel_t)]
-        out_t = self.adjoint(*moving, x, factor, p, order)
-        out_t = out_t + self.adjoint(spatial, channel, x, _product(x, x_t, factor), p, order + 1)
+        out_t = self.adjoint(spatial_t, channel_t, x, factor, p, order)
+        out_t = out_t + self.adjoint(spatial, channel, x, _product(x_t, factor), p, order + 1)
         if factor is not None:
-            out_t = out_t + self.adjoint(spatial, channel, x, _dense(factor_t, x), p, order)
+            out_t = out_t + self.adjoint(spatial, channel, x, factor_t, p, order)
         return out_t
 
 
-def _product(x: Tensor, direction: Tensor, factor: Tensor | None) -> Tensor:
-    return _dense(direction if factor is None else direction * factor, x)
+def _product(direction: Tensor, factor: Tensor | None) -> Tensor:
+    return direction if factor is None else direction * factor
 
 
 def _fill(form: str) -> Any:

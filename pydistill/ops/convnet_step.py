@@ -266,9 +266,7 @@ def convnet_features(
     memory = _memory(workspace, shape, "features", theta, images, precision)
     options = (shape.eps, precision == "bf16", p, mask)
     wanted = (axis != "channel", axis != "spatial")
-    return _OPS.convnet_step_features(
-        theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory
-    )
+    return _OPS.convnet_step_features(theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory)
 
 
 def convnet_features_backward(
@@ -325,16 +323,14 @@ def _mask(shape: ConvNetShape, p: float, attended: Sequence[int], axis: str) -> 
     if axis not in AXES:
         raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
     if list(attended) != sorted({block for block in attended if 0 <= block < len(shape.layers)}):
-        raise ValueError(
-            f"attended: expected ascending blocks out of 0..{len(shape.layers) - 1}, got {list(attended)}"
-        )
+        raise ValueError(f"attended: expected ascending blocks out of 0..{len(shape.layers) - 1}, got {list(attended)}")
     return sum(1 << block for block in attended)
 
 
 def _refuse_cuda(chosen: str) -> None:
     if chosen == "cuda":
         raise NotImplementedError(
-            "convnet_features: no kernel for CUDA tensors yet; pydistill.matching.features runs the network by autograd "
+            "convnet_features has no kernel for CUDA tensors; pydistill.matching.features runs the network by autograd "
             "there, on pydistill.ops.attention_map"
         )
 

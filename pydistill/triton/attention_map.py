@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,6 +120,11 @@ def _constants(p: float, order: int) -> tuple[float, float, dict[str, int]]:
     return exponent, coefficient, {"ORDER": order, "WHOLE": whole}
 
 
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def _strides(x: Tensor) -> tuple[int, int]:
     """From one channel to the next, and from one position to the next: x is contiguous or channels-last."""
     C, positions = x.shape[1], x.shape[2] * x.shape[3]
@@ -135,6 +141,8 @@ def reduce(
     channel: bool,
 ) -> None:
     _refuse_double(x)
+    x = _dense(x, x)
+    factor = None if factor is None else _dense(factor, x)
     N, C, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     exponent, coefficient, constants = _constants(p, order)
     by_channel, by_position = _strides(x)
@@ -161,6 +169,9 @@ def adjoint(
     order: int,
 ) -> None:
     _refuse_double(x)
+    x = _dense(x, x)
+    factor = None if factor is None else _dense(factor, x)
+    spatial, channel = (None if t is None else t.contiguous() for t in (spatial, channel))
     N, C, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     if not x.numel():
         return
