@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import eager, segments, training
+from .peers import eager, gradient_matching, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -129,6 +129,30 @@ def train_students(problem: training.Training) -> training.Thunk:
         return training.Trained(found.theta - problem.theta0, found.losses)
 
     return run
+
+
+def gradient_matching_step(problem: gradient_matching.Matching, **options: Any) -> gradient_matching.Thunk:
+    from pydistill.matching import class_gradients, gradient_match
+    from pydistill.ops.convnet_step import Workspace
+
+    workspace, shapes = Workspace(), [p.shape for p in problem.net.parameters()]
+
+    def gradients(images: Tensor) -> Tensor:
+        labels = problem.labels(images).flatten()
+        images = images.flatten(0, 1)
+        return class_gradients(problem.net, problem.theta, images, labels, workspace=workspace, **options)
+
+    def run() -> gradient_matching.Matched:
+        images = problem.syn.clone().requires_grad_()
+        loss = gradient_match(gradients(images), gradients(problem.real), shapes=shapes)
+        (d_images,) = torch.autograd.grad(loss, images)
+        return gradient_matching.Matched(loss.detach(), d_images.flatten(0, 1))
+
+    return run
+
+
+def gradient_matching_step_bf16(problem: gradient_matching.Matching) -> gradient_matching.Thunk:
+    return gradient_matching_step(problem, precision="bf16")
 
 
 def expert_store(problem: segments.Experts) -> segments.Thunk:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .peers import augment, block, compiled, eager, segments, tesla, training
+from .peers import augment, block, compiled, eager, gradient_matching, segments, tesla, training
 from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -572,6 +572,74 @@ TRAIN_STUDENTS = Case(
 )
 
 
+def _gradient_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["ipc"], partial(gradient_matching.make_matching, config), tuple(case.providers))]
+
+
+def _gradient_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small: to 1e-10."""
+    problem = gradient_matching.make_matching(config["gate"]).double()
+    truths = gradient_matching.prepare_eager(problem)()
+    for name, entry in case.providers.items():
+        if entry.precision == "fp32":
+            for what, value, truth in zip(
+                gradient_matching.Matched._fields, entry.prepare(problem)(), truths, strict=True
+            ):
+                yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _gradient_check(
+    case: Case, point: Point, problem: gradient_matching.Matching, outputs: dict[str, gradient_matching.Matched]
+) -> Iterator[Check]:
+    """At the size and precision that is timed: 5e-3, or twice the baseline's own distance from float64."""
+    truths = gradient_matching.prepare_eager(problem.double())()
+    for i, (what, truth) in enumerate(zip(gradient_matching.Matched._fields, truths, strict=True)):
+        bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, output in outputs.items():
+            if case.providers[name].precision == "fp32":
+                yield Check(name, f"float32 {what}, relative error", relative_error(output[i], truth), bound)
+            elif what == "d_images":
+                similarity = cosine(output[i], truth)
+                yield Check(name, "bf16 d_images, cosine to float64", similarity, 0.95, at_least=True)
+            else:
+                yield Check(name, "bf16 loss, relative error", relative_error(output[i], truth), 0.05)
+
+
+def _gradient_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (_, _, provider), value in medians.items()}
+    if "pydistill" not in found:
+        return
+    yield Check("pydistill", "speed-up over eager", found["eager"] / found["pydistill"], 3.5, at_least=True)
+    peers = [found[name] for name in ("compiled", "compiled-vmap") if name in found]
+    if peers:
+        speedup = min(peers) / found["pydistill"]
+        yield Check("pydistill", "speed-up over the better compiled step", speedup, 1.3, at_least=True)
+
+
+GRADIENT_MATCHING_STEP = Case(
+    name="gradient_matching_step",
+    metric="time of an outer step",
+    unit="s",
+    x_name="images per class",
+    providers={
+        "eager": Entry(gradient_matching.prepare_eager),
+        "compiled": Entry(gradient_matching.prepare_compiled),
+        "compiled-vmap": Entry(gradient_matching.prepare_vmapped),
+        "pydistill": Entry(ours.gradient_matching_step),
+        "pydistill-bf16": Entry(ours.gradient_matching_step_bf16, precision="bf16"),
+    },
+    full={**CONVNET, "ipc": 10, "batch_real": 256, "gate": {**GATE, "ipc": 2, "batch_real": 5}},
+    quick={**SMALL, "ipc": 2, "batch_real": 5, "gate": {**GATE, "ipc": 2, "batch_real": 5}},
+    repeats=3,
+    points=_gradient_points,
+    gate=_gradient_gate,
+    check=_gradient_check,
+    must_show=_gradient_must_show,
+    brief={"batch_real": 64},
+    brief_providers=("eager", "compiled", "pydistill"),
+)
+
+
 def _store_points(case: Case, config: Config) -> list[Point]:
     read, opened = config["read"][0], config["opened"][0]
     return [
@@ -641,6 +709,7 @@ CASES: dict[str, Case] = {
         UNROLL_MEMORY,
         OUTER_STEP_MEMORY,
         TRAIN_STUDENTS,
+        GRADIENT_MATCHING_STEP,
         EXPERT_STORE,
         INSTANCE_NORM_RELU_AVG_POOL,
         AUGMENT,
