@@ -40,7 +40,7 @@ def attention_match(
             for r, s in zip(feats_real, feats_syn) for k in range(num_classes))
 
     It is DataDAM's loss (Sajedi et al., ICCV 2023: p = 4; its code: p = 1), and with ``axis="both"`` ATOM's (Khaki et
-    al., 2024), where channel maps ``f.abs().pow(p).sum((2, 3))`` are matched too. Each feature map is read once; classes
+    al., 2024), where channel maps ``f.abs().pow(p).sum((2, 3))`` are matched too. Feature maps are read once; classes
     have any sizes. Where the network is a ConvNet, `pydistill.matching.features` and `match_maps` do without the
     feature maps altogether. Differentiable in all features, to any order.
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pydistill.data import Dataset
 from pydistill.matching import class_gradients, gradient_match
-from pydistill.methods.outer import Config, State, fresh_parameters, sum_over_ranks, world
+from pydistill.methods.outer import State, fresh_parameters, sum_over_ranks
+from pydistill.methods.pairs import ClassPairs
 from pydistill.ops.convnet_step import Workspace
 from pydistill.trajectory import FlatModule, train_students
 from pydistill.trajectory.experts import seeded_generator
@@ -29,7 +30,7 @@ def rows(loops: dict[int, tuple[int, int]] = LOOPS, **more: Any) -> dict[int, di
 
 
 @dataclass(frozen=True)
-class DC(Config):
+class DC(ClassPairs):
     """Hyper-parameters under the names of the authors' code; its presets, but for the small sets."""
 
     name: ClassVar[str] = "dc"
@@ -56,17 +57,6 @@ class DC(Config):
         for name, known in (("start", ("noise", "real")), ("distance", ("row_cos", "cos", "mse"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
-        if world()[1] > dataset.num_classes:
-            raise ValueError(f"{self.name}: expected a class for each of {world()[1]} ranks, got {dataset.num_classes}")
-
-    def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        generator = seeded_generator(self.seed, 5)
-        images, labels = dataset.sample(self.ipc, generator)
-        if self.start == "noise":
-            images = torch.randn(images.shape, generator=generator).to(images)
-        return State({"images": images, "labels": labels, "lr": images.new_tensor(self.lr_net)})
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         theta = fresh_parameters(net, self.seed, 7, state.iteration).to(state["images"])
@@ -98,34 +88,12 @@ class DC(Config):
         self, turn: int, state: State, dataset: Dataset, net: nn.Module, theta: Tensor, workspace: Workspace
     ) -> tuple[Tensor, Tensor]:
         """Of all classes, which the ranks share, and its gradient in the images."""
-        rank, ranks = world()
-        mine = list(range(rank, dataset.num_classes, ranks))
+        classes = self.own_classes(dataset)
         images = state["images"].detach().requires_grad_()
-        pairs = [self._pair(k, turn, state.iteration, images, dataset) for k in mine]
-        real, syn = zip(*pairs, strict=True)
-
-        def gradients(parts: tuple[Tensor, ...]) -> Tensor:
-            labels = torch.tensor(mine).repeat_interleave(torch.tensor([len(part) for part in parts]))
-            options = {"classes": mine, "precision": self.precision, "workspace": workspace}
-            return class_gradients(net, theta, torch.cat(parts), labels, **options)
-
+        pairs = self.pairs(classes, images, dataset, state.iteration, turn)
+        options = {"classes": classes, "precision": self.precision, "workspace": workspace}
         with torch.no_grad():
-            target = gradients(real)
-        loss = gradient_match(gradients(syn), target, kind=self.distance, shapes=FlatModule(net).shapes)
+            target = class_gradients(net, theta, pairs.real, pairs.labels_real, **options)
+        grads = class_gradients(net, theta, pairs.synthetic, pairs.labels_synthetic, **options)
+        loss = gradient_match(grads, target, kind=self.distance, shapes=FlatModule(net).shapes)
         return tuple(sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)]))
-
-    def _pair(self, k: int, turn: int, iteration: int, images: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Real and synthetic images of class k, augmented alike: one draw for all."""
-        generator = seeded_generator(self.seed, 6, iteration, turn, k)
-        members = (dataset.train_labels == k).nonzero()[:, 0]
-        index = members[torch.randperm(len(members), generator=generator)[: self.batch_real].to(members.device)]
-        pair = dataset.train_images[index], images[k * self.ipc : (k + 1) * self.ipc]
-        augment = self.siamese()
-        if augment is None:
-            return pair
-        record = augment.draw((1, *images.shape[1:]), generator)
-        return tuple(augment(each, record.expand(len(each), -1)) for each in pair)
-
-    def siamese(self) -> Any:
-        """What augments a class's real and synthetic images alike; None: nothing."""
-        return self.augmentation()
