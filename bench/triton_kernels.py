@@ -64,6 +64,26 @@ CASES = [
 
 
 @dataclass(frozen=True)
+class RowCase:
+    """One call of the kernel of row_products: rows of ``length`` elements."""
+
+    scalar: str
+    form: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"row_products::triton<{self.scalar}, {self.form}, {self.length}>"
+
+
+# rows of later convolutions, and of a first
+_ROW_FORMS = ("forward", "backward", "jvp")
+ROW_CASES = [
+    RowCase(*words) for words in (*product(DTYPES, _ROW_FORMS, (1152,)), *product(("f32",), _ROW_FORMS, (27,)))
+]
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What the compilers say of one kernel on one architecture."""
 
@@ -110,6 +130,13 @@ def compiled(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
     return [Compiled(**row) for row in output]
 
 
+def compiled_rows(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """Every kernel of `ROW_CASES` for each architecture."""
+    with tempfile.TemporaryDirectory() as cache:
+        output = _in_own_process("compile_rows", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+    return [Compiled(**row) for row in output]
+
+
 def counted() -> dict[str, float]:
     """For each case, by name, the bytes that are loaded and stored, over the least possible."""
     return _in_own_process("count", TRITON_INTERPRET="1")
@@ -144,6 +171,25 @@ def _compile(architectures: Iterable[str]) -> list[Compiled]:
             name = f"instance_norm_relu_avg_pool::triton_sum_over_batch<{scalar}>"
             row = _compile_one(name, arch, kernels.sum_over_batch_kernel, arguments, {"num_warps": 1})
             rows.append(Compiled(**row, config={"num_warps": 1}))
+    return rows
+
+
+def _compile_rows(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import row_products as kernels
+
+    rows = []
+    for arch, case in product(architectures, ROW_CASES):
+        compute = torch.float64 if case.scalar == "f64" else torch.float32
+        names = {"forward": "ab", "jvp": ("a", "b", "a_t", "b_t"), "backward": ("a", "b", "grad_a", "grad_b")}[
+            case.form
+        ]
+        tensors = {name: torch.zeros(1, case.length, dtype=DTYPES[case.scalar], device="meta") for name in names}
+        other = "grad" if case.form == "backward" else "products"
+        tensors[other] = torch.zeros(1, 1, 4, dtype=compute, device="meta")
+        arguments = kernels.arguments(tensors, (0, 1, case.length), 0, 1)
+        options = {"num_warps": kernels.warps(arguments["BLOCK"]), "enable_fp_fusion": False}
+        row = _compile_one(case.name, arch, kernels.row_products_kernel, arguments, options)
+        rows.append(Compiled(**row, config={"block": arguments["BLOCK"], **options}))
     return rows
 
 
@@ -225,4 +271,5 @@ def _count() -> dict[str, float]:
 
 if __name__ == "__main__":
     task, *architectures = sys.argv[1:]
-    print(json.dumps([asdict(row) for row in _compile(architectures)] if task == "compile" else _count()))
+    compilers = {"compile": _compile, "compile_rows": _compile_rows}
+    print(json.dumps([asdict(row) for row in compilers[task](architectures)] if task in compilers else _count()))

@@ -132,7 +132,7 @@ def prepare_compiled(problem: Matching, through: bool = False) -> Thunk:
     torch._dynamo.config.recompile_limit = 64
     real_step = torch.compile(grad(_class_loss(problem)), fullgraph=True, dynamic=False)
     syn_step = torch.compile(_through(problem), fullgraph=True, dynamic=False) if through else _along(problem)
-    lay_out = compiled._channels_last
+    lay_out = lambda x: compiled._channels_last(x).clone()  # noqa: E731
 
     @torch.no_grad()
     def run() -> Matched:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 FORMS = ("forward", "backward", "jvp")
 VECTORS = ("a", "b", "a_t", "b_t", "grad_a", "grad_b")
-MOST = 1024  # elements at a time
+MOST = 512  # elements at a time: four a thread, so that none of the forms spills registers
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def arguments(tensors: dict[str, Tensor], block: tuple[int, int, int], first: in
 
 
 def warps(block: int) -> int:
-    """How many for that many elements at a time: eight elements a thread."""
-    return max(1, min(4, block // 256))
+    """How many for that many elements at a time."""
+    return max(1, block // 128)
 
 
 def launch(tensors: dict[str, Tensor], rows: list[int]) -> None:
