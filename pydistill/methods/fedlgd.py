@@ -68,6 +68,7 @@ class FedLGD(Config):
     regulariser: Literal["supcon", "mmd"] = "supcon"  # of local and server features, in a client's training
     weight: float = 0.1  # of the regulariser
     temperature: float = 0.07  # of supcon
+    restart: int | None = None  # rounds after which the global model begins anew; None: never
     server_steps: int = 500  # of the server's images, in a round
     lr_server: float = 0.1  # of the server's images
     momentum: float = 0.5  # of the images, within a round
@@ -131,6 +132,8 @@ class FedLGD(Config):
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: list[Tensor]) -> dict[str, Any]:
         flat, (rank, ranks) = FlatModule(_WithFeatures(net)), world()
+        if self.restart and state.iteration % self.restart == 0:
+            state["theta"] = fresh_parameters(net, self.seed, 7, state.iteration).to(state["theta"])
         labels = [dataset.train_labels[shard].unique().repeat_interleave(self.ipc) for shard in experts]
         parts = [images.clone() for images in state["local"].split([len(y) for y in labels])]
         # Each rank fills in what its clients do: the sum over the ranks adds zeros to it, and rounds nothing.
