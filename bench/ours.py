@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import eager, gradient_matching, segments, training
+from .peers import distribution, eager, gradient_matching, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -175,3 +175,51 @@ def augment_images(images: Tensor, record: Tensor) -> Tensor:
     from pydistill.ops import augment_images
 
     return augment_images(images, record)
+
+
+def datadam(problem: distribution.Images, precision: str = "fp32") -> distribution.Thunk:
+    """``precision``: of the real images' convolutions."""
+    from pydistill import matching
+
+    theta = nn.utils.parameters_to_vector(problem.net.parameters())
+    labels, options = problem.labels, {"num_classes": problem.classes}
+
+    def features(images: Tensor, precision: str) -> Any:
+        return matching.features(problem.net, theta, images, p=problem.power, axis="spatial", precision=precision)
+
+    def run() -> distribution.Matched:
+        synthetic = problem.synthetic.clone().requires_grad_()
+        with torch.no_grad():
+            real = features(problem.real, precision)
+        own = features(synthetic, "fp32")
+        # the maps of all blocks but the last
+        loss = distribution.MAPS_WEIGHT * matching.match_maps(real.spatial[:-1], own.spatial[:-1], *labels, **options)
+        embedded = matching.class_mean_match(real.embedding, own.embedding, *labels, **options)
+        loss = loss + distribution.EMBEDDING_WEIGHT * embedded
+        return distribution.Matched(loss.detach(), torch.autograd.grad(loss, synthetic)[0])
+
+    return run
+
+
+def dm(problem: distribution.Images) -> distribution.Thunk:
+    from pydistill import matching
+
+    theta = nn.utils.parameters_to_vector(problem.net.parameters())
+
+    def embed(images: Tensor) -> Tensor:
+        return matching.features(problem.net, theta, images, p=problem.power, axis=None, precision="fp32").embedding
+
+    def run() -> distribution.Matched:
+        synthetic = problem.synthetic.clone().requires_grad_()
+        with torch.no_grad():
+            real = embed(problem.real)
+        loss = matching.class_mean_match(real, embed(synthetic), *problem.labels, num_classes=problem.classes)
+        return distribution.Matched(loss.detach(), torch.autograd.grad(loss, synthetic)[0])
+
+    return run
+
+
+def mmd(x: Tensor, y: Tensor) -> Tensor:
+    from pydistill.matching import mmd
+
+    return mmd(x, y)

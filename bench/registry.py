@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .peers import augment, block, compiled, eager, gradient_matching, segments, tesla, training
+from .peers import augment, block, compiled, distribution, eager, gradient_matching, segments, tesla, training
 from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -698,6 +698,200 @@ EXPERT_STORE = Case(
     must_show=_store_must_show,
 )
 
+
+def _distribution_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["real"], partial(distribution.make_images, config), tuple(case.providers))]
+
+
+def _distribution_gate(maps: bool, case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small, an odd size: the loss and the images' gradient to 1e-10."""
+    problem = distribution.make_images({**config, **config["gate"]}, torch.float64)
+    truth = distribution.truth(problem, maps=maps)
+    for name, entry in case.providers.items():
+        if entry.precision != "fp32":
+            continue
+        for what, value, true in zip(distribution.Matched._fields, entry.prepare(problem)(), truth, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-10)
+
+
+def _distribution_check(
+    maps: bool, case: Case, point: Point, problem: distribution.Images, outputs: dict[str, distribution.Matched]
+) -> Iterator[Check]:
+    """At the size that is timed, against float64: 1e-2, or twice the baseline's own error; bf16: a cosine of 0.99.
+
+    The floor is activations within rounding of zero that fall on the ReLU's other side, different ones in every order
+    of summation: two ways of compiling plain torch are 6e-4 off.
+    """
+    truth = distribution.truth(problem, maps=maps)
+    for name, output in outputs.items():
+        if case.providers[name].precision == "bf16":
+            similarity = cosine(output.d_images, truth.d_images)
+            yield Check(name, "bf16 d_images, cosine to float64", similarity, 0.99, at_least=True)
+            yield Check(name, "bf16 loss, relative error", relative_error(output.loss, truth.loss), 0.05)
+            continue
+        for i, (what, true) in enumerate(zip(distribution.Matched._fields, truth, strict=True)):
+            bound = max(1e-2, 2 * relative_error(outputs[case.baseline][i], true))
+            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
+
+
+def _distribution_must_show(bounds: dict[tuple[str, str], float], medians: Medians, config: Config) -> Iterator[Check]:
+    """``bounds``: by provider and the peer that it has to beat; "compiled*": the fastest of the float32 ones."""
+    values = {provider: value for (_, _, provider), value in medians.items()}
+    compiled_values = [v for name, v in values.items() if name.startswith("compiled") and name != "compiled-bf16"]
+    if compiled_values:
+        values["compiled*"] = min(compiled_values)
+    for (provider, peer), bound in bounds.items():
+        if provider in values and peer in values:
+            speedup = values[peer] / values[provider]
+            yield Check(provider, f"speed-up over {peer}", speedup, bound, at_least=True)
+
+
+def _distribution_case(name: str, maps: bool, providers: dict[str, Entry], bounds: dict, **options: Any) -> Case:
+    compiled = partial(distribution.compiled_matching, maps=maps)
+    gate = {"channels": 3, "classes": 3, "width": 8, "depth": 3, "image_size": 18, "real": 5, "synthetic": 2}
+    return Case(
+        name=name,
+        metric="time of one outer gradient",
+        unit="s",
+        x_name="real images a class",
+        providers={
+            "eager": Entry(distribution.eager_datadam if maps else distribution.eager_dm),
+            "compiled": Entry(compiled),
+            "compiled-group-norm": Entry(partial(compiled, written_out=False)),
+        }
+        | providers,
+        full={"channels": 3, "classes": 10, "width": 128, "depth": 3, "image_size": 32, "real": 128, "synthetic": 10}
+        | {"power": 4.0, "gate": gate},
+        quick={**gate, "depth": 2, "power": 4.0, "gate": gate},
+        repeats=3,
+        points=_distribution_points,
+        gate=partial(_distribution_gate, maps),
+        check=partial(_distribution_check, maps),
+        must_show=partial(_distribution_must_show, bounds),
+        brief_providers=("eager", "compiled", "pydistill"),
+        **options,
+    )
+
+
+DATADAM_STEP = _distribution_case(
+    "datadam_step",
+    True,
+    {
+        # where the hardware has no bf16, torch's convolutions in it take some thirty times as long as float32's
+        "compiled-bf16": Entry(partial(distribution.compiled_matching, maps=True, half=True), precision="bf16"),
+        "pydistill": Entry(ours.datadam),
+        "pydistill-bf16": Entry(partial(ours.datadam, precision="bf16"), precision="bf16"),
+    },
+    {
+        ("pydistill", "eager"): 6.0,
+        ("pydistill", "compiled*"): 1.5,
+        ("pydistill-bf16", "eager"): 10.0,
+        ("pydistill-bf16", "compiled*"): 2.4,
+        ("pydistill-bf16", "compiled-bf16"): 1.2,
+    },
+)
+DM_STEP = _distribution_case(
+    "dm_step",
+    False,
+    {"pydistill": Entry(ours.dm)},
+    {("pydistill", "eager"): 4.0, ("pydistill", "compiled*"): 1.2},
+)
+
+
+def _mmd_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["rows"], partial(distribution.make_rows, config), tuple(case.providers))]
+
+
+def _mmd_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, few rows: the loss and both gradients to 1e-10."""
+    problem = distribution.make_rows({"rows": 7, "features": 5}, dtype=torch.float64)
+    truth = distribution.autograd_mmd(problem, distribution.cube)()
+    for name, entry in case.providers.items():
+        for what, value, true in zip(distribution.Discrepancy._fields, entry.prepare(problem)(), truth, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-10)
+
+
+def _mmd_check(
+    case: Case,
+    point: Point,
+    problem: distribution.Rows,
+    outputs: dict[str, distribution.Discrepancy],
+) -> Iterator[Check]:
+    """At the size and precision that is timed: 1e-4, or twice the baseline's own distance from float64.
+
+    The loss is a small difference of means of kernels, whose roundings are the floor. The truth's distances are sums of
+    squares, as the cube's are: only without the cube, which would take 16 GiB in float64.
+    """
+    exact = partial(distribution.by_cdist, by_product=False)
+    truth = distribution.autograd_mmd(problem.double(), exact)()
+    for i, (what, true) in enumerate(zip(distribution.Discrepancy._fields, truth, strict=True)):
+        bound = max(1e-4, 2 * relative_error(outputs[case.baseline][i], true))
+        for name, output in outputs.items():
+            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
+
+
+def _mmd_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (_, _, provider), value in medians.items()}
+    if "pydistill" not in found:
+        return
+    yield Check("pydistill", "speed-up over the cube", found["cube"] / found["pydistill"], 3.0, at_least=True)
+    compiled = [found[name] for name in ("compiled", "compiled-cdist") if name in found]
+    if compiled:
+        speedup = min(compiled) / found["pydistill"]
+        yield Check("pydistill", "speed-up over the better compiled form", speedup, 1.3, at_least=True)
+
+
+MMD = Case(
+    name="mmd",
+    metric="time, forward and backward",
+    unit="ms",
+    x_name="rows of each sample",
+    providers={
+        "cube": Entry(partial(distribution.autograd_mmd, op=distribution.cube)),
+        "cdist": Entry(partial(distribution.autograd_mmd, op=distribution.by_cdist)),
+        "compiled": Entry(partial(distribution.autograd_mmd, op=distribution.cube, compiled=True)),
+        "compiled-cdist": Entry(partial(distribution.autograd_mmd, op=distribution.by_cdist, compiled=True)),
+        "pydistill": Entry(partial(distribution.autograd_mmd, op=ours.mmd)),
+    },
+    full={"rows": 256, "features": 2048},
+    quick={"rows": 12, "features": 16},
+    repeats=5,
+    points=_mmd_points,
+    gate=_mmd_gate,
+    check=_mmd_check,
+    must_show=_mmd_must_show,
+    brief_providers=("cube", "cdist", "pydistill"),
+)
+
+
+def _mmd_memory_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(rows, partial(distribution.make_rows, config, rows), tuple(case.providers)) for rows in config["rows"]
+    ]
+
+
+def _mmd_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    values = {provider: value for (_, x, provider), value in medians.items() if x == max(config["rows"])}
+    if "pydistill" in values:
+        ratio = values["cube"] / values["pydistill"]
+        yield Check("pydistill", "the cube's peak over its own", ratio, 50.0, at_least=True)
+
+
+MMD_MEMORY = replace(
+    MMD,
+    name="mmd_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    providers={name: MMD.providers[name] for name in ("cube", "cdist", "pydistill")},
+    full={"rows": (256,), "features": 2048, "check_steps": 16},
+    # large enough for the system's resolution
+    quick={"rows": (64,), "features": 512, "check_steps": 16},
+    repeats=1,
+    points=_mmd_memory_points,
+    must_show=_mmd_memory_must_show,
+    problem=distribution.make_rows,
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -713,5 +907,9 @@ CASES: dict[str, Case] = {
         EXPERT_STORE,
         INSTANCE_NORM_RELU_AVG_POOL,
         AUGMENT,
+        DATADAM_STEP,
+        DM_STEP,
+        MMD,
+        MMD_MEMORY,
     )
 }

@@ -46,7 +46,7 @@ from pydistill.trajectory.store import ExpertStore
 # fmt: off
 MethodName = Literal[
     "mtt", "tesla", "ftd", "ast", "datm", "fyi", "rat_bptt",
-    "dc", "dsa", "dm", "datadam", "atom", "fyi_dm", "fyi_dsa",
+    "dc", "dsa", "dm", "datadam", "atom", "fyi_dm", "fyi_dsa", "fedlgd",
 ]
 # fmt: on
 

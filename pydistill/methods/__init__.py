@@ -7,6 +7,7 @@ from pydistill.methods.datm import DATM
 from pydistill.methods.dc import DC
 from pydistill.methods.dm import DM
 from pydistill.methods.dsa import DSA
+from pydistill.methods.fedlgd import FedLGD
 from pydistill.methods.ftd import FTD
 from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
 from pydistill.methods.mtt import MTT
@@ -14,7 +15,7 @@ from pydistill.methods.outer import Config, State, distill
 from pydistill.methods.rat_bptt import RaTBPTT
 from pydistill.methods.tesla import TESLA
 
-_METHODS = (MTT, TESLA, FTD, AST, DATM, FYI, RaTBPTT, DC, DSA, DM, DataDAM, ATOM, FYIDM, FYIDSA)
+_METHODS = (MTT, TESLA, FTD, AST, DATM, FYI, RaTBPTT, DC, DSA, DM, DataDAM, ATOM, FYIDM, FYIDSA, FedLGD)
 METHODS: dict[str, type[Config]] = {method.name: method for method in _METHODS}
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TESLA",
     "Config",
     "DataDAM",
+    "FedLGD",
     "RaTBPTT",
     "State",
     "distill",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import eager, gradient_matching, segments, training
+from bench.peers import distribution, eager, gradient_matching, segments, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
+from pydistill import matching
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +174,136 @@ def test_expert_store_must_be_fifty_times_as_fast() -> None:
         medians = {("random segment", 10, "torch.load"): load, ("random segment", 10, "pydistill"): 2.0}
         medians["open", 100, "pydistill"] = opening
         assert [check.ok for check in case.must_show(medians, case.full)] == expected
+
+
+STEPS = {"datadam_step": distribution.eager_datadam, "dm_step": distribution.eager_dm}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_distribution_steps_are_green(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peers by what compiles them, compiling left out; pydistill by plain features and maps."""
+
+    class Features(NamedTuple):
+        spatial: tuple[torch.Tensor, ...]
+        embedding: torch.Tensor
+
+    def features(net, theta, images, *, p, axis, precision):  # type: ignore[no-untyped-def]
+        assert precision == "fp32"
+        assert torch.equal(theta, torch.nn.utils.parameters_to_vector(net.parameters()))
+        maps, x = [], images
+        for layer in net.features:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                maps.append((x.abs() ** p).sum(1).flatten(1))
+        return Features(tuple(maps), x.flatten(1))
+
+    def match_maps(real, own, labels_real, labels_syn, *, num_classes):  # type: ignore[no-untyped-def]
+        real, own = ([torch.nn.functional.normalize(f, dim=1) for f in maps] for maps in (real, own))
+        options = {"num_classes": num_classes}
+        return sum(
+            matching.class_mean_match(a, b, labels_real, labels_syn, **options) for a, b in zip(real, own, strict=True)
+        )
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(matching, "features", features, raising=False)
+    monkeypatch.setattr(matching, "match_maps", match_maps, raising=False)
+    providers = "compiled,compiled-group-norm,pydistill"
+    assert run.main([name, "--quick", "--providers", providers, "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / f"{name}.csv")
+    assert {row["provider"] for row in rows} == {"eager", *providers.split(",")}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_distribution_steps_see_a_missing_class_and_a_half_gradient(name: str, tmp_path: Path) -> None:
+    def first_classes(problem: distribution.Images) -> distribution.Thunk:
+        few = problem.classes - 1
+        sizes = [len(images) * few // problem.classes for images in (problem.real, problem.synthetic)]
+        real, synthetic = problem.real[: sizes[0]], problem.synthetic[: sizes[1]]
+        thunk = STEPS[name](replace(problem, real=real, synthetic=synthetic, classes=few))
+
+        def run() -> distribution.Matched:
+            loss, d_images = thunk()
+            return distribution.Matched(loss, torch.cat([d_images, torch.zeros_like(problem.synthetic[sizes[1] :])]))
+
+        return run
+
+    def halved(problem: distribution.Images) -> distribution.Thunk:
+        thunk = STEPS[name](problem)
+        return lambda: distribution.Matched(thunk().loss, thunk().d_images / 2)
+
+    for wrong in (first_classes, halved):
+        case = CASES[name].only([])
+        case = replace(case, providers=case.providers | {"wrong": Entry(wrong)})
+        assert run.run_case(case, size="quick", out=tmp_path) == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_datadam_in_bf16_is_held_to_a_cosine(tmp_path: Path) -> None:
+    """Neither a gradient along another class nor a loss that is a tenth off is let through."""
+
+    def turned(problem: distribution.Images) -> distribution.Thunk:
+        thunk = distribution.eager_datadam(problem)
+        return lambda: distribution.Matched(thunk().loss, thunk().d_images.roll(1, 0))
+
+    def larger(problem: distribution.Images) -> distribution.Thunk:
+        thunk = distribution.eager_datadam(problem)
+        return lambda: distribution.Matched(thunk().loss * 1.1, thunk().d_images)
+
+    for prepare, status in ((distribution.eager_datadam, 0), (turned, 1), (larger, 1)):
+        case = CASES["datadam_step"].only([])
+        case = replace(case, providers=case.providers | {"half": Entry(prepare, precision="bf16")})
+        assert run.run_case(case, size="quick", out=tmp_path) == status
+
+
+def test_distribution_steps_must_beat_the_better_compiled_form() -> None:
+    seconds = {"eager": 12.0, "compiled": 3.0, "compiled-group-norm": 3.6, "compiled-bf16": 1.3}
+    seconds |= {"pydistill": 1.9, "pydistill-bf16": 1.0}
+    case = CASES["datadam_step"]
+    for changed, expected in (
+        ({}, [True] * 5),
+        ({"eager": 9.0}, [False, True, False, True, True]),
+        ({"compiled-group-norm": 2.3}, [True, False, True, False, True]),
+        ({"compiled-bf16": 1.1}, [True, True, True, True, False]),
+    ):
+        medians = {("", 128, name): value for name, value in (seconds | changed).items()}
+        assert [check.ok for check in case.must_show(medians, case.full)] == expected
+
+
+def test_mmd_is_green(tmp_path: Path) -> None:
+    assert run.main(["mmd", "--quick", "--providers", "cdist,pydistill", "--out", str(tmp_path)]) == 0
+    assert {row["provider"] for row in rows_in(tmp_path / "mmd.csv")} == {"cube", "cdist", "pydistill"}
+
+
+def test_mmd_memory_is_measured_in_subprocesses(tmp_path: Path) -> None:
+    assert run.main(["mmd_memory", "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    peaks = {
+        row["provider"]: float(row["median"]) for row in rows_in(tmp_path / "mmd_memory.csv") if row["unit"] == "MiB"
+    }
+    assert peaks["cube"] > 10 * peaks["pydistill"] > 0
+
+
+def test_mmd_sees_other_kernels(tmp_path: Path) -> None:
+    def four(problem: distribution.Rows) -> Callable[[], distribution.Discrepancy]:
+        return distribution.autograd_mmd(problem, lambda x, y: matching.mmd(x, y, kernels=4))
+
+    case = CASES["mmd"].only([])
+    assert (
+        run.run_case(replace(case, providers=case.providers | {"wrong": Entry(four)}), size="quick", out=tmp_path) == 1
+    )
+
+
+def test_mmd_must_beat_the_cube_and_the_better_compiled_form() -> None:
+    case, seconds = CASES["mmd"], {"cube": 9.0, "compiled": 2.0, "compiled-cdist": 1.4, "pydistill": 1.0}
+    for changed, expected in (
+        ({}, [True, True]),
+        ({"cube": 2.9}, [False, True]),
+        ({"compiled-cdist": 1.2}, [True, False]),
+    ):
+        medians = {("", 256, name): value for name, value in (seconds | changed).items()}
+        assert [check.ok for check in case.must_show(medians, case.full)] == expected
+    for peak, ok in ((51.0, True), (49.0, False)):
+        medians = {("", 256, "cube"): peak, ("", 256, "pydistill"): 1.0}
+        assert [check.ok for check in CASES["mmd_memory"].must_show(medians, CASES["mmd_memory"].full)] == [ok]
 
 
 def test_a_wrong_provider_turns_the_gate_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
