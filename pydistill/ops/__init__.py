@@ -1,5 +1,6 @@
 """The operators: one file each, registered with torch when imported."""
 
+from pydistill.ops.attention_map_divergence import attention_map_divergence
 from pydistill.ops.augment import augment_images
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
@@ -8,6 +9,7 @@ from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "ConvNetShape",
+    "attention_map_divergence",
     "augment_images",
     "conv2d",
     "convnet_gradient",

@@ -1,11 +1,13 @@
 """Plain-torch definitions of the operators: any device and dtype, differentiable to any order."""
 
+from pydistill.reference.attention_map_divergence import attention_map_divergence
 from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "attention_map_divergence",
     "augment_images",
     "convnet_gradient",
     "convnet_logits",
