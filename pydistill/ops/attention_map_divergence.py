@@ -295,7 +295,9 @@ class _Operators:
             library=library,
         )
 
-    def _vjp(self, saved: tuple, options: tuple, needed: tuple[bool, ...], grad: Tensor, *_: Any) -> tuple:
+    def _vjp(self, saved: tuple, options: tuple, needed: tuple[bool, ...], grad: Tensor | None, *_: Any) -> tuple:
+        if grad is None:  # nothing comes back to the loss
+            return (None,) * 5
         *tensors, grad_q, grad_k = saved
         *kind, _, with_q, with_k = options
         q_s, k_s = tensors[:2]

@@ -19,7 +19,7 @@ def attention_map_divergence(
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """Both maps in full: ``kl_div(log_softmax(q_s @ k_s.mT / tau_s, -1), softmax(q_t @ k_t.mT / tau_t, -1))`` by row."""
+    """Full maps: ``kl_div(log_softmax(q_s @ k_s.mT / tau_s, -1), softmax(q_t @ k_t.mT / tau_t, -1))``, by row."""
 
     def log_softmax(q: Tensor, k: Tensor, tau: float | None) -> Tensor:  # [..., N, M]
         scores = q @ k.mT / (math.sqrt(q.shape[-1]) if tau is None else tau)
