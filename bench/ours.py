@@ -151,3 +151,9 @@ def augment_images(images: Tensor, record: Tensor) -> Tensor:
     from pydistill.ops import augment_images
 
     return augment_images(images, record)
+
+
+def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    from pydistill.ops import attention_map_divergence
+
+    return attention_map_divergence(q_s, k_s, q_t, k_t)
