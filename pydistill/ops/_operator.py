@@ -31,7 +31,7 @@ class Operator:
     ``vjp`` is None raises when a gradient is asked of it: it never gives a wrong one.
 
     The last ``kept`` outputs are no results: they have no derivative, and stand behind the tensors in ``saved`` for a
-    ``vjp(saved, options, needed, *grads)``, which is also told which of the arguments want a gradient.
+    ``vjp(saved, options, ctx, *grads)``, which sees autograd's context too.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Operator:
                     f"{qualified} has no derivative: the family is differentiable {differentiable}, not more"
                 )
             if kept:
-                grads = (ctx.needs_input_grad, *grads)
+                grads = (ctx, *grads)
             return (*vjp(ctx.saved_tensors, ctx.options, *grads), *(None for _ in ctx.options))
 
         def forward_derivative(ctx: Any, *tangents: Tensor | None) -> Any:

@@ -6,8 +6,9 @@ Two operators, of the heads ``[A, H, rows, features]`` of student and teacher, w
     backward   the gradients of <grad, f>, over scores that are computed once more
 
 A mean or a sum is what training asks for, and the cotangent of every row is then the same: so its gradients are made
-where the scores are at hand, and the backward pass only scales them (a third operator). Rows of their own weight
-("none") take the second operator. They exist twice: in C++ (``torch.ops.pydistill``) and in Triton
+where the scores are at hand, and the backward pass only scales them: in place, or where a graph of the backward pass is
+wanted by a third operator. Another backward pass through the same graph begins anew. Rows of their own weight ("none")
+take the second operator. They exist twice: in C++ (``torch.ops.pydistill``) and in Triton
 (``torch.ops.pydistill_triton``). Only the first derivative has a formula: ask for a second and it is refused.
 """
 
@@ -295,18 +296,33 @@ class _Operators:
             library=library,
         )
 
-    def _vjp(self, saved: tuple, options: tuple, needed: tuple[bool, ...], grad: Tensor | None, *_: Any) -> tuple:
+    def _vjp(self, saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         if grad is None:  # nothing comes back to the loss
             return (None,) * 5
         *tensors, grad_q, grad_k = saved
-        *kind, _, with_q, with_k = options
-        q_s, k_s = tensors[:2]
-        need_q, need_k = needed[:2]
-        if need_q <= with_q and need_k <= with_k:
-            found = _scaled(grad, grad_q, grad_k, q_s, k_s)
-        else:  # rows of their own weight; or a transform hid from the forward pass that a gradient would be asked for
-            found = self.backward(grad.expand(q_s.shape[:3]), *tensors, *kind, need_q, need_k)
+        *kind, summed, with_q, with_k = options
+        need_q, need_k = ctx.needs_input_grad[:2]
+        if not summed:
+            found = self.backward(grad, *tensors, *kind, need_q, need_k)
+        else:
+            if need_q > with_q or need_k > with_k or getattr(ctx, "spent", False):
+                # a second time through one graph; or a transform hid that a gradient would be asked for
+                with torch.no_grad():
+                    grad_q, grad_k = self.forward.raw(*tensors, *kind, True, need_q, need_k)[1:]
+            found = _scale_in_place(grad, grad_q, grad_k)
+            ctx.spent = found is not None
+            found = found or _scaled(grad, grad_q, grad_k, *tensors[:2])
         return found[0] if need_q else None, found[1] if need_k else None, None, None, None
+
+
+def _scale_in_place(grad: Tensor, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The gradients, in the memory of what was kept for them; None where something else looks at that."""
+    if torch.is_grad_enabled() or type(grad) is not Tensor:  # a second derivative may follow; a graph is being traced
+        return None
+    try:
+        return tuple(x.data.mul_(grad) for x in (grad_q, grad_k))
+    except RuntimeError:  # under vmap, which does not write many gradients in the place of one
+        return None
 
 
 def _triton_fill(name: str) -> Callable[..., None]:

@@ -183,6 +183,25 @@ def test_rows_weighted_alike_have_the_gradient_of_the_sum():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_graph_can_be_gone_through_again():
+    """The first pass takes what was kept for it; those that follow begin anew, and nothing given away changes."""
+    leaves = [torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    q_t, k_t = torch.randn(2, 2, 9, 4, dtype=torch.float64)
+    truth = torch.autograd.grad(reference.attention_map_divergence(*leaves, q_t, k_t), leaves)
+    loss = attention_map_divergence(*leaves, q_t, k_t)
+    first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    for factor in (2, 0):
+        for found, right in zip(torch.autograd.grad(factor * loss, leaves, retain_graph=True), truth, strict=True):
+            torch.testing.assert_close(found, factor * right)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves[1], retain_graph=True)[0], truth[1])
+    for found, right in zip(first, truth, strict=True):
+        torch.testing.assert_close(found, 3 * right)
+    loss = attention_map_divergence(*leaves, q_t, k_t)
+    many = torch.autograd.grad(loss, leaves, torch.tensor([1.0, 2.0], dtype=torch.float64), is_grads_batched=True)
+    for found, right in zip(many, truth, strict=True):
+        torch.testing.assert_close(found, torch.stack([right, 2 * right]))
+
+
 def test_dtypes_are_promoted_and_autocast_gives_float32():
     q, k, q_t, k_t = (torch.randn(2, 6, 4) for _ in range(4))
     assert attention_map_divergence(q, k, q_t.bfloat16(), k_t.half()).dtype == torch.float32
