@@ -192,8 +192,7 @@ def datadam(problem: distribution.Images, precision: str = "fp32") -> distributi
         with torch.no_grad():
             real = features(problem.real, precision)
         own = features(synthetic, "fp32")
-        # the maps of all blocks but the last
-        loss = distribution.MAPS_WEIGHT * matching.match_maps(real.spatial[:-1], own.spatial[:-1], *labels, **options)
+        loss = distribution.MAPS_WEIGHT * matching.match_maps(real.spatial, own.spatial, *labels, **options)
         embedded = matching.class_mean_match(real.embedding, own.embedding, *labels, **options)
         loss = loss + distribution.EMBEDDING_WEIGHT * embedded
         return distribution.Matched(loss.detach(), torch.autograd.grad(loss, synthetic)[0])
@@ -223,3 +222,9 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     from pydistill.matching import mmd
 
     return mmd(x, y)
+
+
+def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    from pydistill.ops import attention_map_divergence
+
+    return attention_map_divergence(q_s, k_s, q_t, k_t)

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .peers import augment, block, compiled, distribution, eager, gradient_matching, segments, tesla, training
+from .peers import (
+    attention_maps,
+    augment,
+    block,
+    compiled,
+    distribution,
+    eager,
+    gradient_matching,
+    segments,
+    tesla,
+    training,
+)
 from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -892,6 +903,96 @@ MMD_MEMORY = replace(
     problem=distribution.make_rows,
 )
 
+_DIVERGENCE_OUTPUTS = ("loss", "grad_q", "grad_k")
+
+
+def _divergence_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(shape[2], partial(_divergence_problem, config, shape[2]), tuple(case.providers))
+        for shape in config["shapes"]
+    ]
+
+
+def _divergence_problem(config: Config, tokens: int) -> attention_maps.Maps:
+    shape = next((shape for shape in config["shapes"] if shape[2] == tokens), config["gate"])
+    return attention_maps.make_maps(shape, config["shapes"])
+
+
+def _divergence_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, an odd size, loss and gradients to 1e-10."""
+    problem = attention_maps.make_maps(config["gate"], dtype=torch.float64)
+    truths = attention_maps.prepare(problem)()
+    for name, entry in case.providers.items():
+        for what, value, truth in zip(_DIVERGENCE_OUTPUTS, entry.prepare(problem)(), truths, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _divergence_check(
+    case: Case, point: Point, problem: attention_maps.Maps, outputs: dict[str, Any]
+) -> Iterator[Check]:
+    """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
+    truths = attention_maps.prepare(problem.double())()
+    for i, (what, truth) in enumerate(zip(_DIVERGENCE_OUTPUTS, truths, strict=True)):
+        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, values in outputs.items():
+            error = relative_error(values[i], truth)
+            yield Check(name, f"float32 {what}, {point.x} tokens, relative error", error, bound)
+
+
+def _divergence_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for _, _, tokens, _ in config["shapes"]:
+        found = {provider: value for (_, x, provider), value in medians.items() if x == tokens}
+        compiled = [value for name, value in found.items() if name.startswith("compiled")]
+        peers = {"eager": ([found["eager"]], 2.0), "the best compiled": (compiled, 1.3)}
+        for peer, (values, bound) in peers.items():
+            if values and "pydistill" in found:
+                speedup = min(values) / found["pydistill"]
+                yield Check("pydistill", f"{tokens} tokens, speed-up over {peer}", speedup, bound, at_least=True)
+
+
+ATTENTION_MAP_DIVERGENCE = Case(
+    name="attention_map_divergence",
+    metric="time of loss and gradients",
+    unit="ms",
+    x_name="tokens",
+    providers={
+        "eager": Entry(attention_maps.prepare),
+        "eager-once": Entry(partial(attention_maps.prepare, divergence=attention_maps.once)),
+        "compiled": Entry(attention_maps.prepare_compiled),
+        "compiled-once": Entry(partial(attention_maps.prepare_compiled, divergence=attention_maps.once)),
+        "pydistill": Entry(partial(attention_maps.prepare, divergence=ours.attention_map_divergence)),
+    },
+    full={"shapes": ((8, 12, 197, 64), (1, 12, 1025, 64)), "gate": (2, 3, 37, 20)},
+    quick={"shapes": ((1, 2, 17, 8),), "gate": (2, 3, 7, 5)},
+    repeats=15,
+    points=_divergence_points,
+    gate=_divergence_gate,
+    check=_divergence_check,
+    must_show=_divergence_must_show,
+)
+
+
+def _divergence_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for (_, _, tokens, _), bound in zip(config["shapes"], (5.0, 15.0), strict=True):
+        ratio = medians["", tokens, "eager"] / medians["", tokens, "pydistill"]
+        yield Check("pydistill", f"{tokens} tokens, eager's peak over its own", ratio, bound, at_least=True)
+
+
+ATTENTION_MAP_DIVERGENCE_MEMORY = replace(
+    ATTENTION_MAP_DIVERGENCE,
+    name="attention_map_divergence_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    # what a compiler takes to compile is not of interest here
+    providers={name: ATTENTION_MAP_DIVERGENCE.providers[name] for name in ("eager", "eager-once", "pydistill")},
+    full={**ATTENTION_MAP_DIVERGENCE.full, "check_steps": 37},
+    # large enough for the system's resolution
+    quick={"shapes": ((1, 4, 400, 32),), "gate": (2, 3, 7, 5), "check_steps": 7},
+    repeats=3,
+    must_show=_divergence_memory_must_show,
+    problem=_divergence_problem,
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -911,5 +1012,7 @@ CASES: dict[str, Case] = {
         DM_STEP,
         MMD,
         MMD_MEMORY,
+        ATTENTION_MAP_DIVERGENCE,
+        ATTENTION_MAP_DIVERGENCE_MEMORY,
     )
 }

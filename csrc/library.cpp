@@ -35,6 +35,16 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def("row_products(Tensor a, Tensor b, int[] rows) -> Tensor");
   m.def("row_products_backward(Tensor grad, Tensor a, Tensor b, int[] rows) -> (Tensor, Tensor)");
   m.def("row_products_jvp(Tensor a, Tensor b, Tensor a_t, Tensor b_t, int[] rows) -> Tensor");
+  // the keys' and queries' gradients are those of the sum of the losses, and come where `summed`
+  m.def(
+      "attention_map_divergence(Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask, float scale_s,"
+      " float scale_t, int kind, float beta, bool summed, bool with_q, bool with_k) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_map_divergence_backward(Tensor grad, Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask,"
+      " float scale_s, float scale_t, int kind, float beta, bool with_q, bool with_k) -> (Tensor, Tensor)");
+  m.def(
+      "attention_map_divergence_scale(Tensor grad, Tensor grad_q, Tensor grad_k, Tensor q_s, Tensor k_s)"
+      " -> (Tensor, Tensor)");
 
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
   // block's width. `workspace` is uint8, as large as the first number of

@@ -1,6 +1,7 @@
 """The operators: one file each, registered with torch when imported."""
 
 from pydistill.ops.attention_map import attention_map
+from pydistill.ops.attention_map_divergence import attention_map_divergence
 from pydistill.ops.augment import augment_images
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import (
@@ -18,6 +19,7 @@ from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 __all__ = [
     "ConvNetShape",
     "attention_map",
+    "attention_map_divergence",
     "augment_images",
     "conv2d",
     "convnet_features",
