@@ -103,7 +103,7 @@ def test_dsa_augments_both_sides_alike(dataset):
     config = DSA(ipc=15, batch_real=15, outer_loop=1, iterations=1)
     state = config.initial(dataset, make_net(), None)
     for turn in range(4):
-        real, syn = config._pair(1, turn, 0, state["images"], dataset)
+        real, syn, *_ = config.pairs([1], state["images"], dataset, 0, turn)
         assert sorted(x.sum().item() for x in real) == pytest.approx(sorted(x.sum().item() for x in syn), abs=1e-4)
         assert not torch.equal(syn, state["images"][15:30])
     records = []
@@ -162,7 +162,7 @@ def test_other_nets_go_through_autograd(dataset):
     theta = fresh_parameters(net, config.seed, 7, 0).requires_grad_()
     images, loss = start.clone().requires_grad_(), 0
     for k in range(3):
-        real, syn = config._pair(k, 0, 0, images, dataset)
+        real, syn, *_ = config.pairs([k], images, dataset, 0, 0)
         grads = [
             torch.autograd.grad(F.cross_entropy(wide(theta, x), torch.full((len(x),), k)), theta, create_graph=True)[0]
             for x in (real, syn)

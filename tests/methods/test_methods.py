@@ -12,7 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from pydistill.methods import AST, DATM, DC, DSA, FTD, FYI, METHODS, MTT, TESLA, RaTBPTT, State, distill
+from pydistill.methods import (
+    AST,
+    ATOM,
+    DATM,
+    DC,
+    DM,
+    DSA,
+    FTD,
+    FYI,
+    FYIDM,
+    FYIDSA,
+    METHODS,
+    MTT,
+    TESLA,
+    DataDAM,
+    RaTBPTT,
+    State,
+    distill,
+)
 from pydistill.methods.outer import fresh_parameters
 from pydistill.nn import ConvNet
 from pydistill.trajectory import GSAM, Adam, FlatModule, Smoothing, unroll
@@ -33,6 +51,11 @@ CONFIGS = {
     "rat_bptt": RaTBPTT(ipc=2, iterations=4, window=2, total=4, batch_real=20, lr_img=0.1, learn_labels=True, seed=5),
     "dc": DC(ipc=2, iterations=4, outer_loop=2, inner_loop=2, batch_real=5, lr_img=1.0, seed=5),
     "dsa": DSA(ipc=2, iterations=4, outer_loop=2, batch_real=5, lr_img=1.0, augment="color_crop_cutout", seed=5),
+    "dm": DM(ipc=2, iterations=4, batch_real=5, augment="color_crop_cutout", seed=5),
+    "datadam": DataDAM(ipc=2, iterations=4, batch_real=5, last_layer=True, seed=5),
+    "atom": ATOM(ipc=2, iterations=4, batch_real=5, last_layer=True, seed=5),
+    "fyi_dm": FYIDM(ipc=2, iterations=4, batch_real=5, seed=5),
+    "fyi_dsa": FYIDSA(ipc=2, iterations=4, outer_loop=2, batch_real=5, lr_img=1.0, augment="scale", seed=5),
 }
 
 
@@ -81,7 +104,7 @@ def test_the_result_says_what_made_it(dataset, experts, config):
     assert json.loads(json.dumps(found.config)) == found.config
     assert (found.config["method"], found.config["dataset"], found.config["ipc"]) == (config.name, "bars", 2)
     assert found.config["class_names"] == ["top", "middle", "bottom"]
-    assert found.config["flip_batch"] == (config.name == "fyi")
+    assert found.config["flip_batch"] == config.name.startswith("fyi")
     assert found.label_kind == {"datm": "logits", "rat_bptt": "probs"}.get(config.name, "hard")
     assert found.images.shape == (6, 1, 6, 6)
 
