@@ -25,6 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -203,7 +204,8 @@ def triton_rows() -> list[Row]:
 
     counted = triton_kernels.counted()
     rows = []
-    for kernel in (*triton_kernels.compiled(), *triton_kernels.compiled_rows()):
+    compiled = (triton_kernels.compiled(), triton_kernels.compiled_rows(), triton_kernels.compiled_maps())
+    for kernel in (*chain.from_iterable(compiled), *triton_kernels.compiled_attention()):
         layout = "channels_last" if "channels_last" in kernel.kernel else "nchw"
         rows.append(
             Row(

@@ -137,6 +137,25 @@ def compiled_rows(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compile
     return [Compiled(**row) for row in output]
 
 
+# of attention_map: pass, element type, power, order of the derivative, whether there is a factor
+MAP_CASES = [
+    (name, scalar, power, order, factor)
+    for name, scalar in product(("reduce", "adjoint"), DTYPES)
+    for power, order, factor in ((4.0, 0 if name == "reduce" else 1, False), (2.5, 1, True))
+]
+
+
+def map_name(name: str, scalar: str, power: float, order: int, factor: bool) -> str:
+    return f"attention_map::triton_{name}<{scalar}, {power:g}, {order}{', factor' if factor else ''}>"
+
+
+def compiled_maps(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """Both kernels of attention_map in every one of `MAP_CASES` for each architecture."""
+    with tempfile.TemporaryDirectory() as cache:
+        output = _in_own_process("maps", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+    return [Compiled(**row) for row in output]
+
+
 # of attention_map_divergence: element type, features of both sides' heads, whether there is a mask
 ATTENTION_CASES = [
     *product(("f32", "bf16", "f16"), (64,), (False,)),
@@ -211,6 +230,25 @@ def _compile_rows(architectures: Iterable[str]) -> list[Compiled]:
         options = {"num_warps": kernels.warps(arguments["BLOCK"]), "enable_fp_fusion": False}
         row = _compile_one(case.name, arch, kernels.row_products_kernel, arguments, options)
         rows.append(Compiled(**row, config={"block": arguments["BLOCK"], **options}))
+    return rows
+
+
+def _compile_maps(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import attention_map as kernels
+
+    rows = []
+    for arch, (name, scalar, power, order, factor) in product(architectures, MAP_CASES):
+        x = torch.zeros(1, 64, 32, 32, dtype=DTYPES[scalar], device="meta")
+        maps = torch.zeros(1, 1024, dtype=torch.float64 if scalar == "f64" else torch.float32, device="meta")
+        given = {"x": x, "factor": x, "out": maps if name == "reduce" else x, "spatial": maps, "channel": maps}
+        sizes = ("sample", "kept", "summed", "kept_stride", "summed_stride")
+        given |= dict.fromkeys((*sizes, "channels", "positions", "channel_stride", "position_stride"), 64)
+        given |= {"HAS_FACTOR": factor, "HAS_SPATIAL": True, "HAS_CHANNEL": True}
+        given |= {"BLOCK": kernels.BLOCK, "ROWS": kernels.ROWS, **kernels.constants(power, order)}
+        kernel = getattr(kernels, f"attention_map_{name}_kernel")
+        arguments = {parameter.name: given[parameter.name] for parameter in kernel.params}
+        row = _compile_one(map_name(name, scalar, power, order, factor), arch, kernel, arguments, {"num_warps": 4})
+        rows.append(Compiled(**row | {"statistics_layouts": []}, config={"num_warps": 4}))
     return rows
 
 
@@ -320,5 +358,6 @@ def _count() -> dict[str, float]:
 
 if __name__ == "__main__":
     task, *architectures = sys.argv[1:]
-    compilers = {"compile": _compile, "compile_rows": _compile_rows, "attention": _compile_attention}
+    compilers = {"compile": _compile, "compile_rows": _compile_rows}
+    compilers |= {"maps": _compile_maps, "attention": _compile_attention}
     print(json.dumps([asdict(row) for row in compilers[task](architectures)] if task in compilers else _count()))

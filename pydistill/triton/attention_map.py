@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256  # positions, or channels, that a program takes at a time
-ROWS = 16  # and how many rows of the other index it adds up in registers
+BLOCK = 128  # positions, or channels, that a program takes at a time
+ROWS = 8  # and how many rows of the other index it adds up in registers
 
 
 @triton.jit
-def _derivative(x, exponent, coefficient, ORDER: tl.constexpr, WHOLE: tl.constexpr):
-    """The ORDER-th derivative of |x|^p, p - ORDER = exponent, which is WHOLE where that is 0 to 4."""
+def _derivative(x, EXPONENT: tl.constexpr, COEFFICIENT: tl.constexpr, ORDER: tl.constexpr):
+    """The ORDER-th derivative of |x|^p, COEFFICIENT |x|^EXPONENT but for the sign."""
     magnitude = tl.abs(x)
-    if WHOLE == 0:
+    if EXPONENT == 0:
         value = magnitude * 0 + 1
-    elif WHOLE == 1:
+    elif EXPONENT == 1:
         value = magnitude
-    elif WHOLE == 2:
+    elif EXPONENT == 2:
         value = magnitude * magnitude
-    elif WHOLE == 3:
+    elif EXPONENT == 3:
         value = magnitude * magnitude * magnitude
-    elif WHOLE == 4:
+    elif EXPONENT == 4:
         square = magnitude * magnitude
         value = square * square
     else:
-        value = tl.where(magnitude == 0, 0.0, tl.exp(exponent * tl.log(magnitude)))
+        value = tl.where(magnitude == 0, 0.0, tl.exp(EXPONENT * tl.log(magnitude)))
     if ORDER > 0:
-        value = tl.where(magnitude == 0, 0.0, value * coefficient)
+        value = tl.where(magnitude == 0, 0.0, value * COEFFICIENT)
     if ORDER % 2 == 1:
         value = tl.where(x < 0, -value, value)
     return value
@@ -37,7 +39,8 @@ def _derivative(x, exponent, coefficient, ORDER: tl.constexpr, WHOLE: tl.constex
 
 @triton.jit
 def _load(pointer, offset, mask):
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)  # at once: bf16 is for storage
+    value = tl.load(pointer + offset, mask=mask, other=0.0)
+    return value if value.dtype == tl.float64 else value.to(tl.float32)  # at once: bf16 is for storage
 
 
 @triton.jit
@@ -50,23 +53,22 @@ def attention_map_reduce_kernel(
     summed,
     kept_stride,
     summed_stride,
-    exponent,
-    coefficient,
+    EXPONENT: tl.constexpr,
+    COEFFICIENT: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     ORDER: tl.constexpr,
-    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """out [N, kept]: sums over the other index, a block of the kept one a program."""
     n = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
     for first in range(0, summed, ROWS):
         rows = first + tl.arange(0, ROWS)
         mask = (at < kept)[:, None] & (rows < summed)[None, :]
         offset = n * sample + at[:, None] * kept_stride + rows[None, :].to(tl.int64) * summed_stride
-        value = _derivative(_load(x, offset, mask), exponent, coefficient, ORDER, WHOLE)
+        value = _derivative(_load(x, offset, mask), EXPONENT, COEFFICIENT, ORDER)
         if HAS_FACTOR:
             value = value * _load(factor, offset, mask)
         total += tl.sum(tl.where(mask, value, 0.0), 1)
@@ -84,13 +86,12 @@ def attention_map_adjoint_kernel(
     positions,
     channel_stride,
     position_stride,
-    exponent,
-    coefficient,
+    EXPONENT: tl.constexpr,
+    COEFFICIENT: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_SPATIAL: tl.constexpr,
     HAS_CHANNEL: tl.constexpr,
     ORDER: tl.constexpr,
-    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out [N, C, positions], in the layout of x, a block of a sample a program."""
@@ -100,10 +101,10 @@ def attention_map_adjoint_kernel(
     c = element // channel_stride % channels
     position = element // position_stride % positions
     offset = n * channels * positions + element
-    value = _derivative(_load(x, offset, mask), exponent, coefficient, ORDER, WHOLE)
+    value = _derivative(_load(x, offset, mask), EXPONENT, COEFFICIENT, ORDER)
     if HAS_FACTOR:
         value = value * _load(factor, offset, mask)
-    grad = tl.zeros((BLOCK,), tl.float32)
+    grad = value * 0
     if HAS_SPATIAL:
         grad += _load(spatial, n * positions + position, mask)
     if HAS_CHANNEL:
@@ -111,13 +112,9 @@ def attention_map_adjoint_kernel(
     tl.store(out + offset, (value * grad).to(out.dtype.element_ty), mask=mask)
 
 
-def _constants(p: float, order: int) -> tuple[float, float, dict[str, int]]:
-    coefficient = 1.0
-    for k in range(order):
-        coefficient *= p - k
-    exponent = p - order
-    whole = int(exponent) if exponent in (0, 1, 2, 3, 4) else -1
-    return exponent, coefficient, {"ORDER": order, "WHOLE": whole}
+def constants(p: float, order: int) -> dict[str, float]:
+    """What the order-th derivative of |x|^p is compiled for."""
+    return {"EXPONENT": p - order, "COEFFICIENT": math.prod(p - k for k in range(order)), "ORDER": order}
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -140,22 +137,19 @@ def reduce(
     spatial: bool,
     channel: bool,
 ) -> None:
-    _refuse_double(x)
     x = _dense(x, x)
     factor = None if factor is None else _dense(factor, x)
     N, C, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    exponent, coefficient, constants = _constants(p, order)
     by_channel, by_position = _strides(x)
     sizes = ((positions, C, by_position, by_channel), (C, positions, by_channel, by_position))
     for out, wanted, (kept, summed, *strides) in zip(outputs, (spatial, channel), sizes, strict=True):
         if wanted and N and kept:
             attention_map_reduce_kernel[(N, triton.cdiv(kept, BLOCK))](
                 *(x, x if factor is None else factor, out, C * positions, kept, summed, *strides),
-                *(exponent, coefficient),
                 HAS_FACTOR=factor is not None,
                 BLOCK=BLOCK,
                 ROWS=ROWS,
-                **constants,
+                **constants(p, order),
             )
 
 
@@ -168,25 +162,17 @@ def adjoint(
     p: float,
     order: int,
 ) -> None:
-    _refuse_double(x)
     x = _dense(x, x)
     factor = None if factor is None else _dense(factor, x)
     spatial, channel = (None if t is None else t.contiguous() for t in (spatial, channel))
     N, C, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     if not x.numel():
         return
-    exponent, coefficient, constants = _constants(p, order)
     attention_map_adjoint_kernel[(N, triton.cdiv(C * positions, BLOCK))](
         *(x, *(x if t is None else t for t in (factor, spatial, channel)), out, C, positions, *_strides(x)),
-        *(exponent, coefficient),
         HAS_FACTOR=factor is not None,
         HAS_SPATIAL=spatial is not None,
         HAS_CHANNEL=channel is not None,
         BLOCK=BLOCK,
-        **constants,
+        **constants(p, order),
     )
-
-
-def _refuse_double(x: Tensor) -> None:
-    if x.element_size() == 8:
-        raise NotImplementedError("attention_map: backend='triton' has no float64 kernel; backend='reference' has")
