@@ -215,9 +215,8 @@ def _restore(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], s
     for name, p in named.items():
         kept = state.get(f"net.{name}")
         if kept is None or kept.shape != p.shape:
-            raise ValueError(
-                f"state: expected {name} of shape {list(p.shape)}, got {kept if kept is None else kept.shape}"
-            )
+            got = "none" if kept is None else list(kept.shape)
+            raise ValueError(f"state: expected {name} of shape {list(p.shape)}, got {got}")
         with torch.no_grad():
             p.copy_(kept)
         moments = {key: state.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
