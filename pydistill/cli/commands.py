@@ -15,6 +15,7 @@ from pydistill.cli.console import Interrupted, Stop
 from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
+from pydistill.cli.unip import run as run_unip
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ def run(argv: list[str], description: str) -> None:
     """Parses ``argv`` and does what it says; exits as ``main`` does."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     try:
+        if argv[:2] == ["distill", "unip"]:  # which makes a network, not a set: its own options, and its own phases
+            with Stop().installed() as stop:
+                run_unip(argv[2:], console, stop)
+            return
         default = Distill.default_for(argv[1:] if argv[:1] == ["distill"] else [])
         command = tyro.cli(
             Annotated[Distill, tyro.conf.subcommand("distill", default=default)]

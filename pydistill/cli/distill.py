@@ -61,6 +61,7 @@ class Distill:
     Options that are not given take the presets of the method, the data set and --ipc: --help after a method, --dataset
     and --ipc shows them. The folder --out receives the experts, a checkpoint, metrics.jsonl, images.png and
     distilled.safetensors; a run that was cut off goes on with --resume. Under torchrun the ranks share --segments.
+    `pydistill distill unip` distils a teacher's attention into a student network instead, with options of its own.
     """
 
     method: tyro.conf.Positional[MethodName]

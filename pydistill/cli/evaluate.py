@@ -24,7 +24,7 @@ from pydistill.evaluate import evaluate
 from pydistill.nn import make
 from pydistill.trajectory.train import EVAL_BATCH
 
-NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap"]
+NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap", "vit"]
 
 
 @dataclass(frozen=True)

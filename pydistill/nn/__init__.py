@@ -7,6 +7,7 @@ from pydistill.nn.mlp import MLP
 from pydistill.nn.registry import NETS, make
 from pydistill.nn.resnet import ResNet18
 from pydistill.nn.vgg import VGG11
+from pydistill.nn.vit import ViT
 
 __all__ = [
     "MLP",
@@ -17,6 +18,7 @@ __all__ = [
     "ConvNet",
     "InstanceNormReLUAvgPool",
     "ResNet18",
+    "ViT",
     "accelerate",
     "make",
 ]

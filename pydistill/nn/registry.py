@@ -8,6 +8,7 @@ from pydistill.nn.mlp import MLP
 from pydistill.nn.resnet import ResNet18
 from pydistill.nn.student import Student, is_large
 from pydistill.nn.vgg import VGG11
+from pydistill.nn.vit import ViT
 
 # the class, and the options it is built with
 _NETS = {
@@ -17,6 +18,7 @@ _NETS = {
     "vgg11": (VGG11, {}),
     "resnet18": (ResNet18, {}),
     "resnet18_ap": (ResNet18, {"average_pool": True}),
+    "vit": (ViT, {}),
 }
 NETS = tuple(_NETS)
 
@@ -33,14 +35,14 @@ def make(
     """Builds a student network by its name, as the method repositories define it.
 
     Args:
-        name: "convnet", "mlp", "alexnet", "vgg11", "resnet18" or "resnet18_ap".
+        name: "convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap" or "vit".
         channels: of the input images ``[N, channels, H, W]``.
         num_classes: logits per image.
         image_size: height and width of the images in pixels, one int for both or (H, W).
-        width: of "convnet" and "mlp" alone; 128 by default.
-        depth: of "convnet" alone; by default 3 blocks, 4 from 64 pixels on.
-        norm: "instance", "batch" or "none" ("convnet": also "group" and "layer"; "mlp" takes none); by default what
-            theirs of that name has, "none" in AlexNet and "instance" in the others.
+        width: of "convnet" and "mlp", 128 by default, and of "vit", 64 by default.
+        depth: of "convnet", by default 3 blocks, 4 from 64 pixels on, and of "vit", by default 4.
+        norm: "instance", "batch" or "none" ("convnet": also "group" and "layer"; "mlp" and "vit" take none); by default
+            what theirs of that name has, "none" in AlexNet and "instance" in the others.
 
     Raises:
         ValueError: an unknown name, an option that the network does not have, or what the network raises.
@@ -51,7 +53,7 @@ def make(
     if name == "convnet" and depth is None:
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         depth = 4 if is_large(size) else 3
-    takes = {"convnet": ("width", "depth", "norm"), "mlp": ("width",)}.get(name, ("norm",))
+    takes = {"convnet": ("width", "depth", "norm"), "mlp": ("width",), "vit": ("width", "depth")}.get(name, ("norm",))
     for option, value in (("width", width), ("depth", depth), ("norm", norm)):
         if value is None:
             continue

@@ -70,7 +70,7 @@ def attention_map_divergence(
         mask: bool, broadcastable to ``[..., N, M]``; keys at False take part in neither map.
         reduction: over all rows: "mean", "sum" or "none".
         backend: "auto" (the device's kernel: C++ on the CPU, Triton on GPUs), "reference" (plain torch, any device),
-            "cpu", or "triton" (not in float64, and with at most 256 features; the CPU in Triton's interpreter,
+            "cpu", or "triton" (not in float64, and with at most 128 features; the CPU in Triton's interpreter,
             TRITON_INTERPRET=1).
 
     Returns:
@@ -93,9 +93,9 @@ def attention_map_divergence(
     tensors = tuple(tensor.to(common) for tensor in (q_s, k_s, q_t, k_t))
     if chosen == "reference":
         return reference.attention_map_divergence(*tensors, kind, tau_s, tau_t, beta, mask, reduction)
-    if chosen == "triton" and (common == torch.float64 or max(q_s.shape[-1], q_t.shape[-1]) > 256):
+    if chosen == "triton" and (common == torch.float64 or max(q_s.shape[-1], q_t.shape[-1]) > 128):
         raise NotImplementedError(
-            "attention_map_divergence: backend='triton' has no kernel for float64 or for more than 256 features, got "
+            "attention_map_divergence: backend='triton' has no kernel for float64 or for more than 128 features, got "
             f"{common}, {q_s.shape[-1]} and {q_t.shape[-1]}; backend='reference' runs anywhere"
         )
     operators = _triton if chosen == "triton" else _native

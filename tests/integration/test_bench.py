@@ -87,6 +87,22 @@ def test_augment_is_green(tmp_path: Path) -> None:
     assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
 
 
+def test_attention_map_divergence_is_green(tmp_path: Path) -> None:
+    name = "attention_map_divergence"
+    assert run.main([name, "--quick", "--providers", "eager-once,pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / f"{name}.csv")
+    assert {(row["provider"], row["x_value"]) for row in rows} == {
+        (provider, "17") for provider in ("eager", "eager-once", "pydistill")
+    }
+
+
+def test_attention_map_divergence_holds_no_map(tmp_path: Path) -> None:
+    name = "attention_map_divergence_memory"
+    assert run.main([name, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    peaks = {row["provider"]: float(row["median"]) for row in rows_in(tmp_path / f"{name}.csv") if row["unit"] == "MiB"}
+    assert peaks["eager"] > 3 * peaks["pydistill"] > 0
+
+
 def test_train_students_is_green(tmp_path: Path) -> None:
     assert run.main(["train_students", "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "train_students.csv")

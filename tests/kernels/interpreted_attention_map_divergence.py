@@ -66,7 +66,7 @@ def test_masks(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_keys_wide_heads_and_options(kind: str) -> None:
     compare(problem((2, 3), 5, 40, 8, 6, shared=True), torch.float32, kind=kind)
-    compare(problem((1,), 33, 35, 100, 130), torch.float32, kind=kind, tau_s=3.0, tau_t=2.0, beta=0.2)
+    compare(problem((1,), 33, 35, 100, 128), torch.float32, kind=kind, tau_s=3.0, tau_t=2.0, beta=0.2)
     transposed = [x.mT.contiguous().mT for x in problem((2,), 9, 10, 8, 6)]
     compare(transposed, torch.float32, kind=kind)
 
@@ -111,7 +111,7 @@ def test_registrations() -> None:
 
 def test_what_it_has_no_kernel_for() -> None:
     tensors = problem((), 5, 6, 4, 4)
-    with pytest.raises(NotImplementedError, match=r"no kernel for float64 or for more than 256 features.*float64, 4"):
+    with pytest.raises(NotImplementedError, match=r"no kernel for float64 or for more than 128 features.*float64, 4"):
         attention_map_divergence(*tensors, backend="triton")
-    with pytest.raises(NotImplementedError, match=r"more than 256 features, got torch.float32, 257 and 4"):
-        attention_map_divergence(*(x.float() for x in problem((), 5, 6, 257, 4)), backend="triton")
+    with pytest.raises(NotImplementedError, match=r"more than 128 features, got torch.float32, 129 and 4"):
+        attention_map_divergence(*(x.float() for x in problem((), 5, 6, 129, 4)), backend="triton")

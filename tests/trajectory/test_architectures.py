@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import pydistill
-from pydistill.nn import MLP, NETS, VGG11, AlexNet, ConvNet, ResNet18, make
+from pydistill.nn import MLP, NETS, VGG11, AlexNet, ConvNet, ResNet18, ViT, make
 from pydistill.trajectory.students import trains_at_once
 
 WITHOUT_CONVNET = [name for name in NETS if name != "convnet"]
@@ -64,7 +64,35 @@ def plain_resnet18(p, x, average_pool=False):
     return F.linear(x.flatten(1), p["classifier.weight"], p["classifier.bias"])
 
 
+def plain_vit(p, x, heads=4):
+    width, channels, patch, _ = p["patches.weight"].shape
+    B, _, H, W = x.shape
+    cut = x.reshape(B, channels, H // patch, patch, W // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    cut = cut.reshape(B, -1, channels * patch**2)
+    x = cut @ p["patches.weight"].reshape(width, -1).T + p["patches.bias"] + p["positions"]
+    for i in range(4):
+        at = f"blocks.{i}"
+
+        def linear(x, name, at=at):
+            return x @ p[f"{at}.{name}.weight"].T + p[f"{at}.{name}.bias"]
+
+        def layer_norm(x, name, at=at):
+            return F.layer_norm(x, (width,), p[f"{at}.{name}.weight"], p[f"{at}.{name}.bias"])
+
+        outs = []
+        q, k, v = linear(layer_norm(x, "norm1"), "qkv").chunk(3, -1)
+        for h in range(heads):
+            part = slice(h * width // heads, (h + 1) * width // heads)
+            scores = torch.einsum("bnd,bmd->bnm", q[..., part], k[..., part]) / (width // heads) ** 0.5
+            outs.append(scores.softmax(-1) @ v[..., part])
+        x = x + linear(torch.cat(outs, -1), "proj")
+        x = x + linear(F.gelu(linear(layer_norm(x, "norm2"), "mlp.0")), "mlp.2")
+    x = F.layer_norm(x, (width,), p["norm.weight"], p["norm.bias"]).mean(1)
+    return x @ p["classifier.weight"].T + p["classifier.bias"]
+
+
 PLAIN = {
+    "vit": plain_vit,
     "mlp": plain_mlp,
     "alexnet": plain_alexnet,
     "vgg11": plain_vgg11,
@@ -89,6 +117,7 @@ PLAIN = {
         ("resnet18", (3, 200, 64), 11_173_962 + 190 * 513),
         ("resnet18_ap", (3, 10, 32), 11_250_762),
         ("resnet18_ap", (1, 10, 28), 11_213_770),
+        ("vit", (3, 10, 32), 48 * 64 + 64 + 64 * 64 + 4 * (12 * 64 * 64 + 13 * 64) + 128 + 650),
         ("convnet", (3, 10, 32), 320_010),
         ("convnet", (3, 200, 64), 857_160),
     ],
@@ -187,7 +216,7 @@ def test_the_exact_trajectory_gradient_is_the_one_of_the_whole_graph(name):
 
 def test_make_builds_each_by_name():
     kinds = {"convnet": ConvNet, "mlp": MLP, "alexnet": AlexNet, "vgg11": VGG11}
-    kinds |= {"resnet18": ResNet18, "resnet18_ap": ResNet18}
+    kinds |= {"resnet18": ResNet18, "resnet18_ap": ResNet18, "vit": ViT}
     assert {name: type(make(name, 3, 7, 32)) for name in NETS} == kinds
     assert make("convnet", 3, 10, 16, width=8, depth=2, norm="none").classifier.in_features == 8 * 4 * 4
     assert make("mlp", 3, 10, (9, 8), width=5).fc_1.weight.shape == (5, 216)
@@ -198,7 +227,7 @@ def test_make_builds_each_by_name():
     [
         (
             {"name": "vgg"},
-            r"name: expected one of convnet, mlp, alexnet, vgg11, resnet18, resnet18_ap, got 'vgg'",
+            r"name: expected one of convnet, mlp, alexnet, vgg11, resnet18, resnet18_ap, vit, got 'vgg'",
         ),
         ({"name": "vgg11", "width": 3}, "width: expected none, vgg11 has no such option, got 3"),
         ({"name": "mlp", "depth": 3}, "depth: expected none, mlp has no such option, got 3"),
@@ -218,6 +247,37 @@ def test_make_builds_each_by_name():
 def test_make_names_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**{"channels": 3, "num_classes": 10, "image_size": 32, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 5}, r"patch_size: expected a divisor of image_size \(32, 32\), got 5"),
+        ({"heads": 3}, "heads: expected a divisor of width 64, got 3"),
+        ({"last_heads": 5}, "last_heads: expected a divisor of width 64, got 5"),
+        ({"depth": 0}, "depth: expected at least 1, got 0"),
+    ],
+)
+def test_vit_names_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        ViT(3, 10, **options)
+
+
+def test_vit_shows_each_blocks_queries_and_keys():
+    net = ViT(1, 10, width=24, depth=3, image_size=(8, 12), heads=2, last_heads=3)
+    x = torch.randn(5, 1, 8, 12)
+    maps = []
+    for block in net.blocks:
+        block.qkv.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    net(x)
+    for layer, heads in enumerate((2, 2, 3)):
+        q, k = net.attention(x, layer)
+        assert q.shape == k.shape == (5, heads, 6, 24 // heads)
+        for found, part in ((q, maps[layer][..., :24]), (k, maps[layer][..., 24:48])):
+            torch.testing.assert_close(found.transpose(1, 2).flatten(2), part)
+    assert torch.equal(net.attention(x)[0], q)
+    with pytest.raises(ValueError, match="layer: expected one of 3 blocks, got 3"):
+        net.attention(x, 3)
 
 
 @pytest.mark.parametrize("name", NETS)
