@@ -27,7 +27,9 @@ from pydistill.methods.outer import Config, State, fresh_parameters, sum_over_ra
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.experts import seeded_generator
 
-_SMALL = {"iterations": 30, "clients": 3, "local_steps": 10, "server_steps": 20, "train_steps": 10, "batch_real": 32}
+# Fresh models tell more of small sets than one that knows them: rounds are short, and each begins anew.
+_SMALL = {"iterations": 40, "clients": 3, "local_steps": 5, "batch_real": 32, "train_steps": 2, "server_steps": 10}
+_SMALL |= {"restart": 1}
 
 
 class _WithFeatures(nn.Module):
