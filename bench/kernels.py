@@ -203,7 +203,7 @@ def triton_rows() -> list[Row]:
 
     counted = triton_kernels.counted()
     rows = []
-    for kernel in triton_kernels.compiled():
+    for kernel in (*triton_kernels.compiled(), *triton_kernels.compiled_rows()):
         layout = "channels_last" if "channels_last" in kernel.kernel else "nchw"
         rows.append(
             Row(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import distribution, eager, segments, training
+from .peers import distribution, eager, gradient_matching, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -131,6 +131,30 @@ def train_students(problem: training.Training) -> training.Thunk:
     return run
 
 
+def gradient_matching_step(problem: gradient_matching.Matching, **options: Any) -> gradient_matching.Thunk:
+    from pydistill.matching import class_gradients, gradient_match
+    from pydistill.ops.convnet_step import Workspace
+
+    workspace, shapes = Workspace(), [p.shape for p in problem.net.parameters()]
+
+    def gradients(images: Tensor) -> Tensor:
+        labels = problem.labels(images).flatten()
+        images = images.flatten(0, 1)
+        return class_gradients(problem.net, problem.theta, images, labels, workspace=workspace, **options)
+
+    def run() -> gradient_matching.Matched:
+        images = problem.syn.clone().requires_grad_()
+        loss = gradient_match(gradients(images), gradients(problem.real), shapes=shapes)
+        (d_images,) = torch.autograd.grad(loss, images)
+        return gradient_matching.Matched(loss.detach(), d_images.flatten(0, 1))
+
+    return run
+
+
+def gradient_matching_step_bf16(problem: gradient_matching.Matching) -> gradient_matching.Thunk:
+    return gradient_matching_step(problem, precision="bf16")
+
+
 def expert_store(problem: segments.Experts) -> segments.Thunk:
     from pydistill import ExpertStore
 
@@ -168,8 +192,7 @@ def datadam(problem: distribution.Images, precision: str = "fp32") -> distributi
         with torch.no_grad():
             real = features(problem.real, precision)
         own = features(synthetic, "fp32")
-        # the maps of all blocks but the last
-        loss = distribution.MAPS_WEIGHT * matching.match_maps(real.spatial[:-1], own.spatial[:-1], *labels, **options)
+        loss = distribution.MAPS_WEIGHT * matching.match_maps(real.spatial, own.spatial, *labels, **options)
         embedded = matching.class_mean_match(real.embedding, own.embedding, *labels, **options)
         loss = loss + distribution.EMBEDDING_WEIGHT * embedded
         return distribution.Matched(loss.detach(), torch.autograd.grad(loss, synthetic)[0])
@@ -199,3 +222,9 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     from pydistill.matching import mmd
 
     return mmd(x, y)
+
+
+def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    from pydistill.ops import attention_map_divergence
+
+    return attention_map_divergence(q_s, k_s, q_t, k_t)

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .peers import augment, block, compiled, distribution, eager, segments, tesla, training
+from .peers import (
+    attention_maps,
+    augment,
+    block,
+    compiled,
+    distribution,
+    eager,
+    gradient_matching,
+    segments,
+    tesla,
+    training,
+)
 from .peers.problem import Problem, Result, make_problem
 
 Config = dict[str, Any]
@@ -572,6 +583,74 @@ TRAIN_STUDENTS = Case(
 )
 
 
+def _gradient_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["ipc"], partial(gradient_matching.make_matching, config), tuple(case.providers))]
+
+
+def _gradient_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small: to 1e-10."""
+    problem = gradient_matching.make_matching(config["gate"]).double()
+    truths = gradient_matching.prepare_eager(problem)()
+    for name, entry in case.providers.items():
+        if entry.precision == "fp32":
+            for what, value, truth in zip(
+                gradient_matching.Matched._fields, entry.prepare(problem)(), truths, strict=True
+            ):
+                yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _gradient_check(
+    case: Case, point: Point, problem: gradient_matching.Matching, outputs: dict[str, gradient_matching.Matched]
+) -> Iterator[Check]:
+    """At the size and precision that is timed: 5e-3, or twice the baseline's own distance from float64."""
+    truths = gradient_matching.prepare_eager(problem.double())()
+    for i, (what, truth) in enumerate(zip(gradient_matching.Matched._fields, truths, strict=True)):
+        bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, output in outputs.items():
+            if case.providers[name].precision == "fp32":
+                yield Check(name, f"float32 {what}, relative error", relative_error(output[i], truth), bound)
+            elif what == "d_images":
+                similarity = cosine(output[i], truth)
+                yield Check(name, "bf16 d_images, cosine to float64", similarity, 0.95, at_least=True)
+            else:
+                yield Check(name, "bf16 loss, relative error", relative_error(output[i], truth), 0.05)
+
+
+def _gradient_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (_, _, provider), value in medians.items()}
+    if "pydistill" not in found:
+        return
+    yield Check("pydistill", "speed-up over eager", found["eager"] / found["pydistill"], 3.5, at_least=True)
+    peers = [found[name] for name in ("compiled", "compiled-vmap") if name in found]
+    if peers:
+        speedup = min(peers) / found["pydistill"]
+        yield Check("pydistill", "speed-up over the better compiled step", speedup, 1.3, at_least=True)
+
+
+GRADIENT_MATCHING_STEP = Case(
+    name="gradient_matching_step",
+    metric="time of an outer step",
+    unit="s",
+    x_name="images per class",
+    providers={
+        "eager": Entry(gradient_matching.prepare_eager),
+        "compiled": Entry(gradient_matching.prepare_compiled),
+        "compiled-vmap": Entry(gradient_matching.prepare_vmapped),
+        "pydistill": Entry(ours.gradient_matching_step),
+        "pydistill-bf16": Entry(ours.gradient_matching_step_bf16, precision="bf16"),
+    },
+    full={**CONVNET, "ipc": 10, "batch_real": 256, "gate": {**GATE, "ipc": 2, "batch_real": 5}},
+    quick={**SMALL, "ipc": 2, "batch_real": 5, "gate": {**GATE, "ipc": 2, "batch_real": 5}},
+    repeats=3,
+    points=_gradient_points,
+    gate=_gradient_gate,
+    check=_gradient_check,
+    must_show=_gradient_must_show,
+    brief={"batch_real": 64},
+    brief_providers=("eager", "compiled", "pydistill"),
+)
+
+
 def _store_points(case: Case, config: Config) -> list[Point]:
     read, opened = config["read"][0], config["opened"][0]
     return [
@@ -824,6 +903,96 @@ MMD_MEMORY = replace(
     problem=distribution.make_rows,
 )
 
+_DIVERGENCE_OUTPUTS = ("loss", "grad_q", "grad_k")
+
+
+def _divergence_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(shape[2], partial(_divergence_problem, config, shape[2]), tuple(case.providers))
+        for shape in config["shapes"]
+    ]
+
+
+def _divergence_problem(config: Config, tokens: int) -> attention_maps.Maps:
+    shape = next((shape for shape in config["shapes"] if shape[2] == tokens), config["gate"])
+    return attention_maps.make_maps(shape, config["shapes"])
+
+
+def _divergence_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, an odd size, loss and gradients to 1e-10."""
+    problem = attention_maps.make_maps(config["gate"], dtype=torch.float64)
+    truths = attention_maps.prepare(problem)()
+    for name, entry in case.providers.items():
+        for what, value, truth in zip(_DIVERGENCE_OUTPUTS, entry.prepare(problem)(), truths, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _divergence_check(
+    case: Case, point: Point, problem: attention_maps.Maps, outputs: dict[str, Any]
+) -> Iterator[Check]:
+    """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
+    truths = attention_maps.prepare(problem.double())()
+    for i, (what, truth) in enumerate(zip(_DIVERGENCE_OUTPUTS, truths, strict=True)):
+        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, values in outputs.items():
+            error = relative_error(values[i], truth)
+            yield Check(name, f"float32 {what}, {point.x} tokens, relative error", error, bound)
+
+
+def _divergence_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for _, _, tokens, _ in config["shapes"]:
+        found = {provider: value for (_, x, provider), value in medians.items() if x == tokens}
+        compiled = [value for name, value in found.items() if name.startswith("compiled")]
+        peers = {"eager": ([found["eager"]], 2.0), "the best compiled": (compiled, 1.3)}
+        for peer, (values, bound) in peers.items():
+            if values and "pydistill" in found:
+                speedup = min(values) / found["pydistill"]
+                yield Check("pydistill", f"{tokens} tokens, speed-up over {peer}", speedup, bound, at_least=True)
+
+
+ATTENTION_MAP_DIVERGENCE = Case(
+    name="attention_map_divergence",
+    metric="time of loss and gradients",
+    unit="ms",
+    x_name="tokens",
+    providers={
+        "eager": Entry(attention_maps.prepare),
+        "eager-once": Entry(partial(attention_maps.prepare, divergence=attention_maps.once)),
+        "compiled": Entry(attention_maps.prepare_compiled),
+        "compiled-once": Entry(partial(attention_maps.prepare_compiled, divergence=attention_maps.once)),
+        "pydistill": Entry(partial(attention_maps.prepare, divergence=ours.attention_map_divergence)),
+    },
+    full={"shapes": ((8, 12, 197, 64), (1, 12, 1025, 64)), "gate": (2, 3, 37, 20)},
+    quick={"shapes": ((1, 2, 17, 8),), "gate": (2, 3, 7, 5)},
+    repeats=15,
+    points=_divergence_points,
+    gate=_divergence_gate,
+    check=_divergence_check,
+    must_show=_divergence_must_show,
+)
+
+
+def _divergence_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for (_, _, tokens, _), bound in zip(config["shapes"], (5.0, 15.0), strict=True):
+        ratio = medians["", tokens, "eager"] / medians["", tokens, "pydistill"]
+        yield Check("pydistill", f"{tokens} tokens, eager's peak over its own", ratio, bound, at_least=True)
+
+
+ATTENTION_MAP_DIVERGENCE_MEMORY = replace(
+    ATTENTION_MAP_DIVERGENCE,
+    name="attention_map_divergence_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    # what a compiler takes to compile is not of interest here
+    providers={name: ATTENTION_MAP_DIVERGENCE.providers[name] for name in ("eager", "eager-once", "pydistill")},
+    full={**ATTENTION_MAP_DIVERGENCE.full, "check_steps": 37},
+    # large enough for the system's resolution
+    quick={"shapes": ((1, 4, 400, 32),), "gate": (2, 3, 7, 5), "check_steps": 7},
+    repeats=3,
+    must_show=_divergence_memory_must_show,
+    problem=_divergence_problem,
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -835,6 +1004,7 @@ CASES: dict[str, Case] = {
         UNROLL_MEMORY,
         OUTER_STEP_MEMORY,
         TRAIN_STUDENTS,
+        GRADIENT_MATCHING_STEP,
         EXPERT_STORE,
         INSTANCE_NORM_RELU_AVG_POOL,
         AUGMENT,
@@ -842,5 +1012,7 @@ CASES: dict[str, Case] = {
         DM_STEP,
         MMD,
         MMD_MEMORY,
+        ATTENTION_MAP_DIVERGENCE,
+        ATTENTION_MAP_DIVERGENCE_MEMORY,
     )
 }

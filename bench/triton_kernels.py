@@ -64,6 +64,26 @@ CASES = [
 
 
 @dataclass(frozen=True)
+class RowCase:
+    """One call of the kernel of row_products: rows of ``length`` elements."""
+
+    scalar: str
+    form: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"row_products::triton<{self.scalar}, {self.form}, {self.length}>"
+
+
+# rows of later convolutions, and of a first
+_ROW_FORMS = ("forward", "backward", "jvp")
+ROW_CASES = [
+    RowCase(*words) for words in (*product(DTYPES, _ROW_FORMS, (1152,)), *product(("f32",), _ROW_FORMS, (27,)))
+]
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What the compilers say of one kernel on one architecture."""
 
@@ -110,6 +130,34 @@ def compiled(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
     return [Compiled(**row) for row in output]
 
 
+def compiled_rows(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """Every kernel of `ROW_CASES` for each architecture."""
+    with tempfile.TemporaryDirectory() as cache:
+        output = _in_own_process("compile_rows", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+    return [Compiled(**row) for row in output]
+
+
+# of attention_map_divergence: element type, features of both sides' heads, whether there is a mask
+ATTENTION_CASES = [
+    *product(("f32", "bf16", "f16"), (64,), (False,)),
+    *product(("f32", "bf16"), (16, 128, 256), (False,)),
+    ("f32", 64, True),
+]
+ATTENTION_KINDS = ("fkl", "rkl", "jsd", "ce")
+ATTENTION_PASSES = ("rows", "grad_q", "grad_k")
+
+
+def attention_name(name: str, scalar: str, width: int, masked: bool, kind: str) -> str:
+    return f"attention_map_divergence::triton_{name}<{scalar}, {kind}, {width}{', masked' if masked else ''}>"
+
+
+def compiled_attention(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """The passes of attention_map_divergence in every one of `ATTENTION_CASES` and every kind, as `compiled` does."""
+    with tempfile.TemporaryDirectory() as cache:
+        output = _in_own_process("attention", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+    return [Compiled(**row) for row in output]
+
+
 def counted() -> dict[str, float]:
     """For each case, by name, the bytes that are loaded and stored, over the least possible."""
     return _in_own_process("count", TRITON_INTERPRET="1")
@@ -147,12 +195,57 @@ def _compile(architectures: Iterable[str]) -> list[Compiled]:
     return rows
 
 
+def _compile_rows(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import row_products as kernels
+
+    rows = []
+    for arch, case in product(architectures, ROW_CASES):
+        compute = torch.float64 if case.scalar == "f64" else torch.float32
+        names = {"forward": "ab", "jvp": ("a", "b", "a_t", "b_t"), "backward": ("a", "b", "grad_a", "grad_b")}[
+            case.form
+        ]
+        tensors = {name: torch.zeros(1, case.length, dtype=DTYPES[case.scalar], device="meta") for name in names}
+        other = "grad" if case.form == "backward" else "products"
+        tensors[other] = torch.zeros(1, 1, 4, dtype=compute, device="meta")
+        arguments = kernels.arguments(tensors, (0, 1, case.length), 0, 1)
+        options = {"num_warps": kernels.warps(arguments["BLOCK"]), "enable_fp_fusion": False}
+        row = _compile_one(case.name, arch, kernels.row_products_kernel, arguments, options)
+        rows.append(Compiled(**row, config={"block": arguments["BLOCK"], **options}))
+    return rows
+
+
+def _compile_attention(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import attention_map_divergence as kernels
+
+    rows = []
+    for arch, (scalar, width, masked), kind in product(architectures, ATTENTION_CASES, ATTENTION_KINDS):
+        if kind != "fkl" and (scalar, width, masked) != ("f32", 64, False):  # kinds differ by a few operations
+            continue
+        heads = torch.zeros(1, 1, 128, width, dtype=DTYPES[scalar], device="meta")
+        column = torch.zeros(1, 1, 128, device="meta")
+        mask = torch.zeros(1, 1, 128, 128, dtype=torch.uint8, device="meta") if masked else None
+        config = kernels.configure(heads, heads, hip=TARGETS[arch][0] == "hip")
+        inputs = {**dict.fromkeys(("q_s", "k_s", "q_t", "k_t"), heads), "mask": mask}
+        shared = kernels.arguments(inputs, config, (0.125, 0.125, ATTENTION_KINDS.index(kind), 0.5))
+        shared |= dict.fromkeys(("lse_s", "lse_t", "centre"), column)
+        outputs = {"rows": {"loss": column}, "grad_q": {"grad": column, "grad_q": heads}}
+        outputs["grad_k"] = {"grad": column, "grad_k": heads}
+        for name in ATTENTION_PASSES:
+            kernel = getattr(kernels, f"attention_map_divergence_{name}_kernel")
+            options = {"num_warps": config.num_warps, "num_stages": 1}
+            given = {parameter.name: (shared | outputs[name])[parameter.name] for parameter in kernel.params}
+            row = _compile_one(attention_name(name, scalar, width, masked, kind), arch, kernel, given, options)
+            rows.append(Compiled(**row | {"statistics_layouts": []}, config=asdict(config)))
+    return rows
+
+
 def _compile_one(name: str, arch: str, kernel: Any, arguments: dict[str, Any], options: dict) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     triton_types = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    triton_types[torch.uint8] = "u8"
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     constants |= {argument for argument, value in arguments.items() if value is None}
     signature = {
@@ -160,6 +253,8 @@ def _compile_one(name: str, arch: str, kernel: Any, arguments: dict[str, Any], o
         if argument in constants
         else f"*{triton_types[value.dtype]}"
         if isinstance(value, Tensor)
+        else "fp32"
+        if isinstance(value, float)
         else "i32"
         for argument, value in arguments.items()
     }
@@ -225,4 +320,5 @@ def _count() -> dict[str, float]:
 
 if __name__ == "__main__":
     task, *architectures = sys.argv[1:]
-    print(json.dumps([asdict(row) for row in _compile(architectures)] if task == "compile" else _count()))
+    compilers = {"compile": _compile, "compile_rows": _compile_rows, "attention": _compile_attention}
+    print(json.dumps([asdict(row) for row in compilers[task](architectures)] if task in compilers else _count()))

@@ -31,6 +31,21 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " -> Tensor");
   m.def("augment_backward(Tensor grad, Tensor record, bool flip_batch, bool align_corners) -> Tensor");
 
+  // `rows` are (start, count, length) triples: count rows of length elements, one after the other from start on.
+  m.def("row_products(Tensor a, Tensor b, int[] rows) -> Tensor");
+  m.def("row_products_backward(Tensor grad, Tensor a, Tensor b, int[] rows) -> (Tensor, Tensor)");
+  m.def("row_products_jvp(Tensor a, Tensor b, Tensor a_t, Tensor b_t, int[] rows) -> Tensor");
+  // the keys' and queries' gradients are those of the sum of the losses, and come where `summed`
+  m.def(
+      "attention_map_divergence(Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask, float scale_s,"
+      " float scale_t, int kind, float beta, bool summed, bool with_q, bool with_k) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_map_divergence_backward(Tensor grad, Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask,"
+      " float scale_s, float scale_t, int kind, float beta, bool with_q, bool with_k) -> (Tensor, Tensor)");
+  m.def(
+      "attention_map_divergence_scale(Tensor grad, Tensor grad_q, Tensor grad_k, Tensor q_s, Tensor k_s)"
+      " -> (Tensor, Tensor)");
+
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
   // block's width. `workspace` is uint8, as large as the first number of
   // convnet_step_bytes; the others are those of a tape per image and of each thread's own memory.
@@ -47,4 +62,21 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "convnet_step_tangent(Tensor theta, Tensor direction, Tensor images, Tensor labels, Tensor shape, float eps,"
       " int label_kind, bool bf16, bool curvature, Tensor scale, Tensor(a!) workspace, Tensor(b!)? tape)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  // `attended` has a bit for each block whose attention maps are wanted.
+  m.def(
+      "convnet_step_features(Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, float power,"
+      " int attended, bool spatial, bool channel, Tensor(a!) workspace) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "convnet_step_features_backward(Tensor? spatial_grad, Tensor? channel_grad, Tensor? embedding_grad,"
+      " Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, float power, int attended,"
+      " Tensor(a!) workspace) -> Tensor");
+
+  // Sums of the `order`-th derivative of |x|^power, times `factor`, over the channels [N, H * W] and over the positions
+  // [N, C]; and the adjoint: (spatial at the position + channel) times that, for every element.
+  m.def(
+      "attention_map(Tensor x, Tensor? factor, float power, int order, bool spatial, bool channel)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "attention_map_adjoint(Tensor? spatial, Tensor? channel, Tensor x, Tensor? factor, float power, int order)"
+      " -> Tensor");
 }

@@ -6,7 +6,9 @@ from pkgutil import extend_path as _extend_path
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import augment, compat, nn, ops, reference
+from pydistill import augment, compat, divergence, matching, nn, ops, reference
+from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce
+from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, mmd
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll
 
@@ -15,9 +17,19 @@ __all__ = [
     "ExpertStore",
     "TrainResult",
     "__version__",
+    "attention_map_divergence",
+    "attention_match",
+    "attention_nmi",
     "augment",
+    "class_gradients",
+    "class_mean_match",
     "compat",
+    "contrastive_ce",
+    "divergence",
+    "gradient_match",
     "instance_norm_relu_avg_pool",
+    "matching",
+    "mmd",
     "nn",
     "ops",
     "reference",

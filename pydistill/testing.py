@@ -26,6 +26,7 @@ class Case:
     make: Callable[[torch.dtype], tuple[Tensor, ...]]
     options: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # beside float64, always
+    order: int = 2  # derivatives that the operator has; of one that has 1, the second and forward mode must be refused
 
 
 def check_op(
@@ -39,7 +40,7 @@ def check_op(
     """Hold ``op`` to ``reference`` in every check on every case.
 
     Args:
-        op: the public function, differentiable twice.
+        op: the public function, differentiable as often as the cases say.
         reference: its definition in plain torch.
         cases: the inputs.
         raw_calls: from ``(*tensors, **options)`` the registered operators behind ``op`` with arguments, for
@@ -111,9 +112,11 @@ def _orders(function: Function, case: Case, dtype: torch.dtype) -> dict[str, Ten
     leaves = _leaves(case, dtype)
     out = function(*leaves, **case.options)
     cotangent = _weights([out], 1)[0].requires_grad_()
-    first = torch.autograd.grad(out, leaves, cotangent, create_graph=True)
-    wanted = (*leaves, cotangent)
-    second = torch.autograd.grad(first, wanted, _weights(first, 2), allow_unused=True, materialize_grads=True)
+    first = torch.autograd.grad(out, leaves, cotangent, create_graph=case.order == 2)
+    second = ()
+    if case.order == 2:
+        wanted = (*leaves, cotangent)
+        second = torch.autograd.grad(first, wanted, _weights(first, 2), allow_unused=True, materialize_grads=True)
     return {
         "output": out,
         **{f"gradient {i}": g for i, g in enumerate(first)},
@@ -128,7 +131,10 @@ def check_values(op: Function, reference: Function, case: Case) -> None:
         assert_close(f"float64 {name}", actual, truth[name], rtol=1e-11)
     for dtype in case.dtypes:
         rounded = Case(
-            case.name, lambda _, dtype=dtype: tuple(t.to(dtype).double() for t in case.make(dtype)), case.options
+            case.name,
+            lambda _, dtype=dtype: tuple(t.to(dtype).double() for t in case.make(dtype)),
+            case.options,
+            order=case.order,
         )
         truth = _orders(reference, rounded, torch.float64)
         plain = _orders(reference, case, dtype)
@@ -147,12 +153,27 @@ def check_gradcheck(op: Function, reference: Function, case: Case) -> None:
     torch.autograd.gradcheck(
         function,
         leaves,
-        check_forward_ad=True,
+        check_forward_ad=case.order == 2,
         check_batched_grad=True,
-        check_batched_forward_grad=True,
+        check_batched_forward_grad=case.order == 2,
         fast_mode=True,
     )
+    if case.order == 1:
+        _check_refused(function, leaves)
+        return
     torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+
+
+def _check_refused(function: Function, leaves: tuple[Tensor, ...]) -> None:
+    """A second derivative in any input, and one that hides behind a term that has it, raise NotImplementedError."""
+    for i, leaf in enumerate(leaves):
+        total = function(*leaves).sum() + leaf.pow(3).sum()
+        (first,) = torch.autograd.grad(total, leaf, create_graph=True)
+        try:
+            torch.autograd.grad(first.sum(), leaf)
+        except NotImplementedError:
+            continue
+        raise AssertionError(f"the second derivative in input {i} was not refused")
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -192,8 +213,16 @@ def check_func(op: Function, reference: Function, case: Case) -> None:
         return lambda *args: f(*args, **case.options)
 
     compare("func.grad", lambda f, t, _: torch.func.grad(scalar(f), every)(*t))
-    compare("func.jvp", lambda f, t, _: torch.func.jvp(plain(f), t, tangents)[1])
-    compare("jvp of grad", lambda f, t, _: torch.func.jvp(torch.func.grad(scalar(f), every), t, tangents)[1])
+    if case.order == 2:
+        compare("func.jvp", lambda f, t, _: torch.func.jvp(plain(f), t, tangents)[1])
+        compare("jvp of grad", lambda f, t, _: torch.func.jvp(torch.func.grad(scalar(f), every), t, tangents)[1])
+    else:
+        try:
+            torch.func.jvp(plain(op), tensors, tangents)
+        except NotImplementedError:
+            pass
+        else:
+            raise AssertionError("forward mode was not refused")
     compare("vmap", lambda f, _, batch: torch.func.vmap(plain(f))(*batch))
     compare("vmap of one", lambda f, t, batch: torch.func.vmap(plain(f), first_only)(batch[0], *t[1:]))
     compare("vmap of grad", lambda f, _, batch: torch.func.vmap(torch.func.grad(scalar(f), every))(*batch))

@@ -7,6 +7,8 @@
 //   tangent   theta, direction, images, labels           -> slopes (of the losses along the direction, so that their
 //             mean is <g, direction>), and, each times `scale`, grad = H direction, images_grad =
 //             d<g, direction>/d images, labels_grad likewise
+//   features  theta, images                              -> maps and embedding: see Features below
+//   features_backward  theta, images, gradients of those -> images_grad
 //
 // Students and images are independent until weights' gradients are summed. So a thread takes a few images at a time
 // through all layers and back, in working memory that stays in its cache, and no activation of the whole batch is ever
@@ -21,7 +23,7 @@
 namespace pydistill {
 
 struct ConvNetStep {
-  enum class Form : int { logits, gradient, tangent };
+  enum class Form : int { logits, gradient, tangent, features, features_backward };
   enum class Labels : int { hard, logits, probs };
   enum class Tape : int { none, write, read };
   static constexpr int kMaxDepth = 8;
@@ -39,6 +41,21 @@ struct ConvNetStep {
   Scalar scalar = Scalar::f32;  // of every tensor: f32 or f64
   bool bf16 = false;            // round the convolutions' factors to bfloat16
   int64_t E = 0, N = 0, classes = 0, depth = 0, image_h = 0, image_w = 0;
+  // What a block's activation a = relu(norm(conv)) [out, H, W] is summed up to, before it is pooled: sums of a^power
+  // over the channels [H * W], the spatial attention, and over the positions [out], that of the channels; and what the
+  // last block's pool leaves, the embedding [out * OH * OW]. Blocks whose bit is set in `attended` have maps; they
+  // stand one after the other in an image's row.
+  struct Features {
+    double power = 1;
+    uint64_t attended = 0;
+    int64_t spatial_row = 0, channel_row = 0, embedding_row = 0;  // elements of an image's rows
+    void *spatial = nullptr, *channel = nullptr;                  // [E, N, row]; null: not wanted
+    void* embedding = nullptr;
+    const void *spatial_grad = nullptr, *channel_grad = nullptr;  // null: zero
+    const void* embedding_grad = nullptr;
+  };
+  Features features;
+
   Layer layer[kMaxDepth];
   int64_t head = 0, P = 0;  // theta: [E, P]; the classifier's weight [classes, out * OH * OW] begins at `head`
   double eps = 0;

@@ -54,12 +54,13 @@ struct Native {
     }
     return v;
   }
-  PYDISTILL_INLINE static void put(Operand* to, Vec<T> v) {
+  template <class V>
+  PYDISTILL_INLINE static void put(Operand* to, V v) {  // a Vec<T> or a part of it
     if constexpr (ROUNDED)
-      for (int i = 0; i < Lanes<T>::count; ++i) v[i] = narrow_one(v[i]);
-    store(to, v);
+      for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) v[i] = narrow_one(v[i]);
+    __builtin_memcpy(to, &v, sizeof(V));
   }
-  PYDISTILL_INLINE static Vec<T> widened(const Operand* from) { return load(from); }
+  PYDISTILL_INLINE static Register<T> widened(const Operand* from) { return load_register<T>(from); }
   // Rows d and d + 1 of vector v of a right factor [depth][vectors].
   PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t vectors, Vec<T> even,
                                     Vec<T> odd) {
@@ -104,6 +105,7 @@ struct Layout {
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
+  bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
   bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
@@ -140,8 +142,10 @@ struct Layout {
       }
       positions = larger(positions, to.H * to.W);
     }
+    backwards = step.form != Step::Form::logits && step.form != Step::Form::features;
+    to_images = backwards && step.form != Step::Form::gradient;
     const int64_t planes = step.chunk * first_stride() * layer[0].out * (step.form == Step::Form::tangent ? 2 : 1);
-    keeps_first = step.form != Step::Form::logits && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
+    keeps_first = backwards && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
     features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
     head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
     values += 2 * features * classes + classes;
@@ -185,7 +189,7 @@ template <class T, class A>
 struct Workspace {
   using Operand = typename A::Operand;
   T *tape, *tape_t;
-  Vec<T>*padded, *x, *x_t, *y;
+  Vec<T>*padded, *x, *x_t, *y, *attention;
   Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
@@ -207,6 +211,7 @@ struct Workspace {
     x = layout.keeps_first ? arena.take<Vec<T>>(positions) : first;
     x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
+    attention = arena.take<Vec<T>>(step.form == Step::Form::features ? layout.positions : 0);
     input = arena.take<Operand>(layout.tile_elements);
     grad = arena.take<Operand>(layout.tile_elements);
     input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
@@ -220,7 +225,7 @@ struct Workspace {
     columns_rest = arena.take<Operand>(A::kSplit ? layout.columns() : 0);
     rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
-    taps_grad = arena.take<T>(tangent ? positions * layout.taps : 0);
+    taps_grad = arena.take<T>(layout.to_images ? positions * layout.taps : 0);
   }
 };
 
@@ -228,8 +233,9 @@ struct Workspace {
 template <class T, class A>
 class Slot {
   using V = Vec<T>;
+  using R = Register<T>;
   using Operand = typename A::Operand;
-  static constexpr int L = Lanes<T>::count;
+  static constexpr int L = Lanes<T>::count, kParts = Wide<T>::parts, kLanes = Registers<T>::lanes;
 
  public:
   Slot(const Step& step, int64_t e, int64_t slot, void* scratch)
@@ -239,6 +245,8 @@ class Slot {
     if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
     scale = step.scale != nullptr ? static_cast<const T*>(step.scale)[e] : T(1);
+    // Rounding moves features little, and nothing is differentiated twice: single operands do (see above).
+    split = A::kSplit && step.form != Step::Form::features && step.form != Step::Form::features_backward;
     begin = step.N * slot / step.slots;
     end = step.N * (slot + 1) / step.slots;
   }
@@ -254,6 +262,7 @@ class Slot {
       if (step.form != Step::Form::tangent) {
         forward();
         if (step.form == Step::Form::gradient) backward(true);
+        if (step.form == Step::Form::features_backward) features_backward();
         if (!kTapeInPlace<T, A> && step.tape_use == Step::Tape::write) keep_tape();
       } else {
         if (step.tape_use != Step::Tape::read) {
@@ -276,6 +285,7 @@ class Slot {
   Workspace<T, A> work;
   int64_t e, begin, end, first = 0, count = 0;
   T scale;
+  bool split;         // the primal forward pass takes its factors as sums of two operands
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
   Operand* columns = nullptr;          // of the first layer's input, for the image at work
@@ -346,58 +356,64 @@ class Slot {
         for (int64_t h = 0; h < at.H; ++h)
           for (int64_t w = 0; w < at.W; ++w) work.padded[(h + 1) * width + w + 1] = plane[h * at.W + w];
         for (int64_t row = 0; row < at.rows; ++row)
-          for (int64_t column = 0; column < at.columns; ++column) {
-            V x[6][6], v[6][6];
-            const V* corner = work.padded + 4 * row * width + 4 * column;
-            for (int i = 0; i < 6; ++i)
-              for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j];
-            both_ways<T, 6, 6>(Winograd::input<T>, x, v);
-            Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + group * L;
-            for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in_row, v[p / 6][p % 6]);
-            if constexpr (A::kSplit)
-              if (rest != nullptr)
-                for (int p = 0; p < 36; ++p)
-                  A::put(rest + (out - to) + p * tiles * at.in_row,
-                         v[p / 6][p % 6] - A::widened(out + p * tiles * at.in_row));
-          }
+          for (int64_t column = 0; column < at.columns; ++column)
+            for (int part = 0; part < kParts; ++part) {
+              R x[6][6], v[6][6];
+              const Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
+              for (int i = 0; i < 6; ++i)
+                for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j].part[part];
+              both_ways<T, 6, 6>(Winograd::input<T>, x, v);
+              const int64_t lane = group * L + part * kLanes;
+              Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
+              for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in_row, v[p / 6][p % 6]);
+              if constexpr (A::kSplit)
+                if (rest != nullptr)
+                  for (int p = 0; p < 36; ++p)
+                    A::put(rest + (out - to) + p * tiles * at.in_row,
+                           v[p / 6][p % 6] - A::widened(out + p * tiles * at.in_row));
+            }
       }
     clear_rest(at, to, at.in_row);
     if (A::kSplit && rest != nullptr) clear_rest(at, rest, at.in_row);
   }
 
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
-  __attribute__((noinline)) void transform_grad(const LayerLayout& at, const V* plane, int64_t g, int64_t group,
+  __attribute__((noinline)) void transform_grad(const LayerLayout& at, V* plane, int64_t g, int64_t group,
                                                 Operand* to) {
     const int64_t tiles = padded_tiles(at);
     for (int64_t row = 0; row < at.rows; ++row)
-      for (int64_t column = 0; column < at.columns; ++column) {
-        V y[4][4], m[6][6];
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j) {
-            const int64_t h = 4 * row + i, w = 4 * column + j;
-            y[i][j] = h < at.H && w < at.W ? plane[h * at.W + w] : V{};
-          }
-        both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
-        Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + group * L;
-        for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out_row, m[p / 6][p % 6]);
-      }
+      for (int64_t column = 0; column < at.columns; ++column)
+        for (int part = 0; part < kParts; ++part) {
+          R y[4][4], m[6][6];
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t h = 4 * row + i, w = 4 * column + j;
+              y[i][j] = h < at.H && w < at.W ? wide<T>(plane)[h * at.W + w].part[part] : R{};
+            }
+          both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
+          const int64_t lane = group * L + part * kLanes;
+          Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + lane;
+          for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out_row, m[p / 6][p % 6]);
+        }
   }
 
   // Products' tiles back to a convolution's output.
   __attribute__((noinline)) void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
     const int64_t tiles = padded_tiles(at);
     for (int64_t row = 0; row < at.rows; ++row)
-      for (int64_t column = 0; column < at.columns; ++column) {
-        V m[6][6], y[4][4];
-        const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + group * L;
-        for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load(in + p * tiles * at.out);
-        both_ways<T, 6, 4>(Winograd::output<T>, m, y);
-        for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 4; ++j) {
-            const int64_t h = 4 * row + i, w = 4 * column + j;
-            if (h < at.H && w < at.W) plane[h * at.W + w] = y[i][j];
-          }
-      }
+      for (int64_t column = 0; column < at.columns; ++column)
+        for (int part = 0; part < kParts; ++part) {
+          R m[6][6], y[4][4];
+          const int64_t lane = group * L + part * kLanes;
+          const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + lane;
+          for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load_register<T>(in + p * tiles * at.out);
+          both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t h = 4 * row + i, w = 4 * column + j;
+              if (h < at.H && w < at.W) wide<T>(plane)[h * at.W + w].part[part] = y[i][j];
+            }
+        }
   }
 
   // Products' tiles back to the gradient of the previous block's pooled output, overlaps added.
@@ -408,15 +424,17 @@ class Slot {
       for (int64_t group = 0; group < at.in_groups; ++group) {
         fill(work.padded, (4 * at.rows + 2) * width);
         for (int64_t row = 0; row < at.rows; ++row)
-          for (int64_t column = 0; column < at.columns; ++column) {
-            V v[6][6], x[6][6];
-            const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + group * L;
-            for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load(in + p * tiles * at.in);
-            both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
-            V* corner = work.padded + 4 * row * width + 4 * column;
-            for (int i = 0; i < 6; ++i)
-              for (int j = 0; j < 6; ++j) corner[i * width + j] += x[i][j];
-          }
+          for (int64_t column = 0; column < at.columns; ++column)
+            for (int part = 0; part < kParts; ++part) {
+              R v[6][6], x[6][6];
+              const int64_t lane = group * L + part * kLanes;
+              const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + lane;
+              for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load_register<T>(in + p * tiles * at.in);
+              both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
+              Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
+              for (int i = 0; i < 6; ++i)
+                for (int j = 0; j < 6; ++j) corner[i * width + j].part[part] += x[i][j];
+            }
         V* plane = panel(to, g, layout.layer[l - 1].grad_pooled, group, at.H * at.W);
         for (int64_t h = 0; h < at.H; ++h)
           for (int64_t w = 0; w < at.W; ++w) plane[h * at.W + w] = work.padded[(h + 1) * width + w + 1];
@@ -474,7 +492,7 @@ class Slot {
     const int64_t width = W + 2 * edge, plane = (H + 2 * edge) * width;
     const T* image = static_cast<const T*>(step.images) + e * step.images_student + n * C * H * W;
     for (int64_t i = 0; i < C * plane; ++i) work.image[i] = Operand{};
-    if constexpr (A::kSplit)
+    if (split)
       for (int64_t i = 0; i < C * plane; ++i) work.image_rest[i] = Operand{};
     for (int64_t c = 0; c < C; ++c)
       for (int64_t h = 0; h < H; ++h)
@@ -482,10 +500,10 @@ class Slot {
           const T value = image[(c * H + h) * W + w];
           const int64_t to = c * plane + (h + edge) * width + w + edge;
           work.image[to] = A::narrow_one(value);
-          if constexpr (A::kSplit) work.image_rest[to] = A::narrow_one(value - widen(work.image[to]));
+          if (split) work.image_rest[to] = A::narrow_one(value - widen(work.image[to]));
         }
     fill_columns(work.image, columns);
-    if constexpr (A::kSplit) fill_columns(work.image_rest, work.columns_rest);
+    if (split) fill_columns(work.image_rest, work.columns_rest);
   }
 
   void fill_columns(const Operand* image, Operand* columns) const {
@@ -533,7 +551,7 @@ class Slot {
                  {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, add});
     };
     product(columns, at.filter, false);
-    if (A::kSplit && set == filters) {
+    if (split && set == filters) {
       product(work.columns_rest, at.filter, true);
       product(columns, at.filter_rest, true);
     }
@@ -558,28 +576,122 @@ class Slot {
     for (int64_t group = 0; group < groups; group += bunch) visit(group, smaller(bunch, groups - group));
   }
 
+  // ---- features
+
+  bool attends(int64_t l) const { return step.features.attended >> l & 1; }
+
+  // Where block l's maps begin in image g's rows.
+  int64_t spatial_offset(int64_t l, int64_t g) const {
+    int64_t at = (e * step.N + first + g) * step.features.spatial_row;
+    for (int64_t k = 0; k < l; ++k) at += attends(k) ? layout.layer[k].H * layout.layer[k].W : 0;
+    return at;
+  }
+  int64_t channel_offset(int64_t l, int64_t g) const {
+    int64_t at = (e * step.N + first + g) * step.features.channel_row;
+    for (int64_t k = 0; k < l; ++k) at += attends(k) ? step.layer[k].out : 0;
+    return at;
+  }
+
+  // A block behind its convolution, and the maps of its attention: panels of an image come in order.
+  void forward_panel(int64_t l, int64_t g, int64_t group, V* conv) {
+    const LayerLayout& at = layout.layer[l];
+    const Panels<T> panels = {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)};
+    if (step.form != Step::Form::features || !attends(l)) {
+      run_panel<T, Form::forward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels);
+      return;
+    }
+    const Step::Features& to = step.features;
+    Attention<T> attention;
+    attention.power = T(to.power);
+    attention.spatial = to.spatial != nullptr ? work.attention : nullptr;
+    if (group == 0) fill(work.attention, at.H * at.W);
+    run_panel<T, Form::forward, true, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels,
+                                                  &attention);
+    if (to.channel != nullptr) {
+      T* const out = static_cast<T*>(to.channel) + channel_offset(l, g) + group * L;
+      for (int i = 0; i < L && group * L + i < step.layer[l].out; ++i) out[i] = attention.channel[i];
+    }
+    if (to.spatial != nullptr && group == at.out_groups - 1) {
+      T* const out = static_cast<T*>(to.spatial) + spatial_offset(l, g);
+      for (int64_t i = 0; i < at.H * at.W; ++i) out[i] = lane_sum<T>(work.attention[i]);
+    }
+  }
+
+  // The gradient of a block's input to its norm, in x's place, from those of its pooled output and its maps.
+  AffineGradient<T> backward_panel(int64_t l, int64_t g, int64_t group, V* x) {
+    const LayerLayout& at = layout.layer[l];
+    const Panels<T> panels = {x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr};
+    if (step.form != Step::Form::features_backward || !attends(l))
+      return run_panel<T, Form::backward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels);
+    const Step::Features& from = step.features;
+    Attention<T> attention;
+    attention.power = T(from.power);
+    if (from.spatial_grad != nullptr)
+      attention.grad_spatial = static_cast<const T*>(from.spatial_grad) + spatial_offset(l, g);
+    if (from.channel_grad != nullptr) {
+      const T* const grad = static_cast<const T*>(from.channel_grad) + channel_offset(l, g) + group * L;
+      for (int i = 0; i < L && group * L + i < step.layer[l].out; ++i) attention.grad_channel[i] = grad[i];
+    }
+    return run_panel<T, Form::backward, true, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels,
+                                                          &attention);
+  }
+
+  // Visits the chunk's embeddings, or their gradients, as visit(image of all students', feature, value in the tape).
+  template <class Visit>
+  void for_embedding(Visit visit) {
+    const LayerLayout& at = layout.layer[layout.depth - 1];
+    const bool of_grad = step.form == Step::Form::features_backward;
+    const int64_t plane = at.OH * at.OW, channels = step.layer[layout.depth - 1].out;
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t group = 0; group < at.out_groups; ++group) {
+        T* const values = reinterpret_cast<T*>(panel(tape, g, of_grad ? at.grad_pooled : at.pooled, group, plane));
+        for (int i = 0; i < L && group * L + i < channels; ++i)
+          for (int64_t p = 0; p < plane; ++p)
+            visit(e * step.N + first + g, (group * L + i) * plane + p, values[p * L + i]);
+      }
+  }
+
+  void features_backward() {
+    const LayerLayout& at = layout.layer[layout.depth - 1];
+    for (int64_t g = 0; g < count; ++g)  // padded channels have no gradient
+      fill(panel(tape, g, at.grad_pooled, 0, 0), at.OH * at.OW * at.out_groups);
+    if (step.features.embedding_grad != nullptr)
+      for_embedding([&](int64_t n, int64_t f, T& value) {
+        value = static_cast<const T*>(step.features.embedding_grad)[n * step.features.embedding_row + f];
+      });
+    blocks_backward(false);
+    const int64_t stride = layout.first_stride();
+    for (int64_t g = 0; g < count; ++g) {
+      use_columns(g, false);
+      for_bunches([&](int64_t group, int64_t panels) {
+        V* const x = first_panels(work.first, g, group);
+        if (!layout.keeps_first) first_product(filters, group, panels, x);
+        for (int64_t v = 0; v < panels; ++v) backward_panel(0, g, group + v, x + v * stride);
+        join_panels(x, panels, work.rows);
+        first_adjoint(group, panels, work.rows, filters, group > 0);
+      });
+      scatter_taps(first + g);
+    }
+  }
+
   // ---- passes over the chunk
 
   void forward() {
-    const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
       use_columns(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         first_product(filters, group, panels, x);
-        for (int64_t v = 0; v < panels; ++v)
-          run_panel<T, Form::forward, true, true>(
-              top.H, top.W, T(step.eps), affine(top, group + v, false),
-              {x + v * stride, nullptr, nullptr, nullptr, panel(tape, g, top.pooled, group + v, top.OH * top.OW)});
+        for (int64_t v = 0; v < panels; ++v) forward_panel(0, g, group + v, x + v * stride);
       });
     }
     for (int64_t l = 1; l < layout.depth; ++l) {
       const LayerLayout& at = layout.layer[l];
-      Operand* const rest = work.grad;  // unused before the backward pass
+      Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
       transform_input(l, tape, work.input, rest);
       multiply_inputs(at, work.input, filter(filters, at.filter), false);
-      if constexpr (A::kSplit) {
+      if (split) {
         multiply_inputs(at, rest, filter(filters, at.filter), true);
         multiply_inputs(at, work.input, filter(filters, at.filter_rest), true);
       }
@@ -588,11 +700,14 @@ class Slot {
           // The panel leaves its deviations from the mean behind; for all later purposes they are as good.
           V* conv = panel(tape, g, at.conv, group, at.H * at.W);
           transform_output(at, g, group, conv);
-          run_panel<T, Form::forward, true, true>(
-              at.H, at.W, T(step.eps), affine(at, group, false),
-              {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)});
+          forward_panel(l, g, group, conv);
         }
     }
+    if (step.form == Step::Form::features)
+      return for_embedding([&](int64_t n, int64_t f, T& value) {
+        static_cast<T*>(step.features.embedding)[n * step.features.embedding_row + f] = value;
+      });
+    if (step.form == Step::Form::features_backward) return;
     const int64_t row = layout.tape / sizeof(T);
     T* const logits = at(tape, 0, layout.logits_grad);
     multiply<T>(count, layout.features, layout.classes / L,
@@ -703,14 +818,18 @@ class Slot {
       head_outer(tape, logits_grad, !fresh);
       head_bias(logits_grad);
     }
+    blocks_backward(weights);
+    if (weights) first_backward();
+  }
+
+  // From the gradient of the last block's pooled output to that of the first's.
+  void blocks_backward(bool weights) {
     for (int64_t l = layout.depth - 1; l > 0; --l) {
       const LayerLayout& at = layout.layer[l];
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           copy(panel(tape, g, at.conv, group, at.H * at.W), work.x, at.H * at.W);
-          const auto grad = run_panel<T, Form::backward, true, true>(
-              at.H, at.W, T(step.eps), affine(at, group, false),
-              {work.x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr});
+          const auto grad = backward_panel(l, g, group, work.x);
           if (weights) add_norm(at, group, grad);
           transform_grad(at, work.x, g, group, work.grad);
         }
@@ -722,7 +841,10 @@ class Slot {
       multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
       transform_input_adjoint(l, tape);
     }
-    if (!weights) return;
+  }
+
+  // The first block's weights' gradient.
+  void first_backward() {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
@@ -730,12 +852,7 @@ class Slot {
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         if (!layout.keeps_first) first_product(filters, group, panels, x);
-        for (int64_t v = 0; v < panels; ++v)
-          add_norm(top, group + v,
-                   run_panel<T, Form::backward, true, true>(
-                       top.H, top.W, T(step.eps), affine(top, group + v, false),
-                       {x + v * stride, nullptr, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW), nullptr,
-                        nullptr}));
+        for (int64_t v = 0; v < panels; ++v) add_norm(top, group + v, backward_panel(0, g, group + v, x + v * stride));
         join_panels(x, panels, work.rows);
         first_outer(group, panels, work.rows, g);
       });
@@ -871,7 +988,7 @@ template <class T, class A>
 class Filters {
   using V = Vec<T>;
   using Operand = typename A::Operand;
-  static constexpr int L = Lanes<T>::count;
+  static constexpr int L = Lanes<T>::count, kParts = Wide<T>::parts, kLanes = Registers<T>::lanes;
 
  public:
   explicit Filters(const Step& step) : step(step), layout(step) {
@@ -920,20 +1037,22 @@ class Filters {
     Operand* to = static_cast<Operand*>(set) + (over_out ? at.filter : at.filter_t);
     [[maybe_unused]] Operand* rest = static_cast<Operand*>(set) + at.filter_rest;
     for (int64_t group = 0; group < width / L; ++group) {
-      V u[2][6][6];
-      for (int half = 0; half < 2; ++half) {
-        V w[3][3] = {};
-        const int64_t fixed = row + half;
-        for (int i = 0; i < L; ++i) {
-          const int64_t moving = group * L + i;
-          const int64_t c = over_out ? fixed : moving, k = over_out ? moving : fixed;
-          if (c < in && k < out)
-            for (int t = 0; t < 9; ++t) w[t / 3][t % 3][i] = weight[(k * in + c) * 9 + t];
+      Wide<T> u[2][36];
+      for (int half = 0; half < 2; ++half)
+        for (int part = 0; part < kParts; ++part) {
+          Register<T> w[3][3] = {}, transformed[6][6];
+          const int64_t fixed = row + half;
+          for (int i = 0; i < kLanes; ++i) {
+            const int64_t moving = group * L + part * kLanes + i;
+            const int64_t c = over_out ? fixed : moving, k = over_out ? moving : fixed;
+            if (c < in && k < out)
+              for (int t = 0; t < 9; ++t) w[t / 3][t % 3][i] = weight[(k * in + c) * 9 + t];
+          }
+          both_ways<T, 3, 6>(Winograd::filter<T>, w, transformed);
+          for (int p = 0; p < 36; ++p) u[half][p].part[part] = transformed[p / 6][p % 6];
         }
-        both_ways<T, 3, 6>(Winograd::filter<T>, w, u[half]);
-      }
       for (int p = 0; p < 36; ++p) {
-        const V even = u[0][p / 6][p % 6], odd = u[1][p / 6][p % 6];
+        const V even = vector_of(u[0][p]), odd = vector_of(u[1][p]);
         A::pack(to + p * depth * width, row, group, depth, width / L, even, odd);
         if constexpr (A::kSplit)
           if (over_out)
@@ -1012,7 +1131,7 @@ class Filters {
 template <class T, class A>
 class Reduction {
   using V = Vec<T>;
-  static constexpr int L = Lanes<T>::count;
+  static constexpr int L = Lanes<T>::count, kParts = Wide<T>::parts, kLanes = Registers<T>::lanes;
 
  public:
   explicit Reduction(const Step& step) : step(step), layout(step) {
@@ -1053,11 +1172,16 @@ class Reduction {
     const LayerLayout& at = layout.layer[l];
     const int64_t in = step.layer[l].in, out = step.layer[l].out;
     for (int64_t group = 0; group < at.out_groups; ++group) {
-      V u[6][6], w[3][3];
-      for (int p = 0; p < 36; ++p) u[p / 6][p % 6] = total(e, at.sum + (p * at.in + c) * at.out + group * L);
-      both_ways<T, 6, 3>(Winograd::filter_adjoint<T>, u, w);
-      for (int i = 0; i < L && group * L + i < out; ++i)
-        for (int t = 0; t < 9; ++t) grad[((group * L + i) * in + c) * 9 + t] = w[t / 3][t % 3][i];
+      Wide<T> sums[36];
+      for (int p = 0; p < 36; ++p) sums[p] = wide_of<T>(total(e, at.sum + (p * at.in + c) * at.out + group * L));
+      for (int part = 0; part < kParts; ++part) {
+        Register<T> u[6][6], w[3][3];
+        for (int p = 0; p < 36; ++p) u[p / 6][p % 6] = sums[p].part[part];
+        both_ways<T, 6, 3>(Winograd::filter_adjoint<T>, u, w);
+        const int64_t k = group * L + part * kLanes;
+        for (int i = 0; i < kLanes && k + i < out; ++i)
+          for (int t = 0; t < 9; ++t) grad[((k + i) * in + c) * 9 + t] = w[t / 3][t % 3][i];
+      }
     }
   }
 

@@ -9,7 +9,7 @@
 // instruction set, and a symbol shared between those files could be linked from the wrong one.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -47,22 +47,149 @@ PYDISTILL_INLINE Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
-// a * b + c, rounded once where the instruction set can and vectors are registers: for sums whose last bits may differ
-// between instruction sets.
-template <class T>
-PYDISTILL_INLINE Vec<T> fused(Vec<T> a, T b, Vec<T> c) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c);
-  else
-    return _mm512_fmadd_pd(a, _mm512_set1_pd(b), c);
-#else
-  return a * b + c;
-#endif
-}
-
 PYDISTILL_INLINE float sqrt_lane(float v) { return __builtin_sqrtf(v); }
 PYDISTILL_INLINE double sqrt_lane(double v) { return __builtin_sqrt(v); }
+PYDISTILL_INLINE float power_lane(float v, float p) { return __builtin_powf(v, p); }
+PYDISTILL_INLINE double power_lane(double v, double p) { return __builtin_pow(v, p); }
+
+// The widest vector that is one register here.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <class T>
+struct Registers {
+  static constexpr int lanes = kRegisterBytes / sizeof(T);
+  static constexpr int per_vector = 64 / kRegisterBytes;
+  typedef T Type __attribute__((vector_size(kRegisterBytes)));
+  typedef T Unaligned __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T))));
+};
+template <class T>
+using Register = typename Registers<T>::Type;
+
+// All lanes one value, from memory; and a * b + c, rounded once where the instruction set can: for sums whose last bits
+// may differ between instruction sets.
+#if defined(__AVX512F__)
+PYDISTILL_INLINE Register<float> splat(const float* p) { return _mm512_set1_ps(*p); }
+PYDISTILL_INLINE Register<double> splat(const double* p) { return _mm512_set1_pd(*p); }
+PYDISTILL_INLINE Register<float> multiply_add(Register<float> a, Register<float> b, Register<float> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+PYDISTILL_INLINE Register<double> multiply_add(Register<double> a, Register<double> b, Register<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#elif defined(__AVX2__)
+PYDISTILL_INLINE Register<float> splat(const float* p) { return _mm256_set1_ps(*p); }
+PYDISTILL_INLINE Register<double> splat(const double* p) { return _mm256_set1_pd(*p); }
+PYDISTILL_INLINE Register<float> multiply_add(Register<float> a, Register<float> b, Register<float> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+PYDISTILL_INLINE Register<double> multiply_add(Register<double> a, Register<double> b, Register<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#else
+template <class T>
+PYDISTILL_INLINE Register<T> splat(const T* p) {
+  return Register<T>{} + *p;
+}
+template <class R>
+PYDISTILL_INLINE R multiply_add(R a, R b, R c) {
+  return a * b + c;
+}
+#endif
+
+template <class T>
+PYDISTILL_INLINE Register<T> load_register(const T* p) {
+  return *reinterpret_cast<const typename Registers<T>::Unaligned*>(p);
+}
+
+// A 64-byte vector as the registers that it fills. Of vectors wider than a register the compiler compares single lanes
+// and keeps what it works on in memory; a loop over a panel is several times faster on these. Lanes compute the same.
+template <class T>
+struct Wide {
+  static constexpr int parts = Registers<T>::per_vector;
+  Register<T> part[parts];
+};
+
+// A panel is an array of either form.
+template <class T>
+PYDISTILL_INLINE Wide<T>* wide(Vec<T>* panel) {
+  return reinterpret_cast<Wide<T>*>(panel);
+}
+template <class T>
+PYDISTILL_INLINE Wide<T> wide_of(Vec<T> v) {
+  Wide<T> out;
+  __builtin_memcpy(&out, &v, 64);
+  return out;
+}
+template <class T>
+PYDISTILL_INLINE Vec<T> vector_of(Wide<T> v) {
+  Vec<T> out;
+  __builtin_memcpy(&out, &v, 64);
+  return out;
+}
+
+#define PYDISTILL_WIDE_OPERATOR(OP)                                              \
+  template <class T>                                                             \
+  PYDISTILL_INLINE Wide<T> operator OP(Wide<T> a, Wide<T> b) {                   \
+    for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] OP b.part[i]; \
+    return a;                                                                    \
+  }                                                                              \
+  template <class T>                                                             \
+  PYDISTILL_INLINE Wide<T> operator OP(Wide<T> a, T b) {                         \
+    for (int i = 0; i < Wide<T>::parts; ++i) a.part[i] = a.part[i] OP b;         \
+    return a;                                                                    \
+  }                                                                              \
+  template <class T, class B>                                                    \
+  PYDISTILL_INLINE Wide<T>& operator OP## = (Wide<T> & a, B b) {                 \
+    return a = a OP b;                                                           \
+  }
+PYDISTILL_WIDE_OPERATOR(+)
+PYDISTILL_WIDE_OPERATOR(-)
+PYDISTILL_WIDE_OPERATOR(*)
+PYDISTILL_WIDE_OPERATOR(/)
+#undef PYDISTILL_WIDE_OPERATOR
+
+// `value` where `argument` is above zero or NaN, zero elsewhere: what a ReLU lets through, as in torch.
+template <class T>
+PYDISTILL_INLINE Wide<T> where_on(Wide<T> argument, Wide<T> value) {
+  for (int i = 0; i < Wide<T>::parts; ++i) {
+    const Register<T> zero{};
+    value.part[i] = argument.part[i] <= zero ? zero : value.part[i];
+  }
+  return value;
+}
+
+// a^p of a >= 0, and its derivative p a^(p - 1), taken as zero where a is.
+template <class T>
+PYDISTILL_INLINE Wide<T> power(Wide<T> a, T p) {
+  if (p == T(0)) return Wide<T>{} + T(1);
+  if (p == T(1)) return a;
+  if (p == T(2)) return a * a;
+  if (p == T(3)) return a * a * a;
+  if (p == T(4)) return (a * a) * (a * a);
+  for (int i = 0; i < Wide<T>::parts; ++i)
+    for (int j = 0; j < Registers<T>::lanes; ++j) a.part[i][j] = power_lane(a.part[i][j], p);
+  return a;
+}
+template <class T>
+PYDISTILL_INLINE Wide<T> power_slope(Wide<T> a, T p) {
+  return where_on(a, power(a, p - T(1)) * p);
+}
+
+// The sum of the lanes, in a tree of fixed order.
+template <class T>
+PYDISTILL_INLINE T lane_sum(Vec<T> v) {
+  T half[Lanes<T>::count];
+  store(half, v);
+  for (int n = Lanes<T>::count / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] += half[i + n];
+  return half[0];
+}
 
 template <class T>
 PYDISTILL_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {  // correctly rounded root and quotient, unlike rsqrt instructions
@@ -103,11 +230,11 @@ PYDISTILL_INLINE double log_lane(double x) { return __builtin_log(x); }
 // A sum over H rows of W vectors, each row in four interleaved partial sums: independent additions for the pipeline
 // and a rounding error that grows with W/4 + H, not H * W. `term(position, partial)` adds
 // a position's terms to one of them.
-template <class T, int K, class Term>
-PYDISTILL_INLINE void sum_positions(int64_t H, int64_t W, Vec<T> (&total)[K], Term term) {
-  for (int k = 0; k < K; ++k) total[k] = Vec<T>{};
+template <class V, int K, class Term>
+PYDISTILL_INLINE void sum_positions(int64_t H, int64_t W, V (&total)[K], Term term) {
+  for (int k = 0; k < K; ++k) total[k] = V{};
   for (int64_t h = 0; h < H; ++h) {
-    Vec<T> part[4][K] = {};
+    V part[4][K] = {};
     const int64_t row = h * W;
     int64_t w = 0;
     for (; w + 4 <= W; w += 4)

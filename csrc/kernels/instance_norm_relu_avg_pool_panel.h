@@ -31,8 +31,22 @@ struct AffineGradient {
   Vec<T> g{}, b{};
 };
 
+// Attention maps of the activation a = relu(h g + b): sums of a^power over the channels, for every position, and over
+// the positions, for every channel.
+template <class T>
+struct Attention {
+  T power = 1;
+  // forward: `spatial` [H * W] is added to, its lanes still single channels; null: not wanted. `channel` is set.
+  Vec<T>* spatial = nullptr;
+  Vec<T> channel{};
+  // backward: the gradients of both; null: zero
+  const T* grad_spatial = nullptr;
+  Vec<T> grad_channel{};
+};
+
 // Visits every input position that reaches the output, as visit(position, output position). Positions that a pool of
-// an odd-sized plane drops are left out: no gradient comes back to them but that through mean and variance.
+// an odd-sized plane drops are left out: no gradient comes back to them but that through mean and variance, and that of
+// attention maps.
 template <bool POOL, class Visit>
 PYDISTILL_INLINE void for_pooled(int64_t out_row, int64_t out_w, int64_t W, Visit visit) {
   const int64_t o = out_row * (POOL ? W / 2 : W) + out_w;
@@ -47,29 +61,47 @@ PYDISTILL_INLINE void for_pooled(int64_t out_row, int64_t out_w, int64_t W, Visi
   }
 }
 
-template <class T, Form FORM, bool RELU, bool POOL>
+// And those that it drops, as visit(position).
+template <bool POOL, class Visit>
+PYDISTILL_INLINE void for_dropped(int64_t H, int64_t W, Visit visit) {
+  if constexpr (POOL) {
+    if (W % 2)
+      for (int64_t h = 0; h < H / 2 * 2; ++h) visit(h * W + W - 1);
+    if (H % 2)
+      for (int64_t w = 0; w < W; ++w) visit((H - 1) * W + w);
+  }
+}
+
+template <class T, Form FORM, bool RELU, bool POOL, bool ATTENTION = false>
 __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T eps, const Affine<T>& affine,
-                                                      const Panels<T>& panel) {
-  using V = Vec<T>;
+                                                      const Panels<T>& panels,
+                                                      [[maybe_unused]] Attention<T>* attention = nullptr) {
+  using V = Wide<T>;
+  static_assert(!ATTENTION || (RELU && (FORM == Form::forward || FORM == Form::backward)));
   constexpr bool TANGENT = FORM == Form::jvp || FORM == Form::backward_jvp;
   constexpr bool BACKWARD = FORM == Form::backward || FORM == Form::backward_jvp;
   const int64_t OH = POOL ? H / 2 : H, OW = POOL ? W / 2 : W;
   const T share = T(POOL ? 0.25 : 1);  // of an output's gradient that each of its inputs gets
   const T count = T(H * W);
-  const V g = affine.g, b = affine.b, g_t = affine.g_t, b_t = affine.b_t;
+  const V g = wide_of<T>(affine.g), b = wide_of<T>(affine.b);
+  const V g_t = wide_of<T>(affine.g_t), b_t = wide_of<T>(affine.b_t);
   const V zero{};
+  struct {
+    V *x, *x_t, *grad_y, *grad_y_t, *y;
+  } const panel = {wide<T>(panels.x), wide<T>(panels.x_t), wide<T>(panels.grad_y), wide<T>(panels.grad_y_t),
+                   wide<T>(panels.y)};
 
   // Statistics. The deviations' own mean, zero but for rounding, corrects the mean that they were taken from: without
   // it a plane far from zero loses digits. Along a direction: h_t = r (x_t - mean x_t - h slope), slope = mean(h x_t).
   V r, rest, rest_t = zero, slope = zero;
   {
     V mean[2], moment[4];
-    sum_positions<T>(H, W, mean, [&](int64_t i, V(&sum)[2]) PYDISTILL_LAMBDA {
+    sum_positions(H, W, mean, [&](int64_t i, V(&sum)[2]) PYDISTILL_LAMBDA {
       sum[0] += panel.x[i];
       if constexpr (TANGENT) sum[1] += panel.x_t[i];
     });
     mean[0] /= count, mean[1] /= count;
-    sum_positions<T>(H, W, moment, [&](int64_t i, V(&sum)[4]) PYDISTILL_LAMBDA {
+    sum_positions(H, W, moment, [&](int64_t i, V(&sum)[4]) PYDISTILL_LAMBDA {
       const V d = panel.x[i] - mean[0];
       panel.x[i] = d;
       sum[0] += d;
@@ -83,15 +115,28 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
     });
     for (V& m : moment) m /= count;
     rest = moment[0], rest_t = moment[2];
-    r = reciprocal_sqrt<T>(moment[1] - rest * rest + eps);
+    r = wide_of<T>(reciprocal_sqrt<T>(vector_of(moment[1] - rest * rest + eps)));
     slope = r * (moment[3] - rest * rest_t);
   }
   const auto normalised = [&](int64_t i) PYDISTILL_LAMBDA { return (panel.x[i] - rest) * r; };
   const auto normalised_t = [&](int64_t i, V h) PYDISTILL_LAMBDA { return r * (panel.x_t[i] - rest_t - h * slope); };
 
-  // h and the activation's argument are formed alike in every form, so that all agree on which units are on. NaN is
-  // neither above nor below zero and stays NaN, as in torch.
-  const auto off = [&](V h) PYDISTILL_LAMBDA { return h * g + b <= zero; };
+  // h and the activation's argument are formed alike in every form, so that all agree on which units are on.
+  const auto through = [&](V h, V value) PYDISTILL_LAMBDA { return RELU ? where_on(h * g + b, value) : value; };
+
+  // Attention's part: the maps of the activation at position i; the gradient that comes back from them.
+  [[maybe_unused]] V attended{};
+  [[maybe_unused]] const auto attend = [&](int64_t i, V a) PYDISTILL_LAMBDA {
+    const V p = power(a, attention->power);
+    attended += p;
+    if (attention->spatial != nullptr) wide<T>(attention->spatial)[i] += p;
+  };
+  [[maybe_unused]] const V grad_channel = ATTENTION ? wide_of<T>(attention->grad_channel) : zero;
+  [[maybe_unused]] const auto attention_gradient = [&](int64_t i, V h) PYDISTILL_LAMBDA {
+    V grad = grad_channel;
+    if (attention->grad_spatial != nullptr) grad = grad + attention->grad_spatial[i];
+    return grad * power_slope(through(h, h * g + b), attention->power);
+  };
 
   if constexpr (!BACKWARD) {
     for (int64_t oh = 0; oh < OH; ++oh)
@@ -101,11 +146,19 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
           const V h = normalised(i);
           V a = h * g + b;
           if constexpr (TANGENT) a = g_t * h + g * normalised_t(i, h) + b_t;
-          if constexpr (RELU) a = off(h) ? zero : a;
+          a = through(h, a);
           sum += a;
+          if constexpr (ATTENTION) attend(i, a);
         });
         panel.y[oh * OW + ow] = sum * share;
       }
+    if constexpr (ATTENTION) {
+      for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
+        const V h = normalised(i);
+        attend(i, through(h, h * g + b));
+      });
+      attention->channel = vector_of(attended);
+    }
   } else {
     const bool moving = TANGENT && panel.grad_y_t != nullptr;
     // e: the gradient that reaches the activation's argument; sums over positions of e, e h, e h_t, e_t, e_t h
@@ -117,20 +170,17 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
         V y{};
         for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
           const V h = normalised(i);
-          const auto is_off = off(h);
           V e = panel.grad_y[o] * share;
-          if constexpr (RELU) e = is_off ? zero : e;
+          if constexpr (ATTENTION) e += attention_gradient(i, h);
+          e = through(h, e);
           row[0] += e;
           row[1] += e * h;
           if constexpr (TANGENT) {
             const V h_t = normalised_t(i, h);
-            V e_t = g_t * h + g * h_t + b_t;
-            if constexpr (RELU) e_t = is_off ? zero : e_t;
-            y += e_t;
+            y += through(h, g_t * h + g * h_t + b_t);
             row[2] += e * h_t;
             if (moving) {
-              V grad_t = panel.grad_y_t[o] * share;
-              if constexpr (RELU) grad_t = is_off ? zero : grad_t;
+              const V grad_t = through(h, panel.grad_y_t[o] * share);
               row[3] += grad_t;
               row[4] += grad_t * h;
             }
@@ -140,6 +190,12 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
       }
       for (int k = 0; k < 5; ++k) total[k] += row[k];
     }
+    if constexpr (ATTENTION)
+      for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
+        const V h = normalised(i), e = through(h, attention_gradient(i, h));
+        total[0] += e;
+        total[1] += e * h;
+      });
 
     const V m1 = g * total[0] / count, m2 = g * total[1] / count;
     V n1 = zero, n2 = zero;
@@ -162,24 +218,23 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
     for (int64_t oh = 0; oh < OH; ++oh)
       for (int64_t ow = 0; ow < OW; ++ow)
         for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
-          V e = panel.grad_y[o] * share, e_t = moving ? panel.grad_y_t[o] * share : zero;
-          if constexpr (RELU) {
-            const auto is_off = off(normalised(i));
-            e = is_off ? zero : e;
-            e_t = is_off ? zero : e_t;
-          }
-          finish(i, e, e_t);
+          const V h = normalised(i);
+          V e = panel.grad_y[o] * share;
+          if constexpr (ATTENTION) e += attention_gradient(i, h);
+          finish(i, through(h, e), moving ? through(h, panel.grad_y_t[o] * share) : zero);
         });
-    if constexpr (POOL) {
-      if (W % 2)
-        for (int64_t h = 0; h < 2 * OH; ++h) finish(h * W + W - 1, zero, zero);
-      if (H % 2)
-        for (int64_t w = 0; w < W; ++w) finish((H - 1) * W + w, zero, zero);
-    }
+    for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
+      V e = zero;
+      if constexpr (ATTENTION) {
+        const V h = normalised(i);
+        e = through(h, attention_gradient(i, h));
+      }
+      finish(i, e, zero);
+    });
     if constexpr (TANGENT)
-      return AffineGradient<T>{total[4] + total[2], total[3]};
+      return AffineGradient<T>{vector_of(total[4] + total[2]), vector_of(total[3])};
     else
-      return AffineGradient<T>{total[1], total[0]};
+      return AffineGradient<T>{vector_of(total[1]), vector_of(total[0])};
   }
   return AffineGradient<T>{};
 }

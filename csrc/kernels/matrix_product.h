@@ -3,63 +3,18 @@
 #pragma once
 
 #include "cpu_vocabulary.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace pydistill {
 namespace {
 
-// The widest vector that is one register here, and a tile that fills the register file with sums:
-// kRows x kColumns 64-byte vectors, plus room for one row of the right factor.
+// A tile that fills the register file with sums: kRows x kColumns 64-byte vectors, plus room for one row of the right
+// factor.
 #if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64, kRows = 6, kColumns = 4;
+constexpr int kRows = 6, kColumns = 4;
 #elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32, kRows = 6, kColumns = 1;
+constexpr int kRows = 6, kColumns = 1;
 #else
-constexpr int kRegisterBytes = 16, kRows = 2, kColumns = 1;
-#endif
-
-template <class T>
-struct Registers {
-  static constexpr int lanes = kRegisterBytes / sizeof(T);
-  static constexpr int per_vector = 64 / kRegisterBytes;
-  typedef T Type __attribute__((vector_size(kRegisterBytes)));
-  typedef T Unaligned __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T))));
-};
-
-// All lanes one value, from memory; and a * b + c, rounded once where the instruction set can.
-#if defined(__AVX512F__)
-PYDISTILL_INLINE Registers<float>::Type splat(const float* p) { return _mm512_set1_ps(*p); }
-PYDISTILL_INLINE Registers<double>::Type splat(const double* p) { return _mm512_set1_pd(*p); }
-PYDISTILL_INLINE Registers<float>::Type multiply_add(Registers<float>::Type a, Registers<float>::Type b,
-                                                     Registers<float>::Type c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
-PYDISTILL_INLINE Registers<double>::Type multiply_add(Registers<double>::Type a, Registers<double>::Type b,
-                                                      Registers<double>::Type c) {
-  return _mm512_fmadd_pd(a, b, c);
-}
-#elif defined(__AVX2__)
-PYDISTILL_INLINE Registers<float>::Type splat(const float* p) { return _mm256_set1_ps(*p); }
-PYDISTILL_INLINE Registers<double>::Type splat(const double* p) { return _mm256_set1_pd(*p); }
-PYDISTILL_INLINE Registers<float>::Type multiply_add(Registers<float>::Type a, Registers<float>::Type b,
-                                                     Registers<float>::Type c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
-PYDISTILL_INLINE Registers<double>::Type multiply_add(Registers<double>::Type a, Registers<double>::Type b,
-                                                      Registers<double>::Type c) {
-  return _mm256_fmadd_pd(a, b, c);
-}
-#else
-template <class T>
-PYDISTILL_INLINE typename Registers<T>::Type splat(const T* p) {
-  return typename Registers<T>::Type{} + *p;
-}
-template <class R>
-PYDISTILL_INLINE R multiply_add(R a, R b, R c) {
-  return a * b + c;
-}
+constexpr int kRows = 2, kColumns = 1;
 #endif
 
 // How `vectors` columns are cut into blocks of a tile's width: kColumns, then halves of it.

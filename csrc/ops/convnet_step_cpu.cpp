@@ -216,6 +216,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Te
   return {means(step, slopes), grad, images_grad, labels_grad};
 }
 
+// Which blocks have maps, and how long an image's rows are.
+void describe_features(ConvNetStep& step, double power, int64_t attended) {
+  check(power > 0, "power: expected a positive number, got ", power);
+  check(attended >= 0 && attended >> step.depth == 0, "attended: expected a bit for each of ", step.depth, " blocks");
+  ConvNetStep::Features& to = step.features;
+  to.power = power;
+  to.attended = static_cast<uint64_t>(attended);
+  for (int64_t l = 0; l < step.depth; ++l)
+    if (attended >> l & 1) {
+      to.spatial_row += step.layer[l].H * step.layer[l].W;
+      to.channel_row += step.layer[l].out;
+    }
+  const ConvNetStep::Layer& last = step.layer[step.depth - 1];
+  to.embedding_row = last.out * last.OH * last.OW;
+}
+
+std::tuple<Tensor, Tensor, Tensor> features(const Tensor& theta, const Tensor& images, const Tensor& shape, double eps,
+                                            bool bf16, double power, int64_t attended, bool spatial, bool channel,
+                                            Tensor workspace) {
+  ConvNetStep step = begin(Form::features, theta, images, shape, eps, bf16);
+  describe_features(step, power, attended);
+  ConvNetStep::Features& to = step.features;
+  const ScalarType type = theta.scalar_type();
+  Tensor spatial_maps = empty(theta, type, {step.E, step.N, spatial ? to.spatial_row : 0});
+  Tensor channel_maps = empty(theta, type, {step.E, step.N, channel ? to.channel_row : 0});
+  Tensor embedding = empty(theta, type, {step.E, step.N, to.embedding_row});
+  if (spatial) to.spatial = spatial_maps.mutable_data_ptr();
+  if (channel) to.channel = channel_maps.mutable_data_ptr();
+  to.embedding = embedding.mutable_data_ptr();
+  run(step, workspace);
+  return {spatial_maps, channel_maps, embedding};
+}
+
+Tensor features_backward(const std::optional<Tensor>& spatial_grad, const std::optional<Tensor>& channel_grad,
+                         const std::optional<Tensor>& embedding_grad, const Tensor& theta, const Tensor& images,
+                         const Tensor& shape, double eps, bool bf16, double power, int64_t attended, Tensor workspace) {
+  ConvNetStep step = begin(Form::features_backward, theta, images, shape, eps, bf16);
+  describe_features(step, power, attended);
+  ConvNetStep::Features& from = step.features;
+  const auto take = [&](const std::optional<Tensor>& grad, const char* name, int64_t row) -> const void* {
+    if (!grad) return nullptr;
+    check_dense(*grad, name, {step.E, step.N, row}, theta.scalar_type());
+    return grad->const_data_ptr();
+  };
+  from.spatial_grad = take(spatial_grad, "spatial_grad", from.spatial_row);
+  from.channel_grad = take(channel_grad, "channel_grad", from.channel_row);
+  from.embedding_grad = take(embedding_grad, "embedding_grad", from.embedding_row);
+  const ConvNetStep::Layer& top = step.layer[0];
+  Tensor images_grad = empty(theta, theta.scalar_type(), {step.E, step.N, top.in, step.image_h, step.image_w});
+  step.images_grad = images_grad.mutable_data_ptr();
+  run(step, workspace);
+  return images_grad;
+}
+
 }  // namespace
 }  // namespace pydistill
 
@@ -224,4 +278,6 @@ STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) {
   m.impl("convnet_step_logits", TORCH_BOX(&pydistill::logits));
   m.impl("convnet_step_gradient", TORCH_BOX(&pydistill::gradient));
   m.impl("convnet_step_tangent", TORCH_BOX(&pydistill::tangent));
+  m.impl("convnet_step_features", TORCH_BOX(&pydistill::features));
+  m.impl("convnet_step_features_backward", TORCH_BOX(&pydistill::features_backward));
 }

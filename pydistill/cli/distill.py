@@ -43,7 +43,12 @@ from pydistill.methods.outer import world
 from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
 from pydistill.trajectory.store import ExpertStore
 
-MethodName = Literal["mtt", "tesla", "ftd", "ast", "datm", "fyi", "rat_bptt", "fedlgd"]
+# fmt: off
+MethodName = Literal[
+    "mtt", "tesla", "ftd", "ast", "datm", "fyi", "rat_bptt",
+    "dc", "dsa", "dm", "datadam", "atom", "fyi_dm", "fyi_dsa", "fedlgd",
+]
+# fmt: on
 
 _HOW = ("root", "experts", "device", "checkpoint_every")  # how a run was done, not what it made
 _OF_EXPERTS = ("num_experts", "train_epochs", "lr_expert")  # what --experts takes the place of

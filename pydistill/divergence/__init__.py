@@ -1,5 +1,7 @@
-"""Divergences between distributions that networks put out."""
+"""Divergences between distributions that networks put out, and which layer's attention to distil."""
 
 from pydistill.divergence.contrastive_ce import contrastive_ce
+from pydistill.divergence.nmi import attention_nmi
+from pydistill.ops.attention_map_divergence import attention_map_divergence
 
-__all__ = ["contrastive_ce"]
+__all__ = ["attention_map_divergence", "attention_nmi", "contrastive_ce"]

@@ -1,6 +1,21 @@
-"""What makes two sets of images alike: losses between features of real and of synthetic ones."""
+"""Losses that match what a network makes of real and of synthetic images: attention, features, gradients."""
 
+from pydistill.matching.attention import attention_match, match_maps
+from pydistill.matching.class_gradients import class_gradients
 from pydistill.matching.class_mean import check_classes, class_mean_match, class_means
+from pydistill.matching.features import Features, features
+from pydistill.matching.gradient import gradient_match
 from pydistill.matching.mmd import mmd
 
-__all__ = ["check_classes", "class_mean_match", "class_means", "mmd"]
+__all__ = [
+    "Features",
+    "attention_match",
+    "check_classes",
+    "class_gradients",
+    "class_mean_match",
+    "class_means",
+    "features",
+    "gradient_match",
+    "match_maps",
+    "mmd",
+]

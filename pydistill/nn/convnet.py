@@ -57,6 +57,7 @@ class ConvNet(Student):
         for name, value in (("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.width, self.depth = width, depth
         size = self.image_size
         layers: list[nn.Module] = []
         for block in range(depth):

@@ -1,18 +1,33 @@
 """The operators: one file each, registered with torch when imported."""
 
+from pydistill.ops.attention_map import attention_map
+from pydistill.ops.attention_map_divergence import attention_map_divergence
 from pydistill.ops.augment import augment_images
 from pydistill.ops.conv2d import conv2d
-from pydistill.ops.convnet_step import ConvNetShape, convnet_gradient, convnet_logits, convnet_tangent
+from pydistill.ops.convnet_step import (
+    ConvNetShape,
+    convnet_features,
+    convnet_features_backward,
+    convnet_gradient,
+    convnet_logits,
+    convnet_tangent,
+)
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "ConvNetShape",
+    "attention_map",
+    "attention_map_divergence",
     "augment_images",
     "conv2d",
+    "convnet_features",
+    "convnet_features_backward",
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "row_products",
     "soft_cross_entropy",
 ]

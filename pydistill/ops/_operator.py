@@ -29,6 +29,9 @@ class Operator:
     ``vjp(saved, options, *grads)`` returns a gradient (or None) per tensor, ``jvp(saved, options, *tangents)`` the
     outputs' tangents; both are written in operators, so that they are differentiable in turn. An operator whose
     ``vjp`` is None raises when a gradient is asked of it: it never gives a wrong one.
+
+    The last ``kept`` outputs are no results: they have no derivative, and stand behind the tensors in ``saved`` for a
+    ``vjp(saved, options, ctx, *grads)``, which sees autograd's context too.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class Operator:
         vmap: Formula,
         vjp: Formula | None,
         jvp: Formula | None,
+        kept: int = 0,
+        differentiable: str = "twice",
         library: str = "pydistill",
     ):
         self.name = name
@@ -47,7 +52,11 @@ class Operator:
         qualified = f"{library}::{name}"
 
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            ctx.save_for_backward(*inputs[:tensors])
+            beside = output[-kept:] if kept else ()
+            ctx.save_for_backward(*inputs[:tensors], *beside)
+            if kept:
+                ctx.mark_non_differentiable(*beside)
+                ctx.set_materialize_grads(False)  # zeros for what is kept would take as much memory again
             if hasattr(ctx, "save_for_forward"):  # absent where register_autograd calls
                 ctx.save_for_forward(*inputs[:tensors])
             ctx.options = inputs[tensors:]
@@ -55,8 +64,10 @@ class Operator:
         def backward(ctx: Any, *grads: Tensor) -> tuple:
             if vjp is None:
                 raise NotImplementedError(
-                    f"{qualified} has no derivative: the family is differentiable twice, not more"
+                    f"{qualified} has no derivative: the family is differentiable {differentiable}, not more"
                 )
+            if kept:
+                grads = (ctx, *grads)
             return (*vjp(ctx.saved_tensors, ctx.options, *grads), *(None for _ in ctx.options))
 
         def forward_derivative(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -116,8 +127,9 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
     # "meta" tensors hold shapes only: the CPU's registration answers for them
     native = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(device.type)
     chosen = native if backend == "auto" else backend
-    if backend == "auto" and chosen == "cuda" and torch.version.hip:  # the CUDA kernels are not built for HIP
-        chosen = "triton"
+    if backend == "auto" and chosen == "cuda":
+        # the CUDA kernels are not built for HIP, and not every operator has one
+        chosen = "triton" if torch.version.hip or ("cuda" not in available and "triton" in available) else "cuda"
     if chosen is None:
         raise NotImplementedError(f"{op} has no kernel for {device.type} tensors; backend='reference' runs anywhere")
     if chosen not in available:

@@ -11,6 +11,7 @@ devices the same formulas run layer by layer, captured in CUDA graphs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -22,11 +23,14 @@ from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._operator import choose_backend
+from pydistill.ops.attention_map import AXES, check_power
 
 __all__ = [
     "BACKENDS",
     "ConvNetShape",
     "Workspace",
+    "convnet_features",
+    "convnet_features_backward",
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
@@ -38,9 +42,10 @@ BACKENDS = ("reference", "cpu", "cuda")
 
 LabelKind = Literal["hard", "logits", "probs"]
 Precision = Literal["fp32", "tf32", "bf16"]
-Form = Literal["logits", "gradient", "tangent"]
+Form = Literal["logits", "gradient", "tangent", "features", "features_backward"]
+Axis = Literal["spatial", "channel", "both"]
 
-_FORMS = ("logits", "gradient", "tangent")  # in the order of ConvNetStep::Form
+_FORMS = ("logits", "gradient", "tangent", "features", "features_backward")  # in the order of ConvNetStep::Form
 _KINDS = ("hard", "logits", "probs")  # in the order of ConvNetStep::Labels
 _OPS = torch.ops.pydistill
 _passed: dict[tuple, str] = {}  # backends by the arguments' signatures
@@ -221,6 +226,113 @@ def convnet_tangent(
         grad, images_grad = grad * scale[:, None], images_grad * scale.view(-1, 1, 1, 1, 1)
         labels_grad = None if labels_grad is None else labels_grad * scale.view(-1, 1, 1)
     return slope, grad if curvature else None, images_grad, labels_grad
+
+
+def convnet_features(
+    shape: ConvNetShape,
+    theta: Tensor,
+    images: Tensor,
+    *,
+    p: float = 4.0,
+    attended: Sequence[int] = (),
+    axis: Axis = "spatial",
+    precision: Precision = "fp32",
+    workspace: Workspace | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention maps of the blocks' activations and the embedding behind the last, no activation ever written.
+
+    Equivalent, with a_l the activation of block l before its pool, to ``a_l.abs().pow(p).sum(1).flatten(1)`` for every
+    attended block side by side, ``a_l.abs().pow(p).sum((2, 3))`` likewise, and `pydistill.nn.ConvNet.embed`: what
+    DataDAM (Sajedi et al., ICCV 2023), ATOM and DM match. Not differentiable by autograd; `convnet_features_backward`
+    is its adjoint and `pydistill.matching.features` puts the two together. Other arguments, errors and guarantees are
+    those of `convnet_gradient`; with precision "bf16" the forward factors are rounded once, not kept as a sum of two.
+
+    Args:
+        p: the power, above zero.
+        attended: blocks, from 0, whose maps are wanted, ascending.
+        axis: "spatial", "channel" or "both".
+        backend: "auto" (the device's), "reference" or "cpu".
+
+    Returns:
+        spatial maps ``[E, N, sum of H_l W_l]``, channel maps ``[E, N, sum of C_l]`` (both without elements where they
+        are not asked for) and embedding ``[E, N, F]``; dtype of theta.
+    """
+    chosen = _check(shape, theta, images, precision, backend)
+    mask = _mask(shape, p, attended, axis)
+    if chosen == "reference":
+        return reference.convnet_features(shape, theta, images, p, attended, axis)
+    _refuse_cuda(chosen)
+    memory = _memory(workspace, shape, "features", theta, images, precision)
+    options = (shape.eps, precision == "bf16", p, mask)
+    wanted = (axis != "channel", axis != "spatial")
+    return _OPS.convnet_step_features(theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory)
+
+
+def convnet_features_backward(
+    shape: ConvNetShape,
+    theta: Tensor,
+    images: Tensor,
+    spatial_grad: Tensor | None,
+    channel_grad: Tensor | None,
+    embedding_grad: Tensor | None,
+    *,
+    p: float = 4.0,
+    attended: Sequence[int] = (),
+    precision: Precision = "fp32",
+    workspace: Workspace | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The gradient with respect to the images of what `convnet_features` gives, from those of its results.
+
+    Equivalent to ``torch.autograd.grad(features, images, grads)`` for every student. Activations are computed again, a
+    few images at a time. Other arguments, errors and guarantees are those of `convnet_features`.
+
+    Args:
+        spatial_grad, channel_grad, embedding_grad: as `convnet_features` returns the values, or None: zero.
+
+    Returns:
+        ``[E, N, C, H, W]``, a student's own also where the images are shared.
+    """
+    chosen = _check(shape, theta, images, precision, backend)
+    mask = _mask(shape, p, attended, "both")
+    grads = (spatial_grad, channel_grad, embedding_grad)
+    layers = [shape.layers[block] for block in attended]
+    rows = (sum(at.height * at.width for at in layers), sum(at.out_channels for at in layers), shape.features)
+    for name, grad, row in zip(("spatial_grad", "channel_grad", "embedding_grad"), grads, rows, strict=True):
+        expected = (len(theta), images.shape[-4], row)
+        if grad is not None and (grad.shape != expected or grad.dtype != theta.dtype):
+            raise ValueError(f"{name}: expected {theta.dtype} {list(expected)}, got {grad.dtype} {list(grad.shape)}")
+    if chosen == "reference":
+        own = images.expand(len(theta), *images.shape[-4:]).detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = reference.convnet_features(shape, theta.detach(), own, p, attended, "both")
+            total = sum((out * grad).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None)
+            return torch.autograd.grad(total + 0 * own.sum(), own)[0]
+    _refuse_cuda(chosen)
+    memory = _memory(workspace, shape, "features_backward", theta, images, precision)
+    return _OPS.convnet_step_features_backward(
+        *(None if grad is None else grad.contiguous() for grad in grads),
+        *(theta.contiguous(), images.contiguous(), _sizes(shape)),
+        *(shape.eps, precision == "bf16", p, mask, memory),
+    )
+
+
+def _mask(shape: ConvNetShape, p: float, attended: Sequence[int], axis: str) -> int:
+    check_power(p)
+    if axis not in AXES:
+        raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
+    if list(attended) != sorted({block for block in attended if 0 <= block < len(shape.layers)}):
+        raise ValueError(f"attended: expected ascending blocks out of 0..{len(shape.layers) - 1}, got {list(attended)}")
+    return sum(1 << block for block in attended)
+
+
+def _refuse_cuda(chosen: str) -> None:
+    if chosen == "cuda":
+        raise NotImplementedError(
+            "convnet_features has no kernel for CUDA tensors; pydistill.matching.features runs the network by autograd "
+            "there, on pydistill.ops.attention_map"
+        )
 
 
 def workspace_bytes(

@@ -1,17 +1,24 @@
 """Plain-torch definitions of the operators: any device and dtype, differentiable to any order."""
 
+from pydistill.reference.attention_map import attention_map
+from pydistill.reference.attention_map_divergence import attention_map_divergence
 from pydistill.reference.augment import augment_images
-from pydistill.reference.convnet_step import convnet_gradient, convnet_logits, convnet_tangent
+from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.mmd import mmd
+from pydistill.reference.row_products import row_products
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "attention_map",
+    "attention_map_divergence",
     "augment_images",
+    "convnet_features",
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
     "mmd",
+    "row_products",
     "soft_cross_entropy",
 ]

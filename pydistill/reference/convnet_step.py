@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydistill.reference.attention_map import attention_map
+
 if TYPE_CHECKING:
     from pydistill.ops import ConvNetShape
 
+Axis = Literal["spatial", "channel", "both"]
+
+
+def _activations(shape: ConvNetShape, parameters: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Every block's activation before its pool, and what the last pool leaves."""
+    found = []
+    for i, layer in enumerate(shape.layers):
+        filters, shift, scale, offset = parameters[4 * i : 4 * i + 4]
+        z = F.conv2d(x, filters, shift, padding=layer.padding)
+        found.append(F.relu(F.group_norm(z, layer.out_channels, scale, offset, shape.eps)))
+        x = F.avg_pool2d(found[-1], 2)
+    return found, x.flatten(1)
+
 
 def _net(shape: ConvNetShape, parameters: list[Tensor], x: Tensor) -> Tensor:
-    *blocks, weight, bias = parameters
-    for i, layer in enumerate(shape.layers):
-        filters, shift, scale, offset = blocks[4 * i : 4 * i + 4]
-        z = F.conv2d(x, filters, shift, padding=layer.padding)
-        x = F.avg_pool2d(F.relu(F.group_norm(z, layer.out_channels, scale, offset, shape.eps)), 2)
-    return F.linear(x.flatten(1), weight, bias)
+    return F.linear(_activations(shape, parameters, x)[1], *parameters[-2:])
 
 
 def _loss(shape: ConvNetShape, theta: Tensor, x: Tensor, y: Tensor, label_kind: str) -> Tensor:
@@ -37,6 +48,22 @@ def convnet_logits(shape: ConvNetShape, theta: Tensor, images: Tensor) -> Tensor
             for e, t in enumerate(theta.detach())
         ]
     )
+
+
+def convnet_features(
+    shape: ConvNetShape, theta: Tensor, images: Tensor, p: float, attended: Sequence[int], axis: Axis
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each student: the attention maps of the attended blocks side by side, and the embedding; differentiable."""
+    found = []
+    for e, row in enumerate(theta):
+        parameters = [part[0] for part in shape.slices(row[None])]
+        activations, embedding = _activations(shape, parameters, _of_student(images, e, 4))
+        maps = [attention_map(activations[block], p, "both") for block in attended]
+        none = embedding[:, :0]
+        spatial = torch.cat([none, *(m[0] for m in maps if axis != "channel")], 1)
+        channel = torch.cat([none, *(m[1] for m in maps if axis != "spatial")], 1)
+        found.append((spatial, channel, embedding))
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
 
 def convnet_gradient(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import distribution, eager, segments, training
+from bench.peers import distribution, eager, gradient_matching, segments, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -108,6 +108,40 @@ def test_train_students_must_beat_both_compiled_loops() -> None:
     case = CASES["train_students"]
     for changed, expected in (({}, [True, True]), ({"compiled": 1.1}, [True, False]), ({"eager": 2.9}, [False, True])):
         medians = {("", 5, name): value for name, value in (seconds | changed).items()}
+        assert [check.ok for check in case.must_show(medians, case.full)] == expected
+
+
+def test_gradient_matching_step_is_green(tmp_path: Path) -> None:
+    providers = "pydistill,pydistill-bf16"
+    assert run.main(["gradient_matching_step", "--quick", "--providers", providers, "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "gradient_matching_step.csv")
+    assert {(row["provider"], row["x_value"]) for row in rows} == {
+        (name, "2") for name in ("eager", *providers.split(","))
+    }
+
+
+def test_gradient_matching_step_sees_a_wrong_image_gradient(tmp_path: Path) -> None:
+    def scaled(problem: gradient_matching.Matching) -> gradient_matching.Thunk:
+        """Off by one in a million."""
+        right = gradient_matching.prepare_eager(problem)
+
+        def wrong() -> gradient_matching.Matched:
+            loss, d_images = right()
+            return gradient_matching.Matched(loss, d_images * 1.000001)
+
+        return wrong
+
+    case = CASES["gradient_matching_step"].only([])
+    case = replace(case, providers=case.providers | {"wrong": Entry(scaled)})
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradient_matching_step_must_beat_eager_and_the_best_compiled_step() -> None:
+    seconds = {"eager": 9.0, "compiled": 3.0, "compiled-vmap": 4.0, "pydistill": 2.0}
+    case = CASES["gradient_matching_step"]
+    for changed, expected in (({}, [True, True]), ({"compiled": 2.5}, [True, False]), ({"eager": 6.9}, [False, True])):
+        medians = {("", 10, name): value for name, value in (seconds | changed).items()}
         assert [check.ok for check in case.must_show(medians, case.full)] == expected
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from pydistill.methods import AST, DATM, FTD, FYI, METHODS, MTT, TESLA, RaTBPTT, State, distill
+from pydistill.methods import AST, DATM, DC, DSA, FTD, FYI, METHODS, MTT, TESLA, RaTBPTT, State, distill
 from pydistill.methods.outer import fresh_parameters
 from pydistill.nn import ConvNet
 from pydistill.trajectory import GSAM, Adam, FlatModule, Smoothing, unroll
@@ -31,6 +31,8 @@ CONFIGS = {
     "datm": DATM(**SMALL, threshold=5.0, first_max_start_epoch=1, expansion=3),
     "fyi": FYI(**SMALL),
     "rat_bptt": RaTBPTT(ipc=2, iterations=4, window=2, total=4, batch_real=20, lr_img=0.1, learn_labels=True, seed=5),
+    "dc": DC(ipc=2, iterations=4, outer_loop=2, inner_loop=2, batch_real=5, lr_img=1.0, seed=5),
+    "dsa": DSA(ipc=2, iterations=4, outer_loop=2, batch_real=5, lr_img=1.0, augment="color_crop_cutout", seed=5),
 }
 
 
@@ -174,12 +176,12 @@ def test_segments_are_averaged(dataset, experts):
 
 RANKS = """
 import sys, torch
-from pydistill.methods import DATM, RaTBPTT, distill
+from pydistill.methods import DATM, DSA, RaTBPTT, distill
 from tests.bars import make_dataset, make_net
 torch.distributed.init_process_group("gloo")
 experts = torch.load(sys.argv[1])
 found = {}
-for config in (DATM(**%(datm)r), RaTBPTT(**%(rat)r)):
+for config in (DATM(**%(datm)r), RaTBPTT(**%(rat)r), DSA(**%(dsa)r)):
     records = []
     result = distill(config, make_dataset(), make_net(), experts, on_step=lambda s, r: records.append(r["loss"]))
     found[config.name] = [result.images, result.labels, torch.tensor(records)]
@@ -188,13 +190,14 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_ranks_share_the_segments(dataset, experts, tmp_path):
+def test_ranks_share_the_work(dataset, experts, tmp_path):
     """Two processes reach what one does, up to rounding: so each holds the sum of both's gradients."""
     datm = replace(CONFIGS["datm"], segments=3, iterations=2, threshold=1.0)
     rat = replace(CONFIGS["rat_bptt"], segments=2, iterations=2)
     torch.save(experts, tmp_path / "experts.pt")
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS % {"datm": asdict(datm), "rat": asdict(rat)})
+    dsa = replace(CONFIGS["dsa"], iterations=2)  # three classes for two ranks
+    script.write_text(RANKS % {"datm": asdict(datm), "rat": asdict(rat), "dsa": asdict(dsa)})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
@@ -205,7 +208,7 @@ def test_ranks_share_the_segments(dataset, experts, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    for config in (datm, rat):
+    for config in (datm, rat, dsa):
         records = []
         alone = run(config, dataset, experts, on_step=lambda s, r, records=records: records.append(r["loss"]))
         for rank in (0, 1):

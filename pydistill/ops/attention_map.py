@@ -1,0 +1,195 @@
+"""Attention maps of features, in one read and without a copy of them.
+
+Two operators, each the other's adjoint in its sums; with f the ``order``-th derivative of ``|x|^p`` times ``factor``:
+
+    reduce     spatial = f summed over the channels, channel = f summed over the positions
+    adjoint    f (spatial + channel), for every element
+
+Differentiation raises the order and leaves the family as it is, so the maps are differentiable to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pydistill import reference
+from pydistill.ops._operator import Operator, choose_backend, register_filled
+
+BACKENDS = ("reference", "cpu", "triton")
+AXES = ("spatial", "channel", "both")
+Axis = Literal["spatial", "channel", "both"]
+
+
+def attention_map(
+    x: Tensor, p: float = 4.0, axis: Axis = "spatial", *, backend: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sums of ``|x|^p`` over the channels (spatial attention) or over the positions (channel attention), or both.
+
+    Equivalent to ``x.abs().pow(p).sum(1).flatten(1)`` and ``x.abs().pow(p).sum((2, 3))``. The maps that DataDAM (Sajedi
+    et al., ICCV 2023) and ATOM (Khaki et al., 2024) match, before they are normalised; attention transfer (Zagoruyko &
+    Komodakis, ICLR 2017) has p = 2. Differentiable to any order, in reverse and forward mode, under ``torch.func`` and
+    ``torch.compile``. Deterministic: equal bits from run to run, over thread counts and instruction sets but, for p
+    other than 1, 2, 3 and 4, those of the platform's ``pow``. NaN and Inf propagate as in torch.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16; other than contiguous and channels-last memory is
+            copied. All arithmetic is in float32 (float64 for float64).
+        p: the power, above zero. At x = 0 derivatives are zero.
+        axis: "spatial", "channel", or "both" from one read.
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "triton".
+
+    Returns:
+        ``[N, H * W]`` or ``[N, C]``, or both in this order; float32, also for 16-bit x, whose powers it could not hold
+        (float64 for float64; the reference keeps x's dtype).
+
+    Raises:
+        TypeError: x is no tensor or has an unsupported dtype.
+        ValueError: x is not ``[N, C, H, W]``, p is not above zero, or axis is unknown.
+        NotImplementedError: the backend cannot run here.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got shape {list(x.shape)}")
+    check_power(p)
+    if axis not in AXES:
+        raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
+    chosen = choose_backend("attention_map", backend, x.device, BACKENDS)
+    if chosen == "reference":
+        return reference.attention_map(x, p, axis)
+    operators = _triton if chosen == "triton" else _native
+    spatial, channel = operators.reduce(x, None, p, 0, axis != "channel", axis != "spatial")
+    return (spatial, channel) if axis == "both" else (spatial if axis == "spatial" else channel)
+
+
+def check_power(p: float) -> None:
+    if not 0 < p < float("inf"):
+        raise ValueError(f"p: expected a finite number above zero, got {p}")
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _reduce_fake(x: Tensor, factor: Tensor | None, p: float, order: int, spatial: bool, channel: bool) -> tuple:
+    N, C, H, W = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((N, H * W if spatial else 0), dtype=dtype), x.new_empty((N, C if channel else 0), dtype=dtype)
+
+
+def _adjoint_fake(
+    spatial: Tensor | None, channel: Tensor | None, x: Tensor, factor: Tensor | None, p: float, order: int
+) -> Tensor:
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _batch_into_samples(op: Any, tensors: int) -> Any:
+    """The vmap rule: samples are independent, so a batch dimension becomes more samples."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        B, folded = info.batch_size, []
+        for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
+            if arg is not None:
+                arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
+            folded.append(arg)
+        out = op(*folded, *args[tensors:])
+        if isinstance(out, Tensor):
+            return out.unflatten(0, (B, -1)), 0
+        # not -1: an output may have no elements
+        return tuple(o.unflatten(0, (B, o.shape[0] // B)) for o in out), (0, 0)
+
+    return rule
+
+
+class _Operators:
+    """The two operators of one library. In every formula `saved` are the operator's tensors."""
+
+    def __init__(self, library: str):
+        self.reduce = Operator(
+            "attention_map",
+            library=library,
+            tensors=2,
+            fake=_reduce_fake,
+            vjp=self._reduce_vjp,
+            jvp=self._reduce_jvp,
+            vmap=_batch_into_samples(lambda *args: self.reduce.raw(*args), 2),
+        )
+        self.adjoint = Operator(
+            "attention_map_adjoint",
+            library=library,
+            tensors=4,
+            fake=_adjoint_fake,
+            vjp=self._adjoint_vjp,
+            jvp=self._adjoint_jvp,
+            vmap=_batch_into_samples(lambda *args: self.adjoint.raw(*args), 4),
+        )
+
+    def _reduce_vjp(self, saved: tuple, options: tuple, grad_spatial: Tensor, grad_channel: Tensor) -> tuple:
+        (x, factor), (p, order, spatial, channel) = saved, options
+        grads = (grad_spatial if spatial else None, grad_channel if channel else None)
+        grad_x = self.adjoint(*grads, x, factor, p, order + 1)
+        return grad_x, None if factor is None else self.adjoint(*grads, x, None, p, order)
+
+    def _reduce_jvp(self, saved: tuple, options: tuple, x_t: Tensor, factor_t: Tensor | None) -> tuple:
+        (x, factor), (p, order, *wanted) = saved, options
+        maps_t = self.reduce(x, _product(x_t, factor), p, order + 1, *wanted)
+        if factor is not None:
+            moved = self.reduce(x, factor_t, p, order, *wanted)
+            maps_t = tuple(a + b for a, b in zip(maps_t, moved, strict=True))
+        return maps_t
+
+    def _adjoint_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
+        (spatial, channel, x, factor), (p, order) = saved, options
+        weight = _product(grad, factor)
+        maps = self.reduce(x, weight, p, order, spatial is not None, channel is not None)
+        grads = [None if given is None else found for given, found in zip((spatial, channel), maps, strict=True)]
+        grad_x = self.adjoint(spatial, channel, x, weight, p, order + 1)
+        grad_factor = None
+        if factor is not None:
+            grad_factor = self.adjoint(spatial, channel, x, grad, p, order)
+        return *grads, grad_x, grad_factor
+
+    def _adjoint_jvp(
+        self,
+        saved: tuple,
+        options: tuple,
+        spatial_t: Tensor | None,
+        channel_t: Tensor | None,
+        x_t: Tensor,
+        factor_t: Tensor | None,
+    ) -> Tensor:
+        (spatial, channel, x, factor), (p, order) = saved, options
+        out_t = self.adjoint(spatial_t, channel_t, x, factor, p, order)
+        out_t = out_t + self.adjoint(spatial, channel, x, _product(x_t, factor), p, order + 1)
+        if factor is not None:
+            out_t = out_t + self.adjoint(spatial, channel, x, factor_t, p, order)
+        return out_t
+
+
+def _product(direction: Tensor, factor: Tensor | None) -> Tensor:
+    return direction if factor is None else direction * factor
+
+
+def _fill(form: str) -> Any:
+    def fill(outputs: Any, *args: Any) -> None:
+        from pydistill.triton import attention_map as kernels  # Triton need not be installed
+
+        getattr(kernels, form)(outputs, *args)
+
+    return fill
+
+
+# kept for as long as the operators are: torch forgets those of a library that is collected
+_triton_library = torch.library.Library("pydistill_triton", "FRAGMENT")
+register_filled(_triton_library, "attention_map", _reduce_fake, _fill("reduce"))
+register_filled(_triton_library, "attention_map_adjoint", _adjoint_fake, _fill("adjoint"))
+
+_native, _triton = _Operators("pydistill"), _Operators("pydistill_triton")
+FORMS = (_native.reduce, _native.adjoint)
