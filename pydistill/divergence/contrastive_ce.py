@@ -70,24 +70,26 @@ def contrastive_ce(
     _check(q, k, scale, labels, labels_k, symmetric, exclude_self, reduction)
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
-    if labels_k is None:
-        labels_k = labels
     q, *given = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ((q,) if k is None else (q, k)))
     q, *given = (F.normalize(t, dim=1) for t in (q, *given)) if normalise else (q, *given)
-    k = given[0] if given else q
-    scale = torch.as_tensor(scale, dtype=q.dtype, device=q.device)
+    k = given[0] if given else None
+    scale = scale.to(q) if isinstance(scale, Tensor) else q.new_full((), scale)
     with torch.autocast(q.device.type, enabled=False):
         found = [_ContrastiveCE.apply(q, k, scale, labels, labels_k, exclude_self)[:2]]
         if symmetric:
-            found.append(_ContrastiveCE.apply(k, q, scale, labels_k, labels, exclude_self)[:2])
+            swapped = (labels, None) if labels_k is None else (labels_k, labels)
+            found.append(_ContrastiveCE.apply(k, q, scale, *swapped, exclude_self)[:2])
     if reduction == "none":
         return torch.stack([loss for loss, _ in found]).mean(0)
     sums = [loss.sum() / (counts > 0).sum() if reduction == "mean" else loss.sum() for loss, counts in found]
     return torch.stack(sums).mean()
 
 
-def _blocks(q: Tensor, k: Tensor, labels: Tensor, labels_k: Tensor, exclude_self: bool) -> Iterator[tuple]:
+def _blocks(
+    q: Tensor, k: Tensor | None, labels: Tensor, labels_k: Tensor | None, exclude_self: bool
+) -> Iterator[tuple]:
     """Slices of the rows of q, with the unscaled similarities, what is not seen, and the positives, each ``[R, M]``."""
+    k, labels_k = q if k is None else k, labels if labels_k is None else labels_k
     rows = max(1, _ELEMENTS_AT_ONCE // max(1, len(k)))
     column = torch.arange(len(k), device=q.device)
     for start in range(0, len(q), rows):
@@ -100,10 +102,15 @@ def _blocks(q: Tensor, k: Tensor, labels: Tensor, labels_k: Tensor, exclude_self
 
 
 class _ContrastiveCE(torch.autograd.Function):
-    """The rows' losses ``[B]``, their numbers of positives and their log sums of exponentials."""
+    """The rows' losses ``[B]``, their numbers of positives and their log sums of exponentials.
+
+    None for k or labels_k is q or labels: dynamo wants no tensor to come in twice.
+    """
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, scale: Tensor, labels: Tensor, labels_k: Tensor, exclude_self: bool) -> tuple:
+    def forward(
+        q: Tensor, k: Tensor | None, scale: Tensor, labels: Tensor, labels_k: Tensor | None, exclude_self: bool
+    ) -> tuple:
         losses, counts, sums = [q.new_zeros(0)], [labels.new_zeros(0)], [q.new_zeros(0)]
         for _, s, hidden, positive in _blocks(q, k, labels, labels_k, exclude_self):
             s = s * scale
@@ -123,7 +130,10 @@ class _ContrastiveCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        return *_Gradient.apply(grad, *ctx.saved_tensors, ctx.exclude_self), None, None, None
+        d_q, d_k, d_scale = _Gradient.apply(grad, *ctx.saved_tensors, ctx.exclude_self)
+        if ctx.saved_tensors[1] is None:
+            d_q, d_k = d_q + d_k, None
+        return d_q, d_k, d_scale, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
@@ -133,15 +143,16 @@ class _Gradient(torch.autograd.Function):
     def forward(
         grad: Tensor,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         scale: Tensor,
         labels: Tensor,
-        labels_k: Tensor,
+        labels_k: Tensor | None,
         counts: Tensor,
         sums: Tensor,
         exclude_self: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, d_k, d_scale = [q.new_zeros(0, q.shape[1])], torch.zeros_like(k), torch.zeros_like(scale)
+        keys = q if k is None else k
+        d_q, d_k, d_scale = [q.new_zeros(0, q.shape[1])], torch.zeros_like(keys), torch.zeros_like(scale)
         grad = torch.where(counts > 0, grad, 0)
         for at, s, hidden, positive in _blocks(q, k, labels, labels_k, exclude_self):
             slope = (s * scale - sums[at, None]).exp()
@@ -150,7 +161,7 @@ class _Gradient(torch.autograd.Function):
             slope = (slope - positive.to(s.dtype) / counts[at, None].clamp_min(1)) * grad[at, None]
             d_scale = d_scale + (slope * s).sum()
             slope = slope * scale
-            d_q.append(slope @ k)
+            d_q.append(slope @ keys)
             d_k = d_k.addmm(slope.T, q[at])
         return torch.cat(d_q), d_k, d_scale
 

@@ -114,6 +114,29 @@ def test_far_similarities_do_not_overflow():
     assert torch.autograd.grad(loss, q)[0].isfinite().all()
 
 
+def test_a_query_that_sees_no_key_counts_nothing():
+    (q,) = rows(1)
+    loss = contrastive_ce(q, None, scale=1.0, labels=torch.tensor([0]), exclude_self=True, reduction="sum")
+    assert loss == 0
+    assert torch.equal(torch.autograd.grad(loss, q)[0], torch.zeros_like(q))
+
+
+def test_compiled():
+    q, k = rows(6, 6)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(q, k, scale):
+        return contrastive_ce(q, k, scale=scale, labels=torch.arange(6) % 3, exclude_self=True, symmetric=True)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    same_with_gradients(compiled(q, k, scale), loss(q, k, scale), (q, k, scale))
+
+    def supcon(q):
+        return contrastive_ce(q, None, scale=SCALE, labels=torch.arange(6) % 3, exclude_self=True)
+
+    same_with_gradients(torch.compile(supcon, fullgraph=True, backend="aot_eager")(q), supcon(q), (q,))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_float32(dtype):
     q, k = rows(33, 33, dtype=dtype, d=64)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pydistill import matching
 from pydistill.methods import FedLGD, State, distill
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.experts import seeded_generator
@@ -25,9 +24,8 @@ CONFIGS = {
 }
 
 
-def literal_gradient_match(found, target, kind):
+def literal_gradient_match(found, target):
     """The distance of the rows' directions; biases have none."""
-    assert kind == "row_cos"
     total = 0
     for a, b in zip(found, target, strict=True):
         if a.dim() > 1:
@@ -37,9 +35,7 @@ def literal_gradient_match(found, target, kind):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    if not hasattr(matching, "gradient_match"):
-        monkeypatch.setattr(matching, "gradient_match", literal_gradient_match, raising=False)
+def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -166,7 +162,7 @@ def test_a_round_is_written_out(dataset, name):
     for step in range(2):
         (found,) = torch.autograd.grad(F.cross_entropy(logits(theta, images), server_labels), theta, create_graph=True)
         parts = (list(flat.unflatten(vector).values()) for vector in (found, target))
-        loss = literal_gradient_match(*parts, kind="row_cos")
+        loss = literal_gradient_match(*parts)
         if step == 0:
             assert records[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
         (images.grad,) = torch.autograd.grad(loss, images)
@@ -187,12 +183,8 @@ class Embedding(nn.Module):
 
 RANKS = """
 import sys, torch
-from pydistill import matching
 from pydistill.methods import FedLGD, distill
 from tests.bars import make_dataset, make_net
-from tests.methods.test_fedlgd import literal_gradient_match
-if not hasattr(matching, "gradient_match"):
-    matching.gradient_match = literal_gradient_match
 torch.distributed.init_process_group("gloo")
 config = FedLGD(**%(config)r)
 state = config.initial(make_dataset(), make_net(), config.check(make_dataset(), make_net(), None))
