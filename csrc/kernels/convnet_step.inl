@@ -137,7 +137,8 @@ struct Layout {
       if (l > 0) {
         tapes += to.H * to.W * to.out;
         const int64_t tiles = round_up(step.chunk * to.tiles, A::kTiles);
-        tile_elements = larger(tile_elements, Winograd::kPoints * tiles * larger(to.in_row, to.out_row));
+        const int64_t plane = tiles * larger(to.in_row, to.out_row) + 64 / sizeof(Operand);
+        tile_elements = larger(tile_elements, Winograd::kPoints * plane);
         padded_panel = larger(padded_panel, (4 * to.rows + 2) * (4 * to.columns + 2));
       }
       positions = larger(positions, to.H * to.W);
@@ -348,7 +349,7 @@ class Slot {
   __attribute__((noinline)) void transform_input(int64_t l, T* from, Operand* to, Operand* rest = nullptr) {
     const LayerLayout& at = layout.layer[l];
     const LayerLayout& before = layout.layer[l - 1];
-    const int64_t width = 4 * at.columns + 2, tiles = padded_tiles(at);
+    const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<Operand>(at, at.in_row);
     fill(work.padded, (4 * at.rows + 2) * width);
     for (int64_t g = 0; g < count; ++g)
       for (int64_t group = 0; group < at.in_groups; ++group) {
@@ -365,12 +366,11 @@ class Slot {
               both_ways<T, 6, 6>(Winograd::input<T>, x, v);
               const int64_t lane = group * L + part * kLanes;
               Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
-              for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.in_row, v[p / 6][p % 6]);
+              for (int p = 0; p < 36; ++p) A::put(out + p * plane_size, v[p / 6][p % 6]);
               if constexpr (A::kSplit)
                 if (rest != nullptr)
                   for (int p = 0; p < 36; ++p)
-                    A::put(rest + (out - to) + p * tiles * at.in_row,
-                           v[p / 6][p % 6] - A::widened(out + p * tiles * at.in_row));
+                    A::put(rest + (out - to) + p * plane_size, v[p / 6][p % 6] - A::widened(out + p * plane_size));
             }
       }
     clear_rest(at, to, at.in_row);
@@ -380,7 +380,7 @@ class Slot {
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
   __attribute__((noinline)) void transform_grad(const LayerLayout& at, V* plane, int64_t g, int64_t group,
                                                 Operand* to) {
-    const int64_t tiles = padded_tiles(at);
+    const int64_t plane_size = tile_plane<Operand>(at, at.out_row);
     for (int64_t row = 0; row < at.rows; ++row)
       for (int64_t column = 0; column < at.columns; ++column)
         for (int part = 0; part < kParts; ++part) {
@@ -393,20 +393,20 @@ class Slot {
           both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
           const int64_t lane = group * L + part * kLanes;
           Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + lane;
-          for (int p = 0; p < 36; ++p) A::put(out + p * tiles * at.out_row, m[p / 6][p % 6]);
+          for (int p = 0; p < 36; ++p) A::put(out + p * plane_size, m[p / 6][p % 6]);
         }
   }
 
   // Products' tiles back to a convolution's output.
   __attribute__((noinline)) void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
-    const int64_t tiles = padded_tiles(at);
+    const int64_t plane_size = tile_plane<T>(at, at.out);
     for (int64_t row = 0; row < at.rows; ++row)
       for (int64_t column = 0; column < at.columns; ++column)
         for (int part = 0; part < kParts; ++part) {
           R m[6][6], y[4][4];
           const int64_t lane = group * L + part * kLanes;
           const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + lane;
-          for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load_register<T>(in + p * tiles * at.out);
+          for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load_register<T>(in + p * plane_size);
           both_ways<T, 6, 4>(Winograd::output<T>, m, y);
           for (int i = 0; i < 4; ++i)
             for (int j = 0; j < 4; ++j) {
@@ -419,7 +419,7 @@ class Slot {
   // Products' tiles back to the gradient of the previous block's pooled output, overlaps added.
   __attribute__((noinline)) void transform_input_adjoint(int64_t l, T* to) {
     const LayerLayout& at = layout.layer[l];
-    const int64_t width = 4 * at.columns + 2, tiles = padded_tiles(at);
+    const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<T>(at, at.in);
     for (int64_t g = 0; g < count; ++g)
       for (int64_t group = 0; group < at.in_groups; ++group) {
         fill(work.padded, (4 * at.rows + 2) * width);
@@ -429,7 +429,7 @@ class Slot {
               R v[6][6], x[6][6];
               const int64_t lane = group * L + part * kLanes;
               const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + lane;
-              for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load_register<T>(in + p * tiles * at.in);
+              for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load_register<T>(in + p * plane_size);
               both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
               Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
               for (int i = 0; i < 6; ++i)
@@ -443,12 +443,19 @@ class Slot {
 
   int64_t padded_tiles(const LayerLayout& at) const { return round_up(count * at.tiles, A::kTiles); }
 
+  // From one point's tiles to the next one's, in elements of S: a cache line more than they take, or a tile's 36 points
+  // would all fall into one set of the first-level cache.
+  template <class S>
+  int64_t tile_plane(const LayerLayout& at, int64_t row) const {
+    return padded_tiles(at) * row + 64 / static_cast<int64_t>(sizeof(S));
+  }
+
   // Tiles that only fill up a product's rows hold zeros: sums over tiles run over them.
   void clear_rest(const LayerLayout& at, Operand* tiles, int64_t row) const {
     const int64_t all = padded_tiles(at), used = count * at.tiles;
     if (used < all)
       for (int p = 0; p < 36; ++p)
-        for (int64_t i = used * row; i < all * row; ++i) tiles[p * all * row + i] = Operand{};
+        for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<Operand>(at, row) + i] = Operand{};
   }
 
   // product (+)= inputs filters, for every point
@@ -463,18 +470,18 @@ class Slot {
 
   void multiply_tiles(const LayerLayout& at, const Operand* tiles, int64_t row, int64_t from, const Operand* filter,
                       int64_t to, bool add) {
-    const int64_t all = padded_tiles(at);
     for (int p = 0; p < 36; ++p)
-      A::product(count * at.tiles, from, to / L, tiles + p * all * row, row, filter + p * from * to,
-                 {work.product + p * all * to, to, L, add});
+      A::product(count * at.tiles, from, to / L, tiles + p * tile_plane<Operand>(at, row), row, filter + p * from * to,
+                 {work.product + p * tile_plane<T>(at, to), to, L, add});
   }
 
   // the slot's sums (+)= inputs^T gradients, for every point
   void add_outer(const LayerLayout& at, const Operand* inputs, const Operand* grads, bool add) {
     const int64_t all = padded_tiles(at);
     for (int p = 0; p < 36; ++p)
-      A::outer(at.in, all, at.out_groups, inputs + p * all * at.in_row, at.in_row, grads + p * all * at.out_row,
-               at.out_row, {sums + at.sum + p * at.in * at.out, at.out, L, add});
+      A::outer(at.in, all, at.out_groups, inputs + p * tile_plane<Operand>(at, at.in_row), at.in_row,
+               grads + p * tile_plane<Operand>(at, at.out_row), at.out_row,
+               {sums + at.sum + p * at.in * at.out, at.out, L, add});
   }
 
   // ---- the first layer, from its input's columns
