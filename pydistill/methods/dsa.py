@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydistill.methods.dc import DC, rows
+from pydistill.methods.dc import DC
 from pydistill.methods.matching import DSA as STRATEGY
 
 _DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a digit's mirror image is none
@@ -22,7 +22,6 @@ class DSA(DC):
     name: ClassVar[str] = "dsa"
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = DC.presets | {
         "digits": {ipc: row | _DIGITS for ipc, row in DC.presets["digits"].items()},
-        "fashion-mnist": rows({1: (1, 1), 10: (5, 10)}, iterations=100, batch_real=64),
     }
 
     augment: str = field(default=STRATEGY, kw_only=True)  # of a class's real and synthetic images alike
