@@ -30,6 +30,7 @@ from pydistill.trajectory.experts import seeded_generator
 # Fresh models tell more of small sets than one that knows them: rounds are short, and each begins anew.
 _SMALL = {"iterations": 40, "clients": 3, "local_steps": 5, "batch_real": 32, "train_steps": 2, "server_steps": 10}
 _SMALL |= {"restart": 1}
+_TEN = {**_SMALL, "lr_server": 10.0}  # an image among many turns their one gradient less
 
 
 class _WithFeatures(nn.Module):
@@ -50,8 +51,8 @@ class FedLGD(Config):
 
     name: ClassVar[str] = "fedlgd"
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
-        "digits": {1: _SMALL, 10: _SMALL},
-        "fashion-mnist": {1: _SMALL, 10: _SMALL},
+        "digits": {1: _SMALL, 10: _TEN},
+        "fashion-mnist": {1: _SMALL, 10: _TEN},
         "cifar10": {
             50: {"iterations": 100, "clients": 10, "local_steps": 100, "server_steps": 500}
             | {"augment": "color_crop_cutout_flip_scale_rotate"}
