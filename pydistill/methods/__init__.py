@@ -14,6 +14,7 @@ from pydistill.methods.mtt import MTT
 from pydistill.methods.outer import Config, State, distill
 from pydistill.methods.rat_bptt import RaTBPTT
 from pydistill.methods.tesla import TESLA
+from pydistill.methods.unip import UNIP, distill_attention
 
 _METHODS = (MTT, TESLA, FTD, AST, DATM, FYI, RaTBPTT, DC, DSA, DM, DataDAM, ATOM, FYIDM, FYIDSA, FedLGD)
 METHODS: dict[str, type[Config]] = {method.name: method for method in _METHODS}
@@ -32,10 +33,12 @@ __all__ = [
     "METHODS",
     "MTT",
     "TESLA",
+    "UNIP",
     "Config",
     "DataDAM",
     "FedLGD",
     "RaTBPTT",
     "State",
     "distill",
+    "distill_attention",
 ]

@@ -55,6 +55,8 @@ class Operator:
             beside = output[-kept:] if kept else ()
             ctx.save_for_backward(*inputs[:tensors], *beside)
             if kept:
+                # a caller of the registered operator sees them too, and may keep them
+                ctx.owns_kept = getattr(ctx, "_forward_cls", None) is self.function
                 ctx.mark_non_differentiable(*beside)
                 ctx.set_materialize_grads(False)  # zeros for what is kept would take as much memory again
             if hasattr(ctx, "save_for_forward"):  # absent where register_autograd calls

@@ -46,15 +46,17 @@ def attention_map_divergence(
     """Divergence of the student's attention map ``P_s = softmax(q_s k_s^T / tau_s)`` from the teacher's ``P_t``.
 
     For "fkl" equivalent to ``F.kl_div((q_s @ k_s.mT / tau_s).log_softmax(-1), (q_t @ k_t.mT / tau_t).softmax(-1),
-    reduction="none").sum(-1).mean()``, exact, in memory that grows with N + M and not with N * M: a few dozen rows of
-    scores a thread. UNIP (Zhang et al., ICLR 2025) distils a layer's attention so, MiniLM (Wang et al., NeurIPS 2020) a
-    transformer's; with keys that all queries share it is the loss of ZSCL (Zheng et al., ICCV 2023) against texts and
-    of COMODO against a queue.
+    reduction="none").sum(-1).mean()``, exact, in memory that grows with N + M and not with N * M: on the CPU a thread
+    holds a few dozen rows of scores, and one head's keys rearranged. UNIP (Zhang et al., ICLR 2025) distils a layer's
+    attention so, MiniLM (Wang et al., NeurIPS 2020) a transformer's; with keys that all queries share it is the loss of
+    ZSCL (Zheng et al., ICCV 2023) against texts and of COMODO against a queue.
 
-    Student and teacher may differ in their features and share their heads. The gradient goes to ``q_s`` and ``k_s``
-    and is computed where it is asked for only. A second derivative raises ``NotImplementedError``, as forward mode
-    does. On the CPU, results have equal bits from run to run, over thread counts, and between AVX2 and AVX-512; the
-    baseline, without fused multiply-add, differs from these in rounding. NaN and Inf propagate.
+    Student and teacher may differ in their features and share their heads. The gradient goes to ``q_s`` and ``k_s``,
+    and is computed where it is asked for only: for "mean" and "sum" in the forward pass, beside the loss; for "none" in
+    the backward pass, which computes the scores once more, as going through one graph a second time does. A second
+    derivative raises ``NotImplementedError``, and so does forward mode. On the CPU, results have equal bits from run to
+    run, over thread counts, and between AVX2 and AVX-512; the baseline, without fused multiply-add, differs from these
+    in rounding. NaN and Inf propagate.
 
     Args:
         q_s: the student's queries ``[..., N, d_s]``; float32, float64, bfloat16 or float16, any strides. All arithmetic
@@ -309,7 +311,7 @@ class _Operators:
                 # a second time through one graph; or a transform hid that a gradient would be asked for
                 with torch.no_grad():
                     grad_q, grad_k = self.forward.raw(*tensors, *kind, True, need_q, need_k)[1:]
-            found = _scale_in_place(grad, grad_q, grad_k)
+            found = _scale_in_place(grad, grad_q, grad_k) if ctx.owns_kept else None
             ctx.spent = found is not None
             found = found or _scaled(grad, grad_q, grad_k, *tensors[:2])
         return found[0] if need_q else None, found[1] if need_k else None, None, None, None

@@ -290,7 +290,7 @@ def configure(q_s: Tensor, q_t: Tensor, hip: bool = False) -> Config:
     wide = max(width_s, width_t) > 64
     # AMD's matrix cores multiply float32 as it is
     precision = "ieee" if hip or q_s.dtype == torch.float32 else "tf32"
-    return Config(16 if wide and hip else 32, 32, width_s, width_t, precision, 4 if hip else 8)
+    return Config(16 if wide else 32, 32, width_s, width_t, precision, 4 if hip else 8)
 
 
 def arguments(tensors: dict[str, Tensor | None], config: Config, options: tuple) -> dict[str, Any]:

@@ -202,6 +202,16 @@ def test_a_graph_can_be_gone_through_again():
         torch.testing.assert_close(found, torch.stack([right, 2 * right]))
 
 
+def test_a_direct_callers_outputs_stay_as_they_are():
+    leaves = [torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(2)]
+    tail = (0.5, 0.5, 0, 0.5, True, True, True)
+    outputs = OPS.attention_map_divergence(*leaves, *torch.randn(2, 1, 2, 9, 4), None, *tail)
+    kept = outputs[1].clone()
+    grad, _ = torch.autograd.grad(3 * outputs[0], leaves)
+    assert torch.equal(outputs[1], kept)
+    assert torch.equal(grad, 3 * kept)
+
+
 def test_dtypes_are_promoted_and_autocast_gives_float32():
     q, k, q_t, k_t = (torch.randn(2, 6, 4) for _ in range(4))
     assert attention_map_divergence(q, k, q_t.bfloat16(), k_t.half()).dtype == torch.float32
