@@ -32,8 +32,8 @@ class DataDAM(DM):
 
     name: ClassVar[str] = "datadam"
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
-        "digits": dict.fromkeys((1, 10), _SMALL | DIGITS),
-        "fashion-mnist": dict.fromkeys((1, 10), _SMALL),
+        "digits": dict.fromkeys((1, 10), _SMALL | DIGITS | {"lr_img": 0.1}),
+        "fashion-mnist": dict.fromkeys((1, 10), _SMALL | {"lr_img": 0.3}),
         **{name: {1: {}, 10: {}, 50: {"lr_img": 10.0}} for name in ("cifar10", "cifar100", "tiny-imagenet")},
     }
     axis: ClassVar[Literal["spatial", "both"]] = "spatial"  # of the attention
