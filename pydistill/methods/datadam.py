@@ -22,7 +22,7 @@ from pydistill.methods.pairs import Pairs
 from pydistill.nn import ConvNet
 from pydistill.ops.convnet_step import Workspace
 
-_SMALL = {"iterations": 500, "batch_real": 64}
+_SMALL = {"iterations": 300, "batch_real": 64}
 PUBLISHED_CODE = {"power": 1.0, "net_norm": "batch", "batch_real": 64, "iterations": 20000}
 
 

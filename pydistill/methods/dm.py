@@ -21,7 +21,7 @@ from pydistill.methods.pairs import ClassPairs, Pairs
 from pydistill.ops.convnet_step import Workspace
 
 DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a digit's mirror image is none
-_SMALL = {"iterations": 500, "batch_real": 64}
+_SMALL = {"iterations": 300, "batch_real": 64}
 
 
 @dataclass(frozen=True)
