@@ -1,4 +1,4 @@
-"""The operators and the ConvNet step on a CUDA device, held to the CPU's float64."""
+"""The operators and the ConvNet step on a CUDA device, held to the CPU."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,10 @@ import pytest
 import torch
 from test_convnet_step_layers import KINDS, NETS, OUTPUTS, SENSIBLE, Problem, relative
 
+from pydistill import matching
+from pydistill.nn import ConvNet
 from pydistill.ops import _convnet_step_layers as layers
+from pydistill.ops import attention_map, attention_map_divergence, row_products
 from pydistill.ops._convnet_step_graph import StepGraphs
 
 # cuBLAS is deterministic, as every test here asks it to be, only with a workspace of fixed size
@@ -132,3 +135,54 @@ def test_graphs_are_the_layers_bit_for_bit(precision):
         for name, value in replayed.items():
             assert torch.equal(value, direct[name]), name
     assert len(graphs._steps) == 2 * 3
+
+
+def derivatives(function, tensors):
+    """Values and gradients."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    weights = torch.linspace(-1, 2, out.numel(), device=out.device, dtype=torch.float64).view_as(out).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+MATCHING = {
+    "attention_map": (
+        lambda x: torch.cat(attention_map(x, 4.0, "both"), 1),
+        [(3, 37, 9, 11)],
+    ),
+    "row_products": (lambda a, b: row_products(a, b, [(1, 30, 27), (900, 5, 1152)]), [(2, 7000), (2, 7000)]),
+    "attention_map_divergence": (
+        lambda q, k: attention_map_divergence(q, k, q.detach().flip(-1), k.detach().flip(-1), kind="jsd"),
+        [(2, 3, 197, 64), (2, 3, 197, 64)],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MATCHING)
+def test_matching_operators(name, dtype):
+    """Triton's kernels, which "auto" picks."""
+    function, shapes = MATCHING[name]
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    truths = derivatives(function, [t.double() for t in tensors])
+    plain = derivatives(function, tensors)
+    for value, cpu, truth in zip(derivatives(function, [t.cuda() for t in tensors]), plain, truths, strict=True):
+        assert relative(value.cpu(), truth) <= max(1e-5, 2 * relative(cpu, truth))
+
+
+def test_features_and_class_gradients():
+    """What runs on autograd here, or layer by layer, is what the CPU's engine gives."""
+    net = ConvNet(3, 4, width=16, depth=2, image_size=16)
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 4
+    found = []
+    for device in ("cpu", "cuda"):
+        x = images.to(device).requires_grad_()
+        features = matching.features(net.to(device), theta.to(device), x, axis="both")
+        loss = sum(t.square().sum() for t in (*features.spatial, *features.channel, features.embedding))
+        grads = matching.class_gradients(net, theta.to(device), x, labels)
+        values = [*features.spatial, *features.channel, features.embedding, grads]
+        values += [*torch.autograd.grad(loss, x), *torch.autograd.grad(grads.square().sum(), x)]
+        found.append([value.detach().cpu() for value in values])
+    for cpu, gpu in zip(*found, strict=True):
+        assert relative(gpu, cpu) < 2e-3
