@@ -132,11 +132,12 @@ def prepare_compiled(problem: Matching, through: bool = False) -> Thunk:
     torch._dynamo.config.recompile_limit = 64
     real_step = torch.compile(grad(_class_loss(problem)), fullgraph=True, dynamic=False)
     syn_step = torch.compile(_through(problem), fullgraph=True, dynamic=False) if through else _along(problem)
-    lay_out = lambda x: compiled._channels_last(x).clone()  # noqa: E731
+    lay_out = compiled._channels_last
 
     @torch.no_grad()
     def run() -> Matched:
-        theta = {name: lay_out(p) for name, p in unflatten(problem.net, problem.theta).items()}
+        # copies: torch takes no tangent of a parameter that is a view
+        theta = {name: lay_out(p).clone() for name, p in unflatten(problem.net, problem.theta).items()}
         real_labels, syn_labels = problem.labels(problem.real), problem.labels(problem.syn)
         losses, d_images = [], []
         for k in range(len(problem.syn)):

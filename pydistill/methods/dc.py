@@ -55,7 +55,7 @@ class DC(ClassPairs):
     outer_loop: int = 1  # times that the images of every class are moved in an iteration
     inner_loop: int = 1  # epochs on the synthetic images between one and the next
     batch_real: int = 256  # real images of each class, or all there are
-    batch_train: int = 256  # synthetic images in a step of the network
+    batch_syn: int = 256  # synthetic images in a step of the network
     lr_img: float = 0.1  # outer learning rate of the images
     momentum: float = 0.5  # of their update, and of the network's
     lr_net: float = 0.01  # of the network; of students on the result, too
@@ -83,7 +83,7 @@ class DC(ClassPairs):
                     state["labels"],
                     epochs=self.inner_loop,
                     lr=self.lr_net,
-                    batch_size=self.batch_train,
+                    batch_size=self.batch_syn,
                     momentum=self.momentum,
                     velocity0=velocity,
                     augment=self.augmentation(),
