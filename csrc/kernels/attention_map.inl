@@ -5,23 +5,21 @@
 namespace pydistill {
 namespace {
 
-// The order-th derivative of |x|^power.
-template <class T>
+// The order-th derivative of |x|^p, with `power` the function a^(p - order).
+template <class T, class Power>
 struct Derivative {
-  T exponent, coefficient;
+  Power power;
+  T coefficient = 1;
   bool odd, original;
 
-  explicit Derivative(const AttentionMap& call)
-      : exponent(T(call.power - double(call.order))), odd(call.order % 2), original(call.order == 0) {
-    double product = 1;
-    for (int64_t k = 0; k < call.order; ++k) product *= call.power - double(k);
-    coefficient = T(product);
+  Derivative(const AttentionMap& call, Power power) : power(power), odd(call.order % 2), original(call.order == 0) {
+    for (int64_t k = 0; k < call.order; ++k) coefficient *= T(call.power - static_cast<double>(k));
   }
 
   PYDISTILL_INLINE Wide<T> operator()(Wide<T> x) const {
     const Wide<T> magnitude = choose_below_zero(x, Wide<T>{} - x, x);
-    if (original) return power(magnitude, exponent);
-    const Wide<T> value = where_on(magnitude, power(magnitude, exponent) * coefficient);
+    if (original) return power(magnitude);
+    const Wide<T> value = where_on(magnitude, power(magnitude) * coefficient);
     return odd ? choose_below_zero(x, Wide<T>{} - value, value) : value;
   }
 
@@ -48,11 +46,11 @@ PYDISTILL_INLINE void write(S* to, Wide<T> value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) narrow(v[i], to[i]);
 }
 
-template <class T, class S>
-__attribute__((noinline)) void reduce(const AttentionMap& call, int64_t n, T* partial) {
+template <class T, class S, class Power>
+__attribute__((noinline)) void reduce(const AttentionMap& call, Power power, int64_t n, T* partial) {
   constexpr int64_t L = Lanes<T>::count,
                     kBlock = 16;  // rows whose sum is formed on its own: rounding errors stay small
-  const Derivative<T> derivative(call);
+  const Derivative<T, Power> derivative(call, power);
   const int64_t inner = call.inner, outer = call.outer;
   const S* x = static_cast<const S*>(call.x) + n * outer * inner;
   const S* factor = call.factor ? static_cast<const S*>(call.factor) + n * outer * inner : nullptr;
@@ -80,10 +78,10 @@ __attribute__((noinline)) void reduce(const AttentionMap& call, int64_t n, T* pa
   }
 }
 
-template <class T, class S>
-__attribute__((noinline)) void spread(const AttentionMap& call, int64_t n) {
+template <class T, class S, class Power>
+__attribute__((noinline)) void spread(const AttentionMap& call, Power power, int64_t n) {
   constexpr int64_t L = Lanes<T>::count;
-  const Derivative<T> derivative(call);
+  const Derivative<T, Power> derivative(call, power);
   const int64_t inner = call.inner, outer = call.outer;
   const S* x = static_cast<const S*>(call.x) + n * outer * inner;
   const S* factor = call.factor ? static_cast<const S*>(call.factor) + n * outer * inner : nullptr;
@@ -105,8 +103,10 @@ __attribute__((noinline)) void spread(const AttentionMap& call, int64_t n) {
 
 template <class T, class S>
 void run_samples(const AttentionMap& call, int64_t begin, int64_t end, void* scratch) {
-  for (int64_t n = begin; n < end; ++n)
-    call.adjoint ? spread<T, S>(call, n) : reduce<T, S>(call, n, static_cast<T*>(scratch));
+  with_power(T(call.power - static_cast<double>(call.order)), [&](auto power) {
+    for (int64_t n = begin; n < end; ++n)
+      call.adjoint ? spread<T, S>(call, power, n) : reduce<T, S>(call, power, n, static_cast<T*>(scratch));
+  });
 }
 
 }  // namespace

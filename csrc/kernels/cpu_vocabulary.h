@@ -164,21 +164,39 @@ PYDISTILL_INLINE Wide<T> where_on(Wide<T> argument, Wide<T> value) {
   return value;
 }
 
-// a^p of a >= 0, and its derivative p a^(p - 1), taken as zero where a is.
+// a^p of a >= 0 as a function object: whole powers by products.
+template <class T, int P>
+struct WholePower {
+  PYDISTILL_INLINE Wide<T> operator()(Wide<T> a) const {
+    static_assert(P >= 0 && P <= 4);
+    if constexpr (P == 0) return Wide<T>{} + T(1);
+    if constexpr (P == 1) return a;
+    if constexpr (P == 2) return a * a;
+    if constexpr (P == 3) return a * a * a;
+    if constexpr (P == 4) return (a * a) * (a * a);
+  }
+};
 template <class T>
-PYDISTILL_INLINE Wide<T> power(Wide<T> a, T p) {
-  if (p == T(0)) return Wide<T>{} + T(1);
-  if (p == T(1)) return a;
-  if (p == T(2)) return a * a;
-  if (p == T(3)) return a * a * a;
-  if (p == T(4)) return (a * a) * (a * a);
-  for (int i = 0; i < Wide<T>::parts; ++i)
-    for (int j = 0; j < Registers<T>::lanes; ++j) a.part[i][j] = power_lane(a.part[i][j], p);
-  return a;
-}
-template <class T>
-PYDISTILL_INLINE Wide<T> power_slope(Wide<T> a, T p) {
-  return where_on(a, power(a, p - T(1)) * p);
+struct AnyPower {
+  T p;
+  PYDISTILL_INLINE Wide<T> operator()(Wide<T> a) const {
+    T lanes[Lanes<T>::count];
+    __builtin_memcpy(lanes, &a, 64);
+    for (T& lane : lanes) lane = power_lane(lane, p);
+    __builtin_memcpy(&a, lanes, 64);
+    return a;
+  }
+};
+
+// Calls visit with the function a^p, decided once and not for every element.
+template <class T, class Visit>
+PYDISTILL_INLINE void with_power(T p, Visit visit) {
+  if (p == T(0)) return visit(WholePower<T, 0>());
+  if (p == T(1)) return visit(WholePower<T, 1>());
+  if (p == T(2)) return visit(WholePower<T, 2>());
+  if (p == T(3)) return visit(WholePower<T, 3>());
+  if (p == T(4)) return visit(WholePower<T, 4>());
+  visit(AnyPower<T>{p});
 }
 
 // The sum of the lanes, in a tree of fixed order.

@@ -124,119 +124,140 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
   // h and the activation's argument are formed alike in every form, so that all agree on which units are on.
   const auto through = [&](V h, V value) PYDISTILL_LAMBDA { return RELU ? where_on(h * g + b, value) : value; };
 
-  // Attention's part: the maps of the activation at position i; the gradient that comes back from them.
-  [[maybe_unused]] V attended{};
-  [[maybe_unused]] const auto attend = [&](int64_t i, V a) PYDISTILL_LAMBDA {
-    const V p = power(a, attention->power);
-    attended += p;
-    if (attention->spatial != nullptr) wide<T>(attention->spatial)[i] += p;
-  };
-  [[maybe_unused]] const V grad_channel = ATTENTION ? wide_of<T>(attention->grad_channel) : zero;
-  [[maybe_unused]] const auto attention_gradient = [&](int64_t i, V h) PYDISTILL_LAMBDA {
-    V grad = grad_channel;
-    if (attention->grad_spatial != nullptr) grad = grad + attention->grad_spatial[i];
-    return grad * power_slope(through(h, h * g + b), attention->power);
-  };
-
   if constexpr (!BACKWARD) {
-    for (int64_t oh = 0; oh < OH; ++oh)
-      for (int64_t ow = 0; ow < OW; ++ow) {
-        V sum{};
-        for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t) PYDISTILL_LAMBDA {
-          const V h = normalised(i);
-          V a = h * g + b;
-          if constexpr (TANGENT) a = g_t * h + g * normalised_t(i, h) + b_t;
-          a = through(h, a);
-          sum += a;
-          if constexpr (ATTENTION) attend(i, a);
-        });
-        panel.y[oh * OW + ow] = sum * share;
-      }
-    if constexpr (ATTENTION) {
-      for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
-        const V h = normalised(i);
-        attend(i, through(h, h * g + b));
+    const auto activation = [&](int64_t i) PYDISTILL_LAMBDA {
+      const V h = normalised(i);
+      V a = h * g + b;
+      if constexpr (TANGENT) a = g_t * h + g * normalised_t(i, h) + b_t;
+      return through(h, a);
+    };
+    if constexpr (!ATTENTION) {
+      for (int64_t oh = 0; oh < OH; ++oh)
+        for (int64_t ow = 0; ow < OW; ++ow) {
+          V sum{};
+          for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t) PYDISTILL_LAMBDA { sum += activation(i); });
+          panel.y[oh * OW + ow] = sum * share;
+        }
+    } else {
+      with_power(attention->power, [&](auto power) PYDISTILL_LAMBDA {
+        V* const spatial = wide<T>(attention->spatial);
+        V total{};
+        const auto attend = [&](int64_t i, V a, V& attended) PYDISTILL_LAMBDA {
+          const V p = power(a);
+          attended += p;
+          if (spatial != nullptr) spatial[i] += p;
+        };
+        for (int64_t oh = 0; oh < OH; ++oh)
+          for (int64_t ow = 0; ow < OW; ++ow) {
+            V sum{}, attended{};
+            for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t) PYDISTILL_LAMBDA {
+              const V a = activation(i);
+              sum += a;
+              attend(i, a, attended);
+            });
+            panel.y[oh * OW + ow] = sum * share;
+            total += attended;
+          }
+        for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA { attend(i, activation(i), total); });
+        attention->channel = vector_of(total);
       });
-      attention->channel = vector_of(attended);
     }
+    return AffineGradient<T>{};
   } else {
     const bool moving = TANGENT && panel.grad_y_t != nullptr;
-    // e: the gradient that reaches the activation's argument; sums over positions of e, e h, e h_t, e_t, e_t h
-    V total[5];
-    for (V& t : total) t = zero;
-    for (int64_t oh = 0; oh < OH; ++oh) {
-      V row[5] = {};
-      for (int64_t ow = 0; ow < OW; ++ow) {
-        V y{};
-        for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
-          const V h = normalised(i);
-          V e = panel.grad_y[o] * share;
-          if constexpr (ATTENTION) e += attention_gradient(i, h);
-          e = through(h, e);
-          row[0] += e;
-          row[1] += e * h;
-          if constexpr (TANGENT) {
-            const V h_t = normalised_t(i, h);
-            y += through(h, g_t * h + g * h_t + b_t);
-            row[2] += e * h_t;
-            if (moving) {
-              const V grad_t = through(h, panel.grad_y_t[o] * share);
-              row[3] += grad_t;
-              row[4] += grad_t * h;
+    // `attended(i, h)`: what comes back to position i's activation from the attention maps
+    const auto run = [&](auto attended) PYDISTILL_LAMBDA -> AffineGradient<T> {
+      // e: the gradient that reaches the activation's argument; sums over positions of e, e h, e h_t, e_t, e_t h
+      V total[5];
+      for (V& t : total) t = zero;
+      for (int64_t oh = 0; oh < OH; ++oh) {
+        V row[5] = {};
+        for (int64_t ow = 0; ow < OW; ++ow) {
+          V y{};
+          for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
+            const V h = normalised(i);
+            V e = panel.grad_y[o] * share;
+            if constexpr (ATTENTION) e += attended(i, h);
+            e = through(h, e);
+            row[0] += e;
+            row[1] += e * h;
+            if constexpr (TANGENT) {
+              const V h_t = normalised_t(i, h);
+              y += through(h, g_t * h + g * h_t + b_t);
+              row[2] += e * h_t;
+              if (moving) {
+                const V grad_t = through(h, panel.grad_y_t[o] * share);
+                row[3] += grad_t;
+                row[4] += grad_t * h;
+              }
             }
-          }
-        });
-        if constexpr (TANGENT) panel.y[oh * OW + ow] = y * share;
+          });
+          if constexpr (TANGENT) panel.y[oh * OW + ow] = y * share;
+        }
+        for (int k = 0; k < 5; ++k) total[k] += row[k];
       }
-      for (int k = 0; k < 5; ++k) total[k] += row[k];
-    }
-    if constexpr (ATTENTION)
-      for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
-        const V h = normalised(i), e = through(h, attention_gradient(i, h));
-        total[0] += e;
-        total[1] += e * h;
-      });
+      if constexpr (ATTENTION)
+        for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
+          const V h = normalised(i), e = through(h, attended(i, h));
+          total[0] += e;
+          total[1] += e * h;
+        });
 
-    const V m1 = g * total[0] / count, m2 = g * total[1] / count;
-    V n1 = zero, n2 = zero;
-    if constexpr (TANGENT) {
-      n1 = (g_t * total[0] + g * total[3]) / count;
-      n2 = (g_t * total[1] + g * (total[4] + total[2])) / count;
-    }
-    // grad_x = r (g e - m1 - h m2); its tangent = -r slope grad_x + r (g_t e + g e_t - n1 - h_t m2 - h n2)
-    const auto finish = [&](int64_t i, V e, V e_t) PYDISTILL_LAMBDA {
-      const V h = normalised(i);
-      const V grad = r * (g * e - m1 - h * m2);
+      const V m1 = g * total[0] / count, m2 = g * total[1] / count;
+      V n1 = zero, n2 = zero;
       if constexpr (TANGENT) {
-        const V h_t = normalised_t(i, h);
-        panel.x_t[i] = grad;
-        panel.x[i] = r * (g_t * e + g * e_t - n1 - h_t * m2 - h * n2) - r * slope * grad;
-      } else {
-        panel.x[i] = grad;
+        n1 = (g_t * total[0] + g * total[3]) / count;
+        n2 = (g_t * total[1] + g * (total[4] + total[2])) / count;
       }
-    };
-    for (int64_t oh = 0; oh < OH; ++oh)
-      for (int64_t ow = 0; ow < OW; ++ow)
-        for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
-          const V h = normalised(i);
-          V e = panel.grad_y[o] * share;
-          if constexpr (ATTENTION) e += attention_gradient(i, h);
-          finish(i, through(h, e), moving ? through(h, panel.grad_y_t[o] * share) : zero);
-        });
-    for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
-      V e = zero;
-      if constexpr (ATTENTION) {
+      // grad_x = r (g e - m1 - h m2); its tangent = -r slope grad_x + r (g_t e + g e_t - n1 - h_t m2 - h n2)
+      const auto finish = [&](int64_t i, V e, V e_t) PYDISTILL_LAMBDA {
         const V h = normalised(i);
-        e = through(h, attention_gradient(i, h));
-      }
-      finish(i, e, zero);
-    });
-    if constexpr (TANGENT)
-      return AffineGradient<T>{vector_of(total[4] + total[2]), vector_of(total[3])};
-    else
-      return AffineGradient<T>{vector_of(total[1]), vector_of(total[0])};
+        const V grad = r * (g * e - m1 - h * m2);
+        if constexpr (TANGENT) {
+          const V h_t = normalised_t(i, h);
+          panel.x_t[i] = grad;
+          panel.x[i] = r * (g_t * e + g * e_t - n1 - h_t * m2 - h * n2) - r * slope * grad;
+        } else {
+          panel.x[i] = grad;
+        }
+      };
+      for (int64_t oh = 0; oh < OH; ++oh)
+        for (int64_t ow = 0; ow < OW; ++ow)
+          for_pooled<POOL>(oh, ow, W, [&](int64_t i, int64_t o) PYDISTILL_LAMBDA {
+            const V h = normalised(i);
+            V e = panel.grad_y[o] * share;
+            if constexpr (ATTENTION) e += attended(i, h);
+            finish(i, through(h, e), moving ? through(h, panel.grad_y_t[o] * share) : zero);
+          });
+      for_dropped<POOL>(H, W, [&](int64_t i) PYDISTILL_LAMBDA {
+        V e = zero;
+        if constexpr (ATTENTION) {
+          const V h = normalised(i);
+          e = through(h, attended(i, h));
+        }
+        finish(i, e, zero);
+      });
+      if constexpr (TANGENT)
+        return AffineGradient<T>{vector_of(total[4] + total[2]), vector_of(total[3])};
+      else
+        return AffineGradient<T>{vector_of(total[1]), vector_of(total[0])};
+    };
+    if constexpr (!ATTENTION) {
+      return run([](int64_t, V) { return V{}; });
+    } else {
+      AffineGradient<T> found;
+      with_power(attention->power - T(1), [&](auto power) PYDISTILL_LAMBDA {
+        const T* const spatial = attention->grad_spatial;
+        const V of_channel = wide_of<T>(attention->grad_channel);
+        const T factor = attention->power;
+        found = run([&](int64_t i, V h) PYDISTILL_LAMBDA {
+          const V a = through(h, h * g + b), grad = spatial != nullptr ? of_channel + spatial[i] : of_channel;
+          return where_on(a, power(a) * factor) * grad;
+        });
+      });
+      return found;
+    }
   }
-  return AffineGradient<T>{};
 }
 
 }  // namespace
