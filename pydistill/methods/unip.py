@@ -69,7 +69,8 @@ class UNIP:
         """The values for "digits" and "fashion-mnist"; those of digits for others."""
         if dataset == "fashion-mnist":
             return replace(cls(), teacher_epochs=4, epochs=3, batch_size=128, warmup_epochs=1)
-        return cls()
+        # on sixteen tokens a first layer's map comes nearest to 0.09, and has little to teach
+        return replace(cls(), target_nmi=0.07)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "teacher_epochs", "batch_size"):

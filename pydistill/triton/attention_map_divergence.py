@@ -285,7 +285,7 @@ class Config:
 
 
 def configure(q_s: Tensor, q_t: Tensor, hip: bool = False) -> Config:
-    """Tiles that leave nothing to spill, for the features there are; chosen by the compilers' words, on no GPU yet."""
+    """Tiles that leave a few words to spill at most; chosen by what the compilers say, and timed on no GPU yet."""
     width_s, width_t = (max(16, triton.next_power_of_2(q.shape[-1])) for q in (q_s, q_t))
     wide = max(width_s, width_t) > 64
     # AMD's matrix cores multiply float32 as it is

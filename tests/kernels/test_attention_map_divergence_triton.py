@@ -45,10 +45,11 @@ def test_every_kernel_compiles_and_spills_a_few_words_at_most(arch: str) -> None
     for name in triton_kernels.ATTENTION_PASSES:
         assert f"attention_map_divergence::triton_{name}<f32, fkl, 64>" in names
     for kernel in compiled:
-        assert max(kernel.spill_stores, kernel.spill_loads) <= 128, kernel
+        assert max(kernel.spill_stores, kernel.spill_loads) <= 64, kernel
         # 64 Ki registers on NVIDIA's multiprocessors; a quarter of 128 Ki on each of AMD's four SIMDs
+        available = (64 if arch.startswith("sm") else 128) * 1024
         threads = kernel.config["num_warps"] * TARGETS[kernel.arch][2]
-        assert 0 < kernel.registers * threads <= 128 * 1024, kernel
+        assert 0 < kernel.registers * threads <= available, kernel
         assert kernel.shared <= 64 * 1024, kernel
 
 

@@ -308,6 +308,26 @@ def test_a_direct_call_is_checked_too():
         OPS.attention_map_divergence_backward(torch.ones(4), Q, K, Q, K, None, *tail, True, True)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype, kind):
+    """What "auto" picks there, against plain torch in float64 on the CPU."""
+    tensors = [x.to(dtype) for x in (torch.randn(2, 3, n, d) for n, d in ((70, 40), (90, 40), (70, 64), (90, 64)))]
+    mask = torch.rand(90) < 0.7
+    found = []
+    functions = attention_map_divergence, reference.attention_map_divergence
+    for device, wanted, function in zip(("cuda", "cpu"), (dtype, torch.float64), functions, strict=True):
+        q_s, k_s, q_t, k_t = (x.to(device, wanted) for x in tensors)
+        leaves = [x.requires_grad_() for x in (q_s, k_s)]
+        loss = function(*leaves, q_t, k_t, kind=kind, mask=mask.to(device), reduction="sum")
+        found.append([x.detach().cpu().double() for x in (loss, *torch.autograd.grad(loss, leaves))])
+    bound = 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).norm() <= bound * truth.norm()
+
+
 def test_an_operator_without_cuda_kernel_takes_triton_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_operator._library, "unavailable", lambda backend: None)
     available = ("reference", "cpu", "triton")
