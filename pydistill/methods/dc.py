@@ -34,8 +34,8 @@ _SMALL = {"batch_real": 64, "start": "real"}
 DIGITS = rows({1: (1, 1)}, iterations=150, lr_img=1.0, **_SMALL) | rows(
     {10: (5, 4)}, iterations=30, lr_img=10.0, **_SMALL
 )
-FASHION_MNIST = rows({1: (1, 1)}, iterations=400, lr_img=3.0, **_SMALL) | rows(
-    {10: (5, 4)}, iterations=60, lr_img=10.0, **_SMALL
+FASHION_MNIST = rows({1: (1, 1)}, iterations=200, lr_img=3.0, **_SMALL) | rows(
+    {10: (5, 4)}, iterations=30, lr_img=10.0, **_SMALL
 )
 
 
