@@ -65,11 +65,11 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // `attended` has a bit for each block whose attention maps are wanted.
   m.def(
       "convnet_step_features(Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, float power,"
-      " int attended, bool spatial, bool channel, Tensor(a!) workspace) -> (Tensor, Tensor, Tensor)");
+      " int attended, bool spatial, bool channel, Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor, Tensor)");
   m.def(
       "convnet_step_features_backward(Tensor? spatial_grad, Tensor? channel_grad, Tensor? embedding_grad,"
       " Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, float power, int attended,"
-      " Tensor(a!) workspace) -> Tensor");
+      " Tensor(a!) workspace, Tensor(b!)? tape) -> Tensor");
 
   // Sums of the `order`-th derivative of |x|^power, times `factor`, over the channels [N, H * W] and over the positions
   // [N, C]; and the adjoint: (spatial at the position + channel) times that, for every element.

@@ -71,7 +71,7 @@ __attribute__((noinline)) void reduce(const AttentionMap& call, Power power, int
           *to = row == first ? value : *to + value;
         }
       }
-      if (over_inner) over_inner[row] = lane_sum<T>(vector_of(sum));
+      if (over_inner) over_inner[row] = lane_sum(reinterpret_cast<const T*>(&sum));
     }
     if (over_outer)
       for (int64_t i = 0; i < inner; ++i) over_outer[i] += partial[i];

@@ -76,8 +76,8 @@ struct ConvNetStep {
   void* images_grad = nullptr;  // [E, N, C, H, W]
   void* labels_grad = nullptr;  // [E, N, classes], or null
 
-  // The primal quantities of every image ([E, N] tapes): written by gradient, they save tangent their recomputation.
-  // With bf16 they are kept in it, and worked on in `scalar`.
+  // The primal quantities of every image ([E, N] tapes): written by gradient, they save tangent their recomputation,
+  // and written by features that of features_backward. With bf16 they are kept in it, and worked on in `scalar`.
   Tape tape_use = Tape::none;
   void* tape = nullptr;
 

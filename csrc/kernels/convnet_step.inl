@@ -146,7 +146,8 @@ struct Layout {
     backwards = step.form != Step::Form::logits && step.form != Step::Form::features;
     to_images = backwards && step.form != Step::Form::gradient;
     const int64_t planes = step.chunk * first_stride() * layer[0].out * (step.form == Step::Form::tangent ? 2 : 1);
-    keeps_first = backwards && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
+    const bool taped = step.form == Step::Form::features_backward && step.tape_use == Step::Tape::read;
+    keeps_first = backwards && !taped && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
     features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
     head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
     values += 2 * features * classes + classes;
@@ -261,7 +262,10 @@ class Slot {
       tape = work.tape;
       if (kTapeInPlace<T, A> && step.tape_use != Step::Tape::none) tape = reinterpret_cast<T*>(kept_tape(0));
       if (step.form != Step::Form::tangent) {
-        forward();
+        if (step.tape_use != Step::Tape::read)
+          forward();
+        else if (!kTapeInPlace<T, A>)
+          take_tape();
         if (step.form == Step::Form::gradient) backward(true);
         if (step.form == Step::Form::features_backward) features_backward();
         if (!kTapeInPlace<T, A> && step.tape_use == Step::Tape::write) keep_tape();
@@ -620,7 +624,7 @@ class Slot {
     }
     if (to.spatial != nullptr && group == at.out_groups - 1) {
       T* const out = static_cast<T*>(to.spatial) + spatial_offset(l, g);
-      for (int64_t i = 0; i < at.H * at.W; ++i) out[i] = lane_sum<T>(work.attention[i]);
+      for (int64_t i = 0; i < at.H * at.W; ++i) out[i] = lane_sum(reinterpret_cast<const T*>(work.attention + i));
     }
   }
 

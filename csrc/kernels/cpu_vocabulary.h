@@ -201,12 +201,15 @@ PYDISTILL_INLINE void with_power(T p, Visit visit) {
 
 // The sum of the lanes, in a tree of fixed order.
 template <class T>
-PYDISTILL_INLINE T lane_sum(Vec<T> v) {
-  T half[Lanes<T>::count];
-  store(half, v);
-  for (int n = Lanes<T>::count / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) half[i] += half[i + n];
-  return half[0];
+PYDISTILL_INLINE T lane_sum(const T* lanes) {
+  T sum[Lanes<T>::count / 2];
+#pragma GCC unroll 8
+  for (int i = 0; i < Lanes<T>::count / 2; ++i) sum[i] = lanes[i] + lanes[i + Lanes<T>::count / 2];
+#pragma GCC unroll 4
+  for (int n = Lanes<T>::count / 4; n > 0; n /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
+  return sum[0];
 }
 
 template <class T>

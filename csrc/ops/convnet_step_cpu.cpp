@@ -75,7 +75,8 @@ ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool 
 int64_t filter_sets(const ConvNetStep& step) { return step.E * (step.form == Form::tangent ? 2 : 1); }
 
 int64_t workspace_bytes(const ConvNetStep& step, const ConvNetStepSizes& sizes) {
-  return filter_sets(step) * sizes.filters + step.E * step.slots * sizes.partials + 64;
+  const bool sums = step.form == Form::gradient || step.form == Form::tangent;  // of the weights' gradients
+  return filter_sets(step) * sizes.filters + (sums ? step.E * step.slots * sizes.partials : 0) + 64;
 }
 
 Tensor bytes(const Tensor& shape, int64_t form, int64_t E, int64_t N, bool float64, bool bf16) {
@@ -234,8 +235,9 @@ void describe_features(ConvNetStep& step, double power, int64_t attended) {
 
 std::tuple<Tensor, Tensor, Tensor> features(const Tensor& theta, const Tensor& images, const Tensor& shape, double eps,
                                             bool bf16, double power, int64_t attended, bool spatial, bool channel,
-                                            Tensor workspace) {
+                                            Tensor workspace, std::optional<Tensor> tape) {
   ConvNetStep step = begin(Form::features, theta, images, shape, eps, bf16);
+  take_tape(step, tape, ConvNetStep::Tape::write);
   describe_features(step, power, attended);
   ConvNetStep::Features& to = step.features;
   const ScalarType type = theta.scalar_type();
@@ -251,8 +253,10 @@ std::tuple<Tensor, Tensor, Tensor> features(const Tensor& theta, const Tensor& i
 
 Tensor features_backward(const std::optional<Tensor>& spatial_grad, const std::optional<Tensor>& channel_grad,
                          const std::optional<Tensor>& embedding_grad, const Tensor& theta, const Tensor& images,
-                         const Tensor& shape, double eps, bool bf16, double power, int64_t attended, Tensor workspace) {
+                         const Tensor& shape, double eps, bool bf16, double power, int64_t attended, Tensor workspace,
+                         std::optional<Tensor> tape) {
   ConvNetStep step = begin(Form::features_backward, theta, images, shape, eps, bf16);
+  take_tape(step, tape, ConvNetStep::Tape::read);
   describe_features(step, power, attended);
   ConvNetStep::Features& from = step.features;
   const auto take = [&](const std::optional<Tensor>& grad, const char* name, int64_t row) -> const void* {

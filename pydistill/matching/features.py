@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.nn import InstanceNormReLUAvgPool
-from pydistill.ops import ConvNetShape, attention_map, convnet_features, convnet_features_backward
+from pydistill.ops import attention_map
 from pydistill.ops.attention_map import AXES, check_power
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.students import Engine, GenericStudents, choose_students
+from pydistill.trajectory.students import ConvNetStudents, Engine, GenericStudents, choose_students
 
 __all__ = ["Features", "features"]
 
@@ -48,11 +48,11 @@ def features(
     ``a_l.abs().pow(p).sum((2, 3))``, and to ``net.embed(images)``: what DataDAM (Sajedi et al., ICCV 2023), ATOM (Khaki
     et al., 2024) and DM (Zhao and Bilen, WACV 2023) match. On the CPU, ConvNets of the student engine
     (`pydistill.info.engine` says which) take a few images at a time through all layers, so that no activation is
-    written, and the derivative with respect to the images computes them again; the result's own second derivative
-    raises ``NotImplementedError``. Other nets, other devices, and theta that requires a gradient run on autograd, in
-    the mode the net is in and without touching its buffers; the maps are then those of the outputs of its modules
-    ReLU, LeakyReLU, Sigmoid, SiLU and GELU with ``[N, C, H, W]``, in the order they are called in, and the embedding
-    is the input of its last nn.Linear.
+    written but those that a derivative with respect to the images will ask for: up to 256 MiB of them are kept, more
+    are computed again. The result's own second derivative raises ``NotImplementedError``. Other nets, other devices,
+    and theta that requires a gradient run on autograd, in the mode the net is in and without touching its buffers; the
+    maps are then those of the outputs of its modules ReLU, LeakyReLU, Sigmoid, SiLU and GELU with ``[N, C, H, W]``, in
+    the order they are called in, and the embedding is the input of its last nn.Linear.
 
     Args:
         net: its structure; the parameters come from ``theta``.
@@ -90,10 +90,13 @@ def features(
     students = choose_students(engine, flat, images, "hard", None, 0, precision, blocked)
     if isinstance(students, GenericStudents):
         return _by_autograd(flat, theta, images, p, axis, layers, precision == "bf16")
+    if workspace is not None:
+        students.workspace = workspace
     shape = students.shape
     attended = () if axis is None else _chosen(layers, len(shape.layers))
-    options = (shape, p, attended, axis or "spatial", precision, workspace)
-    spatial, channel, embedding = _Features.apply(images, theta.detach()[None], options)
+    wanted = torch.is_grad_enabled() and images.requires_grad
+    options = (p, attended, axis or "spatial", wanted)
+    spatial, channel, embedding = _Features.apply(images, theta.detach()[None], students, options)
     maps = []
     for rows, sizes in (
         (spatial, [shape.layers[block].height * shape.layers[block].width for block in attended]),
@@ -116,18 +119,13 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        images: Tensor, theta: Tensor, options: tuple[ConvNetShape, float, tuple[int, ...], Any, Precision, Any]
+        images: Tensor, theta: Tensor, students: ConvNetStudents, options: tuple[float, tuple[int, ...], Any, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shape, p, attended, axis, precision, workspace = options
-        found = convnet_features(
-            *(shape, theta, images.detach()),
-            **{"p": p, "attended": attended, "axis": axis, "precision": precision, "workspace": workspace},
-        )
-        return tuple(t[0] for t in found)
+        return tuple(t[0] for t in students.features(theta, images.detach(), *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        images, theta, ctx.options = inputs
+        images, theta, ctx.students, (ctx.p, ctx.attended, *_) = inputs
         ctx.save_for_backward(images, theta)
         ctx.set_materialize_grads(False)
 
@@ -138,13 +136,8 @@ class _Features(torch.autograd.Function):
                 "features: those of the student engine are differentiable once; engine='generic' goes further"
             )
         images, theta = ctx.saved_tensors
-        shape, p, attended, _, precision, workspace = ctx.options
         own = [None if g is None or not g.numel() else g.contiguous()[None] for g in grads]
-        found = convnet_features_backward(
-            *(shape, theta, images.detach(), *own),
-            **{"p": p, "attended": attended, "precision": precision, "workspace": workspace},
-        )
-        return found[0], None, None
+        return ctx.students.features_backward(theta, images.detach(), own, ctx.p, ctx.attended)[0], None, None, None
 
 
 def _by_autograd(

@@ -56,7 +56,7 @@ def mmd(
     x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     options = (kernels, float(factor), bandwidth)
     if torch.compiler.is_dynamo_compiling():  # differentiates this by itself
-        return _loss_and_slopes(x, y, *options)[0]
+        return _loss_and_slopes(_centred(x, y), len(x), *options)[0]
     with torch.autocast(x.device.type, enabled=False):
         return _MMD.apply(x, y, *options)[0]
 
@@ -67,23 +67,25 @@ class _MMD(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, y: Tensor, kernels: int, factor: float, bandwidth: float | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _loss_and_slopes(x, y, kernels, factor, bandwidth)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = _centred(x, y)
+        return *_loss_and_slopes(z, len(x), kernels, factor, bandwidth), z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, y, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, y, output[1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, y, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-        x, y, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the kept matrix is a constant: second derivatives would miss its own
-            slopes = _loss_and_slopes(x, y, *ctx.options)[1]
-        z = _centred(x, y)
-        d_z = (4 * grad) * (slopes.sum(1, keepdim=True) * z - slopes @ z)
-        d_x, d_y = d_z.split([len(x), len(y)])
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+        x, y, slopes, z = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what was kept is constant: second derivatives would miss its own
+            z = _centred(x, y)
+            slopes = _loss_and_slopes(z, len(x), *ctx.options)[1]
+        # of z: 4 grad (diag(slopes 1) - slopes) z, the factor on the smaller matrix
+        laplacian = (torch.diag_embed(slopes.sum(1)) - slopes) * (4 * grad)
+        d_x, d_y = (laplacian @ z).split([len(x), len(y)])
         return d_x, d_y, None, None, None
 
 
@@ -93,16 +95,14 @@ def _centred(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _loss_and_slopes(
-    x: Tensor, y: Tensor, kernels: int, factor: float, bandwidth: float | Tensor | None
+    z: Tensor, n: int, kernels: int, factor: float, bandwidth: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and S ``[N, N]``."""
-    n, m = len(x), len(y)
-    N = n + m
-    z = _centred(x, y)
+    """The loss of rows z, of which the first n are x's, and S ``[N, N]``."""
+    N, m = len(z), len(z) - n
     gram = z @ z.T
     norms = gram.diagonal()
     distances = (norms[:, None] + norms - 2 * gram).clamp_min(0)
-    distances = distances.masked_fill(torch.eye(N, dtype=torch.bool, device=x.device), 0)  # [N, N]
+    distances = distances.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), 0)  # [N, N]
     if bandwidth is None:
         bandwidth = distances.detach().sum() / (N * N - N)
     narrowest = bandwidth / factor ** (kernels // 2)
@@ -112,7 +112,7 @@ def _loss_and_slopes(
     for rate in rates[1:]:
         value = value.square() if factor == 2 else torch.exp(distances * -rate)
         kernel, slope = kernel + value, slope + value * rate
-    weights = torch.cat([x.new_full((n,), 1 / n), x.new_full((m,), -1 / m)])
+    weights = torch.cat([z.new_full((n,), 1 / n), z.new_full((m,), -1 / m)])
     loss = torch.stack([kernel[:n, :n].mean(), kernel[n:, n:].mean(), -2 * kernel[:n, n:].mean()]).sum()
     return loss, -(weights[:, None] * weights) * slope
 

@@ -238,6 +238,7 @@ def convnet_features(
     axis: Axis = "spatial",
     precision: Precision = "fp32",
     workspace: Workspace | None = None,
+    tape: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention maps of the blocks' activations and the embedding behind the last, no activation ever written.
@@ -252,13 +253,14 @@ def convnet_features(
         p: the power, above zero.
         attended: blocks, from 0, whose maps are wanted, ascending.
         axis: "spatial", "channel" or "both".
+        tape: as in `convnet_gradient`: receives what `convnet_features_backward` would else compute again.
         backend: "auto" (the device's), "reference" or "cpu".
 
     Returns:
         spatial maps ``[E, N, sum of H_l W_l]``, channel maps ``[E, N, sum of C_l]`` (both without elements where they
         are not asked for) and embedding ``[E, N, F]``; dtype of theta.
     """
-    chosen = _check(shape, theta, images, precision, backend)
+    chosen = _check(shape, theta, images, precision, backend, tape=tape)
     mask = _mask(shape, p, attended, axis)
     if chosen == "reference":
         return reference.convnet_features(shape, theta, images, p, attended, axis)
@@ -266,7 +268,9 @@ def convnet_features(
     memory = _memory(workspace, shape, "features", theta, images, precision)
     options = (shape.eps, precision == "bf16", p, mask)
     wanted = (axis != "channel", axis != "spatial")
-    return _OPS.convnet_step_features(theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory)
+    return _OPS.convnet_step_features(
+        theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory, tape
+    )
 
 
 def convnet_features_backward(
@@ -281,20 +285,22 @@ def convnet_features_backward(
     attended: Sequence[int] = (),
     precision: Precision = "fp32",
     workspace: Workspace | None = None,
+    tape: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The gradient with respect to the images of what `convnet_features` gives, from those of its results.
 
-    Equivalent to ``torch.autograd.grad(features, images, grads)`` for every student. Activations are computed again, a
-    few images at a time. Other arguments, errors and guarantees are those of `convnet_features`.
+    Equivalent to ``torch.autograd.grad(features, images, grads)`` for every student. Without a tape activations are
+    computed again, a few images at a time. Other arguments, errors and guarantees are those of `convnet_features`.
 
     Args:
         spatial_grad, channel_grad, embedding_grad: as `convnet_features` returns the values, or None: zero.
+        tape: as `convnet_features` filled it for the same theta, images and precision; it serves any number of times.
 
     Returns:
         ``[E, N, C, H, W]``, a student's own also where the images are shared.
     """
-    chosen = _check(shape, theta, images, precision, backend)
+    chosen = _check(shape, theta, images, precision, backend, tape=tape)
     mask = _mask(shape, p, attended, "both")
     grads = (spatial_grad, channel_grad, embedding_grad)
     layers = [shape.layers[block] for block in attended]
@@ -314,7 +320,7 @@ def convnet_features_backward(
     return _OPS.convnet_step_features_backward(
         *(None if grad is None else grad.contiguous() for grad in grads),
         *(theta.contiguous(), images.contiguous(), _sizes(shape)),
-        *(shape.eps, precision == "bf16", p, mask, memory),
+        *(shape.eps, precision == "bf16", p, mask, memory, tape),
     )
 
 

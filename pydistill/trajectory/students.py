@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from pydistill import _library
 from pydistill.nn import Conv2d, ConvNet, InstanceNormReLUAvgPool
 from pydistill.ops.convnet_step import (
+    Axis,
     ConvNetShape,
     LabelKind,
     Precision,
     Workspace,
+    convnet_features,
+    convnet_features_backward,
     convnet_gradient,
     convnet_logits,
     convnet_tangent,
@@ -245,6 +248,27 @@ class ConvNetStudents:
                 tape=tape,
             )
         return Descent(losses, grad, logits)
+
+    def features(
+        self, theta: Tensor, images: Tensor, p: float, attended: Sequence[int], axis: Axis, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `convnet_features`; ``keep``: what `features_backward` will ask for, within the budget."""
+        tape = None
+        if keep:
+            self.plan("auto", 1, len(theta), images.shape[-4], theta, 0)
+            if self._first_kept == 0:
+                tape = self.tapes[0] = self._tape_memory()[: self._tapes_bytes]
+        options = {"precision": self.precision, "workspace": self.workspace, "tape": tape}
+        with torch.no_grad():
+            return convnet_features(self.shape, theta, images, p=p, attended=attended, axis=axis, **options)
+
+    def features_backward(
+        self, theta: Tensor, images: Tensor, grads: Sequence[Tensor | None], p: float, attended: Sequence[int]
+    ) -> Tensor:
+        """[E, N, C, H, W], from the gradients of what `features` gave."""
+        options = {"precision": self.precision, "workspace": self.workspace, "tape": self.tapes.get(0)}
+        with torch.no_grad():
+            return convnet_features_backward(self.shape, theta, images, *grads, p=p, attended=attended, **options)
 
     def _tape_memory(self) -> Tensor:
         """What is left of it. Freshly mapped pages cost more than a small step's tape is worth: they are handed on."""

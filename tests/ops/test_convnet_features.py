@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pydistill.ops import ConvNetShape, convnet_features, convnet_features_backward
-from pydistill.ops.convnet_step import Workspace
+from pydistill.ops.convnet_step import Workspace, tape_bytes
 
 # channels, height, width, padding of the first convolution, widths: odd sizes, padded channels, one block
 NETS = {
@@ -103,6 +103,24 @@ def test_equal_bits_over_threads_and_with_a_used_workspace():
     torch.set_num_threads(2)
     for other in bits[1:]:
         assert all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("digits", "fp32"), ("three blocks", "fp32"), ("whole vectors", "bf16")]
+)
+def test_a_tape_saves_the_second_forward_pass_and_changes_nothing(name, precision):
+    shape, theta, x = problem(name, torch.float32, images=19)
+    blocks = (0, 1)
+    tape = torch.empty(tape_bytes(shape, 2, 19, torch.float32, precision), dtype=torch.uint8)
+    options = {"attended": blocks, "precision": precision}
+    plain = convnet_features(shape, theta, x, axis="both", **options)
+    taped = convnet_features(shape, theta, x, axis="both", **options, tape=tape)
+    assert all(torch.equal(a, b) for a, b in zip(plain, taped, strict=True))
+    grads = [torch.linspace(-1, 2, t.numel()).view_as(t) for t in plain]
+    truth = convnet_features_backward(shape, theta, x, *grads, **options)
+    for _ in range(2):
+        found = convnet_features_backward(shape, theta, x, *grads, **options, tape=tape)
+        assert relative(found, truth) < (1e-5 if precision == "fp32" else 0.05)  # a bf16 tape is rounded
 
 
 def test_what_is_not_finite_stays_so():
