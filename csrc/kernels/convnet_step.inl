@@ -55,10 +55,12 @@ struct Native {
     return v;
   }
   template <class V>
-  PYDISTILL_INLINE static void put(Operand* to, V v) {  // a Vec<T> or a part of it
+  PYDISTILL_INLINE static void put(Operand* to, V v) {  // one register or some
+    Register<T> part[sizeof(V) / sizeof(Register<T>)];
+    __builtin_memcpy(part, &v, sizeof(V));
     if constexpr (ROUNDED)
-      for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) v[i] = narrow_one(v[i]);
-    __builtin_memcpy(to, &v, sizeof(V));
+      for (Register<T>& p : part) p = rounded_to_bf16(p);
+    __builtin_memcpy(to, part, sizeof(V));
   }
   PYDISTILL_INLINE static Register<T> widened(const Operand* from) { return load_register<T>(from); }
   // Rows d and d + 1 of vector v of a right factor [depth][vectors].

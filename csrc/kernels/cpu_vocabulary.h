@@ -291,6 +291,17 @@ PYDISTILL_INLINE void narrow(float v, Bf16& out) {  // round to nearest even; Na
   out.bits = static_cast<uint16_t>(v == v ? rounded : 0x7FC0u);
 }
 
+// What narrowing to bfloat16 and widening again leaves of each lane.
+PYDISTILL_INLINE Register<float> rounded_to_bf16(Register<float> v) {
+  typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
+  Bits bits;
+  __builtin_memcpy(&bits, &v, sizeof(v));
+  bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
+  Register<float> rounded;
+  __builtin_memcpy(&rounded, &bits, sizeof(v));
+  return v == v ? rounded : v;  // NaN stays NaN
+}
+
 // L neighbouring elements of storage type S as one vector of T, and back.
 template <class T, class S>
 PYDISTILL_INLINE Vec<T> load_widened(const S* p) {
