@@ -210,7 +210,7 @@ def _step_points(case: Case, config: Config) -> list[Point]:
 def _step_must_show(bounds: dict[tuple[str, str], float], medians: Medians, config: Config) -> Iterator[Check]:
     """``bounds``: by provider and the peer that it has to beat; "compiled*": the fastest of the float32 ones."""
     values = {provider: value for (_, _, provider), value in medians.items()}
-    compiled_values = [values[name] for name in ("compiled", "compiled-nchw") if name in values]
+    compiled_values = [v for name, v in values.items() if name.startswith("compiled") and name != "compiled-bf16"]
     if compiled_values:
         values["compiled*"] = min(compiled_values)
     for (provider, peer), bound in bounds.items():
@@ -745,18 +745,6 @@ def _distribution_check(
             yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
 
 
-def _distribution_must_show(bounds: dict[tuple[str, str], float], medians: Medians, config: Config) -> Iterator[Check]:
-    """``bounds``: by provider and the peer that it has to beat; "compiled*": the fastest of the float32 ones."""
-    values = {provider: value for (_, _, provider), value in medians.items()}
-    compiled_values = [v for name, v in values.items() if name.startswith("compiled") and name != "compiled-bf16"]
-    if compiled_values:
-        values["compiled*"] = min(compiled_values)
-    for (provider, peer), bound in bounds.items():
-        if provider in values and peer in values:
-            speedup = values[peer] / values[provider]
-            yield Check(provider, f"speed-up over {peer}", speedup, bound, at_least=True)
-
-
 def _distribution_case(name: str, maps: bool, providers: dict[str, Entry], bounds: dict, **options: Any) -> Case:
     compiled = partial(distribution.compiled_matching, maps=maps)
     gate = {"channels": 3, "classes": 3, "width": 8, "depth": 3, "image_size": 18, "real": 5, "synthetic": 2}
@@ -778,7 +766,7 @@ def _distribution_case(name: str, maps: bool, providers: dict[str, Entry], bound
         points=_distribution_points,
         gate=partial(_distribution_gate, maps),
         check=partial(_distribution_check, maps),
-        must_show=partial(_distribution_must_show, bounds),
+        must_show=partial(_step_must_show, bounds),
         brief_providers=("eager", "compiled", "pydistill"),
         **options,
     )

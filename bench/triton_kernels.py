@@ -125,16 +125,18 @@ def tensors_of(case: Case, device: str) -> dict[str, Tensor | None]:
 
 def compiled(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
     """Every kernel of `CASES`, and the sum over the batch, for each architecture."""
+    return _compiled("compile", architectures)
+
+
+def _compiled(task: str, architectures: Iterable[str]) -> list[Compiled]:
     with tempfile.TemporaryDirectory() as cache:  # nothing of an earlier run, and nothing for a later one
-        output = _in_own_process("compile", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+        output = _in_own_process(task, *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
     return [Compiled(**row) for row in output]
 
 
 def compiled_rows(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
     """Every kernel of `ROW_CASES` for each architecture."""
-    with tempfile.TemporaryDirectory() as cache:
-        output = _in_own_process("compile_rows", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
-    return [Compiled(**row) for row in output]
+    return _compiled("compile_rows", architectures)
 
 
 # of attention_map: pass, element type, power, order of the derivative, whether there is a factor
@@ -151,9 +153,7 @@ def map_name(name: str, scalar: str, power: float, order: int, factor: bool) -> 
 
 def compiled_maps(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
     """Both kernels of attention_map in every one of `MAP_CASES` for each architecture."""
-    with tempfile.TemporaryDirectory() as cache:
-        output = _in_own_process("maps", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
-    return [Compiled(**row) for row in output]
+    return _compiled("maps", architectures)
 
 
 # of attention_map_divergence: element type, features of both sides' heads, whether there is a mask, kind
@@ -174,9 +174,7 @@ def attention_name(name: str, scalar: str, width: int, masked: bool, kind: str) 
 
 def compiled_attention(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
     """The passes of attention_map_divergence in every one of `ATTENTION_CASES`, as `compiled` does."""
-    with tempfile.TemporaryDirectory() as cache:
-        output = _in_own_process("attention", *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
-    return [Compiled(**row) for row in output]
+    return _compiled("attention", architectures)
 
 
 def counted() -> dict[str, float]:

@@ -48,8 +48,8 @@ PYDISTILL_INLINE void write(S* to, Wide<T> value, int64_t count) {
 
 template <class T, class S, class Power>
 __attribute__((noinline)) void reduce(const AttentionMap& call, Power power, int64_t n, T* partial) {
-  constexpr int64_t L = Lanes<T>::count,
-                    kBlock = 16;  // rows whose sum is formed on its own: rounding errors stay small
+  constexpr int64_t L = Lanes<T>::count;
+  constexpr int64_t kBlock = 16;  // rows whose sum is formed on its own: rounding errors stay small
   const Derivative<T, Power> derivative(call, power);
   const int64_t inner = call.inner, outer = call.outer;
   const S* x = static_cast<const S*>(call.x) + n * outer * inner;

@@ -23,7 +23,7 @@ from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._operator import choose_backend
-from pydistill.ops.attention_map import AXES, check_power
+from pydistill.ops.attention_map import AXES, Axis, check_power
 
 __all__ = [
     "BACKENDS",
@@ -43,7 +43,6 @@ BACKENDS = ("reference", "cpu", "cuda")
 LabelKind = Literal["hard", "logits", "probs"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Form = Literal["logits", "gradient", "tangent", "features", "features_backward"]
-Axis = Literal["spatial", "channel", "both"]
 
 _FORMS = ("logits", "gradient", "tangent", "features", "features_backward")  # in the order of ConvNetStep::Form
 _KINDS = ("hard", "logits", "probs")  # in the order of ConvNetStep::Labels

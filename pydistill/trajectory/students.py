@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pydistill import _library
 from pydistill.nn import Conv2d, ConvNet, InstanceNormReLUAvgPool
+from pydistill.ops.attention_map import Axis
 from pydistill.ops.convnet_step import (
-    Axis,
     ConvNetShape,
     LabelKind,
     Precision,
