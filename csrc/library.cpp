@@ -79,4 +79,13 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def(
       "attention_map_adjoint(Tensor? spatial, Tensor? channel, Tensor x, Tensor? factor, float power, int order)"
       " -> Tensor");
+
+  // x is [N, C, P]. Without a scale y has no elements; `statistics` are mean and variance [2, C], and the last output
+  // is the mean once more, for the backward.
+  m.def(
+      "bn_stat_match(Tensor x, Tensor? residual, Tensor? scale, Tensor? shift, bool relu)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_stat_match_backward(Tensor? grad_y, Tensor grad_statistics, Tensor x, Tensor? residual, Tensor? scale,"
+      " Tensor? shift, Tensor mean, bool relu) -> (Tensor, Tensor)");
 }

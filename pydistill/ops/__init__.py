@@ -3,6 +3,7 @@
 from pydistill.ops.attention_map import attention_map
 from pydistill.ops.attention_map_divergence import attention_map_divergence
 from pydistill.ops.augment import augment_images
+from pydistill.ops.bn_stat_match import bn_match_forward, bn_stat_match
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import (
     ConvNetShape,
@@ -21,6 +22,8 @@ __all__ = [
     "attention_map",
     "attention_map_divergence",
     "augment_images",
+    "bn_match_forward",
+    "bn_stat_match",
     "conv2d",
     "convnet_features",
     "convnet_features_backward",

@@ -3,6 +3,7 @@
 from pydistill.reference.attention_map import attention_map
 from pydistill.reference.attention_map_divergence import attention_map_divergence
 from pydistill.reference.augment import augment_images
+from pydistill.reference.bn_stat_match import bn_match_forward, bn_stat_match
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.mmd import mmd
@@ -13,6 +14,8 @@ __all__ = [
     "attention_map",
     "attention_map_divergence",
     "augment_images",
+    "bn_match_forward",
+    "bn_stat_match",
     "convnet_features",
     "convnet_gradient",
     "convnet_logits",
