@@ -69,10 +69,15 @@ def resized_crop(x: Tensor, part: dict[str, float], size: tuple[int, int]) -> Te
         int(part[name]) for name in ("source", "top", "left", "height", "width", "roll_y", "roll_x")
     )
     crop = x[n, :, top : top + height, left : left + width]
-    y = F.interpolate(crop[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+    y = _resized(crop.mT, (size[1], size[0])).mT if size[1] == 1 else _resized(crop, size)
     if part["flip"]:
         y = y.flip(-1)
     return y.roll((roll_y, roll_x), (-2, -1))
+
+
+def _resized(crop: Tensor, size: tuple[int, int]) -> Tensor:
+    """On a CPU torch's filter of rows goes astray where a result has one column and many rows: see the tests."""
+    return F.interpolate(crop[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def _place(part: dict[str, float]) -> tuple[slice, slice]:
