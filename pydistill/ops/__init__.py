@@ -15,6 +15,7 @@ from pydistill.ops.convnet_step import (
 )
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.kd_divergence import kd_divergence
+from pydistill.ops.multi_crop import multi_crop
 from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 from pydistill.ops.sparse_label_loss import sparse_label_loss
@@ -34,6 +35,7 @@ __all__ = [
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
+    "multi_crop",
     "row_products",
     "soft_cross_entropy",
     "sparse_label_loss",
