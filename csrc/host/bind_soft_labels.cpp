@@ -67,7 +67,7 @@ Bytes encode_topk(const Values& values, int64_t k, double step, bool probs, doub
 
 py::tuple decode_topk(const Bytes& rows, int64_t classes, int64_t k, double step) {
   const TopK form = form_of(classes, k, step);
-  if (rows.ndim() != 2 || rows.shape(1) < form.bytes() || (rows.shape(1) > 1 && rows.strides(1) != 1))
+  if (rows.ndim() != 2 || rows.shape(1) < form.bytes() || (rows.size() > 0 && rows.strides(1) != 1))
     throw py::value_error("rows: expected [N, " + std::to_string(form.bytes()) +
                           " or more] of consecutive bytes, got " + shape_of(rows));
   const int64_t n = rows.shape(0), stride = rows.strides(0);

@@ -256,7 +256,7 @@ class LabelReader:
         return int(self._table["count"][epoch, block])
 
     def _places_of(self, epoch: int) -> np.ndarray:
-        """int64 ``[num_images]``: block * batch_size + row, -1 where there is no label; those of two epochs are kept."""
+        """int64 ``[num_images]``: block * batch_size + row, -1 for no label; those of two epochs are kept."""
         self._check_epoch(epoch)
         self._check_open()
         if epoch not in self._places:

@@ -87,10 +87,17 @@ def import_fkd(
             overwrite=True,
         ) as store:
             for epoch, images in enumerate(_orders(num_images, epochs, seed) if order is None else order):
+                here = folder / f"epoch_{epoch}"
+                if (found := _count(here, "batch_{}.tar")) != batches:
+                    raise ValueError(f"{here}: expected {batches} batches as epoch_0 has, got {found}")
                 for batch in range(batches):
-                    file = folder / f"epoch_{epoch}" / f"batch_{batch}.tar"
+                    file = here / f"batch_{batch}.tar"
                     ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
-                    store.write(epoch, ids, *_convert(file, ids, num_classes))
+                    logits, records = _convert(file, ids, num_classes)
+                    try:
+                        store.write(epoch, ids, logits, records)
+                    except ValueError as error:
+                        raise ValueError(f"{file}: {error}") from error
             store.check_complete()
         put_in_place(partial, path)
     finally:
@@ -142,6 +149,8 @@ def _convert(file: Path, ids: np.ndarray, num_classes: int) -> tuple[Tensor, np.
     for name, (tensor, wanted) in shapes.items():
         if tensor.shape != wanted:
             raise ValueError(f"{file}: {name}: expected {list(wanted)}, got {list(tensor.shape)}")
+    if mix_index is not None and not ((mix_index >= 0) & (mix_index < n)).all():
+        raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")
     records = np.zeros(n, FKD_RECORD)
     records["crop"], records["flip"] = coords.numpy(), flip.numpy()
     records["partner"] = ids if mix_index is None else ids[mix_index.numpy()]

@@ -152,7 +152,7 @@ class SoftLabels:
 
     def _temperature(self, T: float | None) -> float:
         made = self.layout.temperature
-        if T is None or T == made:
+        if T is None or made == T:
             return made
         if self.layout.k or self.layout.target == "probs":
             raise ValueError(f"T: expected {made:g}, at which these labels' probabilities were taken, got {T:g}")
