@@ -5,6 +5,7 @@ from pydistill.reference.attention_map_divergence import attention_map_divergenc
 from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.reference.krr_loss import krr_loss
 from pydistill.reference.mmd import mmd
 from pydistill.reference.row_products import row_products
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "krr_loss",
     "mmd",
     "row_products",
     "soft_cross_entropy",
