@@ -35,7 +35,6 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _JITTERS = (1e-12, 1e-10, 1e-8, 1e-6)  # in units of the trace, tried after none
 _REAL_ROWS = 512  # at a time: enough for a matrix product at full speed
 _BLOCK = 256  # columns of a symmetric product computed at a time, of which the part above the diagonal is wasted
-_WIDE_COLUMNS = 1024  # that are converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class KRRInfo:
     form: str
     """"kernel", "weights" or "primal"."""
     dtype: torch.dtype
-    """Of the factorisation: float64 where that of the features did not do."""
+    """Of the computation: float64 where that of the features did not do."""
     ridge: float
     """What was added to the diagonal, (lam + jitter) times the trace; NaN where the features are not finite."""
     jitter: float
@@ -89,11 +88,11 @@ def krr_loss(
     raise. Under ``torch.compile`` it stays outside the graph.
 
     The system is factored in the dtype of the features (bfloat16, float16: in float32). Where that fails, or a squared
-    pivot comes below ``n eps`` times the largest diagonal element (n rows, eps of the dtype), a kernel in float64 is
-    factored, and then, where that is singular too, with a jitter of 1e-12, 1e-10, 1e-8 and 1e-6 times the trace in
-    turn; ``return_info`` tells. NaN or infinite features give a NaN loss and gradients. The test of the pivots makes the
-    host wait for a GPU, once. Equal bits from run to run, but not over thread counts: torch's matrix product, on which
-    it rests, splits its sums by them.
+    pivot comes below ``n eps`` times the largest diagonal element (n rows, eps of the dtype), all is computed in
+    float64, and there, where the system is singular still, with a jitter of 1e-12, 1e-10, 1e-8 and 1e-6 times the trace
+    in turn; ``return_info`` tells. NaN or infinite features give a NaN loss and gradients. The test of the pivots makes
+    the host wait for a GPU. Equal bits from run to run, but not over thread counts: torch's matrix product, on which it
+    rests, splits its sums by them.
 
     Args:
         f_real: ``[B, d]`` features of real images; float32, float64, bfloat16 or float16.
@@ -152,7 +151,9 @@ class _KRR(torch.autograd.Function):
         wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in inputs]
         loss, gradients, info = _loss_and_gradients(*wide, plan)
         found.append(info)
-        return loss, *(None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
+        return loss.to(wide[0].dtype), *(
+            None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -166,6 +167,9 @@ class _KRR(torch.autograd.Function):
             raise NotImplementedError(
                 "krr_loss has first derivatives only; pydistill.reference.krr_loss can be differentiated further"
             )
+        # the usual loss.backward() hands in a one; to look costs nothing where no GPU has to be waited for
+        if grad.device.type == "cpu" and grad == 1:
+            return *ctx.saved_tensors, None, None
         return *(None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
@@ -173,11 +177,13 @@ def _loss_and_gradients(
     f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor, plan: _Plan
 ) -> tuple[Tensor, list[Tensor | None], KRRInfo]:
     inputs = (f_real, f_syn, y_syn, y_real)
-    trace = float(torch.linalg.vector_norm(f_syn, dtype=torch.float64)) ** 2 + len(f_syn) * plan.bias
+    # norms of rows first: a norm in float64 of them all would convert them all
+    trace = float(torch.linalg.vector_norm(f_syn, dim=1).double().square().sum()) + len(f_syn) * plan.bias
     if not math.isfinite(trace):
         gradients = [torch.full_like(t, math.nan) if need else None for t, need in zip(inputs, plan.needs, strict=True)]
         return f_syn.new_full((), math.nan), gradients, KRRInfo(plan.form, f_syn.dtype, math.nan, 0.0)
     factor, info = _factor(f_syn, trace, plan)
+    f_real, f_syn, y_syn, y_real = inputs = tuple(t.to(factor.dtype) for t in inputs)
     d_real, d_syn, _, d_target = (
         torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else None
         for t, need in zip(inputs, plan.needs, strict=True)
@@ -209,7 +215,7 @@ class _Sides(NamedTuple):
         return zip(*(t.split(chunk) if t is not None else [None] * -(-B // chunk) for t in parts), strict=True)
 
     def solve(self, rows: Tensor) -> Tensor:
-        return torch.cholesky_solve(rows.to(self.factor.dtype), self.factor).to(rows.dtype)
+        return torch.cholesky_solve(rows, self.factor)
 
     def errors(self, predicted: Tensor, y: Tensor, d_target: Tensor | None) -> Tensor:
         """The loss's part of a slice; turns predictions into the derivative by them."""
@@ -265,7 +271,7 @@ def _weights(sides: _Sides) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _primal(sides: _Sides) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    f_syn, y, (m, d) = sides.f_syn, sides.y_syn, sides.f_syn.shape
+    f_syn, y, d = sides.f_syn, sides.y_syn, sides.f_syn.shape[1]
     right = f_syn.T @ y
     whole = sides.solve(torch.cat([right, y.sum(0, keepdim=True)]) if sides.plan.bias else right)
     W, b = whole[:d], whole[d:].sum(0)  # of no bias: 0
@@ -303,7 +309,7 @@ def _factor(f_syn: Tensor, trace: float, plan: _Plan) -> tuple[Tensor, KRRInfo]:
     attempts = [(f_syn.dtype, 0.0)] if f_syn.dtype != torch.float64 else []
     attempts += [(torch.float64, jitter) for jitter in (0.0, *_JITTERS)]
     for dtype, jitter in attempts:
-        system = _system(f_syn, dtype, plan)
+        system = _system(f_syn.to(dtype), plan)
         largest, ridge = system.diagonal().max(), (plan.lam + jitter) * trace
         system.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(system)
@@ -316,29 +322,27 @@ def _factor(f_syn: Tensor, trace: float, plan: _Plan) -> tuple[Tensor, KRRInfo]:
     )
 
 
-def _system(f_syn: Tensor, dtype: torch.dtype, plan: _Plan) -> Tensor:
+def _system(f_syn: Tensor, plan: _Plan) -> Tensor:
     """The lower triangle of the matrix to which the ridge is added."""
     if plan.form != "primal":
-        system = _lower_gram(f_syn, dtype)
+        system = _lower_gram(f_syn)
         return system.add_(1) if plan.bias else system
-    system = _lower_gram(f_syn.T, dtype)
+    system = _lower_gram(f_syn.T)
     if not plan.bias:
         return system
     d = len(system)
     bordered = system.new_zeros(d + 1, d + 1)
     bordered[:d, :d] = system
-    bordered[d, :d] = f_syn.sum(0, dtype=dtype)
+    bordered[d, :d] = f_syn.sum(0)
     bordered[d, d] = len(f_syn)
     return bordered
 
 
-def _lower_gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``rows @ rows.T`` in ``dtype``, of which only the lower triangle is right."""
-    gram = torch.zeros(len(rows), len(rows), dtype=dtype, device=rows.device)
-    for part in rows.split(rows.shape[1] if dtype == rows.dtype else _WIDE_COLUMNS, 1):
-        part = part.to(dtype)
-        for start in range(0, len(rows), _BLOCK):
-            gram[start:, start : start + _BLOCK].addmm_(part[start:], part[start : start + _BLOCK].T)
+def _lower_gram(rows: Tensor) -> Tensor:
+    """``rows @ rows.T``, of which only the lower triangle is right."""
+    gram = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        torch.mm(rows[start:], rows[start : start + _BLOCK].T, out=gram[start:, start : start + _BLOCK])
     return gram
 
 
