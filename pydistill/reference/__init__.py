@@ -7,6 +7,7 @@ from pydistill.reference.bn_stat_match import bn_match_forward, bn_stat_match
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.kd_divergence import kd_divergence
+from pydistill.reference.krr_loss import krr_loss
 from pydistill.reference.mmd import mmd
 from pydistill.reference.multi_crop import multi_crop
 from pydistill.reference.row_products import row_products
@@ -26,6 +27,7 @@ __all__ = [
     "densify",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
+    "krr_loss",
     "mmd",
     "multi_crop",
     "row_products",
