@@ -12,12 +12,14 @@ from pydistill.ops.convnet_step import (
     convnet_logits,
     convnet_tangent,
 )
+from pydistill.ops.frozen_conv2d import FrozenFilters, frozen_conv2d, frozen_filters
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "ConvNetShape",
+    "FrozenFilters",
     "attention_map",
     "attention_map_divergence",
     "augment_images",
@@ -27,6 +29,8 @@ __all__ = [
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
+    "frozen_conv2d",
+    "frozen_filters",
     "instance_norm_relu_avg_pool",
     "row_products",
     "soft_cross_entropy",

@@ -4,6 +4,7 @@ from pydistill.reference.attention_map import attention_map
 from pydistill.reference.attention_map_divergence import attention_map_divergence
 from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
+from pydistill.reference.frozen_conv2d import frozen_conv2d
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.mmd import mmd
 from pydistill.reference.row_products import row_products
@@ -17,6 +18,7 @@ __all__ = [
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
+    "frozen_conv2d",
     "instance_norm_relu_avg_pool",
     "mmd",
     "row_products",
