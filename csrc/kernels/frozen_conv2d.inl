@@ -13,28 +13,22 @@ constexpr int kPoints = Winograd::kPoints;
 
 // Up to a register of neighbouring channels; lanes without one are zero on the way in and left out on the way back.
 template <class T, class S>
-PYDISTILL_INLINE Register<T> take(const S* from, int64_t count) {
+PYDISTILL_INLINE void take(const S* from, int64_t count, T* to) {
   constexpr int lanes = Registers<T>::lanes;
-  Register<T> v{};
   if (count >= lanes) {
-    if constexpr (sizeof(S) == sizeof(T)) return load_register<T>(reinterpret_cast<const T*>(from));
-    for (int i = 0; i < lanes; ++i) v[i] = widen(from[i]);
+    for (int i = 0; i < lanes; ++i) to[i] = widen(from[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) v[i] = widen(from[i]);
+    for (int i = 0; i < lanes; ++i) to[i] = i < count ? widen(from[i]) : T(0);
   }
-  return v;
 }
 
 template <class T, class S>
-PYDISTILL_INLINE void give(Register<T> v, S* to, int64_t count) {
+PYDISTILL_INLINE void give(const T* from, int64_t count, S* to) {
   constexpr int lanes = Registers<T>::lanes;
   if (count >= lanes) {
-    if constexpr (sizeof(S) == sizeof(T))
-      *reinterpret_cast<typename Registers<T>::Unaligned*>(to) = v;
-    else
-      for (int i = 0; i < lanes; ++i) narrow(v[i], to[i]);
+    for (int i = 0; i < lanes; ++i) narrow(from[i], to[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) narrow(v[i], to[i]);
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
   }
 }
 
@@ -94,54 +88,70 @@ class Convolution {
       const Tile at = tile(first + t);
       const S* image = static_cast<const S*>(call.x) + at.n * H * W * C;
       const bool inside = at.h > 0 && at.w > 0 && at.h + 5 <= H && at.w + 5 <= W;
-      if (inside)
-        transform_input<true>(image, at, inputs + t * row);
-      else
-        transform_input<false>(image, at, inputs + t * row);
+      for (int64_t c = 0; c < row; c += kLanes) {
+        T* const to = inputs + t * row + c;
+        if constexpr (sizeof(S) == sizeof(T)) {
+          if (inside && c + kLanes <= C) {
+            transform_input(reinterpret_cast<const T*>(image) + ((at.h - 1) * W + at.w - 1) * C + c, W * C, C, to);
+            continue;
+          }
+        }
+        alignas(64) T patch[36 * kLanes];
+        for (int64_t i = 0; i < 6; ++i)
+          for (int64_t j = 0; j < 6; ++j) {
+            const int64_t h = at.h + i - 1, w = at.w + j - 1;
+            const bool there = h >= 0 && h < H && w >= 0 && w < W;
+            take(there ? image + (h * W + w) * C + c : image, there ? C - c : 0, patch + (i * 6 + j) * kLanes);
+          }
+        transform_input(patch, 6 * kLanes, kLanes, to);
+      }
     }
   }
 
-  template <bool inside>
-  PYDISTILL_INLINE void transform_input(const S* image, Tile at, T* to) {
-    for (int64_t c = 0; c < row; c += kLanes) {
-      R x[6][6], v[6][6];
+  PYDISTILL_INLINE void transform_input(const T* from, int64_t from_h, int64_t from_w, T* to) const {
+    R x[6][6], v[6][6];
 #pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i)
+    for (int i = 0; i < 6; ++i)
 #pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) {
-          const int64_t h = at.h + i - 1, w = at.w + j - 1;
-          if (inside || (h >= 0 && h < H && w >= 0 && w < W))
-            x[i][j] = take<T>(image + (h * W + w) * C + c, C - c);
-          else
-            x[i][j] = R{};
-        }
-      both_ways<T, 6, 6>(Winograd::input<T>, x, v);
+      for (int j = 0; j < 6; ++j) x[i][j] = load_register<T>(from + i * from_h + j * from_w);
+    both_ways<T, 6, 6>(Winograd::input<T>, x, v);
 #pragma GCC unroll 36
-      for (int p = 0; p < kPoints; ++p) *reinterpret_cast<R*>(to + p * input_plane + c) = v[p / 6][p % 6];
-    }
+    for (int p = 0; p < kPoints; ++p) *reinterpret_cast<R*>(to + p * input_plane) = v[p / 6][p % 6];
   }
 
   __attribute__((noinline)) void transform_outputs(int64_t group, int64_t groups) {
     for (int64_t t = 0; t < count; ++t) {
       const Tile at = tile(first + t);
       S* const image = static_cast<S*>(call.y) + at.n * H * W * K;
-      const T* from = products + t * call.part * L;
+      const bool inside = at.h + 4 <= H && at.w + 4 <= W;
       for (int64_t k = 0; k < groups * L; k += kLanes) {
+        const T* const from = products + t * call.part * L + k;
         const int64_t channel = group * L + k;
-        R m[6][6], y[4][4];
-#pragma GCC unroll 36
-        for (int p = 0; p < kPoints; ++p)
-          m[p / 6][p % 6] = *reinterpret_cast<const R*>(from + p * product_plane + k);
-        both_ways<T, 6, 4>(Winograd::output<T>, m, y);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            const int64_t h = at.h + i, w = at.w + j;
-            if (h < H && w < W) give<T>(y[i][j], image + (h * W + w) * K + channel, K - channel);
+        if constexpr (sizeof(S) == sizeof(T)) {
+          if (inside && channel + kLanes <= K) {
+            transform_output(from, reinterpret_cast<T*>(image) + (at.h * W + at.w) * K + channel, W * K, K);
+            continue;
           }
+        }
+        alignas(64) T patch[16 * kLanes];
+        transform_output(from, patch, 4 * kLanes, kLanes);
+        for (int64_t i = 0; i < 4 && at.h + i < H; ++i)
+          for (int64_t j = 0; j < 4 && at.w + j < W; ++j)
+            give(patch + (i * 4 + j) * kLanes, K - channel, image + ((at.h + i) * W + at.w + j) * K + channel);
       }
     }
+  }
+
+  PYDISTILL_INLINE void transform_output(const T* from, T* to, int64_t to_h, int64_t to_w) const {
+    R m[6][6], y[4][4];
+#pragma GCC unroll 36
+    for (int p = 0; p < kPoints; ++p) m[p / 6][p % 6] = *reinterpret_cast<const R*>(from + p * product_plane);
+    both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+        *reinterpret_cast<typename Registers<T>::Unaligned*>(to + i * to_h + j * to_w) = y[i][j];
   }
 };
 

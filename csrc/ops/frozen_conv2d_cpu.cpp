@@ -47,9 +47,10 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   call.x = from.const_data_ptr(), call.filters = filters.const_data_ptr(), call.y = y.mutable_data_ptr();
 
   // Measured: the second-level cache holds a chunk's tiles where filters are small; where they are not, each reading of
-  // them has to serve many tiles.
-  call.chunk = std::min<int64_t>(call.tiles(), call.C <= 128 ? 32 : 64);
-  call.part = std::min<int64_t>(call.outputs(), 4);
+  // them has to serve many tiles. Products take six rows at a time.
+  call.chunk = std::min<int64_t>(call.tiles(), call.C <= 128 ? 30 : 66);
+  call.part = std::min<int64_t>(call.outputs(), 8);
+  while (call.part > 1 && call.units() < int64_t{torch::stable::get_num_threads()}) call.part = (call.part + 1) / 2;
   static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512};
   FrozenConv2dKernel* const kernel = best_of(kernels);
   torch::stable::parallel_for(0, call.units(), 1, [&](int64_t begin, int64_t end) {
