@@ -116,4 +116,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def(
       "sparse_label_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor values, float T, int tail,"
       " float step, bool entropy, float scale) -> Tensor");
+  // A 3x3 convolution with padding 1; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of
+  // it and of its adjoint, which is of the same kind.
+  m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint) -> Tensor");
 }

@@ -13,6 +13,7 @@ from pydistill.ops.convnet_step import (
     convnet_logits,
     convnet_tangent,
 )
+from pydistill.ops.frozen_conv2d import FrozenFilters, frozen_conv2d, frozen_filters
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.kd_divergence import kd_divergence
 from pydistill.ops.multi_crop import multi_crop
@@ -22,6 +23,7 @@ from pydistill.ops.sparse_label_loss import sparse_label_loss
 
 __all__ = [
     "ConvNetShape",
+    "FrozenFilters",
     "attention_map",
     "attention_map_divergence",
     "augment_images",
@@ -33,6 +35,8 @@ __all__ = [
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
+    "frozen_conv2d",
+    "frozen_filters",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
     "multi_crop",
