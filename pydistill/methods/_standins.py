@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pydistill.data import read_safetensors, write_atomic, write_safetensors
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -130,3 +134,71 @@ def crop_schedule(kind, iteration, iterations, milestone, *, lowest=0.08):
         return lowest
     falling = {"step": 1.0, "linear": 1 - at, "cosine": (1 + math.cos(math.pi * at)) / 2}[kind]
     return lowest + (1 - lowest) * falling
+
+
+def mixed(values: Tensor, record: Tensor, size: int) -> Tensor:
+    """Labels of mixed views: ``values`` [B, ...] of the images, mixed as the record mixes the images."""
+    partner = record[:, 7].long()
+    box = record[:, 9:13]
+    lam = record[:, 8] * (1 - (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / size**2)
+    lam = lam.reshape(-1, *[1] * (values.dim() - 1)).to(values)
+    return lam * values + (1 - lam) * values[partner]
+
+
+class SoftLabels:
+    def __init__(self, logits: Tensor, records: Tensor, temperature: float):
+        self.logits, self.records, self.temperature = logits, records, temperature
+
+    def loss(self, logits: Tensor) -> Tensor:
+        return kd_divergence(logits, self.logits.float(), T=self.temperature, scale_T2=False)
+
+
+class SoftLabelStore:
+    """A folder of one file a batch."""
+
+    def __init__(self, path: Path, header: dict):
+        self.path, self.header = path, header
+        self.metadata = header["metadata"]
+        self.epochs, self.num_images, self.num_classes = (
+            header[name] for name in ("epochs", "num_images", "num_classes")
+        )
+
+    @classmethod
+    def create(cls, path, **header) -> SoftLabelStore:
+        Path(path).mkdir(parents=True)
+        write_atomic(Path(path) / "header.json", json.dumps(header).encode())
+        return cls(Path(path), header)
+
+    @classmethod
+    def open(cls, path) -> SoftLabelStore:
+        return cls(Path(path), json.loads((Path(path) / "header.json").read_text()))
+
+    def _file(self, epoch: int, indices: Tensor) -> Path:
+        return self.path / f"{epoch:05d}-{int(indices.min()):07d}.safetensors"
+
+    def has(self, epoch: int, indices: Tensor) -> bool:
+        return self._file(epoch, indices).exists()
+
+    def write(self, epoch, indices, logits, records) -> None:
+        tensors = {"indices": indices, "logits": logits.half(), "records": records.contiguous()}
+        write_safetensors(self._file(epoch, indices), tensors, "soft labels", {"epoch": epoch})
+
+    def read(self, epoch: int, indices: Tensor) -> SoftLabels:
+        path = self._file(epoch, indices)
+        if not path.exists():
+            raise ValueError(f"{self.path}: expected the labels of epoch {epoch}, they are missing")
+        tensors, _ = read_safetensors(path, "soft labels")
+        if not torch.equal(tensors["indices"], indices):
+            raise ValueError(f"{path}: expected the labels of images {indices.tolist()}, got others")
+        return SoftLabels(tensors["logits"], tensors["records"], self.header["temperature"])
+
+    @classmethod
+    def merge(cls, paths, path) -> SoftLabelStore:
+        headers = [cls.open(p).header for p in paths]
+        if any(h != headers[0] for h in headers):
+            raise ValueError(f"{path}: expected parts of one store")
+        whole = cls.create(path, **headers[0])
+        for part in paths:
+            for file in sorted(Path(part).glob("*.safetensors")):
+                write_atomic(whole.path / file.name, file.read_bytes())
+        return whole
