@@ -110,12 +110,12 @@ class Recover:
         """The least share of the area that the crop of an iteration shows."""
         return self.crop
 
-    def view(self, teacher: Teacher, batch: Batch, iteration: int) -> tuple[MultiCrop, Tensor]:
-        """The crop, flip and roll of an iteration, the same for the whole batch."""
+    def view(self, teacher: Teacher, batch: Batch, iteration: int) -> Tensor:
+        """The record of an iteration's crop, flip and roll, the same for the whole batch."""
         scale = (self.lowest_crop(iteration), 1.0)
         crop = MultiCrop(teacher.shape[1], scale=scale, flip=self.flip, roll=self.jitter, shared=True)
         generator = seeded_generator(self.seed, 1, batch.number, iteration)
-        return crop, crop.draw((len(batch.labels), *teacher.shape), generator)
+        return crop.draw((len(batch.labels), *teacher.shape), generator)
 
     def network(self, teacher: Teacher, batch: Batch, starts: Callable[[Batch], Tensor]) -> nn.Module:
         """The frozen network that a batch is recovered from."""
@@ -133,8 +133,8 @@ class RandomImages(Recover):
     name: ClassVar[str] = "random"
     starts_real: ClassVar[bool] = True
 
-    iterations: int = 0
-    """None: the images stay as they are drawn."""
+    def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
+        return [replace(batch, moves=False) for batch in super().batches(num_classes, num_teachers)]
 
 
 def real_images(config: Recover, dataset: Dataset, num_teachers: int = 1) -> Tensor:
@@ -252,7 +252,7 @@ def _make(
     matcher = BNStatMatcher(net, w_var=config.r_var, first=config.first)
     x.requires_grad_()
     for iteration in range(done, steps):
-        crop, record = config.view(teacher, batch, iteration)
+        record = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
         logits = net(multi_crop(images, record.to(device), side, base=base))
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()

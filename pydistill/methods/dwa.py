@@ -56,7 +56,7 @@ class DWA(Recover):
             every = self.batches(teacher.num_classes, 1)
             before = [b for b in every[: batch.number] if b.place[0] == batch.place[0]]
         for each in (*before, batch):
-            _, record = self.view(teacher, each, 0)
+            record = self.view(teacher, each, 0)
             images = starts(each)
             x, y = multi_crop(images, record.to(images.device), teacher.shape[1]), each.labels.to(images.device)
             self._ascend(net, x, y)

@@ -216,7 +216,9 @@ def post_train(
         _check_store(store, _header(views, distilled, ())["metadata"], "store")
         missing = [e for e in range(views.epochs) if not all(store.has(e, i) for i in views.order(count, e))]
         if missing:
-            raise ValueError(f"store: expected all of {views.epochs} epochs, got none of {_few(missing)}: relabel again")
+            raise ValueError(
+                f"store: expected all of {views.epochs} epochs, got none of {_few(missing)}: relabel again"
+            )
     elif distilled.label_kind != "hard" or int(distilled.labels.max()) >= num_classes:
         raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
     options = {"channels": images.shape[1], "num_classes": num_classes, "image_size": side}

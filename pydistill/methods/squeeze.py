@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,17 @@ from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 
-__all__ = ["NetworkName", "Squeeze", "Teacher", "build", "squeeze"]
+__all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "squeeze"]
 
 NetworkName = Literal["convnet", "resnet18", "resnet50"]
 _KIND = "teacher"
+_IMAGENET = {
+    "name": "imagenet-1k",
+    "image_size": 224,
+    "class_names": [f"class {number}" for number in range(1000)],
+    "mean": torch.tensor([0.485, 0.456, 0.406]),
+    "std": torch.tensor([0.229, 0.224, 0.225]),
+}
 
 
 def build(network: NetworkName, channels: int, num_classes: int, image_size: int, width: int, depth: int) -> nn.Module:
@@ -142,13 +149,17 @@ class Teacher:
         return cls(net.eval().to(device), mean, std, tuple(header["class_names"]), config)
 
 
-def new_teacher(config: Squeeze, dataset: Dataset, name: str) -> Teacher:
-    """The untrained network for a data set, to be trained by `squeeze` or given weights from elsewhere."""
-    options = {"channels": dataset.channels, "num_classes": dataset.num_classes, "image_size": dataset.image_size}
+def _untrained(config: Squeeze, space: Mapping[str, Any], device: torch.device | str = "cpu") -> Teacher:
+    names, mean, std = space["class_names"], space["mean"], space["std"]
+    options = {"channels": len(mean), "num_classes": len(names), "image_size": space["image_size"]}
     make = partial(build, config.network, width=config.width, depth=config.depth, **options)
-    net = seeded_net(make, config.seed, 0, device=dataset.train_images.device)
-    about = {**asdict(config), "channels": dataset.channels, "image_size": dataset.image_size, "dataset": name}
-    return Teacher(net, dataset.mean, dataset.std, dataset.class_names, about)
+    about = {**asdict(config), "channels": len(mean), "image_size": space["image_size"], "dataset": space["name"]}
+    return Teacher(seeded_net(make, config.seed, 0, device=device), mean, std, tuple(names), about)
+
+
+def _space(dataset: Dataset) -> dict[str, Any]:
+    names = ("name", "image_size", "class_names", "mean", "std")
+    return {name: getattr(dataset, name) for name in names}
 
 
 def squeeze(
@@ -161,7 +172,7 @@ def squeeze(
         dataset: real images; their device is where the work is done.
         state, on_epoch: as `pydistill.methods.training.train` takes them.
     """
-    teacher = new_teacher(config, dataset, dataset.name)
+    teacher = _untrained(config, _space(dataset), dataset.train_images.device)
     images, labels = dataset.train_images, dataset.train_labels
     side = dataset.image_size
     crop = MultiCrop(side, scale=(config.crop, 1.0), flip=config.flip)
@@ -183,19 +194,25 @@ def squeeze(
     return teacher
 
 
-def import_weights(config: Squeeze, dataset: Dataset, path: str | os.PathLike[str], name: str) -> Teacher:
+def import_weights(config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None) -> Teacher:
     """A teacher with the weights of a ``state_dict`` that torch saved, such as torchvision's; no code in it is run.
 
+    Args:
+        config: the network.
+        path: the file; the state may stand under ``state_dict`` or ``model`` in it, its keys may begin with "module.".
+        dataset: whose images the network sees; None: ImageNet-1K as torchvision's networks see it, 224 pixels a side.
+
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is none, or its keys and shapes are not those of ``config.network``.
     """
-    teacher = new_teacher(config, dataset, name)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected the weights of a {config.network}, found no file")
+    teacher = _untrained(config, _IMAGENET if dataset is None else _space(dataset))
     try:
-        weights = torch.load(Path(path), map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         weights = weights.get("state_dict", weights.get("model", weights))
         teacher.net.load_state_dict({key.removeprefix("module."): v for key, v in weights.items()})
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a foreign stream makes the unpickler raise almost anything
         raise ValueError(f"{path}: expected the weights of a {config.network}; {error}") from error
     teacher.net.eval()
