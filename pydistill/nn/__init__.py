@@ -6,7 +6,8 @@ from pydistill.nn.convnet import ConvNet
 from pydistill.nn.frozen import FrozenConv2d, freeze
 from pydistill.nn.mlp import MLP
 from pydistill.nn.registry import NETS, make
-from pydistill.nn.resnet import ResNet18
+from pydistill.nn.resnet import ResNet18, ResNet50
+from pydistill.nn.small_resnet import SmallResNet18
 from pydistill.nn.vgg import VGG11
 from pydistill.nn.vit import ViT
 
@@ -20,6 +21,8 @@ __all__ = [
     "FrozenConv2d",
     "InstanceNormReLUAvgPool",
     "ResNet18",
+    "ResNet50",
+    "SmallResNet18",
     "ViT",
     "accelerate",
     "freeze",
