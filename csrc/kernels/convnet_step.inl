@@ -89,6 +89,7 @@ struct LayerLayout {
   int64_t rows, columns, tiles;           // of Winograd tiles
   int64_t filter, filter_t, filter_rest;  // packed [in][out] and [out][in], per point; first layer: [taps][out]
   int64_t norm;                           // weight, bias [out]
+  int64_t tiled_filter;                   // first layer: transformed [panels][points][in][L], in T
   int64_t sum, sum_norm;                  // a slot's sums: [points][in][out] or [taps][out]; [2][out]
   int64_t pooled, grad_pooled, conv;      // in the tape
 };
@@ -96,6 +97,7 @@ struct LayerLayout {
 template <class T, class A>
 struct Layout {
   static constexpr int L = Lanes<T>::count;
+  static constexpr int64_t kTiledGroup = 4;  // tiles of the first layer whose products are at work at a time
   static constexpr int64_t kBunch = 2;       // panels of the first layer that are at work at a time
   static constexpr int64_t kKept = 1 << 20;  // bytes that leave room for the rest in a second-level cache
   using Operand = typename A::Operand;
@@ -108,6 +110,9 @@ struct Layout {
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
   bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
+  bool tiled_first;                                // the first convolution runs on Winograd tiles too
+  int64_t phase,
+      tile_columns;  // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
   bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
@@ -115,6 +120,10 @@ struct Layout {
     classes = round_up(step.classes, L);
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
     used_taps = A::kTiles == 1 ? 9 * step.layer[0].in : taps;  // matrix tiles take whole ones only
+    // An image of one channel is not worth the transforms; matrix tiles take a convolution's taps as they are.
+    tiled_first = A::kTiles == 1 && step.layer[0].in > 1;
+    tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
+    phase = tile_columns + Registers<T>::lanes;
     int64_t operands = 0, values = 0, sums = 0, tapes = 0;
     tile_elements = padded_panel = positions = 0;
     for (int64_t l = 0; l < depth; ++l) {
@@ -130,6 +139,7 @@ struct Layout {
       to.filter = operands, to.filter_t = operands + weights, operands += 2 * weights;
       to.filter_rest = operands, operands += A::kSplit ? weights : 0;
       to.norm = values, values += 2 * to.out;
+      to.tiled_filter = values, values += l == 0 && tiled_first ? Winograd::kPoints * from.in * to.out : 0;
       to.sum = sums, sums += weights;
       to.sum_norm = sums, sums += 2 * to.out;
       const int64_t out_plane = to.OH * to.OW * to.out;
@@ -162,6 +172,13 @@ struct Layout {
     stored = tapes * sizeof(typename A::Stored) + classes * sizeof(T);
   }
 
+  // Elements of the first layer's transformed input [rows][points][channels][tile_columns], and of its pixels by phase.
+  int64_t first_tiles(const Step& step) const {
+    return tiled_first ? layer[0].rows * Winograd::kPoints * step.layer[0].in * tile_columns : 0;
+  }
+  int64_t phases(const Step& step) const {
+    return tiled_first ? step.layer[0].in * (4 * layer[0].rows + 2) * 4 * phase : 0;
+  }
   int64_t first_stride() const { return round_up(layer[0].H * layer[0].W, A::kTiles); }  // of its panels
   // Of an image's columns; gathering writes one element beyond.
   int64_t columns() const { return round_up(first_stride() * taps + 1, 64); }
@@ -199,7 +216,7 @@ struct Workspace {
   T* product;
   // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
   Operand *image, *image_rest, *columns, *columns_rest, *rows, *rows_t;
-  T* taps_grad;
+  T *taps_grad, *phases, *tiles;  // the last two: its input by column modulo 4, and as transformed tiles
 
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
     const bool tangent = step.form == Step::Form::tangent;
@@ -230,6 +247,8 @@ struct Workspace {
     rows = arena.take<Operand>(positions * Layout<T, A>::kBunch * Lanes<T>::count);
     rows_t = arena.take<Operand>(tangent ? positions * Layout<T, A>::kBunch * Lanes<T>::count : 0);
     taps_grad = arena.take<T>(layout.to_images ? positions * layout.taps : 0);
+    phases = arena.take<T>(layout.phases(step));
+    tiles = arena.take<T>(layout.first_tiles(step));
   }
 };
 
@@ -367,14 +386,18 @@ class Slot {
             for (int part = 0; part < kParts; ++part) {
               R x[6][6], v[6][6];
               const Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
+#pragma GCC unroll 6
               for (int i = 0; i < 6; ++i)
+#pragma GCC unroll 6
                 for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j].part[part];
               both_ways<T, 6, 6>(Winograd::input<T>, x, v);
               const int64_t lane = group * L + part * kLanes;
               Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
+#pragma GCC unroll 36
               for (int p = 0; p < 36; ++p) A::put(out + p * plane_size, v[p / 6][p % 6]);
               if constexpr (A::kSplit)
                 if (rest != nullptr)
+#pragma GCC unroll 36
                   for (int p = 0; p < 36; ++p)
                     A::put(rest + (out - to) + p * plane_size, v[p / 6][p % 6] - A::widened(out + p * plane_size));
             }
@@ -391,7 +414,9 @@ class Slot {
       for (int64_t column = 0; column < at.columns; ++column)
         for (int part = 0; part < kParts; ++part) {
           R y[4][4], m[6][6];
+#pragma GCC unroll 4
           for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
               const int64_t h = 4 * row + i, w = 4 * column + j;
               y[i][j] = h < at.H && w < at.W ? wide<T>(plane)[h * at.W + w].part[part] : R{};
@@ -399,6 +424,7 @@ class Slot {
           both_ways<T, 4, 6>(Winograd::output_adjoint<T>, y, m);
           const int64_t lane = group * L + part * kLanes;
           Operand* out = to + (g * at.tiles + row * at.columns + column) * at.out_row + lane;
+#pragma GCC unroll 36
           for (int p = 0; p < 36; ++p) A::put(out + p * plane_size, m[p / 6][p % 6]);
         }
   }
@@ -412,9 +438,12 @@ class Slot {
           R m[6][6], y[4][4];
           const int64_t lane = group * L + part * kLanes;
           const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.out + lane;
+#pragma GCC unroll 36
           for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = load_register<T>(in + p * plane_size);
           both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+#pragma GCC unroll 4
           for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
               const int64_t h = 4 * row + i, w = 4 * column + j;
               if (h < at.H && w < at.W) wide<T>(plane)[h * at.W + w].part[part] = y[i][j];
@@ -435,10 +464,13 @@ class Slot {
               R v[6][6], x[6][6];
               const int64_t lane = group * L + part * kLanes;
               const T* in = work.product + (g * at.tiles + row * at.columns + column) * at.in + lane;
+#pragma GCC unroll 36
               for (int p = 0; p < 36; ++p) v[p / 6][p % 6] = load_register<T>(in + p * plane_size);
               both_ways<T, 6, 6>(Winograd::input_adjoint<T>, v, x);
               Wide<T>* corner = wide<T>(work.padded) + 4 * row * width + 4 * column;
+#pragma GCC unroll 6
               for (int i = 0; i < 6; ++i)
+#pragma GCC unroll 6
                 for (int j = 0; j < 6; ++j) corner[i * width + j].part[part] += x[i][j];
             }
         V* plane = panel(to, g, layout.layer[l - 1].grad_pooled, group, at.H * at.W);
@@ -490,13 +522,82 @@ class Slot {
                {sums + at.sum + p * at.in * at.out, at.out, L, add});
   }
 
-  // ---- the first layer, from its input's columns
+  // ---- the first layer: its output from tiles where that pays, all else from its input's columns
 
-  // Points `columns` to those of image g of the chunk, which the forward pass gathers, and the backward pass again
-  // where they are not kept.
-  void use_columns(int64_t g, bool forward) {
+  // Readies the first layer's input for image g of the chunk: the forward pass gathers it, and the backward pass again
+  // where it is not kept. Features need no columns beside the tiles.
+  void use_input(int64_t g, bool forward) {
     columns = work.columns + (layout.keeps_first ? g * layout.columns() : 0);
-    if (forward || !layout.keeps_first) gather_columns(first + g);
+    if (!forward && layout.keeps_first) return;
+    if (layout.tiled_first) gather_tiles(first + g);
+    const bool sums_taps = step.form == Step::Form::gradient || step.form == Step::Form::tangent;
+    if (!layout.tiled_first || sums_taps) gather_columns(first + g);
+  }
+
+  // A row's pixels lie apart by their column modulo 4, so that a register takes the same pixel of tiles side by side.
+  __attribute__((noinline)) void gather_tiles(int64_t n) {
+    const LayerLayout& at = layout.layer[0];
+    const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w, edge = at.padding;
+    const int64_t row = 4 * layout.phase, plane = (4 * at.rows + 2) * row, lanes = Registers<T>::lanes;
+    const T* image = static_cast<const T*>(step.images) + e * step.images_student + n * C * H * W;
+    fill(work.phases, C * plane);
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t w = 0; w < W; ++w)
+          work.phases[c * plane + (h + edge) * row + (w + edge) % 4 * layout.phase + (w + edge) / 4] =
+              image[(c * H + h) * W + w];
+    for (int64_t r = 0; r < at.rows; ++r)
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t tile = 0; tile < layout.tile_columns; tile += lanes) {
+          R x[6][6], v[6][6];
+          const T* from = work.phases + c * plane + 4 * r * row + tile;
+#pragma GCC unroll 6
+          for (int i = 0; i < 6; ++i)
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; ++j) x[i][j] = load_register<T>(from + i * row + j % 4 * layout.phase + j / 4);
+          both_ways<T, 6, 6>(Winograd::input<T>, x, v);
+          T* to = work.tiles + (r * Winograd::kPoints * C + c) * layout.tile_columns + tile;
+#pragma GCC unroll 36
+          for (int p = 0; p < 36; ++p)
+            *reinterpret_cast<typename Registers<T>::Unaligned*>(to + p * C * layout.tile_columns) = v[p / 6][p % 6];
+        }
+  }
+
+  // The first convolution's output for one panel, from the image's tiles.
+  __attribute__((noinline)) void tiled_product(const T* filters, V* to) const {
+    const LayerLayout& at = layout.layer[0];
+    constexpr int64_t group = Layout<T, A>::kTiledGroup;
+    const int64_t C = step.layer[0].in, columns = layout.tile_columns;
+    alignas(64) Wide<T> products[group][Winograd::kPoints];
+    for (int64_t r = 0; r < at.rows; ++r)
+      for (int64_t tile = 0; tile < at.columns; tile += group) {
+        const T* tiles = work.tiles + r * Winograd::kPoints * C * columns + tile;
+        const T* filter = filters;
+        for (int p = 0; p < 36; ++p) {
+          Wide<T> sum[group] = {};
+          for (int64_t c = 0; c < C; ++c, tiles += columns, filter += L)
+            for (int part = 0; part < kParts; ++part) {
+              const R weight = load_register<T>(filter + part * kLanes);
+              for (int i = 0; i < group; ++i)
+                sum[i].part[part] = multiply_add(splat(tiles + i), weight, sum[i].part[part]);
+            }
+          for (int i = 0; i < group; ++i) products[i][p] = sum[i];
+        }
+        for (int64_t i = 0; i < smaller(group, at.columns - tile); ++i)
+          for (int part = 0; part < kParts; ++part) {
+            R m[6][6], y[4][4];
+#pragma GCC unroll 36
+            for (int p = 0; p < 36; ++p) m[p / 6][p % 6] = products[i][p].part[part];
+            both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+#pragma GCC unroll 4
+            for (int a = 0; a < 4; ++a)
+#pragma GCC unroll 4
+              for (int b = 0; b < 4; ++b) {
+                const int64_t h = 4 * r + a, w = 4 * (tile + i) + b;
+                if (h < at.H && w < at.W) wide<T>(to)[h * at.W + w].part[part] = y[a][b];
+              }
+          }
+      }
   }
 
   __attribute__((noinline)) void gather_columns(int64_t n) {
@@ -556,8 +657,14 @@ class Slot {
   }
 
   // The first convolution's output for the panels [group, group + panels), one after the other in `to`.
-  void first_product(const void* set, int64_t group, int64_t panels, V* to) {
+  void first_product(void* set, int64_t group, int64_t panels, V* to) {
     const LayerLayout& at = layout.layer[0];
+    if (layout.tiled_first) {
+      for (int64_t v = 0; v < panels; ++v)
+        tiled_product(value(set, at.tiled_filter) + (group + v) * Winograd::kPoints * step.layer[0].in * L,
+                      to + v * layout.first_stride());
+      return;
+    }
     const int64_t positions = at.H * at.W, offset = group * L * layout.taps;
     const auto product = [&](const Operand* from, int64_t filters, bool add) {
       A::product(positions, layout.used_taps, panels, from, layout.taps, filter(set, filters) + offset,
@@ -675,7 +782,7 @@ class Slot {
     blocks_backward(false);
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      use_columns(g, false);
+      use_input(g, false);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         if (!layout.keeps_first) first_product(filters, group, panels, x);
@@ -692,7 +799,7 @@ class Slot {
   void forward() {
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      use_columns(g, true);
+      use_input(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         first_product(filters, group, panels, x);
@@ -861,7 +968,7 @@ class Slot {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      use_columns(g, false);
+      use_input(g, false);
       for_bunches([&](int64_t group, int64_t panels) {
         V* const x = first_panels(work.first, g, group);
         if (!layout.keeps_first) first_product(filters, group, panels, x);
@@ -889,7 +996,7 @@ class Slot {
     const int64_t stride = layout.first_stride();
     T* const tape_t = work.tape_t;
     for (int64_t g = 0; g < count; ++g) {
-      use_columns(g, true);
+      use_input(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
         V *const x = first_panels(work.first, g, group), *const x_t = first_panels(work.first_t, g, group);
         first_product(filters, group, panels, x);
@@ -971,7 +1078,7 @@ class Slot {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
-      use_columns(g, false);
+      use_input(g, false);
       for_bunches([&](int64_t group, int64_t panels) {
         V *const x = first_panels(work.first, g, group), *const x_t = first_panels(work.first_t, g, group);
         if (!layout.keeps_first) {
@@ -1062,6 +1169,7 @@ class Filters {
               for (int t = 0; t < 9; ++t) w[t / 3][t % 3][i] = weight[(k * in + c) * 9 + t];
           }
           both_ways<T, 3, 6>(Winograd::filter<T>, w, transformed);
+#pragma GCC unroll 36
           for (int p = 0; p < 36; ++p) u[half][p].part[part] = transformed[p / 6][p % 6];
         }
       for (int p = 0; p < 36; ++p) {
@@ -1072,6 +1180,24 @@ class Filters {
             A::pack(rest + p * depth * width, row, group, depth, width / L, remainder(even), remainder(odd));
       }
     }
+  }
+
+  // The first layer's filters for tiles, unrounded: [panels][points][in][L]. `value` is that of a tap and a channel.
+  template <class Value>
+  void tiled(Value value, T* to) const {
+    const int64_t C = step.layer[0].in;
+    for (int64_t group = 0; group < layout.layer[0].out_groups; ++group)
+      for (int64_t c = 0; c < C; ++c)
+        for (int part = 0; part < kParts; ++part) {
+          Register<T> w[3][3], u[6][6];
+          for (int t = 0; t < 9; ++t)
+            for (int i = 0; i < kLanes; ++i) w[t / 3][t % 3][i] = value(c * 9 + t, group * L + part * kLanes + i);
+          both_ways<T, 3, 6>(Winograd::filter<T>, w, u);
+#pragma GCC unroll 36
+          for (int p = 0; p < 36; ++p)
+            *reinterpret_cast<typename Registers<T>::Unaligned*>(to + ((group * Winograd::kPoints + p) * C + c) * L +
+                                                                 part * kLanes) = u[p / 6][p % 6];
+        }
   }
 
   // The first layer's filters by bunches of panels ([taps][panels] and its transpose), and all norms' parameters.
@@ -1103,6 +1229,7 @@ class Filters {
           A::pack(to, k, v, panels * L, layout.taps / L, rows[0], rows[1]);
         }
     }
+    if (layout.tiled_first) tiled(value, layout.values(set) + at.tiled_filter);
     for (int64_t l = 0; l < layout.depth; ++l) {
       const Step::Layer& from = step.layer[l];
       const T* norm = theta + from.theta + from.out * from.in * 9 + from.out;

@@ -11,6 +11,7 @@ import pydistill
 from pydistill.nn import ConvNet, accelerate
 from pydistill.ops import ConvNetShape
 from pydistill.trajectory import FlatModule, convnet_shape
+from pydistill.trajectory import students as students_module
 
 
 def students(E, kind="logits", own_images=False, own_labels=False, dtype=torch.float64, N=9, width=6):
@@ -171,6 +172,28 @@ GENERIC = [
     (lambda: ConvNet(3, 4, width=6, depth=2, image_size=10, norm="none"), "block 0 has ReLU"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(300, 4)), "no nn.Sequential `features`"),
 ]
+
+
+class Scaled(Plain):
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_a_modules_logits_are_compared_once_for_its_class_and_attributes(monkeypatch):
+    compared = []
+    same_logits = students_module._same_logits
+    monkeypatch.setattr(students_module, "_agreed", set())
+    monkeypatch.setattr(students_module, "_same_logits", lambda *args: compared.append(1) or same_logits(*args))
+    for _ in range(3):
+        assert isinstance(convnet_shape(Scaled(), (3, 10, 10)), ConvNetShape)
+    assert len(compared) == 1
+    other = Scaled()
+    other.factor = 1.5
+    assert "computes something else" in convnet_shape(other, (3, 10, 10))
+    assert isinstance(convnet_shape(Plain(), (3, 10, 10)), ConvNetShape)
+    assert len(compared) == 3
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
