@@ -217,7 +217,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         y, loss = pydistill.bn_match_forward(x, bn, relu=True, residual=r)
         grads = torch.autograd.grad((y.float().square().sum() + loss), (x, r))
         for t in (y, loss, *grads):
-            digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """
 
