@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import distribution, eager, gradient_matching, segments, training
+from .peers import distribution, eager, gradient_matching, recover, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -234,3 +234,22 @@ def krr_loss(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Te
     from pydistill.matching import krr_loss
 
     return krr_loss(f_real, f_syn, y_syn, y_real, bias=True)
+def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    from pydistill import bn_stat_match
+
+    return bn_stat_match(x, running_mean, running_var)
+
+
+def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
+    from pydistill.nn import BNStatMatcher
+
+    net = copy.deepcopy(problem.net).to(memory_format=torch.channels_last)
+    matcher = BNStatMatcher(net, first=recover.FIRST)
+
+    def loss_of(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = net(x.contiguous(memory_format=torch.channels_last))
+            loss = nn.functional.cross_entropy(logits, problem.labels)
+        return loss + recover.WEIGHT * matcher.loss()
+
+    return recover.stepping(problem, loss_of)

@@ -25,6 +25,7 @@ from .peers import (
     eager,
     gradient_matching,
     kernel_ridge,
+    recover,
     segments,
     tesla,
     training,
@@ -1047,6 +1048,158 @@ KRR_LOSS_MEMORY = replace(
     repeats=1,
     must_show=_krr_memory_must_show,
     problem=kernel_ridge.make_features,
+def _matched_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(layout, partial(recover.make_inputs, {**config, "layout": layout}), tuple(case.providers))
+        for layout in config["layouts"]
+    ]
+
+
+_SMALL_NET: Config = {"batch": 3, "image_size": 64, "width": 4, "classes": 5, "layout": "channels_last"}
+
+
+def _matched_errors(output: recover.Matched, truth: recover.Matched) -> dict[str, float]:
+    worst = max(map(relative_error, output.gradients, truth.gradients))
+    return {"loss": relative_error(output.loss, truth.loss), "worst input's gradient": worst}
+
+
+def _matched_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small: the loss and every input's gradient to 1e-10."""
+    problem = recover.make_inputs(_SMALL_NET, dtype=torch.float64)
+    truth = recover.matching(problem)()
+    for name, entry in case.providers.items():
+        for what, error in _matched_errors(entry.prepare(problem)(), truth).items():
+            yield Check(name, f"float64 {what}, relative error", error, 1e-10)
+
+
+def _matched_check(case: Case, point: Point, problem: Any, outputs: dict[str, Any]) -> Iterator[Check]:
+    for name, output in outputs.items():
+        if name != case.baseline:
+            for what, error in _matched_errors(output, outputs[case.baseline]).items():
+                yield Check(name, f"float32 {what}, relative error", error, 1e-4)
+
+
+def _matched_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for layout in config["layouts"]:
+        values = {provider: value for (_, x, provider), value in medians.items() if x == layout}
+        if "pydistill" in values:
+            speedup = values["hook"] / values["pydistill"]
+            yield Check("pydistill", f"{layout}, speed-up over the hook", speedup, 3.0, at_least=True)
+
+
+BN_STAT_MATCH = Case(
+    name="bn_stat_match",
+    metric="time, forward and backward of a network's inputs",
+    unit="ms",
+    x_name="layout",
+    providers={
+        "hook": Entry(recover.matching),
+        "compiled": Entry(partial(recover.matching, op=recover.match_over_dimensions, compile=True)),
+        "pydistill": Entry(partial(recover.matching, op=ours.bn_stat_match)),
+    },
+    full={"batch": 16, "image_size": 224, "width": 64, "layouts": ("nchw", "channels_last")},
+    quick={"batch": 2, "image_size": 64, "width": 8, "layouts": ("nchw", "channels_last")},
+    repeats=5,
+    points=_matched_points,
+    gate=_matched_gate,
+    check=_matched_check,
+    must_show=_matched_must_show,
+    brief={"batch": 4},
+    brief_providers=("hook", "pydistill"),
+)
+
+
+def _matched_memory_points(case: Case, config: Config) -> list[Point]:
+    return [Point(rows, partial(recover.make_inputs, config, rows), tuple(case.providers)) for rows in config["rows"]]
+
+
+def _gradient_mib(config: Config) -> float:
+    inputs = recover.make_inputs(config, 1)
+    return max(config["rows"]) * sum(t.numel() for t in inputs.x) * 4 / 2**20
+
+
+def _matched_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    """The gradients themselves, of which nobody is spared any, and a twentieth."""
+    value = medians.get(("", max(config["rows"]), "pydistill"))
+    if value is not None:
+        yield Check("pydistill", "peak over the gradients' own size", value / _gradient_mib(config), 1.05)
+
+
+BN_STAT_MATCH_MEMORY = replace(
+    BN_STAT_MATCH,
+    name="bn_stat_match_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    x_name="images",
+    providers={name: BN_STAT_MATCH.providers[name] for name in ("hook", "pydistill")},
+    full={"image_size": 224, "width": 64, "layout": "nchw", "rows": (4, 16), "check_steps": 2},
+    quick={"image_size": 64, "width": 16, "layout": "nchw", "rows": (16,), "check_steps": 2},
+    repeats=1,
+    points=_matched_memory_points,
+    must_show=_matched_memory_must_show,
+    problem=recover.make_inputs,
+)
+
+
+def _recover_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["batch"], partial(recover.make_recovery, config), tuple(case.providers))]
+
+
+def _recover_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small: loss, image gradient and the images after the step."""
+    problem = recover.make_recovery(_SMALL_NET, dtype=torch.float64)
+    truth = recover.repository(problem)()
+    for name, entry in case.providers.items():
+        if entry.precision == "fp32":
+            for what, value, true in zip(recover.Recovered._fields, entry.prepare(problem)(), truth, strict=True):
+                yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-10)
+
+
+def _recover_check(case: Case, point: Point, problem: Any, outputs: dict[str, Any]) -> Iterator[Check]:
+    truth = outputs[case.baseline]
+    for name, output in outputs.items():
+        if case.providers[name].precision == "bf16":
+            similar = cosine(output.d_images, truth.d_images)
+            yield Check(name, "bf16 d_images, cosine to float32", similar, 0.9, at_least=True)
+        elif name != case.baseline:
+            for what in ("loss", "d_images"):
+                error = relative_error(getattr(output, what), getattr(truth, what))
+                yield Check(name, f"float32 {what}, relative error", error, 1e-3)
+
+
+_RECOVER_BOUNDS = {
+    ("pydistill", "repository"): 1.6,
+    ("pydistill", "compiled*"): 1.15,
+    ("pydistill-bf16", "repository"): 3.0,
+    ("pydistill-bf16", "compiled*"): 2.0,
+}
+# without the instructions torch convolves bfloat16 element by element, in minutes
+_RECOVER_BF16 = {
+    "repository-bf16": Entry(partial(recover.repository, half=True), precision="bf16"),
+    "compiled-bf16": Entry(partial(recover.compiled, half=True), precision="bf16"),
+    "pydistill-bf16": Entry(partial(ours.recover_step, half=True), precision="bf16"),
+}
+SRE2L_RECOVER_STEP = Case(
+    name="sre2l_recover_step",
+    metric="time per step",
+    unit="s",
+    x_name="images",
+    providers={
+        "repository": Entry(recover.repository),
+        "compiled": Entry(recover.compiled),
+        "compiled-nchw": Entry(partial(recover.compiled, channels_last=False)),
+        "pydistill": Entry(ours.recover_step),
+        **(_RECOVER_BF16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {}),
+    },
+    full={"batch": 16, "image_size": 224, "width": 64, "classes": 1000},
+    quick=_SMALL_NET,
+    repeats=5,
+    points=_recover_points,
+    gate=_recover_gate,
+    check=_recover_check,
+    must_show=partial(_step_must_show, _RECOVER_BOUNDS),
+    brief={"batch": 4},
+    brief_providers=("repository", "pydistill"),
 )
 
 CASES: dict[str, Case] = {
@@ -1072,5 +1225,8 @@ CASES: dict[str, Case] = {
         ATTENTION_MAP_DIVERGENCE_MEMORY,
         KRR_LOSS,
         KRR_LOSS_MEMORY,
+        BN_STAT_MATCH,
+        BN_STAT_MATCH_MEMORY,
+        SRE2L_RECOVER_STEP,
     )
 }

@@ -177,6 +177,19 @@ def compiled_attention(architectures: Iterable[str] = tuple(TARGETS)) -> list[Co
     return _compiled("attention", architectures)
 
 
+# of bn_stat_match: kernel, element type, layout
+BN_CASES = [(name, scalar, layout) for name, scalar, layout in product(("tiles", "merge", "backward"), DTYPES, LAYOUTS)]
+
+
+def bn_name(name: str, scalar: str, layout: str) -> str:
+    return f"bn_stat_match::triton_{name}<{scalar}, {layout}>"
+
+
+def compiled_bn(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """The kernels of bn_stat_match in every one of `BN_CASES`, with residual and ReLU, as `compiled` does."""
+    return _compiled("bn", architectures)
+
+
 def counted() -> dict[str, float]:
     """For each case, by name, the bytes that are loaded and stored, over the least possible."""
     return _in_own_process("count", TRITON_INTERPRET="1")
@@ -276,6 +289,27 @@ def _compile_attention(architectures: Iterable[str]) -> list[Compiled]:
     return rows
 
 
+def _compile_bn(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import bn_stat_match as kernels
+
+    rows = []
+    for arch, (name, scalar, layout) in product(architectures, BN_CASES):
+        x = torch.zeros(2, 64, 56, 56, dtype=DTYPES[scalar], device="meta")
+        x = x.contiguous(memory_format=LAYOUTS[layout]).flatten(2)
+        column = torch.zeros(64, dtype=torch.float64 if scalar == "f64" else torch.float32, device="meta")
+        tensors = dict.fromkeys(kernels.PLANES, x)
+        tensors |= dict.fromkeys(
+            ("scale", "shift", "mean", "grad_statistics", "partial", "statistics", "kept_mean"), column
+        )
+        config = kernels.configure(x)
+        kernel = getattr(kernels, f"bn_stat_match_{name}_kernel")
+        arguments = kernels.arguments(kernel, tensors, config, True)
+        options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+        row = _compile_one(bn_name(name, scalar, layout), arch, kernel, arguments, options)
+        rows.append(Compiled(**row | {"statistics_layouts": []}, config=asdict(config)))
+    return rows
+
+
 def _compile_one(name: str, arch: str, kernel: Any, arguments: dict[str, Any], options: dict) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -358,5 +392,5 @@ def _count() -> dict[str, float]:
 if __name__ == "__main__":
     task, *architectures = sys.argv[1:]
     compilers = {"compile": _compile, "compile_rows": _compile_rows}
-    compilers |= {"maps": _compile_maps, "attention": _compile_attention}
+    compilers |= {"maps": _compile_maps, "attention": _compile_attention, "bn": _compile_bn}
     print(json.dumps([asdict(row) for row in compilers[task](architectures)] if task in compilers else _count()))

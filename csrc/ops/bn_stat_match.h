@@ -4,6 +4,8 @@
 //   static void allocated(Tensor& planes);                             sees an output before it is written
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <array>
 #include <optional>
 #include <tuple>
@@ -105,11 +107,17 @@ struct BnStatMatchOps {
   static Tensor empty_planes(const Tensor& x) {
     const int64_t N = x.sizes()[0], C = x.sizes()[1], P = x.sizes()[2];
     const bool rows = x.strides()[1] == 1 && C > 1 && P > 1;
-    const int64_t shape[] = {N, rows ? P : C, rows ? C : P};
-    Tensor t = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 3), x.scalar_type(), std::nullopt,
-                                    x.device());
+    const int64_t shape[] = {N, C, P}, strides[] = {C * P, rows ? 1 : P, rows ? C : 1};
+    // not empty and transposed: autograd would take that for a view of something
+    int32_t type, device, index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, shape, strides, type, device, index, &handle));
+    Tensor t(handle);
     Backend::allocated(t);
-    return rows ? torch::stable::transpose(t, 1, 2) : t;
+    return t;
   }
 
   // One sample of all positions where samples follow one another in every tensor; then the tiles.

@@ -207,7 +207,7 @@ def _empty_planes(x: Tensor) -> Tensor:
     """In the layout of x: channels neighbours where they are there."""
     N, C, P = x.shape
     if x.stride(1) == 1 and C > 1 and P > 1:
-        return x.new_empty((N, P, C)).transpose(1, 2)
+        return x.new_empty_strided((N, C, P), (C * P, 1, C))
     return x.new_empty((N, C, P))
 
 

@@ -1,6 +1,7 @@
 // The CUDA launchers on the host machine of cuda_vocabulary.h, as plain C functions for ctypes, and a few kernels with
 // known bugs that the machine must see. Each function returns null, or what went wrong as text.
 #include "../../csrc/kernels/augment.cuh"
+#include "../../csrc/kernels/bn_stat_match.cuh"
 #include "../../csrc/kernels/cuda_vocabulary.h"
 #include "../../csrc/kernels/instance_norm_relu_avg_pool.cuh"
 #include "../../csrc/kernels/multi_crop.cuh"
@@ -135,6 +136,7 @@ extern "C" {
 // The tests mirror these structs and compare their sizes before the first call.
 int64_t size_of_call() { return sizeof(InstanceNormReluAvgPool); }
 int64_t size_of_soft_cross_entropy() { return sizeof(SoftCrossEntropy); }
+int64_t size_of_bn_stat_match() { return sizeof(BnStatMatch); }
 int64_t size_of_augment() { return sizeof(Augment); }
 int64_t size_of_multi_crop() { return sizeof(MultiCrop); }
 int64_t size_of_launch() { return sizeof(Launch); }
@@ -303,6 +305,13 @@ const char* exercise_multi_crop(int form, int scalar, const int64_t* shape, bool
     call.from = forward ? outer : inner, call.to = forward ? inner : outer;
     if (forward) call.base = {base.data(), 0, in, call.W, 1};
     launch_multi_crop(call, nullptr);
+  });
+}
+
+const char* run_bn_stat_match(const BnStatMatch* call, uint64_t seed) {
+  return guarded([&] {
+    cuda_host::machine().seed(seed);
+    launch_bn_stat_match(*call, nullptr);
   });
 }
 

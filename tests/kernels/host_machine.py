@@ -86,6 +86,27 @@ class MultiCrop(ctypes.Structure):
     )
 
 
+class Planes(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "ncp"))
+
+    @staticmethod
+    def of(tensor: torch.Tensor | None) -> Planes:
+        return Planes() if tensor is None else Planes(tensor.data_ptr(), *tensor.stride())
+
+
+class BnStatMatch(ctypes.Structure):
+    """BnStatMatch of csrc/kernels/bn_stat_match.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("pass_", "scalar")),
+        ("relu", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in (*"NCP", "tile")),
+        *((name, Planes) for name in ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")),
+        *((name, ctypes.c_void_p) for name in ("scale", "shift", "mean", "grad_statistics")),
+        *((name, ctypes.c_void_p) for name in ("partial", "statistics", "kept_mean")),
+    )
+
+
 class HostMachine:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -96,6 +117,7 @@ class HostMachine:
             "run_soft_cross_entropy",
             "run_augment",
             "run_multi_crop",
+            "run_bn_stat_match",
         ):
             getattr(self.library, name).restype = ctypes.c_char_p
         assert self.library.size_of_call() == ctypes.sizeof(Call)
@@ -103,6 +125,7 @@ class HostMachine:
         assert self.library.size_of_soft_cross_entropy() == ctypes.sizeof(SoftCrossEntropy)
         assert self.library.size_of_augment() == ctypes.sizeof(Augment)
         assert self.library.size_of_multi_crop() == ctypes.sizeof(MultiCrop)
+        assert self.library.size_of_bn_stat_match() == ctypes.sizeof(BnStatMatch)
 
     @staticmethod
     def _check(error: bytes | None) -> None:
@@ -212,3 +235,14 @@ class HostMachine:
         call.norm = None if norm is None else norm.data_ptr()
         call.from_, call.base, call.to = Map.of(source), Map.of(base), Map.of(result)
         self._check(self.library.run_multi_crop(ctypes.byref(call), ctypes.c_uint64(seed)))
+
+    def bn_stat_match(
+        self, name: str, tile: int, *, x: torch.Tensor, relu: bool, seed: int = 0, **tensors: torch.Tensor | None
+    ) -> None:
+        """Runs the pass "tiles", "merge" or "backward" on tensors named as in BnStatMatch, outputs included."""
+        number = ("tiles", "merge", "backward").index(name)
+        call = BnStatMatch(number, SCALARS.index(x.dtype), relu, *x.shape, tile, Planes.of(x))
+        for field, tensor in tensors.items():
+            is_planes = isinstance(getattr(call, field), Planes)
+            setattr(call, field, Planes.of(tensor) if is_planes else None if tensor is None else tensor.data_ptr())
+        self._check(self.library.run_bn_stat_match(ctypes.byref(call), ctypes.c_uint64(seed)))

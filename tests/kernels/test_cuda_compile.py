@@ -12,6 +12,7 @@ THREADS = {
     "soft_cross_entropy": 768,
     "augment": 512,
     "multi_crop": 768,
+    "bn_stat_match": 1024,
 }  # at least, on a multiprocessor at once
 
 
@@ -25,6 +26,9 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, list[Resources]]:
 def expected(operator: str) -> set[str]:
     if operator in ("augment", "multi_crop"):
         return {f"{operator}::kernel<{scalar}, {form}>" for scalar in SCALARS for form in ("forward", "backward")}
+    if operator == "bn_stat_match":
+        scalars = {f"{operator}::{name}_kernel<{scalar}>" for name in ("tiles", "backward") for scalar in SCALARS}
+        return scalars | {f"{operator}::merge_kernel<{scalar}>" for scalar in ("f32", "f64")}
     if operator == "soft_cross_entropy":
         return {f"{operator}::kernel<{scalar}, {form}>" for scalar in SCALARS for form in FORMS}
     return {f"{operator}::sum_over_batch_kernel<{scalar}>" for scalar in ("f32", "f64")} | {
