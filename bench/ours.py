@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import distribution, eager, gradient_matching, segments, training
+from .peers import distribution, eager, gradient_matching, resnet, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -228,3 +228,18 @@ def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor)
     from pydistill.ops import attention_map_divergence
 
     return attention_map_divergence(q_s, k_s, q_t, k_t)
+
+
+def frozen_layer(layer: resnet.Layer) -> resnet.Thunk:
+    """The filters are transformed before: they are those of a network that stays."""
+    from pydistill.ops import frozen_conv2d, frozen_filters
+
+    layer = layer.to(memory_format=torch.channels_last)
+    filters = frozen_filters(layer.weight)
+    return resnet.differentiated(lambda x: frozen_conv2d(x, filters), layer)
+
+
+def frozen_network(problem: resnet.Recovered) -> resnet.Thunk:
+    from pydistill.nn import freeze
+
+    return resnet.recovered(freeze(problem.net), problem, channels_last=True)

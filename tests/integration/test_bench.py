@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import distribution, eager, gradient_matching, segments, training
+from bench.peers import distribution, eager, gradient_matching, resnet, segments, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -423,3 +423,25 @@ def test_gpu_measures_nothing_after_a_failed_test(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "device_tests", lambda: 1)
     monkeypatch.setattr(run, "run_case", lambda *args, **kwargs: pytest.fail("a case was started"))
     assert gpu.main([]) == 1
+
+
+def test_frozen_convolutions_are_green(tmp_path: Path) -> None:
+    assert run.main(["frozen_conv2d", "--quick", "--providers", "channels-last,pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "frozen_conv2d.csv")
+    assert {row["x_value"] for row in rows} == {"3x20", "16x9"}
+    assert {row["provider"] for row in rows} == {"eager", "channels-last", "pydistill"}
+
+
+def test_frozen_network_is_green(tmp_path: Path) -> None:
+    assert run.main(["frozen_resnet18", "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    assert {row["provider"] for row in rows_in(tmp_path / "frozen_resnet18.csv")} == {"eager", "pydistill"}
+
+
+def test_frozen_convolutions_see_a_wrong_input_gradient(tmp_path: Path) -> None:
+    def unturned(layer: resnet.Layer) -> resnet.Thunk:
+        wrong = resnet.Layer(layer.x, layer.weight.flip(2), layer.grad)
+        return lambda: (resnet.layer_in_torch(layer)()[0], resnet.layer_in_torch(wrong)()[1])
+
+    case = CASES["frozen_conv2d"].only([])
+    case = replace(case, providers=case.providers | {"unturned": Entry(unturned)})
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
