@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .peers import distribution, eager, gradient_matching, recover, segments, training
+from .peers import distribution, eager, gradient_matching, resnet, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -253,3 +254,16 @@ def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
         return loss + recover.WEIGHT * matcher.loss()
 
     return recover.stepping(problem, loss_of)
+def frozen_layer(layer: resnet.Layer) -> resnet.Thunk:
+    """The filters are transformed before: they are those of a network that stays."""
+    from pydistill.ops import frozen_conv2d, frozen_filters
+
+    layer = layer.to(memory_format=torch.channels_last)
+    filters = frozen_filters(layer.weight)
+    return resnet.differentiated(lambda x: frozen_conv2d(x, filters), layer)
+
+
+def frozen_network(problem: resnet.Recovered) -> resnet.Thunk:
+    from pydistill.nn import freeze
+
+    return resnet.recovered(freeze(problem.net), problem, channels_last=True)

@@ -26,6 +26,7 @@ from .peers import (
     gradient_matching,
     kernel_ridge,
     recover,
+    resnet,
     segments,
     tesla,
     training,
@@ -1202,6 +1203,121 @@ SRE2L_RECOVER_STEP = Case(
     brief_providers=("repository", "pydistill"),
 )
 
+def _frozen_points(case: Case, config: Config) -> list[Point]:
+    """By the layer's channels and side; the stem has three channels."""
+    return [
+        Point(
+            f"{before}x{size}",
+            partial(resnet.make_layer, config["batch"], before, width, size, taps),
+            tuple(case.providers),
+        )
+        for before, width, size, taps in config["layers"]
+    ]
+
+
+def _frozen_gate(make: Callable[..., Any], truth: Provider, case: Case, config: Config) -> Iterator[Check]:
+    """Float64, odd sizes: both outputs to 1e-10."""
+    for sizes in config["gate"]:
+        problem = make(*sizes, dtype=torch.float64)
+        truths = truth(problem)()
+        for name, entry in case.providers.items():
+            for i, (value, expected) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
+                yield Check(name, f"float64 output {i}, relative error", relative_error(value, expected), 1e-10)
+
+
+def _frozen_check(case: Case, point: Point, problem: resnet.Layer, outputs: dict[str, Any]) -> Iterator[Check]:
+    """Against float64: four times a direct convolution's error in float32."""
+    for i, truth in enumerate(resnet.layer_in_torch(problem.to(torch.float64))()):
+        bound = 4 * relative_error(outputs[case.baseline][i], truth)
+        for name, values in outputs.items():
+            yield Check(name, f"{point.x}, output {i}, relative error", relative_error(values[i], truth), bound)
+
+
+def _frozen_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    """Over the layers, each as often as the network has it."""
+    totals: dict[str, float] = {}
+    for (_, x, provider), value in medians.items():
+        totals[provider] = totals.get(provider, 0.0) + value * config["times"].get(x, 1)
+    for peer, bound in (("eager", 1.8), ("channels-last", 1.8), ("compiled", 1.8)):
+        if peer in totals and "pydistill" in totals:
+            speedup = totals[peer] / totals["pydistill"]
+            yield Check("pydistill", f"all layers, speed-up over {peer}", speedup, bound, at_least=True)
+
+
+FROZEN_CONV2D = Case(
+    name="frozen_conv2d",
+    metric="time of forward and input gradient",
+    unit="ms",
+    x_name="layer",
+    providers={
+        "eager": Entry(resnet.layer_in_torch),
+        "channels-last": Entry(partial(resnet.layer_in_torch, channels_last=True)),
+        "compiled": Entry(partial(resnet.layer_in_torch, channels_last=True, compiled=True)),
+        "pydistill": Entry(ours.frozen_layer),
+    },
+    full={
+        "batch": 16,
+        "layers": ((3, 64, 224, 7), (64, 64, 56, 3), (128, 128, 28, 3), (256, 256, 14, 3), (512, 512, 7, 3)),
+        "times": {"64x56": 4, "128x28": 3, "256x14": 3, "512x7": 3},
+        "gate": ((2, 5, 19, 9, 3), (2, 3, 18, 15, 7)),
+    },
+    quick={"batch": 2, "layers": ((3, 16, 20, 7), (16, 16, 9, 3)), "gate": ((1, 3, 5, 6, 3),), "times": {}},
+    repeats=5,
+    points=_frozen_points,
+    gate=partial(_frozen_gate, resnet.make_layer, resnet.layer_in_torch),
+    check=_frozen_check,
+    must_show=_frozen_must_show,
+)
+
+
+def _network_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["size"], lambda: resnet.make_recovered(*_network_sizes(config)), tuple(case.providers))]
+
+
+def _network_sizes(config: Config) -> tuple[int, ...]:
+    return config["batch"], config["size"], config["width"], config["classes"]
+
+
+def _network_check(case: Case, point: Point, problem: resnet.Recovered, outputs: dict[str, Any]) -> Iterator[Check]:
+    """Logits to rounding. Of the gradient a few activations within rounding of zero fall on the ReLU's other side."""
+    truths = outputs[case.baseline]
+    for name, values in outputs.items():
+        yield Check(name, "logits, relative error", relative_error(values[0], truths[0]), 1e-4)
+        yield Check(name, "image gradient, cosine", cosine(values[1], truths[1]), 0.999, at_least=True)
+
+
+def _network_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    values = {provider: value for (_, _, provider), value in medians.items()}
+    best = [value for name, value in values.items() if name.startswith("compiled")]
+    peers = {"eager": (values.get("eager"), 1.6), "the best compiled": (min(best, default=None), 1.15)}
+    for peer, (value, bound) in peers.items():
+        if value is not None and "pydistill" in values:
+            speedup = value / values["pydistill"]
+            yield Check("pydistill", f"speed-up over {peer}", speedup, bound, at_least=True)
+
+
+FROZEN_RESNET18 = Case(
+    name="frozen_resnet18",
+    metric="time of forward and image gradient",
+    unit="s",
+    x_name="image size",
+    providers={
+        "eager": Entry(resnet.network_in_torch),
+        "channels-last": Entry(partial(resnet.network_in_torch, channels_last=True)),
+        "compiled": Entry(partial(resnet.network_in_torch, channels_last=True, compiled=True)),
+        "compiled-nchw": Entry(partial(resnet.network_in_torch, compiled=True)),
+        "pydistill": Entry(ours.frozen_network),
+    },
+    full={"batch": 16, "size": 224, "width": 64, "classes": 1000, "gate": ((2, 45, 32, 10),)},
+    quick={"batch": 2, "size": 40, "width": 32, "classes": 10, "gate": ((1, 33, 32, 10),)},
+    repeats=5,
+    points=_network_points,
+    gate=partial(_frozen_gate, resnet.make_recovered, resnet.network_in_torch),
+    check=_network_check,
+    must_show=_network_must_show,
+)
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -1228,5 +1344,7 @@ CASES: dict[str, Case] = {
         BN_STAT_MATCH,
         BN_STAT_MATCH_MEMORY,
         SRE2L_RECOVER_STEP,
+        FROZEN_CONV2D,
+        FROZEN_RESNET18,
     )
 }

@@ -119,4 +119,8 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // A 3x3 convolution with padding 1; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of
   // it and of its adjoint, which is of the same kind.
   m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint) -> Tensor");
+  // A convolution whose output is as large as its input, with 3 or 4 taps a side, `before` of them above and left of
+  // the position; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of it and of its
+  // adjoint, which is of the same kind.
+  m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint, int taps, int before) -> Tensor");
 }

@@ -3,7 +3,13 @@ the images."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -61,3 +67,84 @@ def frozen(classes: int = 1000, width: int = 64, seed: int = 0, dtype: torch.dty
             for _ in range(20):
                 net(torch.randn(8, 3, 64, 64, dtype=dtype))
     return net.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of the network with constant weights, and a cotangent: what is wanted is (y, gradient of x)."""
+
+    x: Tensor
+    weight: Tensor  # 3x3 with stride 1 and padding 1, or the stem: 7x7 with stride 2 and padding 3
+    grad: Tensor
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        return {"stride": 2, "padding": 3} if self.weight.shape[2] == 7 else {"stride": 1, "padding": 1}
+
+    def to(self, *arguments: Any, **options: Any) -> Layer:
+        return Layer(*(t.to(*arguments, **options) for t in (self.x, self.weight, self.grad)))
+
+
+def make_layer(batch: int, before: int, width: int, size: int, taps: int, dtype: torch.dtype = torch.float32) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    after = size if taps == 3 else (size + 1) // 2
+    shapes = (batch, before, size, size), (width, before, taps, taps), (batch, width, after, after)
+    x, weight, grad = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    return Layer(x, weight / (taps * before**0.5), grad)
+
+
+Thunk = Callable[[], tuple[Tensor, ...]]
+
+
+def differentiated(convolve: Callable[[Tensor], Tensor], layer: Layer) -> Thunk:
+    x = layer.x.detach().requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        y = convolve(x)
+        return y.detach(), torch.autograd.grad(y, x, layer.grad)[0]
+
+    return run
+
+
+def layer_in_torch(layer: Layer, channels_last: bool = False, compiled: bool = False) -> Thunk:
+    if channels_last:
+        layer = layer.to(memory_format=torch.channels_last)
+
+    def convolve(x: Tensor) -> Tensor:
+        return F.conv2d(x, layer.weight, **layer.geometry)
+
+    return differentiated(torch.compile(convolve, dynamic=False) if compiled else convolve, layer)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Images and labels of a frozen network: what is wanted is (logits, gradient of the cross-entropy to images)."""
+
+    net: nn.Module
+    images: Tensor
+    labels: Tensor
+
+
+def make_recovered(batch: int, size: int, width: int, classes: int, dtype: torch.dtype = torch.float32) -> Recovered:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, size, size, generator=generator, dtype=dtype)
+    return Recovered(frozen(classes, width, dtype=dtype), images, torch.arange(batch) % classes)
+
+
+def network_in_torch(problem: Recovered, channels_last: bool = False, compiled: bool = False) -> Thunk:
+    net = copy.deepcopy(problem.net)
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return recovered(torch.compile(net, dynamic=False) if compiled else net, problem, channels_last)
+
+
+def recovered(net: nn.Module, problem: Recovered, channels_last: bool) -> Thunk:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = problem.images.detach().to(memory_format=layout).requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        logits = net(images)
+        loss = F.cross_entropy(logits, problem.labels)
+        return logits.detach(), torch.autograd.grad(loss, images)[0]
+
+    return run

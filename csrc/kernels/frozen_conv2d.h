@@ -1,7 +1,9 @@
-// A 3x3 convolution with padding 1 and filters that stay, as the CPU body receives it: Winograd's F(4x4, 3x3).
+// A convolution whose filters stay and whose output is as large as its input, as the CPU body receives it: Winograd's
+// F(4x4, 3x3) or, with four taps a side, F(3x3, 4x4).
 //
-// y[n, h, w, k] = sum over c, i, j of x[n, h + i - 1, w + j - 1, c] w[k, c, i, j], in channels-last memory. The filters
-// come transformed: for each of the 36 points a matrix [C][K], cut into vectors of 64 bytes of output channels.
+// y[n, h, w, k] = sum over c, i, j of x[n, h + i - before, w + j - before, c] w[k, c, i, j], in channels-last memory,
+// with zeros around x. The adjoint is of the same kind, with `taps - 1 - before`. The filters come transformed: for
+// each of the 36 points a matrix [C][K], cut into vectors of 64 bytes of output channels.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +15,7 @@ namespace pydistill {
 struct FrozenConv2d {
   Scalar scalar = Scalar::f32;  // of x and y; filters and arithmetic are double for f64, else float
   int64_t N = 0, C = 0, K = 0, H = 0, W = 0;
+  int64_t taps = 3, before = 1;
   const void* x = nullptr;        // [N][H][W][C]
   const void* filters = nullptr;  // [36][vectors][C][lanes], zero where there is no output channel
   void* y = nullptr;              // [N][H][W][K]
@@ -23,8 +26,9 @@ struct FrozenConv2d {
 
   int64_t bytes() const { return scalar == Scalar::f64 ? 8 : 4; }  // of a number in filters
   int64_t lanes() const { return 64 / bytes(); }
-  int64_t rows() const { return (H + 3) / 4; }
-  int64_t columns() const { return (W + 3) / 4; }
+  int64_t side() const { return 7 - taps; }  // of a tile's output; its input has 6
+  int64_t rows() const { return (H + side() - 1) / side(); }
+  int64_t columns() const { return (W + side() - 1) / side(); }
   int64_t tiles() const { return N * rows() * columns(); }
   int64_t inputs() const { return (C + lanes() - 1) / lanes(); }   // vectors of input channels
   int64_t outputs() const { return (K + lanes() - 1) / lanes(); }  // vectors of output channels

@@ -1,8 +1,7 @@
 // CPU body: see frozen_conv2d.h for what is computed and winograd.h for the transforms. A chunk of tiles is transformed
 // to [36][tiles][C]; then, for some output channels at a time, 36 matrix products and the transform back.
-#include "frozen_conv2d.h"
-
 #include "cpu_vocabulary.h"
+#include "frozen_conv2d.h"
 #include "matrix_product.h"
 #include "winograd.h"
 
@@ -32,7 +31,16 @@ PYDISTILL_INLINE void give(const T* from, int64_t count, S* to) {
   }
 }
 
-template <class T, class S>
+// winograd.h's points give F(3x3, 4x4) as well: filters of four taps leave three outputs of a tile.
+template <class T>
+PYDISTILL_INLINE void output_of_four_taps(const Register<T> (&m)[6], Register<T> (&y)[3]) {
+  const Register<T> sum_a = m[1] + m[2], sum_b = m[3] + m[4], odd_a = m[1] - m[2], odd_b = m[3] - m[4];
+  y[0] = m[0] + sum_a + sum_b;
+  y[1] = fused<T>(odd_a, T(Winograd::a), odd_b * T(Winograd::b));
+  y[2] = fused<T>(sum_a, T(Winograd::a2), fused<T>(sum_b, T(Winograd::b2), m[5]));
+}
+
+template <class T, class S, int SIDE>
 class Convolution {
   using R = Register<T>;
   static constexpr int L = Lanes<T>::count, kLanes = Registers<T>::lanes;
@@ -80,26 +88,27 @@ class Convolution {
   };
   Tile tile(int64_t t) const {
     const int64_t columns = call.columns(), plane = call.rows() * columns;
-    return {t / plane, t % plane / columns * 4, t % columns * 4};
+    return {t / plane, t % plane / columns * SIDE, t % columns * SIDE};
   }
 
   __attribute__((noinline)) void transform_inputs() {
     for (int64_t t = 0; t < count; ++t) {
       const Tile at = tile(first + t);
       const S* image = static_cast<const S*>(call.x) + at.n * H * W * C;
-      const bool inside = at.h > 0 && at.w > 0 && at.h + 5 <= H && at.w + 5 <= W;
+      const int64_t top = at.h - call.before, left = at.w - call.before;
+      const bool inside = top >= 0 && left >= 0 && top + 6 <= H && left + 6 <= W;
       for (int64_t c = 0; c < row; c += kLanes) {
         T* const to = inputs + t * row + c;
         if constexpr (sizeof(S) == sizeof(T)) {
           if (inside && c + kLanes <= C) {
-            transform_input(reinterpret_cast<const T*>(image) + ((at.h - 1) * W + at.w - 1) * C + c, W * C, C, to);
+            transform_input(reinterpret_cast<const T*>(image) + (top * W + left) * C + c, W * C, C, to);
             continue;
           }
         }
         alignas(64) T patch[36 * kLanes];
         for (int64_t i = 0; i < 6; ++i)
           for (int64_t j = 0; j < 6; ++j) {
-            const int64_t h = at.h + i - 1, w = at.w + j - 1;
+            const int64_t h = top + i, w = left + j;
             const bool there = h >= 0 && h < H && w >= 0 && w < W;
             take(there ? image + (h * W + w) * C + c : image, there ? C - c : 0, patch + (i * 6 + j) * kLanes);
           }
@@ -123,7 +132,7 @@ class Convolution {
     for (int64_t t = 0; t < count; ++t) {
       const Tile at = tile(first + t);
       S* const image = static_cast<S*>(call.y) + at.n * H * W * K;
-      const bool inside = at.h + 4 <= H && at.w + 4 <= W;
+      const bool inside = at.h + SIDE <= H && at.w + SIDE <= W;
       for (int64_t k = 0; k < groups * L; k += kLanes) {
         const T* const from = products + t * call.part * L + k;
         const int64_t channel = group * L + k;
@@ -133,35 +142,46 @@ class Convolution {
             continue;
           }
         }
-        alignas(64) T patch[16 * kLanes];
-        transform_output(from, patch, 4 * kLanes, kLanes);
-        for (int64_t i = 0; i < 4 && at.h + i < H; ++i)
-          for (int64_t j = 0; j < 4 && at.w + j < W; ++j)
-            give(patch + (i * 4 + j) * kLanes, K - channel, image + ((at.h + i) * W + at.w + j) * K + channel);
+        alignas(64) T patch[SIDE * SIDE * kLanes];
+        transform_output(from, patch, SIDE * kLanes, kLanes);
+        for (int64_t i = 0; i < SIDE && at.h + i < H; ++i)
+          for (int64_t j = 0; j < SIDE && at.w + j < W; ++j)
+            give(patch + (i * SIDE + j) * kLanes, K - channel, image + ((at.h + i) * W + at.w + j) * K + channel);
       }
     }
   }
 
   PYDISTILL_INLINE void transform_output(const T* from, T* to, int64_t to_h, int64_t to_w) const {
-    R m[6][6], y[4][4];
+    R m[6][6], y[SIDE][SIDE];
 #pragma GCC unroll 36
     for (int p = 0; p < kPoints; ++p) m[p / 6][p % 6] = *reinterpret_cast<const R*>(from + p * product_plane);
-    both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+    if constexpr (SIDE == 4)
+      both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+    else
+      both_ways<T, 6, 3>(output_of_four_taps<T>, m, y);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < SIDE; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < SIDE; ++j)
         *reinterpret_cast<typename Registers<T>::Unaligned*>(to + i * to_h + j * to_w) = y[i][j];
   }
 };
 
+template <class T, class S>
+void run(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
+  if (call.taps == 3)
+    Convolution<T, S, 4>(call, scratch).run(begin, end);
+  else
+    Convolution<T, S, 3>(call, scratch).run(begin, end);
+}
+
 }  // namespace
 
 void PYDISTILL_KERNEL(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.scalar == Scalar::f64) Convolution<double, double>(call, scratch).run(begin, end);
-  if (call.scalar == Scalar::f32) Convolution<float, float>(call, scratch).run(begin, end);
-  if (call.scalar == Scalar::bf16) Convolution<float, Bf16>(call, scratch).run(begin, end);
-  if (call.scalar == Scalar::f16) Convolution<float, F16>(call, scratch).run(begin, end);
+  if (call.scalar == Scalar::f64) run<double, double>(call, begin, end, scratch);
+  if (call.scalar == Scalar::f32) run<float, float>(call, begin, end, scratch);
+  if (call.scalar == Scalar::bf16) run<float, Bf16>(call, begin, end, scratch);
+  if (call.scalar == Scalar::f16) run<float, F16>(call, begin, end, scratch);
 }
 
 }  // namespace pydistill

@@ -28,11 +28,14 @@ void check_filters(const Tensor& t, const char* name, int64_t from, int64_t to, 
         ": expected float32 (float64 for float64) on the device of x");
 }
 
-Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoint) {
+Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoint, int64_t taps, int64_t before) {
   check(x.dim() == 4, "x: expected [N, C, H, W], got ", x.dim(), " dimensions");
   FrozenConv2d call;
   call.scalar = scalar_of(x, "x");
   call.N = x.sizes()[0], call.C = x.sizes()[1], call.H = x.sizes()[2], call.W = x.sizes()[3];
+  check((taps == 3 || taps == 4) && before >= 0 && before < taps,
+        "taps: expected 3 or 4 a side, fewer of them before the position, got ", taps, " and ", before);
+  call.taps = taps, call.before = before;
   check(call.C > 0 && call.H > 0 && call.W > 0, "x: expected channels and pixels");
   check(adjoint.dim() == 4, "adjoint: expected [36, vectors, K, lanes], got ", adjoint.dim(), " dimensions");
   call.K = adjoint.sizes()[2];
@@ -53,9 +56,8 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   while (call.part > 1 && call.units() < int64_t{torch::stable::get_num_threads()}) call.part = (call.part + 1) / 2;
   static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512};
   FrozenConv2dKernel* const kernel = best_of(kernels);
-  torch::stable::parallel_for(0, call.units(), 1, [&](int64_t begin, int64_t end) {
-    kernel(call, begin, end, scratch(call.scratch_bytes()));
-  });
+  torch::stable::parallel_for(
+      0, call.units(), 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end, scratch(call.scratch_bytes())); });
   return y;
 }
 

@@ -14,8 +14,9 @@ MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer tha
 
 
 class FrozenConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` with 3x3 filters, stride 1, padding 1 and constant weights, on `pydistill.ops.frozen_conv2d`.
+    """An ``nn.Conv2d`` of constant weights on `pydistill.ops.frozen_conv2d`.
 
+    It has 3x3 filters with stride 1 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
     On the CPU the filters are transformed once, on first use and again whenever the weight was written to or changed
     its dtype; they take eight times the memory of the weight and are neither parameters nor in the ``state_dict``. On
     other devices it is torch's own convolution (cuDNN on CUDA). The output is in channels-last memory. Under autocast
@@ -54,9 +55,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
     The copy is in eval mode and in channels-last memory, and none of its parameters takes a gradient. Every 3x3
     ``nn.Conv2d`` with stride 1, padding 1, no groups and no dilation, and at least `MIN_CHANNELS` channels in and out,
-    becomes a `FrozenConv2d`; all others stay torch's. ``state_dict`` keys and values are those of ``model``, which
-    itself is left as it is. For best speed give it channels-last images. Works on any network of ``nn.Conv2d``
-    modules, such as torchvision's.
+    becomes a `FrozenConv2d`, and so does a ResNet's 7x7 stem (stride 2, padding 3) to as many; others stay torch's.
+    ``state_dict`` keys and values are those of ``model``, which itself is left as it is. Give it channels-last images
+    for best speed. Works on any network of ``nn.Conv2d`` modules, such as torchvision's.
 
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)``.
 
@@ -83,5 +84,9 @@ def is_replaced(module: nn.Module) -> bool:
     """Whether `freeze` puts a `FrozenConv2d` in this module's place."""
     if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
         return False
-    shape = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and min(module.weight.shape[:2]) >= MIN_CHANNELS
+    if module.dilation != (1, 1) or module.groups != 1:
+        return False
+    shape = (module.kernel_size, module.stride, module.padding)
+    if shape == ((7, 7), (2, 2), (3, 3)):
+        return module.out_channels >= MIN_CHANNELS
+    return shape == ((3, 3), (1, 1), (1, 1)) and min(module.in_channels, module.out_channels) >= MIN_CHANNELS

@@ -1,11 +1,12 @@
-"""3x3 convolution whose filters stay as they are: the layers of a frozen evaluation network, and the way back to its
-images. Winograd's F(4x4, 3x3) with filters that are transformed once."""
+"""Convolutions whose filters stay as they are: the layers of a frozen evaluation network, and the way back to its
+images. Winograd's F(4x4, 3x3), and F(3x3, 4x4) for a stem of 7x7 taps, with filters that are transformed once."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import reference
@@ -20,9 +21,9 @@ _VECTOR = 64  # bytes
 class FrozenFilters(NamedTuple):
     """Filters of `frozen_conv2d`, transformed for both directions; made by `frozen_filters`.
 
-    ``weight`` ``[K, C, 3, 3]`` as it was; ``forward`` ``[36, ceil(K / L), C, L]`` and ``adjoint``
-    ``[36, ceil(C / L), K, L]`` with vectors of 64 bytes of output channels: L is 16 in float32, 8 in float64. Together
-    they take eight times the memory of the weight.
+    ``weight`` as it was; ``forward`` ``[36, ceil(K / L), C, L]`` and ``adjoint`` ``[36, ceil(C / L), K, L]`` with
+    vectors of 64 bytes of output channels: L is 16 in float32, 8 in float64. Together they take eight times the memory
+    of the weight. For 7x7 taps C is four times that of the weight.
     """
 
     weight: Tensor
@@ -31,10 +32,10 @@ class FrozenFilters(NamedTuple):
 
 
 def frozen_filters(weight: Tensor, dtype: torch.dtype | None = None) -> FrozenFilters:
-    """Transform the filters of a 3x3 convolution for `frozen_conv2d` and for its gradient.
+    """Transform the filters of a convolution for `frozen_conv2d` and for its gradient.
 
     Args:
-        weight: ``[K, C, 3, 3]``, float32, float64, bfloat16 or float16, without a gradient.
+        weight: ``[K, C, 3, 3]`` or ``[K, C, 7, 7]``, float32, float64, bfloat16 or float16, without a gradient.
         dtype: of the arithmetic, float32 or float64; by default float64 for float64 and float32 for all others.
 
     Raises:
@@ -46,17 +47,20 @@ def frozen_filters(weight: Tensor, dtype: torch.dtype | None = None) -> FrozenFi
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
-    turned = weight.flip(2, 3).transpose(0, 1)  # the adjoint is the convolution with these
-    return FrozenFilters(weight, _transformed(weight, dtype), _transformed(turned, dtype))
+    taps = weight if weight.shape[2] == 3 else _by_cells(weight)
+    turned = taps.flip(2, 3).transpose(0, 1)  # the adjoint is the convolution with these
+    return FrozenFilters(weight, _transformed(taps, dtype), _transformed(turned, dtype))
 
 
 def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = "auto") -> Tensor:
-    """Equivalent to ``F.conv2d(x, weight, padding=1)`` with a constant ``weight`` ``[K, C, 3, 3]``, in float32.
+    """Equivalent to ``F.conv2d(x, weight, padding=1)`` for a constant ``weight`` ``[K, C, 3, 3]`` and, for the stem of
+    a ResNet, to ``F.conv2d(x, weight, stride=2, padding=3)`` for one ``[K, C, 7, 7]``.
 
     Winograd's F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) with
     filters that were transformed before: a quarter of the products, in the forward pass and in the gradient with
-    respect to x, which is the same operator with turned filters. It is linear in x and differentiable to any order; the
-    filters are constants and have no gradient.
+    respect to x, which is the same operator with turned filters. A 7x7 convolution with stride 2 is one of 4x4 taps on
+    cells of 2x2 pixels, for which the same 36 points serve. Linear in x and differentiable to any order; the filters
+    are constants and have no gradient.
 
     Args:
         x: ``[N, C, H, W]``, C, H, W >= 1; float32, float64, bfloat16 or float16, any strides; channels-last is read
@@ -66,10 +70,11 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
         backend: "auto" (the device's kernel), "reference" (plain torch, any device) or "cpu".
 
     Returns:
-        ``[N, K, H, W]`` in the dtype of x and, whatever the layout of x, in channels-last memory ("reference": as
-        torch's convolution gives it). Equal bits over thread counts; instruction sets differ in the last bits, for
-        products are fused where the processor can. The float32 error is within four times that of a direct
-        convolution.
+        ``[N, K, H, W]``, ``[N, K, ceil(H / 2), ceil(W / 2)]`` for 7x7 taps, in the dtype of x and, whatever the layout
+        of x, in channels-last memory ("reference": as torch's convolution gives it). Equal bits over thread counts;
+        instruction sets differ in the last bits, for products are fused where the processor can. The float32 error is
+        within four times that of a direct convolution. What is not finite in x makes NaN of every tile that sees it:
+        4x4 outputs, 3x3 for 7x7 taps.
 
     Raises:
         TypeError: an argument is no tensor or has an unsupported dtype.
@@ -94,7 +99,10 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
         filters = frozen_filters(weight, dtype)
     elif filters.forward.dtype != dtype:
         raise ValueError(f"filters: expected {dtype} for x in {x.dtype}, got {filters.forward.dtype}")
-    return _forward(x, filters.forward, filters.adjoint)
+    if weight.shape[2] == 3:
+        return _forward(x, filters.forward, filters.adjoint, 3, 1)
+    even = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # the outputs are as many either way
+    return _forward(F.pixel_unshuffle(even, 2), filters.forward, filters.adjoint, 4, 2)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -102,8 +110,10 @@ def _check_weight(weight: Tensor) -> None:
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
     if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"weight: expected float32, float64, bfloat16 or float16, got {weight.dtype}")
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
-        raise ValueError(f"weight: expected [K, C, 3, 3] with K, C >= 1, got shape {list(weight.shape)}")
+    if weight.dim() != 4 or weight.shape[2:] not in ((3, 3), (7, 7)) or 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected [K, C, 3, 3] or [K, C, 7, 7] with K, C >= 1, got shape {list(weight.shape)}"
+        )
     if weight.requires_grad:
         raise ValueError(
             "weight: expected frozen filters, got a tensor that requires a gradient; there is none, "
@@ -111,45 +121,56 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
+def _by_cells(weight: Tensor) -> Tensor:
+    """``[K, C, 7, 7]`` of stride 2 and padding 3 as ``[K, 4 C, 4, 4]`` on `F.pixel_unshuffle`'s cells, two before."""
+    K, C = weight.shape[:2]
+    even = F.pad(weight, (1, 0, 1, 0))  # rows of 8 taps begin 4 pixels before the position
+    return even.view(K, C, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(K, 4 * C, 4, 4)
+
+
 def _transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """G w G^T in float64, as [36, ceil(K / L), C, L]."""
+    K, C, taps, _ = weight.shape
     a, b = _POINTS
     of_a, of_b = 1 / (2 * a**2 * (a**2 - b**2)), 1 / (2 * b**2 * (b**2 - a**2))
-    rows = [[1 / (a * b) ** 2, 0.0, 0.0]]
-    for point, scale in ((a, of_a), (-a, of_a), (b, of_b), (-b, of_b)):
-        rows.append([scale, point * scale, point**2 * scale])
-    rows.append([0.0, 0.0, 1.0])
-    g = torch.tensor(rows, dtype=torch.float64, device=weight.device)  # [6, 3]
-    both = torch.kron(g, g)  # [36, 9]
-    K, C = weight.shape[:2]
+    finite = ((0.0, 1 / (a * b) ** 2), (a, of_a), (-a, of_a), (b, of_b), (-b, of_b))
+    rows = [[point**i * scale for i in range(taps)] for point, scale in finite]
+    rows.append([0.0] * (taps - 1) + [1.0])  # infinity
+    g = torch.tensor(rows, dtype=torch.float64, device=weight.device)  # [6, taps]
+    both = torch.kron(g, g)  # [36, taps * taps]
     lanes = _VECTOR // dtype.itemsize
     vectors = -(-K // lanes)
     out = torch.zeros((36, vectors * lanes, C), dtype=dtype, device=weight.device)
-    taps = weight.reshape(K * C, 9).double().t()
+    of_taps = weight.reshape(K * C, taps * taps).double().t()
     for point in range(36):  # one at a time: all of them in float64 would take 8 times the weight again
-        out[point, :K] = (both[point] @ taps).view(K, C)
+        out[point, :K] = (both[point] @ of_taps).view(K, C)
     return out.view(36, vectors, lanes, C).transpose(2, 3).contiguous()
 
 
-def _fake(x: Tensor, forward: Tensor, adjoint: Tensor) -> Tensor:
+def _fake(x: Tensor, forward: Tensor, adjoint: Tensor, taps: int, before: int) -> Tensor:
     shape = (x.shape[0], adjoint.shape[2], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _vmap(info: Any, in_dims: tuple, x: Tensor, forward: Tensor, adjoint: Tensor) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: tuple, x: Tensor, forward: Tensor, adjoint: Tensor, *options: int) -> tuple[Tensor, int]:
     """Images are independent, so a batch dimension becomes more images."""
     if in_dims[1] is not None or in_dims[2] is not None:
         raise NotImplementedError("frozen_conv2d: vmap over filters is not supported; they are one network's constants")
     x = x.movedim(in_dims[0], 0)
-    out = _forward.raw(x.flatten(0, 1), forward, adjoint)
+    out = _forward.raw(x.flatten(0, 1), forward, adjoint, *options)
     return out.unflatten(0, x.shape[:2]), 0
+
+
+def _vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
+    taps, before = options
+    return _forward(grad, saved[2], saved[1], taps, taps - 1 - before), None, None
 
 
 _forward = Operator(
     "frozen_conv2d",
     tensors=3,
     fake=_fake,
-    vjp=lambda saved, options, grad: (_forward(grad, saved[2], saved[1]), None, None),
-    jvp=lambda saved, options, x_t, *rest: _forward(x_t, saved[1], saved[2]),
+    vjp=_vjp,
+    jvp=lambda saved, options, x_t, *rest: _forward(x_t, saved[1], saved[2], *options),
     vmap=_vmap,
 )

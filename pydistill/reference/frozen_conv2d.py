@@ -1,4 +1,4 @@
-"""The definition of the 3x3 convolution with frozen filters."""
+"""The definition of the convolutions with frozen filters."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ from torch import Tensor
 
 
 def frozen_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight.detach().to(x.dtype), padding=1)
+    stride, padding = (1, 1) if weight.shape[2] == 3 else (2, 3)
+    return F.conv2d(x, weight.detach().to(x.dtype), stride=stride, padding=padding)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import distribution, eager, gradient_matching, segments, training
+from bench.peers import distribution, eager, gradient_matching, resnet, segments, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -433,3 +433,23 @@ def test_krr_loss_is_green_and_takes_less_memory(tmp_path: Path) -> None:
     found = rows_in(tmp_path / "krr_loss_memory.csv")
     peaks = {row["provider"]: float(row["median"]) for row in found if row["unit"] == "MiB"}
     assert peaks["solve"] > 1.5 * peaks["pydistill"] > 0
+def test_frozen_convolutions_are_green(tmp_path: Path) -> None:
+    assert run.main(["frozen_conv2d", "--quick", "--providers", "channels-last,pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "frozen_conv2d.csv")
+    assert {row["x_value"] for row in rows} == {"3x20", "16x9"}
+    assert {row["provider"] for row in rows} == {"eager", "channels-last", "pydistill"}
+
+
+def test_frozen_network_is_green(tmp_path: Path) -> None:
+    assert run.main(["frozen_resnet18", "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    assert {row["provider"] for row in rows_in(tmp_path / "frozen_resnet18.csv")} == {"eager", "pydistill"}
+
+
+def test_frozen_convolutions_see_a_wrong_input_gradient(tmp_path: Path) -> None:
+    def unturned(layer: resnet.Layer) -> resnet.Thunk:
+        wrong = resnet.Layer(layer.x, layer.weight.flip(2), layer.grad)
+        return lambda: (resnet.layer_in_torch(layer)()[0], resnet.layer_in_torch(wrong)()[1])
+
+    case = CASES["frozen_conv2d"].only([])
+    case = replace(case, providers=case.providers | {"unturned": Entry(unturned)})
+    assert run.run_case(case, size="quick", out=tmp_path) == 1

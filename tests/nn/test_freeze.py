@@ -1,0 +1,125 @@
+"""Frozen copies of networks: what is replaced, that nothing else changes, and that stale filters are never used."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from pydistill.nn import FrozenConv2d, freeze
+from pydistill.ops import frozen_filters
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 40, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(40, 64, 3, 2, 1),
+        nn.Conv2d(64, 32, 3, padding=1, groups=2),
+        nn.Conv2d(32, 32, 3, padding=2, dilation=2),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(32, 8, 3, padding=1),
+        nn.Conv2d(8, 32, 1),
+    ).to(dtype)
+
+
+def gradient(net, x):
+    x = x.detach().requires_grad_()
+    y = net(x)
+    return y.detach(), torch.autograd.grad(y.sin().sum(), x)[0]
+
+
+def test_only_what_pays_is_replaced_and_values_stay():
+    net = network().train()
+    before = copy.deepcopy(net.state_dict())
+    frozen = freeze(net)
+    assert [i for i, module in enumerate(frozen) if type(module) is FrozenConv2d] == [0, 3]
+    assert net.training
+    assert not frozen.training
+    assert all(p.requires_grad for p in net.parameters())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert list(frozen.state_dict()) == list(before)
+    x = torch.randn(2, 3, 21, 18, dtype=torch.float64)
+    for found, truth in zip(gradient(frozen, x), gradient(net.eval(), x), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
+    assert list(frozen.state_dict()) == list(before)  # filters are made by now, and are no part of it
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert torch.equal(value, frozen.state_dict()[key])
+
+
+def test_filters_follow_the_weight():
+    net = network(torch.float32)
+    frozen, x = freeze(net), torch.randn(1, 3, 16, 16)
+    old = frozen(x)
+    made = frozen[3].filters()
+    assert frozen[3].filters() is made
+    net[3].weight.data.mul_(2)
+    frozen.load_state_dict(net.state_dict())
+    assert not torch.allclose(frozen(x), old)
+    torch.testing.assert_close(frozen(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+    for dtype in (torch.float64, torch.bfloat16):
+        frozen.to(dtype)
+        assert frozen(x.to(dtype)).dtype == dtype
+        assert frozen[3].filters().weight.dtype == dtype
+    with pytest.raises(ValueError, match=r"x: expected torch.bfloat16 as the weight, got torch.float32"):
+        frozen(x)
+
+
+def test_copies_and_files_do_not_carry_the_filters():
+    conv = freeze(network(torch.float32))[3]
+    x = torch.randn(1, 32, 6, 6)
+    y = conv(x)
+    for other in (copy.deepcopy(conv), torch.load(_saved(conv), weights_only=False)):
+        assert other._transformed is None
+        assert torch.equal(other(x), y)
+
+
+def _saved(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+def test_autocast_casts_as_torch_does():
+    net = network(torch.float32)
+    frozen, x = freeze(net).eval(), torch.randn(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, truth = frozen[0](x), net[0](x)
+    assert found.dtype == truth.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), truth.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_compiled_and_in_inference_mode():
+    net = network(torch.float32)
+    frozen, x = freeze(net), torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        first = frozen(x)
+    truth = gradient(frozen, x)
+    torch.testing.assert_close(first, truth[0])
+    for found, expected in zip(gradient(torch.compile(frozen, backend="aot_eager"), x), truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got int"):
+        freeze(3)
+    net = network(torch.float32)
+    net[3].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"model: 3 \(Conv2d.* has hooks"):
+        freeze(net)
+    frozen = freeze(network(torch.float32)).requires_grad_()
+    with pytest.raises(ValueError, match="weight: expected frozen filters, got a tensor that requires a gradient"):
+        frozen(torch.randn(1, 3, 16, 16))
+
+
+def test_filters_of_the_stem_are_those_of_cells():
+    weight = torch.randn(5, 3, 7, 7)
+    assert frozen_filters(weight).forward.shape == (36, 1, 12, 16)
+    assert frozen_filters(weight).adjoint.shape == (36, 1, 5, 16)

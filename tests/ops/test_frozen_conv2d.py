@@ -1,0 +1,262 @@
+"""The 3x3 convolution with frozen filters against torch's: cases under `check_op`, accuracy, and the messages."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pydistill import reference
+from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters
+from pydistill.testing import CHECKS, Case, check_op
+
+OP = torch.ops.pydistill.frozen_conv2d.default
+
+
+def weight(K, C, dtype=torch.float64, taps=3):
+    generator = torch.Generator().manual_seed(K * C)
+    return (torch.randn(K, C, taps, taps, generator=generator, dtype=torch.float64) / (taps * C**0.5)).to(dtype)
+
+
+def ours(x, filters):
+    return frozen_conv2d(x, filters.to(x.dtype))
+
+
+def plain(x, filters):
+    return reference.frozen_conv2d(x, filters)
+
+
+def raw_calls(x, filters):
+    made = frozen_filters(filters)
+    if filters.shape[2] == 7:
+        return [(OP, (torch.randn(2, 4 * x.shape[1], 4, 5, dtype=x.dtype, requires_grad=True), *made[1:], 4, 2))]
+    return [(OP, (x, made.forward, made.adjoint, 3, 1))]
+
+
+def images(N, C, H, W, layout="channels-last"):
+    def make(dtype):
+        generator = torch.Generator().manual_seed(N * C + H * W)
+        x = torch.randn(N, C, H, W, generator=generator, dtype=torch.float64).to(dtype)
+        if layout == "channels-last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        if layout == "slice":
+            wide = x.new_zeros(2 * N, C + 1, H, 2 * W)
+            wide[::2, 1:, :, ::2] = x
+            x = wide[::2, 1:, :, ::2]
+        if layout == "expanded":
+            x = x[:1].expand(N, C, H, W)
+        return (x,)
+
+    return make
+
+
+def case(name, N, C, K, H, W, layout="channels-last", taps=3, **options):
+    return Case(name, images(N, C, H, W, layout), {"filters": weight(K, C, taps=taps)}, **options)
+
+
+# tiles of 4x4, vectors of 16 or 8 channels, products of six rows, chunks of 30 or 66 tiles, parts of 8 vectors
+CASES = [
+    case("whole tiles", 2, 16, 16, 8, 8),
+    case("partial tiles", 2, 17, 9, 7, 5),
+    *(case(f"size {s}", 1, 8, 16, s, s) for s in (3, 5)),
+    case("one pixel", 1, 1, 1, 1, 1),
+    case("row", 3, 3, 5, 1, 11),
+    case("no images", 0, 4, 3, 5, 6),
+    case("NCHW", 2, 8, 16, 6, 7, "NCHW"),
+    case("slice", 2, 5, 7, 6, 5, "slice"),
+    case("expanded", 3, 5, 7, 6, 5, "expanded"),
+    case("chunks", 2, 3, 4, 25, 21),
+    # sums of so many products are held to four times torch's error in float32, below
+    case("parts", 1, 130, 140, 6, 5, dtypes=(torch.bfloat16,)),
+    case("stem", 2, 3, 17, 16, 14, "NCHW", taps=7),
+    case("odd stem", 1, 2, 3, 7, 9, taps=7),
+]
+
+
+# an infinite input makes NaN of a tile, of which a direct convolution makes some infinities: see below
+@pytest.mark.parametrize("check", [check for check in CHECKS if check != "nan"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matrix(case, check):
+    check_op(ours, plain, [case], raw_calls=raw_calls, checks=[check])
+
+
+def relative_error(value, truth):
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    ("taps", "channels", "size"), [(3, 64, 16), (3, 128, 12), (3, 256, 14), (3, 512, 7), (7, 3, 40)]
+)
+def test_float32_error_is_within_four_times_that_of_a_direct_convolution(taps, channels, size):
+    (x,) = images(2, channels, size, size)(torch.float32)
+    w = weight(64 if taps == 7 else channels, channels, torch.float32, taps)
+    geometry = {"stride": 2, "padding": 3} if taps == 7 else {"padding": 1}
+
+    def both(convolve, x):
+        x = x.detach().requires_grad_()
+        y = convolve(x)
+        return y, torch.autograd.grad(y, x, torch.sin(torch.arange(y.numel()).view_as(y) * 1.7).to(y.dtype))[0]
+
+    truth = both(lambda x: F.conv2d(x, w.double(), **geometry), x.double())
+    direct = both(lambda x: F.conv2d(x, w, **geometry), x)
+    filters = frozen_filters(w)
+    for a, b, t in zip(both(lambda x: frozen_conv2d(x, filters), x), direct, truth, strict=True):
+        t = t.detach()
+        assert relative_error(a, t) <= 4 * relative_error(b, t)
+        assert (a - t).abs().max() <= 4 * (b - t).abs().max()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_tiles(poison):
+    (x,) = images(2, 20, 13, 13)(torch.float32)
+    x[1, 3, 4, 6] = poison
+    w = weight(18, 20, torch.float32)
+    found, truth = frozen_conv2d(x, w), reference.frozen_conv2d(x, w)
+    assert not found[~truth.isfinite()].isfinite().any()
+    # rows 4 and 6 are seen by the tiles of rows 0 to 7 and 4 to 7, one more each way where the position is at an edge
+    spoilt = torch.zeros(13, 13, dtype=torch.bool)
+    spoilt[0:8, 4:8] = True
+    assert found[0].isfinite().all()
+    assert found[1][:, ~spoilt].isfinite().all()
+    torch.testing.assert_close(found[1][:, ~spoilt], truth[1][:, ~spoilt], rtol=0, atol=1e-5)
+
+
+def test_output_is_channels_last_whatever_the_input():
+    w = weight(6, 5, torch.float32)
+    for layout in ("channels-last", "NCHW", "slice", "expanded"):
+        (x,) = images(2, 5, 7, 4, layout)(torch.float32)
+        assert frozen_conv2d(x, w).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_third_derivative():
+    filters = frozen_filters(weight(5, 3))
+
+    def third(convolve):
+        x = images(1, 3, 5, 6)(torch.float64)[0].requires_grad_()
+        value = convolve(x).sin().sum()
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            value = (grad * torch.linspace(-1, 2, grad.numel(), dtype=grad.dtype).view_as(grad)).sum()
+        return grad
+
+    torch.testing.assert_close(
+        third(lambda x: frozen_conv2d(x, filters)),
+        third(lambda x: reference.frozen_conv2d(x, filters.weight)),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
+def test_threads_share_chunks_and_parts_with_equal_bits():
+    x, w = images(3, 33, 30, 30)(torch.float32)[0], frozen_filters(weight(200, 33, torch.float32))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 16):
+            torch.set_num_threads(threads)
+            found.append(frozen_conv2d(x, w))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+COMPARE = """
+import torch, sys
+from pydistill import _host
+from pydistill.ops import frozen_conv2d
+generator = torch.Generator().manual_seed(1)
+x = torch.randn(2, 35, 9, 10, generator=generator)
+w = torch.randn(50, 35, 3, 3, generator=generator) / 17
+print(_host.isa())
+truth = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+print(float((frozen_conv2d(x, w) - truth).norm() / truth.norm()))
+print(float((frozen_conv2d(x.double(), w.double()) - truth).norm() / truth.norm()))
+print(float((frozen_conv2d(x.half(), w.half()) - truth).norm() / truth.norm()))
+"""
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_instruction_sets_agree_to_rounding(isa):
+    run = subprocess.run(
+        [sys.executable, "-c", COMPARE], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
+    )
+    if run.returncode and "this processor does not have it" in run.stderr:
+        pytest.skip(f"no {isa} here")
+    assert run.returncode == 0, run.stderr
+    name, single, double, half = run.stdout.split()
+    assert name == isa
+    assert float(single) < 2e-6
+    assert float(double) < 2e-15 * 5
+    assert float(half) < 1e-3
+
+
+def test_filters_are_made_of_any_dtype():
+    w = weight(4, 3, torch.bfloat16)
+    assert frozen_filters(w).forward.dtype == torch.float32
+    assert frozen_filters(w, torch.float64).forward.dtype == torch.float64
+    assert frozen_filters(w).forward.shape == (36, 1, 3, 16)
+    assert frozen_filters(w, torch.float64).adjoint.shape == (36, 1, 4, 8)
+
+
+X, W = torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "filters", "error", "message"),
+    [
+        (None, W, TypeError, "x: expected a tensor, got NoneType"),
+        (X, None, TypeError, "weight: expected a tensor, got NoneType"),
+        (X.long(), W, TypeError, "x: expected float32, .*, got torch.int64"),
+        (X, W.long(), TypeError, "weight: expected float32, .*, got torch.int64"),
+        (X[0], W, ValueError, r"x: expected \[N, 3, H, W\].*, got shape \[3, 4, 4\]"),
+        (X[:, :2], W, ValueError, r"x: expected \[N, 3, H, W\].*, got shape \[1, 2, 4, 4\]"),
+        (X[:, :, :0], W, ValueError, r"x: expected .* with H, W >= 1, got shape \[1, 3, 0, 4\]"),
+        (X, W[..., :2], ValueError, r"weight: expected \[K, C, 3, 3\] or .*, got shape \[2, 3, 3, 2\]"),
+        (X, W[:0], ValueError, r"weight: expected \[K, C, 3, 3\] or .*, got shape \[0, 3, 3, 3\]"),
+        (X, W.clone().requires_grad_(), ValueError, "weight: expected frozen filters, got .* requires a gradient"),
+        (X.double(), frozen_filters(W), ValueError, "filters: expected torch.float64 for x in torch.float64"),
+        (X, frozen_filters(W, torch.float64), ValueError, "filters: expected torch.float32 for x in torch.float32"),
+        (X.to("meta"), W, ValueError, "x: expected device cpu as the filters, got meta"),
+    ],
+)
+def test_messages(x, filters, error, message):
+    with pytest.raises(error, match=message):
+        frozen_conv2d(x, filters)
+
+
+def test_filters_messages():
+    with pytest.raises(TypeError, match=r"dtype: expected float32 or float64, got torch.bfloat16"):
+        frozen_filters(W, torch.bfloat16)
+
+
+def test_direct_calls_are_checked_too():
+    made = frozen_filters(W)
+    for args in (
+        (X[0], made.forward, made.adjoint, 3, 1),
+        (X[:, :2], made.forward, made.adjoint, 3, 1),
+        (X, made.adjoint, made.forward, 3, 1),
+        (X, made.forward, made.adjoint, 5, 1),
+        (X, made.forward, made.adjoint, 3, 3),
+        (X, made.forward[:35], made.adjoint, 3, 1),
+        (X, made.forward.double(), made.adjoint, 3, 1),
+        (X, made.forward, made.adjoint[0], 3, 1),
+        (X.double(), made.forward, made.adjoint, 3, 1),
+        (X[:, :, :0], made.forward, made.adjoint, 3, 1),
+        (X, made.forward.transpose(0, 1).contiguous().transpose(0, 1), made.adjoint[:, :, :, :8], 3, 1),
+    ):
+        with pytest.raises(RuntimeError, match=r"(x|filters|adjoint|taps): expected"):
+            OP(*args)
+
+
+def test_vmap_over_filters_is_refused():
+    made = FrozenFilters(*(t[None].expand(2, *t.shape) for t in frozen_filters(W)))
+    with pytest.raises(NotImplementedError, match="vmap over filters"):
+        torch.func.vmap(lambda f, a: OP(X, f, a, 3, 1))(made.forward, made.adjoint)
+
+
+def test_backends():
+    torch.testing.assert_close(frozen_conv2d(X, W), frozen_conv2d(X, W, backend="reference"))
+    torch.testing.assert_close(frozen_conv2d(X, frozen_filters(W), backend="cpu"), F.conv2d(X, W, padding=1))
+    with pytest.raises(NotImplementedError, match="frozen_conv2d has no cuda kernel; it has reference, cpu"):
+        frozen_conv2d(X, W, backend="cuda")
