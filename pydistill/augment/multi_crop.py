@@ -121,7 +121,9 @@ class MultiCrop:
         return multi_crop(images, record.to(images.device), self.size, base=base, mean=self.mean, std=self.std)
 
     def _record(self, columns: dict[str, Column], shape: Sequence[int]) -> Tensor:
-        found = [torch.as_tensor(columns[name], dtype=torch.float64, device=columns["source"].device) for name in COLUMNS]
+        found = [
+            torch.as_tensor(columns[name], dtype=torch.float64, device=columns["source"].device) for name in COLUMNS
+        ]
         return torch.stack([column.expand(shape) for column in found], 2).float()
 
     def _crops(
