@@ -29,9 +29,9 @@ def get_params(random, H, W, scale, ratio):
         if 0 < w <= W and 0 < h <= H:
             return random.randint(0, H - h), random.randint(0, W - w), h, w
     w, h = W, H
-    if W / H < min(ratio):
+    if min(ratio) > W / H:
         h = round(W / min(ratio))
-    elif W / H > max(ratio):
+    elif max(ratio) < W / H:
         w = round(H * max(ratio))
     return (H - h) // 2, (W - w) // 2, h, w
 
@@ -247,7 +247,7 @@ def test_bytes_that_are_no_record_are_refused():
         spoiled[1, 0, C[column]] = value
         with pytest.raises(ValueError, match=f"record: expected whole numbers of .* as {column}, got"):
             record_to_bytes(spoiled)
-    with pytest.raises(TypeError, match="record: expected a float32 tensor, got torch.float64"):
+    with pytest.raises(TypeError, match=r"record: expected a float32 tensor, got torch\.float64"):
         record_to_bytes(record.double())
     with pytest.raises(ValueError, match=r"record: expected shape \[B, P, 14\]"):
         record_to_bytes(record[0])
