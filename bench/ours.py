@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .peers import distribution, eager, gradient_matching, recover, segments, training
 from .peers import distribution, eager, gradient_matching, resnet, segments, training
+from .peers import distribution, eager, gradient_matching, multi_crop, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -176,6 +178,17 @@ def augment_images(images: Tensor, record: Tensor) -> Tensor:
     from pydistill.ops import augment_images
 
     return augment_images(images, record)
+
+
+def crops(problem: multi_crop.Crops) -> Callable[[Tensor], Tensor]:
+    from pydistill.augment import multi_crop as op  # the peer's module has that name here
+
+    size, rows = problem.size, len(problem.boxes)
+    record = torch.zeros(rows, 1, 14)
+    record[:, 0, 0] = torch.arange(rows)
+    record[:, 0, 1:8] = problem.boxes
+    record[:, 0, 11:] = torch.tensor([size, size, 1])
+    return lambda images: op(images, record, size, mean=multi_crop.MEAN, std=multi_crop.STD)
 
 
 def datadam(problem: distribution.Images, precision: str = "fp32") -> distribution.Thunk:

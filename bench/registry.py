@@ -27,6 +27,7 @@ from .peers import (
     kernel_ridge,
     recover,
     resnet,
+    multi_crop,
     segments,
     tesla,
     training,
@@ -524,6 +525,70 @@ AUGMENT = Case(
     gate=_augment_gate,
     check=_augment_check,
     must_show=_augment_must_show,
+)
+
+
+def _multi_crop_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(
+            crops,
+            partial(multi_crop.make_crops, config["shape"], config["size"], crops, mode),
+            tuple(case.providers),
+            mode,
+        )
+        for mode in multi_crop.MODES
+        for crops in multi_crop.CROPS
+    ]
+
+
+def _multi_crop_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, sides that shrink and grow, both kinds of crops, both outputs to 1e-10."""
+    for crops in multi_crop.CROPS:
+        problem = multi_crop.make_crops(*config["gate"], crops, multi_crop.MODES[1], torch.float64)
+        truths = multi_crop.crops_of(problem)()
+        for name, entry in case.providers.items():
+            for i, (value, truth) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
+                yield Check(name, f"float64 {crops}, output {i}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _multi_crop_check(case: Case, point: Point, problem: multi_crop.Crops, outputs: dict[str, Any]) -> Iterator[Check]:
+    """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
+    truths = multi_crop.crops_of(problem.double())()
+    for i, truth in enumerate(truths):
+        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, values in outputs.items():
+            error = relative_error(values[i], truth)
+            yield Check(name, f"float32 {point.mode}, {point.x}, output {i}, relative error", error, bound)
+
+
+def _multi_crop_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    both = multi_crop.MODES[1]
+    for crops in multi_crop.CROPS:
+        found = {provider: value for (mode, x, provider), value in medians.items() if (mode, x) == (both, crops)}
+        for peer in ("eager", "products", "compiled"):
+            if peer in found and "pydistill" in found:
+                speedup = found[peer] / found["pydistill"]
+                yield Check("pydistill", f"{both}, {crops}, speed-up over {peer}", speedup, 3.0, at_least=True)
+
+
+MULTI_CROP = Case(
+    name="multi_crop",
+    metric="time",
+    unit="ms",
+    x_name="crops",
+    providers={
+        "eager": Entry(multi_crop.crops_of),
+        "products": Entry(partial(multi_crop.crops_of, op=multi_crop.products)),
+        "compiled": Entry(partial(multi_crop.crops_of, op=multi_crop.compiled_products)),
+        "pydistill": Entry(partial(multi_crop.crops_of, op=ours.crops)),
+    },
+    full={"shape": (64, 3, 224, 224), "size": 224, "gate": ((5, 3, 37, 35), 20)},
+    quick={"shape": (4, 3, 16, 16), "size": 12, "gate": ((3, 3, 19, 17), 12)},
+    repeats=5,
+    points=_multi_crop_points,
+    gate=_multi_crop_gate,
+    check=_multi_crop_check,
+    must_show=_multi_crop_must_show,
 )
 
 
@@ -1333,6 +1398,7 @@ CASES: dict[str, Case] = {
         EXPERT_STORE,
         INSTANCE_NORM_RELU_AVG_POOL,
         AUGMENT,
+        MULTI_CROP,
         DATADAM_STEP,
         DM_STEP,
         MMD,

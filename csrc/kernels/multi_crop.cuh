@@ -20,7 +20,9 @@ using Form = Call::Form;
 
 constexpr int threads = 256, channels_at_once = 3;
 
-constexpr int blocks_at_once = 3;  // 80 registers a thread
+// 80 registers a thread (128 for double): with fewer it spills.
+template <class T>
+constexpr int blocks_at_once = std::is_same_v<T, double> ? 2 : 3;
 
 struct Span {
   int begin, end;
@@ -121,7 +123,7 @@ __device__ inline int showing(int r, int origin, int roll, int size, bool mirror
 }
 
 template <class T, Form form>
-__global__ void __launch_bounds__(threads, blocks_at_once) kernel(const Call call) {
+__global__ void __launch_bounds__(threads, blocks_at_once<T>) kernel(const Call call) {
   using A = Accumulator<T>;
   constexpr bool forward = form == Form::forward;
   const int H = static_cast<int>(forward ? call.height_out : call.H);

@@ -56,9 +56,9 @@ struct MultiCrop {
   bool shared = false;
   bool in_place = false;  // on the CPU: no base, and the images' rows are neighbours in the type of the arithmetic
 
-  const float* record = nullptr;                             // [B, parts, columns]
+  const float* record = nullptr;                               // [B, parts, columns]
   int64_t record_row = 0, record_part = 0, record_column = 0;  // its strides
-  const double* norm = nullptr;                              // [2, C], contiguous: mean, std; may be absent
+  const double* norm = nullptr;                                // [2, C], contiguous: mean, std; may be absent
 
   // On the CPU, for the backward: the record's parts, as row * parts + part, in this order for each image; those of
   // image n are parts_of[first[n]] up to parts_of[first[n + 1]]. `shared`: as if there were one image.

@@ -61,9 +61,8 @@ bool read_part(const Call& call, int64_t b, int64_t p, Part& part) {
     finite &= v < 1e9f && v > -1e9f;
   }
   part.seen = part.to_top < part.to_bottom && part.to_left < part.to_right;
-  const auto within = [](int64_t begin, int64_t end, int64_t size) PYDISTILL_LAMBDA {
-    return begin >= 0 && begin <= end && end <= size;
-  };
+  const auto within = [](int64_t begin, int64_t end, int64_t size)
+                          PYDISTILL_LAMBDA { return begin >= 0 && begin <= end && end <= size; };
   return finite && part.source >= 0 && part.source < call.N && part.height > 0 && part.width > 0 &&
          within(part.top, part.top + part.height, call.H) && within(part.left, part.left + part.width, call.W) &&
          within(part.to_top, part.to_bottom, call.height_out) && within(part.to_left, part.to_right, call.width_out);
@@ -75,7 +74,8 @@ bool read_parts(const Call& call, int64_t b, Part* parts) {
   return valid;
 }
 
-// Of every place of one axis of the result: the first pixel of the crop that it is made of, how many, and their weights.
+// Of every place of one axis of the result: the first pixel of the crop that it is made of, how many, and their
+// weights.
 template <class T>
 struct Axis {
   int32_t *start, *count, *first;
@@ -113,8 +113,8 @@ struct Axis {
   }
 };
 
-// Rows of T in scratch memory become columns: to[x * lanes + l] = from[l * pitch + x]; and back. `pitch` and `width` are
-// multiples of four.
+// Rows of T in scratch memory become columns: to[x * lanes + l] = from[l * pitch + x]; and back. `pitch` and `width`
+// are multiples of four.
 template <class T>
 struct Columns {
   static constexpr int lanes = Registers<T>::lanes;
@@ -380,8 +380,7 @@ struct Adjoint {
         const T* const w = across.weight + across.first[j];
         T* const to = in_columns + across.start[j] * lanes;
         const Register<T> g = load_register(out_columns + (j - part.to_left) * lanes);
-        for (int64_t t = 0; t < across.count[j]; ++t)
-          *reinterpret_cast<Register<T>*>(to + t * lanes) += g * w[t];
+        for (int64_t t = 0; t < across.count[j]; ++t) *reinterpret_cast<Register<T>*>(to + t * lanes) += g * w[t];
       }
       Columns<T>::to_rows(in_columns, padded(part.width), in, pitch_in);
       for (int l = 0; l < used; ++l)

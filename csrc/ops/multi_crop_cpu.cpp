@@ -1,5 +1,3 @@
-#include "multi_crop.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -7,6 +5,7 @@
 
 #include "../common/isa.h"
 #include "../common/scratch.h"
+#include "multi_crop.h"
 
 namespace pydistill {
 
@@ -43,8 +42,7 @@ struct BySource {
     parts_of.resize(static_cast<size_t>(first.back()));
     std::vector<int64_t> next = first;
     for (int64_t k = 0; k < all; ++k)
-      if (const int64_t n = place(k); n >= 0)
-        parts_of[static_cast<size_t>(next[static_cast<size_t>(n)]++)] = k;
+      if (const int64_t n = place(k); n >= 0) parts_of[static_cast<size_t>(next[static_cast<size_t>(n)]++)] = k;
   }
 };
 

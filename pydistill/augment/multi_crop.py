@@ -104,7 +104,7 @@ class MultiCrop:
         if sources.dim() != 1 and sources.shape[1:] != (tiles,):
             wanted = "[B] or [B, 4]" if tiles == 4 else "[B]"
             raise ValueError(f"sources: expected shape {wanted}, got {list(sources.shape)}")
-        if sources.numel() and not (0 <= int(sources.min()) and int(sources.max()) < min(N, 2**24)):
+        if sources.numel() and not (int(sources.min()) >= 0 and int(sources.max()) < min(N, 2**24)):
             raise ValueError(f"sources: expected numbers of images, 0 to {min(N, 2**24) - 1}, got others")
         if sources.dim() == 1:
             more = (sources[torch.randperm(len(sources), generator=generator, device=device)] for _ in range(tiles - 1))
@@ -121,7 +121,9 @@ class MultiCrop:
         return multi_crop(images, record.to(images.device), self.size, base=base, mean=self.mean, std=self.std)
 
     def _record(self, columns: dict[str, Column], shape: Sequence[int]) -> Tensor:
-        found = [torch.as_tensor(columns[name], dtype=torch.float64, device=columns["source"].device) for name in COLUMNS]
+        found = [
+            torch.as_tensor(columns[name], dtype=torch.float64, device=columns["source"].device) for name in COLUMNS
+        ]
         return torch.stack([column.expand(shape) for column in found], 2).float()
 
     def _crops(
@@ -152,9 +154,9 @@ class MultiCrop:
 
     def _centre(self, H: int, W: int) -> tuple[int, int]:
         """Where no try fits: as much of the image as its ratio allows."""
-        if W / H < self.ratio[0]:
+        if self.ratio[0] > W / H:
             return round(W / self.ratio[0]), W
-        if W / H > self.ratio[1]:
+        if self.ratio[1] < W / H:
             return H, round(H * self.ratio[1])
         return H, W
 

@@ -237,7 +237,7 @@ def _forward_jvp(saved: tuple, options: tuple, images_t: Tensor, base_t: Tensor 
 
 def _backward_vjp(saved: tuple, options: tuple, to_images: Tensor | None, to_base: Tensor | None) -> tuple:
     grad, record, norm = saved
-    images, height, width, with_images, with_base = options
+    images, _, _, with_images, with_base = options
     size = grad.shape[2:]
     if with_images:
         return _forward(to_images, to_base if with_base else None, record, norm, *size, True), None, None

@@ -56,9 +56,7 @@ def one(x: Tensor, parts: Sequence[Sequence[float]], out_size: tuple[int, int]) 
         whole = out_size if not part["fit"] else (rows.stop - rows.start, columns.stop - columns.start)
         resized = resized_crop(x, part, whole)
         if part["fit"]:
-            resized = F.pad(
-                resized, (columns.start, out_size[1] - columns.stop, rows.start, out_size[0] - rows.stop)
-            )
+            resized = F.pad(resized, (columns.start, out_size[1] - columns.stop, rows.start, out_size[0] - rows.stop))
         out = out + torch.where(weight == 0, 0, weight * resized)  # what is not seen does not count, NaN or not
     return out
 

@@ -86,6 +86,15 @@ def test_augment_is_green(tmp_path: Path) -> None:
     assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
 
 
+def test_multi_crop_is_green(tmp_path: Path) -> None:
+    assert run.main(["multi_crop", "--quick", "--providers", "products,pydistill", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "multi_crop.csv")
+    assert {row["provider"] for row in rows} == {"eager", "products", "pydistill"}
+    assert {(row["mode"], row["x_value"]) for row in rows} == {
+        (mode, crops) for mode in ("forward", "forward+backward") for crops in ("each", "shared")
+    }
+
+
 def test_attention_map_divergence_is_green(tmp_path: Path) -> None:
     name = "attention_map_divergence"
     assert run.main([name, "--quick", "--providers", "eager-once,pydistill", "--out", str(tmp_path)]) == 0

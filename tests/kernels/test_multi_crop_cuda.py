@@ -13,7 +13,12 @@ from pydistill.ops.multi_crop import COLUMNS
 from pydistill.reference import multi_crop as reference
 
 # images and results; three channels at a time, 256 threads a block
-SHAPES = [((3, 3, 17, 16), (4, 11, 13)), ((2, 1, 9, 7), (3, 20, 21)), ((2, 7, 21, 25), (2, 3, 4)), ((1, 2, 1, 1), (2, 2, 3))]
+SHAPES = [
+    ((3, 3, 17, 16), (4, 11, 13)),
+    ((2, 1, 9, 7), (3, 20, 21)),
+    ((2, 7, 21, 25), (2, 3, 4)),
+    ((1, 2, 1, 1), (2, 2, 3)),
+]
 # each rounding of a result is within eps / 2; those before it are float32's (float64's)
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
@@ -29,8 +34,17 @@ def record_of(rows: int, images: int, size: tuple[int, int], out_size: tuple[int
     drawn = {
         **{"source": integers(0, images - 1), "height": height, "width": width, "flip": integers(0, 1)},
         **{"top": integers(0, H - height), "left": integers(0, W - width), "fit": integers(0, 1)},
-        **{"roll_y": integers(-30, 30), "roll_x": integers(-30, 30), "alpha": torch.rand(rows, parts, generator=random)},
-        **{"to_top": to_top, "to_left": to_left, "to_height": integers(0, h - to_top), "to_width": integers(0, w - to_left)},
+        **{
+            "roll_y": integers(-30, 30),
+            "roll_x": integers(-30, 30),
+            "alpha": torch.rand(rows, parts, generator=random),
+        },
+        **{
+            "to_top": to_top,
+            "to_left": to_left,
+            "to_height": integers(0, h - to_top),
+            "to_width": integers(0, w - to_left),
+        },
     }
     for name, value in {"fit": 0, "to_top": 0, "to_left": 0, "to_height": h, "to_width": w, "alpha": 1}.items():
         drawn[name][:, 0] = value

@@ -8,6 +8,7 @@ import torch
 from test_convnet_step_layers import KINDS, NETS, OUTPUTS, SENSIBLE, Problem, relative
 
 from pydistill import matching
+from pydistill.augment import MultiCrop
 from pydistill.nn import ConvNet
 from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops import attention_map, attention_map_divergence, row_products
@@ -186,3 +187,25 @@ def test_features_and_class_gradients():
         found.append([value.detach().cpu() for value in values])
     for cpu, gpu in zip(*found, strict=True):
         assert relative(gpu, cpu) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mix", [None, "mixup", "cutmix", "mosaic"])
+def test_multi_crop_is_that_of_the_cpu(mix, dtype):
+    """Results, the images' and the base's gradients, in float64 on the CPU; and again bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    augment = MultiCrop((50, 61), roll=9, mix=mix, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    images, base = (torch.randn(n, 3, 64, 57, generator=generator).to(dtype) for n in (12, 1))
+    record = augment.draw(images.shape, generator)
+
+    def run(device, dtype):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (images, base)]
+        out = augment(leaves[0], record, base=leaves[1])
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(images.dtype).to(device, dtype)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    truths, found, again = run("cpu", torch.float64), run("cuda", dtype), run("cuda", dtype)
+    bound = 4 * torch.finfo(dtype).eps + {torch.float32: 1e-5, torch.float64: 1e-13}.get(dtype, 0)
+    for got, repeat, truth in zip(found, again, truths, strict=True):
+        assert torch.equal(got, repeat)
+        assert relative(got.cpu(), truth) <= bound

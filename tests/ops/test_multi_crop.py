@@ -130,7 +130,9 @@ def test_whole_images_are_bitwise():
         images = torch.randn(3, 3, 9, 8).to(dtype)
         images[1, 1, 4, 4] = float("nan")
         box = {"top": 0, "left": 0, "height": 9, "width": 8}
-        record = record_of(3, 3, (9, 8), (9, 8), source=torch.tensor([[2], [1], [0]]), flip=1, roll_y=2, roll_x=-3, **box)
+        record = record_of(
+            3, 3, (9, 8), (9, 8), source=torch.tensor([[2], [1], [0]]), flip=1, roll_y=2, roll_x=-3, **box
+        )
         want = images.flip(0, 3).roll((2, -3), (2, 3))
         assert torch.equal(multi_crop(images, record, (9, 8)).nan_to_num(7), want.nan_to_num(7))
 
@@ -313,10 +315,20 @@ BAD = [
     ((X, R, 3), {"base": X}, ValueError, r"base: expected shape \[1, 3, 4, 4\], got \[2, 3, 4, 4\]"),
     ((X, R, 3), {"mean": (0.1,) * 3}, ValueError, "mean, std: expected both or neither, got mean alone"),
     ((X, R, 3), {"mean": (0.1,), "std": (1.0,)}, ValueError, r"mean: expected 3 numbers, one .* got shape \[1\]"),
-    ((X, R, 3), {"mean": (0.1,) * 3, "std": (1, 0, 1)}, ValueError, r"std: expected numbers above zero, got \[1, 0, 1\]"),
+    (
+        (X, R, 3),
+        {"mean": (0.1,) * 3, "std": (1, 0, 1)},
+        ValueError,
+        r"std: expected numbers above zero, got \[1, 0, 1\]",
+    ),
     ((X, R, 3), {"backend": "fast"}, ValueError, "backend: expected one of"),
     ((X, R, 3), {"backend": "cuda"}, NotImplementedError, "multi_crop: backend='cuda' cannot run on cpu tensors"),
-    ((X, R, 3), {"backend": "triton"}, NotImplementedError, "multi_crop has no triton kernel; it has reference, cpu, cu"),
+    (
+        (X, R, 3),
+        {"backend": "triton"},
+        NotImplementedError,
+        "multi_crop has no triton kernel; it has reference, cpu, cu",
+    ),
 ]
 
 
