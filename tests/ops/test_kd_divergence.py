@@ -34,7 +34,7 @@ def plain(student, **options):
 
 def raw_calls(student, *, target, labels=None, kind="fkl", target_is="logits", T=1.0, ce_weight=0.0, **_):
     """The four registered operators with the arguments of one case."""
-    N, C = student.shape
+    N = len(student)
     tensors = (None, target) if kind == "ce" else (target.to(student.dtype), labels)
     options = (KINDS.index(kind), target_is == "probs", T, 2.0, ce_weight, 0.3, 1.5)
     grad = torch.randn(N, dtype=student.dtype)
