@@ -95,7 +95,7 @@ def test_rows_over_several_threads():
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
 def test_the_densified_loss_to_one_in_a_million(tail, codes, T):
-    """A thousand classes, ten of them stored, in float32: loss and gradient against `kd_divergence` of what it means."""
+    """A thousand classes, ten of them stored, in float32: loss and gradient against the dense ones."""
     logits = (4 * torch.randn(64, 1000)).requires_grad_()
     probabilities, indices = (3 * torch.randn(64, 1000) / T).softmax(1).topk(10)
     step, values = None, probabilities.half()
@@ -198,31 +198,31 @@ def test_instruction_sets_agree_bitwise():
     assert len(set(digests.values())) == 1, digests
 
 
-X, I, V = torch.randn(2, 4), torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0.5, 0.25], [0.5, 0.5]])
+X, INDEX, V = torch.randn(2, 4), torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0.5, 0.25], [0.5, 0.5]])
 CODES = (20 * V).to(torch.uint8)
 BAD = [
-    (("x", I, V), {}, TypeError, "logits: expected a tensor, got str"),
+    (("x", INDEX, V), {}, TypeError, "logits: expected a tensor, got str"),
     ((X, [[0]], V), {}, TypeError, "indices: expected a tensor, got list"),
-    ((X, I.float(), V), {}, TypeError, "indices: expected integers, got torch.float32"),
-    ((X, I, I), {}, TypeError, "values: expected float32, .* got torch.int64"),
-    ((X, I, CODES), {}, ValueError, "step: expected that of the codes in values, which are uint8, got None"),
-    ((X, I, V), {"step": 0.1}, TypeError, "values: expected uint8 codes where a step is given, got torch.float32"),
-    ((X, I, CODES), {"step": 0.0}, ValueError, "step: expected a positive number, got 0.0"),
-    ((X[0], I, V), {}, ValueError, r"logits: expected \[N, C\] with at least one class, got shape \[4\]"),
-    ((X, I[:1], V), {}, ValueError, r"indices: expected \[2, k\] with k in 1\.\.4 for 4 classes, got \[1, 2\]"),
-    ((X, I[:, :0], V), {}, ValueError, r"indices: expected \[2, k\] with k in 1\.\.4 for 4 classes, got \[2, 0\]"),
-    ((X[:, :1], I, V), {}, ValueError, r"indices: expected \[2, k\] with k in 1\.\.1 for 1 classes, got \[2, 2\]"),
-    ((X, I, V[:, :1]), {}, ValueError, r"values: expected shape \[2, 2\] as indices, got \[2, 1\]"),
-    ((X, I + 1, V), {}, ValueError, r"indices: expected class numbers in 0\.\.3 for 4 classes, got 4"),
-    ((X, I - 1, V), {}, ValueError, r"indices: expected class numbers in 0\.\.3 for 4 classes, got -1"),
-    ((X, I, 2 * V), {}, ValueError, "values: expected probabilities, .* got a sum of 2"),
-    ((X, I, V.clone().requires_grad_()), {}, ValueError, "values: expected a teacher without gradient"),
-    ((X, I, V.to("meta")), {}, ValueError, "values: expected device cpu as logits, got meta"),
-    ((X, I, V), {"T": 0.0}, ValueError, "T: expected a positive number, got 0.0"),
-    ((X, I, V), {"tail": "none"}, ValueError, "tail: expected 'smooth', 'zeros' or 'renorm', got 'none'"),
-    ((X, I, V), {"kind": "fkl"}, ValueError, "kind: expected 'kl' or 'ce', got 'fkl'"),
-    ((X, I, V), {"reduction": "mean"}, ValueError, "reduction: expected 'batchmean', 'sum' or 'none', got 'mean'"),
-    ((X, I, V), {"backend": "cuda"}, NotImplementedError, "sparse_label_loss has no cuda kernel"),
+    ((X, INDEX.float(), V), {}, TypeError, "indices: expected integers, got torch.float32"),
+    ((X, INDEX, INDEX), {}, TypeError, "values: expected float32, .* got torch.int64"),
+    ((X, INDEX, CODES), {}, ValueError, "step: expected that of the codes in values, which are uint8, got None"),
+    ((X, INDEX, V), {"step": 0.1}, TypeError, "values: expected uint8 codes where a step is given, got torch.float32"),
+    ((X, INDEX, CODES), {"step": 0.0}, ValueError, "step: expected a positive number, got 0.0"),
+    ((X[0], INDEX, V), {}, ValueError, r"logits: expected \[N, C\] with at least one class, got shape \[4\]"),
+    ((X, INDEX[:1], V), {}, ValueError, r"indices: expected \[2, k\] with k in 1\.\.4 for 4 classes, got \[1, 2\]"),
+    ((X, INDEX[:, :0], V), {}, ValueError, r"indices: expected \[2, k\] with k in 1\.\.4 for 4 classes, got \[2, 0\]"),
+    ((X[:, :1], INDEX, V), {}, ValueError, r"indices: expected \[2, k\] with k in 1\.\.1 for 1 classes, got \[2, 2\]"),
+    ((X, INDEX, V[:, :1]), {}, ValueError, r"values: expected shape \[2, 2\] as indices, got \[2, 1\]"),
+    ((X, INDEX + 1, V), {}, ValueError, r"indices: expected class numbers in 0\.\.3 for 4 classes, got 4"),
+    ((X, INDEX - 1, V), {}, ValueError, r"indices: expected class numbers in 0\.\.3 for 4 classes, got -1"),
+    ((X, INDEX, 2 * V), {}, ValueError, "values: expected probabilities, .* got a sum of 2"),
+    ((X, INDEX, V.clone().requires_grad_()), {}, ValueError, "values: expected a teacher without gradient"),
+    ((X, INDEX, V.to("meta")), {}, ValueError, "values: expected device cpu as logits, got meta"),
+    ((X, INDEX, V), {"T": 0.0}, ValueError, "T: expected a positive number, got 0.0"),
+    ((X, INDEX, V), {"tail": "none"}, ValueError, "tail: expected 'smooth', 'zeros' or 'renorm', got 'none'"),
+    ((X, INDEX, V), {"kind": "fkl"}, ValueError, "kind: expected 'kl' or 'ce', got 'fkl'"),
+    ((X, INDEX, V), {"reduction": "mean"}, ValueError, "reduction: expected 'batchmean', 'sum' or 'none', got 'mean'"),
+    ((X, INDEX, V), {"backend": "cuda"}, NotImplementedError, "sparse_label_loss has no cuda kernel"),
 ]
 
 
@@ -234,13 +234,13 @@ def test_bad_input(args, options, error, message):
 
 RAW = (1.0, 0, 0.0, True, 1.0, True)
 RAW_BAD = [
-    ((X[0], I, V, *RAW), r"logits: expected \[N, C\], got 1 dimensions"),
-    ((X, I.int(), V, *RAW), "indices: expected int64"),
-    ((X, I, V.double(), *RAW), "values: expected uint8 codes or float32"),
-    ((X, I, V[:, :1], *RAW), r"values: expected \[2, 2\]"),
-    ((X[:, :1], I, V, *RAW), "indices: expected 1 to 1 classes a row, got 2"),
-    ((X, I, V, 1.0, 3, *RAW[2:]), r"tail: expected 0 \(smooth\), 1 \(zeros\) or 2 \(renorm\), got 3"),
-    ((X, I, V, 0.0, *RAW[1:]), "T: expected a positive number, got 0"),
+    ((X[0], INDEX, V, *RAW), r"logits: expected \[N, C\], got 1 dimensions"),
+    ((X, INDEX.int(), V, *RAW), "indices: expected int64"),
+    ((X, INDEX, V.double(), *RAW), "values: expected uint8 codes or float32"),
+    ((X, INDEX, V[:, :1], *RAW), r"values: expected \[2, 2\]"),
+    ((X[:, :1], INDEX, V, *RAW), "indices: expected 1 to 1 classes a row, got 2"),
+    ((X, INDEX, V, 1.0, 3, *RAW[2:]), r"tail: expected 0 \(smooth\), 1 \(zeros\) or 2 \(renorm\), got 3"),
+    ((X, INDEX, V, 0.0, *RAW[1:]), "T: expected a positive number, got 0"),
 ]
 
 
@@ -262,8 +262,8 @@ def test_rows_of_no_distribution_are_nan():
 
 
 def test_meta_tensors_and_autocast():
-    assert sparse_label_loss(X.to("meta"), I.to("meta"), V.to("meta"), reduction="none").shape == (2,)
+    assert sparse_label_loss(X.to("meta"), INDEX.to("meta"), V.to("meta"), reduction="none").shape == (2,)
     with torch.autocast("cpu", torch.bfloat16):
-        assert sparse_label_loss(X.bfloat16(), I, V).dtype == torch.float32
-    assert sparse_label_loss(X.bfloat16(), I, V).dtype == torch.bfloat16
-    assert sparse_label_loss(X[:0], I[:0], V[:0]).isnan()
+        assert sparse_label_loss(X.bfloat16(), INDEX, V).dtype == torch.float32
+    assert sparse_label_loss(X.bfloat16(), INDEX, V).dtype == torch.bfloat16
+    assert sparse_label_loss(X[:0], INDEX[:0], V[:0]).isnan()
