@@ -190,6 +190,32 @@ def compiled_bn(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]
     return _compiled("bn", architectures)
 
 
+# of kd_divergence: element type, kind, target_is, form, classes
+KD_CASES = [
+    *((scalar, kind, "logits", "forward", 1000) for scalar in ("f32", "bf16", "f16") for kind in range(7)),
+    *(("f32", kind, "logits", "backward_jvp", 1000) for kind in range(7)),
+    *(("f32", 2, target, form, 100) for target in ("logits", "probs") for form in ("backward", "jvp")),
+]
+# of sparse_label_loss: element type, tail, whether values are codes, whether for the backward pass
+SPARSE_CASES = [
+    *((scalar, tail, codes, False) for scalar in ("f32", "bf16", "f16") for tail in (0, 2) for codes in (False, True)),
+    ("f32", 0, False, True),
+]
+
+
+def kd_name(scalar: str, kind: int, target_is: str, form: str, classes: int) -> str:
+    return f"kd_divergence::triton<{scalar}, {kind}, {target_is}, {form}, {classes}>"
+
+
+def sparse_name(scalar: str, tail: int, codes: bool, backward: bool) -> str:
+    return f"sparse_label_loss::triton<{scalar}, {tail}{', codes' if codes else ''}{', backward' if backward else ''}>"
+
+
+def compiled_label_losses(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
+    """The kernels of kd_divergence and sparse_label_loss in every one of their cases, as `compiled` does."""
+    return _compiled("label_losses", architectures)
+
+
 def counted() -> dict[str, float]:
     """For each case, by name, the bytes that are loaded and stored, over the least possible."""
     return _in_own_process("count", TRITON_INTERPRET="1")
@@ -310,13 +336,48 @@ def _compile_bn(architectures: Iterable[str]) -> list[Compiled]:
     return rows
 
 
+def _compile_label_losses(architectures: Iterable[str]) -> list[Compiled]:
+    from pydistill.triton import kd_divergence, sparse_label_loss
+
+    def matrix(classes: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(4, classes, dtype=dtype, device="meta")
+
+    options, rows = {"num_warps": 4, "enable_fp_fusion": False}, []
+    column, numbers = torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    for arch in architectures:
+        calls = []
+        for case in KD_CASES:
+            scalar, kind, target_is, form, classes = case
+            x = matrix(classes, DTYPES[scalar])
+            tensors = {"student": x, "labels": numbers} | ({} if kind == 4 else {"target": x})
+            tensors |= {"student_t": x} if "jvp" in form else {}
+            tensors |= {"grad": column} if "backward" in form else {}
+            tensors |= {"loss": column} if form != "backward" else {}
+            tensors |= {"grad_logits": x} if form != "jvp" else {}
+            given = kd_divergence.arguments(tensors, (kind, target_is == "probs", 4.0, 16.0, 0.5, 0.3, 1.5))
+            calls.append((kd_name(*case), kd_divergence.kd_divergence_kernel, given))
+        for case in SPARSE_CASES:
+            scalar, tail, codes, backward = case
+            x, indices = matrix(1000, DTYPES[scalar]), torch.zeros(4, 10, dtype=torch.int64, device="meta")
+            tensors = {"logits": x, "indices": indices, "grad_logits": x}
+            tensors["values"] = torch.zeros(4, 10, dtype=torch.uint8 if codes else torch.float32, device="meta")
+            tensors["grad" if backward else "loss"] = column
+            given = sparse_label_loss.arguments(tensors, (4.0, tail, 0.05, True, 1.0))
+            calls.append((sparse_name(*case), sparse_label_loss.sparse_label_loss_kernel, given))
+        for name, kernel, given in calls:
+            arguments = {parameter.name: given[parameter.name] for parameter in kernel.params}
+            row = _compile_one(name, arch, kernel, arguments, options)
+            rows.append(Compiled(**row | {"statistics_layouts": []}, config={"block": given["BLOCK"], **options}))
+    return rows
+
+
 def _compile_one(name: str, arch: str, kernel: Any, arguments: dict[str, Any], options: dict) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     triton_types = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    triton_types[torch.uint8] = "u8"
+    triton_types |= {torch.uint8: "u8", torch.int64: "i64"}
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     constants |= {argument for argument, value in arguments.items() if value is None}
     signature = {
@@ -392,5 +453,6 @@ def _count() -> dict[str, float]:
 if __name__ == "__main__":
     task, *architectures = sys.argv[1:]
     compilers = {"compile": _compile, "compile_rows": _compile_rows}
-    compilers |= {"maps": _compile_maps, "attention": _compile_attention, "bn": _compile_bn}
+    compilers |= {"maps": _compile_maps, "attention": _compile_attention}
+    compilers |= {"bn": _compile_bn, "label_losses": _compile_label_losses}
     print(json.dumps([asdict(row) for row in compilers[task](architectures)] if task in compilers else _count()))

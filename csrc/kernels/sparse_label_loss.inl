@@ -39,8 +39,8 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     s += u * T(C - k);
   }
 
-  // What has no probability adds nothing, whatever its logarithm.
-  T stored = 0, constant = 0, beside = 0;
+  // What has no probability adds nothing, whatever its logarithm. Sums one by one are in double: k is small.
+  double stored = 0, beside = 0;
   bool valid = true;
   for (int64_t j = 0; j < k; ++j) {
     const int64_t c = index(j);
@@ -49,17 +49,13 @@ void run_row(const Call& call, int64_t n, T* scratch) {
       break;
     }
     const T log_q = z[c] - log_sum;
-    if (p[j] != 0) {
-      stored += p[j] * log_q;
-      if (call.entropy) constant += p[j] * log_lane(p[j]);
-    }
+    if (p[j] != 0) stored += p[j] * ((call.entropy ? log_lane(p[j]) : T(0)) - log_q);
     beside += log_q;
   }
-  T loss = constant - stored;
+  double loss = stored;
   if (u != 0) {
-    const T all = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return z[c] - log_sum; });
-    loss -= u * (all - beside);
-    if (call.entropy) loss += T(C - k) * u * log_lane(u);
+    const double others = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return z[c] - log_sum; }) - beside;
+    loss += u * ((call.entropy ? static_cast<double>(C - k) * log_lane(u) : 0.0) - others);
   }
   const T nan = T(__builtin_nanf(""));
   const T scale = T(call.scale);
@@ -75,7 +71,7 @@ void run_row(const Call& call, int64_t n, T* scratch) {
       mark = 1;
     }
   }
-  if (call.loss) static_cast<T*>(call.loss)[n] = valid ? scale * loss : nan;
+  if (call.loss) static_cast<T*>(call.loss)[n] = valid ? static_cast<T>(scale * loss) : nan;
   if (!call.grad_logits) return;
   for (int64_t c = 0; c < C; ++c) q[c] = s * q[c];
   for (int64_t c = 0; c < C; ++c) z[c] = factor * (q[c] - u);

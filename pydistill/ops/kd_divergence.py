@@ -86,7 +86,7 @@ def kd_divergence(
         reduction: "batchmean": the mean over rows, all leading dimensions; "mean": the divergence is divided by C as
             well, as by ``F.kl_div`` and ``F.mse_loss`` (the cross entropy is not); "sum"; or "none".
         backend: "auto" (the device's kernel: C++ on the CPU, Triton on GPUs), "reference" (plain torch, any device),
-            "cpu", or "triton" (the CPU in Triton's interpreter, TRITON_INTERPRET=1).
+            "cpu", or "triton" (not in float64; the CPU in Triton's interpreter, TRITON_INTERPRET=1).
 
     Returns:
         A scalar, or ``[...]`` for reduction "none"; in the student's dtype, in float32 under autocast. The mean of no
@@ -114,6 +114,10 @@ def kd_divergence(
         )
         return loss.to(student_logits.dtype)
 
+    if chosen == "triton" and student.dtype == torch.float64:
+        raise NotImplementedError(
+            "kd_divergence: backend='triton' has no kernel for float64; backend='reference' runs anywhere"
+        )
     C = student.shape[-1]
     scale = (T**2 if scale_T2 else 1.0) / (C if reduction == "mean" else 1)
     if kind == "ce":

@@ -64,7 +64,7 @@ def sparse_label_loss(
         scale_T2: multiply the loss by ``T**2``.
         reduction: "batchmean" (over the rows), "sum" or "none".
         backend: "auto" (the device's kernel: C++ on the CPU, Triton on GPUs), "reference" (plain torch, any device),
-            "cpu", or "triton" (the CPU in Triton's interpreter, TRITON_INTERPRET=1).
+            "cpu", or "triton" (not in float64; the CPU in Triton's interpreter, TRITON_INTERPRET=1).
 
     Returns:
         A scalar, or ``[N]`` for reduction "none"; in the dtype of logits, in float32 under autocast. The mean of no
@@ -82,6 +82,10 @@ def sparse_label_loss(
     chosen = choose_backend("sparse_label_loss", backend, logits.device, BACKENDS)
     if chosen == "reference":
         return reference.sparse_label_loss(logits, indices, values, T, tail, step, kind, scale_T2, reduction)
+    if chosen == "triton" and logits.dtype == torch.float64:
+        raise NotImplementedError(
+            "sparse_label_loss: backend='triton' has no kernel for float64; backend='reference' runs anywhere"
+        )
     if step is None:
         values = values.to(compute_dtype(logits))
     keep = torch.is_grad_enabled() and logits.requires_grad
