@@ -34,6 +34,7 @@ class Labels:
     T: float
     record_bytes: int
     workers: int
+    dtype: torch.dtype  # of the student
     folder: tempfile.TemporaryDirectory[str]
 
     @property
@@ -55,7 +56,7 @@ class Labels:
     @cached_property
     def student(self) -> Tensor:
         logits = 3 * torch.randn(self.batch, self.classes, generator=torch.Generator().manual_seed(0))
-        return logits.requires_grad_()
+        return logits.to(self.dtype).requires_grad_()
 
     @cached_property
     def files(self) -> list[Path]:
@@ -70,7 +71,8 @@ class Labels:
 
 def make_labels(config: dict[str, Any], **changes: Any) -> Labels:
     names = ("batch", "batches", "classes", "k", "T", "record_bytes", "workers")
-    return Labels(**{name: {**config, **changes}[name] for name in names}, folder=tempfile.TemporaryDirectory())
+    sizes = {name: {**config, **changes}[name] for name in names}
+    return Labels(**sizes, dtype=changes.get("dtype", torch.float32), folder=tempfile.TemporaryDirectory())
 
 
 def kl(student: Tensor, logits: Tensor, T: float) -> Tensor:
