@@ -31,6 +31,14 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " -> Tensor");
   m.def("augment_backward(Tensor grad, Tensor record, bool flip_batch, bool align_corners) -> Tensor");
 
+  m.def(
+      "multi_crop(Tensor images, Tensor? base, Tensor record, Tensor? norm, int height, int width, bool linear)"
+      " -> Tensor");
+  // `images`, `height` and `width` are those of the crops' sources; a gradient that is not asked for is empty
+  m.def(
+      "multi_crop_backward(Tensor grad, Tensor record, Tensor? norm, int images, int height, int width,"
+      " bool with_images, bool with_base) -> (Tensor, Tensor)");
+
   // `rows` are (start, count, length) triples: count rows of length elements, one after the other from start on.
   m.def("row_products(Tensor a, Tensor b, int[] rows) -> Tensor");
   m.def("row_products_backward(Tensor grad, Tensor a, Tensor b, int[] rows) -> (Tensor, Tensor)");
@@ -80,6 +88,14 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "attention_map_adjoint(Tensor? spatial, Tensor? channel, Tensor x, Tensor? factor, float power, int order)"
       " -> Tensor");
 
+  // x is [N, C, P]. Without a scale y has no elements; `statistics` are mean and variance [2, C], and the last output
+  // is the mean once more, for the backward.
+  m.def(
+      "bn_stat_match(Tensor x, Tensor? residual, Tensor? scale, Tensor? shift, bool relu)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_stat_match_backward(Tensor? grad_y, Tensor grad_statistics, Tensor x, Tensor? residual, Tensor? scale,"
+      " Tensor? shift, Tensor mean, bool relu) -> (Tensor, Tensor)");
   // Losses of rows of student logits; the second of what forward gives is their gradient, [N, 0] unless `keep`.
   m.def(
       "kd_divergence(Tensor student, Tensor? target, Tensor? labels, int kind, bool probs, float T, float scale,"
@@ -100,4 +116,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def(
       "sparse_label_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor values, float T, int tail,"
       " float step, bool entropy, float scale) -> Tensor");
+  // A 3x3 convolution with padding 1; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of
+  // it and of its adjoint, which is of the same kind.
+  m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint) -> Tensor");
 }

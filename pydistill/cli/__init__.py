@@ -1,4 +1,7 @@
-"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels."""
+"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels.
+
+The decoupled methods (SRe2L, CDA, DWA, INFER) have a command for each step: squeeze, recover, relabel, post-train.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import rich.console
 import tyro
 
+from pydistill.cli import decoupled
 from pydistill.cli.console import Interrupted, Stop
 from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
@@ -38,6 +39,10 @@ def run(argv: list[str], description: str) -> None:
         if argv[:2] == ["distill", "unip"]:  # which makes a network, not a set: its own options, and its own phases
             with Stop().installed() as stop:
                 run_unip(argv[2:], console, stop)
+            return
+        if argv[:1] and argv[0] in decoupled.COMMANDS:
+            with Stop().installed() as stop:
+                decoupled.run(argv, console, stop)
             return
         default = Distill.default_for(argv[1:] if argv[:1] == ["distill"] else [])
         command = tyro.cli(

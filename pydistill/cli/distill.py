@@ -118,10 +118,10 @@ class Distill:
         """The presets for the method, the data set and the ipc in ``argv``; with --resume the options of that run."""
         method = argv[0] if argv and not argv[0].startswith("-") else "mtt"
         if "--resume" in argv:
-            return cls._of_run(_value(argv, "--out"))
+            return cls._of_run(value_of(argv, "--out"))
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        dataset, ipc = _value(argv, "--dataset") or "digits", _value(argv, "--ipc") or "1"
+        dataset, ipc = value_of(argv, "--dataset") or "digits", value_of(argv, "--ipc") or "1"
         if dataset not in get_args(DatasetName):
             raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
         if not ipc.lstrip("-").isdecimal():
@@ -195,7 +195,7 @@ def _flat(options: Distill) -> dict[str, Any]:
     return stored.pop("config") | stored
 
 
-def _value(argv: list[str], flag: str) -> str | None:
+def value_of(argv: list[str], flag: str) -> str | None:
     """What ``argv`` says to ``flag`` last, before it is parsed in earnest."""
     found = None
     for i, part in enumerate(argv):
@@ -207,7 +207,7 @@ def _value(argv: list[str], flag: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _ranks(device: str) -> Iterator[None]:
+def ranks(device: str) -> Iterator[None]:
     """Joins the processes that torchrun started."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -237,7 +237,7 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
         self.progress = progress_bars(self.console)
         kept = options.resume
-        with _ranks(options.device):
+        with ranks(options.device):
             self.first = world()[0] == 0
             try:
                 self.dataset = load_for(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.convnet import ConvNet
 from pydistill.nn.mlp import MLP
-from pydistill.nn.resnet import ResNet18
+from pydistill.nn.small_resnet import SmallResNet18
 from pydistill.nn.student import Student, is_large
 from pydistill.nn.vgg import VGG11
 from pydistill.nn.vit import ViT
@@ -16,8 +16,8 @@ _NETS = {
     "mlp": (MLP, {}),
     "alexnet": (AlexNet, {}),
     "vgg11": (VGG11, {}),
-    "resnet18": (ResNet18, {}),
-    "resnet18_ap": (ResNet18, {"average_pool": True}),
+    "resnet18": (SmallResNet18, {}),
+    "resnet18_ap": (SmallResNet18, {"average_pool": True}),
     "vit": (ViT, {}),
 }
 NETS = tuple(_NETS)

@@ -1,92 +1,143 @@
-"""The ResNet-18 of the cross-architecture tables."""
+"""ResNet-18 and ResNet-50 in torchvision's layout, so that its checkpoints load and nothing here needs torchvision."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
 
-from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool
-from pydistill.nn.student import Student, is_large
-
-_RESNET18 = ((64, 1), (128, 2), (256, 2), (512, 2))  # width and stride of each stage of two blocks
-_NORMS = ("instance", "batch", "none")
+_STRIDES = (1, 2, 2, 2)  # of the four stages
 
 
-class ResNet18(Student):
-    """ResNet-18 for small images: a 3x3 convolution, four stages of two basic blocks, average pool, linear layer.
+class _BasicBlock(nn.Module):
+    expansion = 1
 
-    Structure, parameter order and ``state_dict`` keys (``conv1``, ``bn1``, ``layer<i>.<j>.conv1``, ...,
-    ``classifier``) are those of ResNet18 (norm "instance", ``GroupNorm(C, C)``) and ResNet18BN ("batch") in
-    VICO-UoE/DatasetCondensation and its descendants, and with ``average_pool`` of ResNet18_AP and ResNet18BN_AP; images
-    of 64 pixels or more are halved by the first convolution, as in their variant for Tiny ImageNet. Instance norm runs
-    as one operator with the ReLU and the average pool that follow it.
+    def __init__(self, before: int, width: int, stride: int, downsample: nn.Sequential | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class _Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, before: int, width: int, stride: int, downsample: nn.Sequential | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)  # the stride is here, as in torchvision
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class _ResNet(nn.Module):
+    def __init__(
+        self,
+        block: type[_BasicBlock] | type[_Bottleneck],
+        counts: tuple[int, int, int, int],
+        num_classes: int,
+        channels: int,
+        stem: str,
+        width: int,
+    ):
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("channels", channels), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem: expected 'imagenet' or 'cifar', got {stem!r}")
+        self.channels = channels
+        small = stem == "cifar"
+        self.conv1 = nn.Conv2d(channels, width, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        before = width
+        for stage, (count, stride) in enumerate(zip(counts, _STRIDES, strict=True)):
+            inner = width << stage
+            after = inner * block.expansion
+            layers = []
+            for i in range(count):
+                step = stride if i == 0 else 1
+                downsample = None
+                if step != 1 or before != after:
+                    downsample = nn.Sequential(nn.Conv2d(before, after, 1, step, bias=False), nn.BatchNorm2d(after))
+                layers.append(block(before, inner, step, downsample))
+                before = after
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(before, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[N, channels, H, W]`` to logits ``[N, num_classes]``."""
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"images: expected [N, {self.channels}, H, W], got {list(x.shape)}")
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class ResNet18(_ResNet):
+    """ResNet-18 with BatchNorm: 11,689,512 parameters for 1000 classes.
+
+    Structure and ``state_dict`` keys (``conv1``, ``bn1``, ``layer<i>.<j>.conv1``, ``layer<i>.0.downsample.0``, ``fc``)
+    are torchvision's, whose checkpoints load with ``strict=True``. For the networks of the small-image dataset
+    condensation repositories, with instance norm and another classifier, see `SmallResNet18`.
 
     Args:
-        channels: of the input images ``[N, channels, H, W]``.
         num_classes: logits per image.
-        image_size: height and width of the images in pixels, one int for both or (H, W).
-        norm: "instance", "batch" or "none".
-        average_pool: halve by 2x2 average pools instead of strides, and classify the last map itself, not its mean.
+        channels: of the input images ``[N, channels, H, W]``, of any height and width.
+        stem: "imagenet": a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2; "cifar": a 3x3 convolution of
+            stride 1 and no pool, the variant for CIFAR and Tiny ImageNet in SRe2L's and DWA's repositories.
+        width: channels of the first stage; 64 is the published network, less makes a narrow one.
 
     Raises:
-        ValueError: an unknown norm, or images too small; a forward input of another shape.
+        ValueError: a size below 1, or an unknown stem; a forward input of another number of channels.
     """
 
     def __init__(
         self,
-        channels: int,
-        num_classes: int,
-        image_size: int | tuple[int, int] = 32,
-        norm: str = "instance",
-        average_pool: bool = False,
+        num_classes: int = 1000,
+        channels: int = 3,
+        stem: Literal["imagenet", "cifar"] = "imagenet",
+        width: int = 64,
     ):
-        super().__init__(channels, num_classes, image_size)
-        self._require("norm", norm, _NORMS)
-        self.average_pool = average_pool
-        stride = 2 if is_large(self.image_size) else 1
-        size = tuple((s - 1) // stride + 1 for s in self.image_size)
-        self.conv1 = Conv2d(channels, 64, 3, stride, 1, bias=False)
-        self.bn1, self.after1 = _norm(64, norm, relu=True)
-        before = 64
-        for i, (width, stride) in enumerate(_RESNET18):
-            blocks = _Block(before, width, stride, norm, average_pool), _Block(width, width, 1, norm, average_pool)
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-            size = tuple(s // stride if average_pool else (s - 1) // stride + 1 for s in size)
-            before = width
-        self._require_room(size, 1 if average_pool else 4)
-        height, width = size if average_pool else (s // 4 for s in size)
-        self.classifier = nn.Linear(before * height * width, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = self.after1(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x if self.average_pool else F.avg_pool2d(x, 4)
+        super().__init__(_BasicBlock, (2, 2, 2, 2), num_classes, channels, stem, width)
 
 
-class _Block(nn.Module):
-    def __init__(self, before: int, width: int, stride: int, norm: str, average_pool: bool):
-        super().__init__()
-        pool = average_pool and stride == 2
-        stride = 1 if average_pool else stride
-        self.conv1 = Conv2d(before, width, 3, stride, 1, bias=False)
-        self.bn1, self.after1 = _norm(width, norm, relu=True, pool=pool)
-        self.conv2 = Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2, _ = _norm(width, norm)
-        self.shortcut = nn.Sequential()
-        if before != width:
-            self.shortcut.append(Conv2d(before, width, 1, stride, bias=False))
-            if average_pool:
-                self.shortcut.append(nn.AvgPool2d(2))
-            self.shortcut.append(_norm(width, norm)[0])
+class ResNet50(_ResNet):
+    """ResNet-50 with BatchNorm, the stride in the 3x3 convolution: 25,557,032 parameters for 1000 classes.
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.after1(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+    Structure and ``state_dict`` keys are torchvision's; the arguments and the errors are those of `ResNet18`.
+    """
 
-
-def _norm(channels: int, norm: str, relu: bool = False, pool: bool = False) -> tuple[nn.Module, nn.Module]:
-    """The norm, and what of ReLU and pool it leaves to be done after it."""
-    if norm == "instance":
-        return InstanceNormReLUAvgPool(channels, relu=relu, pool=pool), nn.Identity()
-    after = [nn.ReLU()] * relu + [nn.AvgPool2d(2)] * pool
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity(), nn.Sequential(*after)
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        channels: int = 3,
+        stem: Literal["imagenet", "cifar"] = "imagenet",
+        width: int = 64,
+    ):
+        super().__init__(_Bottleneck, (3, 4, 6, 3), num_classes, channels, stem, width)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import pydistill
-from pydistill.nn import MLP, NETS, VGG11, AlexNet, ConvNet, ResNet18, ViT, make
+from pydistill.nn import MLP, NETS, VGG11, AlexNet, ConvNet, SmallResNet18, ViT, make
 from pydistill.trajectory.students import trains_at_once
 
 WITHOUT_CONVNET = [name for name in NETS if name != "convnet"]
@@ -216,7 +216,7 @@ def test_the_exact_trajectory_gradient_is_the_one_of_the_whole_graph(name):
 
 def test_make_builds_each_by_name():
     kinds = {"convnet": ConvNet, "mlp": MLP, "alexnet": AlexNet, "vgg11": VGG11}
-    kinds |= {"resnet18": ResNet18, "resnet18_ap": ResNet18, "vit": ViT}
+    kinds |= {"resnet18": SmallResNet18, "resnet18_ap": SmallResNet18, "vit": ViT}
     assert {name: type(make(name, 3, 7, 32)) for name in NETS} == kinds
     assert make("convnet", 3, 10, 16, width=8, depth=2, norm="none").classifier.in_features == 8 * 4 * 4
     assert make("mlp", 3, 10, (9, 8), width=5).fc_1.weight.shape == (5, 216)
@@ -237,7 +237,7 @@ def test_make_builds_each_by_name():
         ({"name": "alexnet", "norm": "instancenorm"}, "norm: expected one of none, instance, batch, got"),
         ({"name": "vgg11", "norm": "group"}, "norm: expected one of instance, batch, none, got 'group'"),
         ({"name": "vgg11", "image_size": 28}, r"image_size: too small for VGG11, got \(28, 28\)"),
-        ({"name": "resnet18", "image_size": 24}, "image_size: too small for ResNet18"),
+        ({"name": "resnet18", "image_size": 24}, "image_size: too small for SmallResNet18"),
         ({"name": "alexnet", "image_size": 7}, "image_size: too small for AlexNet"),
         ({"name": "mlp", "image_size": 0}, "image_size: expected at least 1, got 0"),
         ({"name": "alexnet", "channels": 0}, "channels: expected at least 1, got 0"),

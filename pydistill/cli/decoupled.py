@@ -1,0 +1,344 @@
+"""``pydistill squeeze``, ``recover``, ``relabel`` and ``post-train``: the decoupled methods, a command a step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import rich.console
+import torch
+import tyro
+
+from pydistill.cli.console import Interrupted, Stop, append_line, as_json, device_of, keep_lines, picture, progress_bars
+from pydistill.cli.distill import ranks, value_of
+from pydistill.data import Dataset, DistilledSet, load, read_safetensors, write_atomic, write_safetensors
+from pydistill.evaluate import accuracy
+from pydistill.methods import DECOUPLED
+from pydistill.methods._standins import SoftLabelStore
+from pydistill.methods.decoupled import Recover, merge, real_images, recover, stored
+from pydistill.methods.outer import world
+from pydistill.methods.relabel import PostTrain, Relabel, post_train, relabel
+from pydistill.methods.squeeze import Squeeze, Teacher, import_weights, squeeze
+
+__all__ = ["COMMANDS", "run"]
+
+COMMANDS = ("squeeze", "recover", "relabel", "post-train")
+SetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet-1k", "image-folder"]
+MethodName = Literal["sre2l", "cda", "dwa", "infer", "random"]
+_FOLDERS = {"tiny-imagenet": 64, "imagenet-1k": 224}  # sets that are read as image folders, and their size
+_STATE = "training state"
+
+
+@dataclass(frozen=True)
+class SqueezeCommand:
+    """Train a network with BatchNorm on the real images, or take weights from elsewhere: teacher.safetensors in --out.
+
+    The four steps are squeeze, recover, relabel, post-train. Each takes the files of those before, and goes on with
+    --resume where it was cut off. All methods may share one squeezed network.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[Squeeze]
+    """The network and its training."""
+    dataset: SetName = "digits"
+    """The real images; tiny-imagenet (64 pixels) and imagenet-1k (224) are read as image folders."""
+    method: MethodName = "sre2l"
+    """Which method it is for; squeezing is the same for all of them."""
+    root: Path | None = None
+    """Folder of the data set's files."""
+    image_size: int | None = None
+    """Pixels to which digits (16) and image folders (32) are resized."""
+    weights: Path | None = None
+    """A state_dict, as torch saves it, to take instead of training; imagenet-1k needs no images then."""
+    out: Path = Path("teacher")
+    """Folder for the results, new or empty."""
+    resume: bool = False
+    """Go on with the run in --out, with the same options."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    def go(self, run: Run) -> None:
+        run.start(self, {"config": asdict(self.config), "dataset": self.dataset, "image_size": self.image_size})
+        if self.weights is not None:
+            data = None if self.dataset == "imagenet-1k" else _load(self.dataset, self.root, self.image_size)
+            teacher = import_weights(self.config, self.weights, data)
+        else:
+            data = _load(self.dataset, self.root, self.image_size).to(device_of(self.device))
+            with run.epochs("squeeze", self.config.epochs) as (state, on_epoch):
+                teacher = squeeze(self.config, data, state=state, on_epoch=on_epoch)
+        teacher.save(run.folder / "teacher.safetensors")
+        results = {} if data is None else {"accuracy": accuracy(teacher.net, data.test_images, data.test_labels)}
+        run.finish(results, "teacher.safetensors")
+
+
+@dataclass(frozen=True)
+class RecoverCommand:
+    """Make a set of images from a squeezed network: distilled.safetensors in --out. Under torchrun, ranks share them.
+
+    Options that are not given take the presets of the method and the data set that the teacher was squeezed from.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[Recover]
+    """The method's hyper-parameters."""
+    teacher: tuple[Path, ...]
+    """The squeezed network's file; infer takes several."""
+    method: MethodName = "sre2l"
+    """random takes real images as they are, to compare with."""
+    root: Path | None = None
+    """Folder of the data set's files, where the method starts from real images."""
+    out: Path = Path("recovered")
+    """Folder for the results, new or empty."""
+    resume: bool = False
+    """Go on with the run in --out, with the same options."""
+    checkpoint_every: int = 100
+    """Iterations between two checkpoints of a batch."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    def go(self, run: Run) -> None:
+        teachers = [Teacher.load(path, device_of(self.device)) for path in self.teacher]
+        run.start(self, stored(self.config, teachers))
+        about, real = teachers[0].config, None
+        if self.config.starts_real:
+            data = _load(about["dataset"], self.root, about["image_size"])
+            real = real_images(self.config, data, len(teachers))
+        rank, size = world()
+        share = self.config.batches(teachers[0].num_classes, len(teachers))[rank::size]
+        with run.phase("recover", len(share) * self.config.iterations) as note:
+            recover(
+                *(self.config, teachers, run.folder),
+                **{"real": real, "rank": rank, "world": size},
+                checkpoint_every=self.checkpoint_every,
+                on_step=lambda record: note(record, self.checkpoint_every),
+            )
+        run.wait()
+        if run.first:
+            distilled = merge(self.config, teachers, run.folder)
+            distilled.save(run.folder / "distilled.safetensors")
+            shown = len(distilled.images) // teachers[0].num_classes
+            write_atomic(run.folder / "images.png", picture(distilled, shown))
+        run.finish(
+            {"images": self.config.per_class(teachers[0].num_classes, len(teachers))[0]}, "distilled.safetensors"
+        )
+
+
+@dataclass(frozen=True)
+class RelabelCommand:
+    """Store the teachers' soft labels of many views of each image: labels.store in --out. Ranks share the epochs."""
+
+    config: tyro.conf.OmitArgPrefixes[Relabel]
+    """The views, and how labels are stored."""
+    images: Path
+    """The distilled.safetensors of recover."""
+    teacher: tuple[Path, ...]
+    """The squeezed network's file; of several, the mean of their logits is taken."""
+    method: MethodName | None = None
+    """Whose preset to take; by default that of the images' method."""
+    out: Path = Path("labels")
+    """Folder for the results, new or empty."""
+    resume: bool = False
+    """Go on with the run in --out, with the same options."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    def go(self, run: Run) -> None:
+        distilled = DistilledSet.load(self.images)
+        teachers = [Teacher.load(path, device_of(self.device)) for path in self.teacher]
+        run.start(self, asdict(self.config))
+        rank, size = world()
+        whole = run.folder / "labels.store"
+        path = whole if size == 1 else run.folder / f"labels-rank{rank}-of-{size}.store"
+        with run.phase("relabel", -(-self.config.epochs // size)) as note:
+            if not (size > 1 and whole.exists()):
+                on_epoch = lambda epoch: note({"epoch": epoch}, 1)  # noqa: E731
+                relabel(self.config, distilled, teachers, path, rank=rank, world=size, on_epoch=on_epoch)
+        run.wait()
+        if run.first and size > 1 and not whole.exists():
+            parts = [run.folder / f"labels-rank{each}-of-{size}.store" for each in range(size)]
+            SoftLabelStore.merge(parts, whole)
+        run.finish({"epochs": self.config.epochs}, "labels.store")
+
+
+@dataclass(frozen=True)
+class PostTrainCommand:
+    """Train fresh students on the images and their stored labels, and test them: student.safetensors in --out."""
+
+    config: tyro.conf.OmitArgPrefixes[PostTrain]
+    """The student."""
+    images: Path
+    """The distilled.safetensors of recover."""
+    labels: Path
+    """The labels.store of relabel, whose views the student sees."""
+    hard: bool = False
+    """Train on the images' classes instead of the stored labels, on the same views."""
+    method: MethodName | None = None
+    """Of the images; it changes nothing here."""
+    root: Path | None = None
+    """Folder of the data set's files, for its test images."""
+    students: int = 1
+    """Students, from seeds on from --seed."""
+    out: Path = Path("student")
+    """Folder for the results, new or empty."""
+    resume: bool = False
+    """Go on with the run in --out, with the same options."""
+    device: str = "auto"
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    def go(self, run: Run) -> None:
+        distilled = DistilledSet.load(self.images)
+        store = SoftLabelStore.open(self.labels)
+        views = Relabel(**store.metadata["relabel"])
+        run.start(self, {"config": asdict(self.config), "hard": self.hard, "students": self.students})
+        data = _load(distilled.config["dataset"], self.root, distilled.images.shape[2])
+        test = distilled.normalise(data.test_images, data)
+        device, found = device_of(self.device), []
+        for student in range(self.students):
+            config = PostTrain(**{**asdict(self.config), "seed": self.config.seed + student})
+            with run.epochs(f"student{student}", views.epochs) as (state, on_epoch):
+                net = post_train(
+                    *(config, distilled, views, None if self.hard else store),
+                    **{"num_classes": data.num_classes, "device": device, "state": state, "on_epoch": on_epoch},
+                )
+            found.append(accuracy(net, test.to(device), data.test_labels.to(device)))
+            about = asdict(config) | {"channels": data.channels, "image_size": distilled.images.shape[2]}
+            about["dataset"] = data.name
+            name = "student.safetensors" if self.students == 1 else f"student{student}.safetensors"
+            Teacher(net, distilled.mean, distilled.std, data.class_names, about).save(run.folder / name)
+        run.finish({"accuracy": found}, "results.json")
+
+
+_Command = SqueezeCommand | RecoverCommand | RelabelCommand | PostTrainCommand
+
+
+class Run:
+    """What the four commands share: the folder, its metrics and checkpoints, and the ranks."""
+
+    def __init__(self, name: str, console: rich.console.Console, stop: Stop):
+        self.name, self.console, self.stop = name, console, stop
+        self.began = time.monotonic()
+
+    def start(self, command: _Command, options: dict[str, Any]) -> None:
+        """Makes the folder, or finds the run to go on with in it; ValueError for another's."""
+        self.folder, self.first = command.out, world()[0] == 0
+        rank = "" if self.first else f"-rank{world()[0]}"
+        self.metrics = self.folder / f"metrics{rank}.jsonl"
+        kept, options = self.folder / "config.json", json.loads(json.dumps({"command": self.name, **options}))
+        if self.first:
+            if command.resume:
+                if not kept.is_file():
+                    raise FileNotFoundError(f"{kept}: expected the options of a run of {self.name}, found no file")
+                try:
+                    found = json.loads(kept.read_text())
+                except ValueError as error:
+                    raise ValueError(
+                        f"{kept}: expected options as JSON; it is truncated or foreign ({error})"
+                    ) from error
+                if found != options:
+                    raise ValueError(
+                        f"--resume: expected the options of the run in {self.folder}, {found}, got {options}"
+                    )
+            elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise ValueError(
+                    f"--out: expected a new or empty folder, got {self.folder}; --resume goes on with a run"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink()
+            write_atomic(kept, as_json(options))
+        self.wait()
+        keep_lines(self.metrics, lambda record: True)
+        self.resume = command.resume
+        if self.first:
+            self.console.print(f"{self.name} -> {self.folder}")
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if world()[1] > 1:
+            torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[dict[str, Any], int], None]]:
+        """Progress and metrics: gives what takes a record and by how much it is further."""
+        with progress_bars(self.console) as progress:
+            task = progress.add_task(name, total=total, note="")
+
+            def note(record: dict[str, Any], advance: int) -> None:
+                append_line(self.metrics, {"phase": name, **record})
+                shown = f"loss {record['loss']:.4f}" if "loss" in record else ""
+                progress.update(task, advance=advance, note=shown)
+                self.stop()
+
+            yield note
+
+    @contextlib.contextmanager
+    def epochs(self, name: str, total: int) -> Iterator[tuple[dict[str, Any] | None, Callable[..., None]]]:
+        """A training's state to go on from, and what keeps the next one after each epoch."""
+        path = self.folder / f"{name}-state.safetensors"
+        state = read_safetensors(path, _STATE)[0] if self.resume and path.exists() else None
+        with self.phase(name, total) as note:
+
+            def on_epoch(record: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+                write_safetensors(path, state, _STATE, {})
+                note(record, 1)
+
+            yield state, on_epoch
+
+    def finish(self, results: dict[str, Any], made: str) -> None:
+        if self.first:
+            write_atomic(self.folder / "results.json", as_json(results))
+            shown = "".join(f"{name} {value}; " for name, value in results.items())
+            self.console.print(f"{shown}{time.monotonic() - self.began:.0f} s; {made} is in {self.folder}")
+        self.wait()
+
+
+def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
+    """``argv``: the command, and what follows it."""
+    name, rest = argv[0], argv[1:]
+    command = _parse(name, rest)
+    with ranks(command.device):
+        try:
+            command.go(Run(name, console, stop))
+        except Interrupted:
+            console.print(f"stopped; go on with the same options and --out {command.out} --resume")
+            raise
+
+
+def _parse(name: str, argv: list[str]) -> _Command:
+    """The command with the presets of the data set and the method that are named, or stand in the files named."""
+    method = value_of(argv, "--method")
+    if method is not None and method not in get_args(MethodName):
+        raise ValueError(f"--method: expected one of {', '.join(get_args(MethodName))}, got {method!r}")
+    if name == "squeeze":
+        dataset = value_of(argv, "--dataset") or "digits"
+        if dataset not in get_args(SetName):
+            raise ValueError(f"--dataset: expected one of {', '.join(get_args(SetName))}, got {dataset!r}")
+        default: Any = SqueezeCommand(Squeeze.preset(dataset), dataset)  # type: ignore[arg-type]
+    elif name == "recover":
+        teacher = value_of(argv, "--teacher")
+        dataset = "" if teacher is None else read_safetensors(teacher, "teacher")[1]["config"]["dataset"]
+        default = RecoverCommand(DECOUPLED[method or "sre2l"].preset(dataset), tyro.MISSING, method or "sre2l")  # type: ignore[arg-type]
+    else:
+        images = value_of(argv, "--images")
+        about = {} if images is None else read_safetensors(images, "distilled")[1]["config"]
+        dataset = about.get("dataset", "")
+        if name == "relabel":
+            config = Relabel.preset(dataset, method or about.get("method", ""))
+            default = RelabelCommand(config, tyro.MISSING, tyro.MISSING)
+        else:
+            default = PostTrainCommand(PostTrain.preset(dataset), tyro.MISSING, tyro.MISSING)
+    options = {"args": argv, "prog": f"pydistill {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    return tyro.cli(type(default), default=default, **options)
+
+
+def _load(name: str, root: Path | None, image_size: int | None) -> Dataset:
+    """A data set by the name that the presets know it by, in the size that was asked for."""
+    if name in _FOLDERS:
+        size = image_size or _FOLDERS[name]
+        data = load("image-folder", root, image_size=size)
+        return Dataset(**{**vars(data), "name": name})
+    sized = name in ("digits", "image-folder")
+    return load(name, root, image_size=image_size if sized else None)

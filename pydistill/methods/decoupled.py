@@ -1,0 +1,307 @@
+"""Recover: images made by descending a squeezed network's loss, its BatchNorm statistics as the prior.
+
+    loss(x) = CE(net(view(x)), y) + r_bn * sum_l m_l (||mean_l - running_mean_l|| + r_var ||var_l - running_var_l||)
+
+with the statistics of a batch's activations before BatchNorm layer l, m_1 = ``first`` and the others 1, by Adam with
+betas (0.5, 0.9) and a cosine. SRe2L, CDA, DWA and INFER are this with another view, network, start or variable: one
+file each beside this one.
+
+The images are made in batches, each by itself: what a batch draws depends on the seed and its number alone. So batches
+may be made in any order, in any process, and the memory in use is one batch's, however many classes there are. A batch
+that is finished is a file in the folder ``parts``, one under way has a checkpoint there, and `merge` joins them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
+from pydistill.methods._standins import BNStatMatcher, MultiCrop, freeze, multi_crop
+from pydistill.methods.squeeze import Teacher
+from pydistill.trajectory.experts import seeded_generator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Batch", "RandomImages", "Recover", "merge", "real_images", "recover"]
+
+_PART, _STATE = "recovered batch", "recovery under way"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images that are made together: ``place[i]`` is the number of image i among those of its class, ``labels[i]``."""
+
+    number: int
+    place: Tensor  # int64 [B]
+    labels: Tensor  # int64 [B]
+    teacher: int = 0  # the number of the network
+    moves: bool = True  # or the images stay as they start
+
+
+@dataclass(frozen=True)
+class Recover:
+    """Hyper-parameters that the methods share; the defaults are SRe2L's for CIFAR."""
+
+    name: ClassVar[str] = ""
+    starts_real: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    ipc: int = 10
+    """Images per class."""
+    iterations: int = 1000
+    """Steps of Adam on each batch."""
+    batch_size: int = 100
+    """Images that are made, and whose statistics are taken, together."""
+    lr: float = 0.25
+    """Of Adam, at its start."""
+    r_bn: float = 0.01
+    """Weight of the BatchNorm statistics."""
+    first: float = 10.0
+    """Their weight in the first layer."""
+    r_var: float = 1.0
+    """Weight of the variances in them."""
+    crop: float = 1.0
+    """The least share of the area that a crop shows, one crop for the whole batch; 1: no crops."""
+    flip: float = 0.0
+    """Probability of mirroring a batch."""
+    jitter: int = 4
+    """Pixels by which a batch is rolled at most, down and to the right."""
+    seed: int = 0
+    """Of all that is drawn."""
+
+    @classmethod
+    def preset(cls, dataset: str) -> Self:
+        """The values for a data set; the defaults for one that is not known."""
+        return replace(cls(), **cls.presets.get(dataset, {}))
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            least = 1 if f.name in ("ipc", "batch_size") else 0
+            if not least <= value < math.inf:
+                raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
+        for name in ("crop", "flip"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: expected at most 1, got {getattr(self, name)}")
+
+    def per_class(self, num_classes: int, num_teachers: int) -> tuple[int, int]:
+        """How many images of a class come out, and from how many real ones of it where the method starts from them."""
+        return self.ipc, self.ipc
+
+    def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
+        """All classes' first images, then their second, ... in stretches of ``batch_size``."""
+        positions = torch.arange(self.ipc * num_classes)
+        parts = positions.split(self.batch_size)
+        return [Batch(i, part // num_classes, part % num_classes) for i, part in enumerate(parts)]
+
+    def lowest_crop(self, iteration: int) -> float:
+        """The least share of the area that the crop of an iteration shows."""
+        return self.crop
+
+    def view(self, teacher: Teacher, batch: Batch, iteration: int) -> Tensor:
+        """The record of an iteration's crop, flip and roll, the same for the whole batch."""
+        scale = (self.lowest_crop(iteration), 1.0)
+        crop = MultiCrop(teacher.shape[1], scale=scale, flip=self.flip, roll=self.jitter, shared=True)
+        generator = seeded_generator(self.seed, 1, batch.number, iteration)
+        return crop.draw((len(batch.labels), *teacher.shape), generator)
+
+    def network(self, teacher: Teacher, batch: Batch, starts: Callable[[Batch], Tensor]) -> nn.Module:
+        """The frozen network that a batch is recovered from."""
+        return freeze(teacher.net)
+
+    def variables(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What Adam moves, and the fixed images that it is added to, if it is not the images themselves."""
+        return images, None
+
+
+@dataclass(frozen=True)
+class RandomImages(Recover):
+    """No method: real images drawn at random, which the others are to be compared with."""
+
+    name: ClassVar[str] = "random"
+    starts_real: ClassVar[bool] = True
+
+    def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
+        return [replace(batch, moves=False) for batch in super().batches(num_classes, num_teachers)]
+
+
+def real_images(config: Recover, dataset: Dataset, num_teachers: int = 1) -> Tensor:
+    """The real images ``[K, n, C, H, W]`` from which a method starts, drawn by its seed."""
+    count = config.per_class(dataset.num_classes, num_teachers)[1]
+    images, _ = dataset.sample(count, seeded_generator(config.seed, 0))
+    return images.unflatten(0, (dataset.num_classes, count))
+
+
+def recover(
+    config: Recover,
+    teachers: Sequence[Teacher],
+    folder: str | os.PathLike[str],
+    *,
+    real: Tensor | None = None,
+    rank: int = 0,
+    world: int = 1,
+    checkpoint_every: int = 100,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Makes this rank's share of the batches, each into a file of ``folder / "parts"``; what is there already, stays.
+
+    Interrupted or killed at any moment, it goes on from the last checkpoint when called again, to the same bits.
+
+    Args:
+        config: the method.
+        teachers: networks with BatchNorm; all methods but INFER take one. Their device is where the work is done.
+        folder: where the files go.
+        real: of `real_images`, for methods that start from real images.
+        rank, world: which share of the batches this process makes: every ``world``-th from ``rank`` on.
+        checkpoint_every: iterations between two checkpoints of a batch, and between two calls of ``on_step``.
+        on_step: called with ``batch``, ``iteration`` and ``loss``; an exception from it ends the run, which can go on.
+
+    Raises:
+        ValueError: teachers of different classes or images, one without BatchNorm or with it in training mode, no real
+            images or others than the method starts from, or files of another run in ``folder``.
+        FloatingPointError: a loss that is not finite.
+    """
+    real = _check(config, teachers, real)
+    parts = Path(folder) / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    for batch in config.batches(teachers[0].num_classes, len(teachers))[rank::world]:
+        path = parts / f"{batch.number:05d}.safetensors"
+        if not path.exists():
+            images = _make(config, teachers, batch, real, parts, checkpoint_every, on_step)
+            tensors = {"images": images, "labels": batch.labels, "place": batch.place}
+            write_safetensors(path, tensors, _PART, stored(config, teachers))
+        _state_path(parts, batch).unlink(missing_ok=True)
+
+
+def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLike[str]) -> DistilledSet:
+    """The images of all batches, classes in order, those of one class together.
+
+    Raises:
+        ValueError: a batch's file is missing, damaged, of other images, or of a run with other options; it is named.
+    """
+    first = teachers[0]
+    per_class, _ = config.per_class(first.num_classes, len(teachers))
+    images = torch.empty(first.num_classes, per_class, *first.shape)
+    for batch in config.batches(first.num_classes, len(teachers)):
+        path = Path(folder) / "parts" / f"{batch.number:05d}.safetensors"
+        if not path.exists():
+            raise ValueError(f"{path}: expected the images of batch {batch.number}, found no file")
+        tensors = _read(path, _PART, config, teachers)
+        for name, wanted in (("labels", batch.labels), ("place", batch.place)):
+            if name not in tensors or not torch.equal(tensors[name], wanted):
+                raise ValueError(f"{path}: expected the images of batch {batch.number}; their {name} are others")
+        if tensors["images"].shape != (len(batch.labels), *first.shape):
+            raise ValueError(f"{path}: images: expected {[len(batch.labels), *first.shape]}, got others")
+        images[batch.labels, batch.place] = tensors["images"]
+    settings = {"method": config.name, "dataset": first.config["dataset"], "class_names": list(first.class_names)}
+    labels = torch.arange(first.num_classes).repeat_interleave(per_class)
+    return DistilledSet(images.flatten(0, 1), labels, 0.01, first.mean, first.std, {**settings, **asdict(config)})
+
+
+def stored(config: Recover, teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """The options that say what is made, as the files keep them."""
+    return {"method": config.name, **asdict(config), "teachers": [teacher.config for teacher in teachers]}
+
+
+def _make(
+    config: Recover,
+    teachers: Sequence[Teacher],
+    batch: Batch,
+    real: Tensor | None,
+    parts: Path,
+    checkpoint_every: int,
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> Tensor:
+    """One batch's images, ``[B, C, H, W]`` on the CPU."""
+    teacher = teachers[batch.teacher]
+    device = next(teacher.net.parameters()).device
+    low, high = (bound.to(device) for bound in teacher.bounds())
+    side, steps = teacher.shape[1], config.iterations if batch.moves else 0
+
+    def starts(of: Batch) -> Tensor:
+        if real is None:
+            shape = (len(of.labels), *teacher.shape)
+            return torch.randn(shape, generator=seeded_generator(config.seed, 2, of.number)).to(device)
+        return real[of.labels, of.place % real.shape[1]].to(device)
+
+    x, fixed = config.variables(starts(batch))
+    if not steps:
+        return (x if fixed is None else fixed + x).clamp(low, high).cpu()
+    labels = batch.labels.to(device)
+    optimizer = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.9))
+    checkpoint, done = _state_path(parts, batch), 0
+    if checkpoint.exists():
+        tensors = _read(checkpoint, _STATE, config, teachers)
+        done = int(tensors["iteration"])
+        x.copy_(tensors["x"])
+        optimizer.state[x] = {"step": tensors["step"].clone()}
+        optimizer.state[x] |= {name: tensors[name].to(device, copy=True) for name in ("exp_avg", "exp_avg_sq")}
+    net = config.network(teacher, batch, starts)
+    matcher = BNStatMatcher(net, w_var=config.r_var, first=config.first)
+    x.requires_grad_()
+    for iteration in range(done, steps):
+        record = config.view(teacher, batch, iteration)
+        images, base = (x, None) if fixed is None else (fixed, x)
+        logits = net(multi_crop(images, record.to(device), side, base=base))
+        loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
+        (x.grad,) = torch.autograd.grad(loss, x)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (0.5 + 0.5 * math.cos(math.pi * iteration / steps))
+        optimizer.step()
+        if fixed is None:
+            with torch.no_grad():
+                torch.clamp(x, low, high, out=x)
+        if (iteration + 1) % checkpoint_every == 0 or iteration + 1 == steps:
+            if not math.isfinite(value := float(loss.detach())):
+                raise FloatingPointError(f"the loss of batch {batch.number} is {value}: a smaller lr may help")
+            state = {"x": x, "iteration": torch.tensor(iteration + 1), **optimizer.state[x]}
+            write_safetensors(checkpoint, state, _STATE, stored(config, teachers))
+            if on_step is not None:
+                on_step({"batch": batch.number, "iteration": iteration + 1, "loss": value})
+    matcher.remove()
+    x = x.detach()
+    return (x if fixed is None else fixed + x).clamp(low, high).cpu()
+
+
+def _state_path(parts: Path, batch: Batch) -> Path:
+    return parts / f"{batch.number:05d}.state"
+
+
+def _read(path: Path, kind: str, config: Recover, teachers: Sequence[Teacher]) -> dict[str, Tensor]:
+    tensors, header = read_safetensors(path, kind)
+    wanted = stored(config, teachers)
+    if header["config"] != wanted:
+        different = sorted(key for key in wanted if header["config"].get(key) != wanted[key])
+        raise ValueError(f"{path}: expected a file of this run; its {', '.join(different) or 'options'} differ")
+    return tensors
+
+
+def _check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> Tensor | None:
+    if not teachers:
+        raise ValueError("teachers: expected at least one, got none")
+    first = teachers[0]
+    for teacher in teachers:
+        if (teacher.num_classes, teacher.shape) != (first.num_classes, first.shape):
+            wanted = f"{first.num_classes} classes and images of {list(first.shape)} as the first's"
+            raise ValueError(f"teachers: expected {wanted}, got {teacher.num_classes} and {list(teacher.shape)}")
+        BNStatMatcher(teacher.net).remove()  # raises for a network without BatchNorm, or with it in training mode
+    if not config.starts_real:
+        return None
+    count = config.per_class(first.num_classes, len(teachers))[1]
+    wanted = [first.num_classes, count, *first.shape]
+    if real is None or list(real.shape) != wanted:
+        got = "none" if real is None else list(real.shape)
+        raise ValueError(f"real: expected the images {wanted} from which {config.name} starts, got {got}")
+    return real

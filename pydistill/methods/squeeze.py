@@ -1,0 +1,219 @@
+"""Squeeze: the BatchNorm network that the decoupled methods recover images from, and the file that holds it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pydistill.data import Dataset, read_safetensors, write_safetensors
+from pydistill.methods._standins import MultiCrop, multi_crop
+from pydistill.methods.training import OnEpoch, train
+from pydistill.nn import ConvNet, ResNet18, ResNet50
+from pydistill.trajectory.experts import seeded_generator, seeded_net
+
+__all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "squeeze"]
+
+NetworkName = Literal["convnet", "resnet18", "resnet50"]
+_KIND = "teacher"
+_IMAGENET = {
+    "name": "imagenet-1k",
+    "image_size": 224,
+    "class_names": [f"class {number}" for number in range(1000)],
+    "mean": torch.tensor([0.485, 0.456, 0.406]),
+    "std": torch.tensor([0.229, 0.224, 0.225]),
+}
+
+
+def build(network: NetworkName, channels: int, num_classes: int, image_size: int, width: int, depth: int) -> nn.Module:
+    """A network with BatchNorm: `ConvNet`, `ResNet18` or `ResNet50`, these with the CIFAR stem below 128 pixels."""
+    if network == "convnet":
+        return ConvNet(channels, num_classes, width, depth, image_size, norm="batch")
+    nets = {"resnet18": ResNet18, "resnet50": ResNet50}
+    if network not in nets:
+        raise ValueError(f"network: expected one of convnet, {', '.join(nets)}, got {network!r}")
+    return nets[network](num_classes, channels, "imagenet" if image_size >= 128 else "cifar", width)
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """How a network is trained on real images: SGD with momentum and a cosine, on crops, flips and shifts.
+
+    The defaults are SRe2L's for CIFAR: ResNet-18, 200 epochs, learning rate 0.1.
+    """
+
+    network: NetworkName = "resnet18"
+    """convnet is the ConvNet of the condensation papers with BatchNorm."""
+    width: int = 64
+    """Channels of the (first) stage."""
+    depth: int = 3
+    """Blocks of convnet."""
+    epochs: int = 200
+    """Passes over the real images."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 0.1
+    """At its peak."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """Of SGD."""
+    crop: float = 0.25
+    """The least share of an image's area that a random crop shows; 1: no crops."""
+    flip: float = 0.5
+    """Probability of a mirrored image."""
+    seed: int = 0
+    """Of the initial parameters and of all that is drawn."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "digits": {"network": "convnet", "width": 32, "epochs": 10, "lr": 0.05, "crop": 0.5, "flip": 0.0},
+        "fashion-mnist": {"network": "convnet", "width": 64, "epochs": 5, "lr": 0.1, "crop": 0.5},
+        "cifar10": {},
+        "cifar100": {},
+        "tiny-imagenet": {"epochs": 50, "lr": 0.2, "weight_decay": 1e-4, "crop": 0.08},
+        "imagenet-1k": {"epochs": 90, "batch_size": 256, "weight_decay": 1e-4, "crop": 0.08},
+    }
+
+    @classmethod
+    def preset(cls, dataset: str) -> Squeeze:
+        """The values for a data set; the defaults for one that is not known."""
+        return replace(cls(), **cls.presets.get(dataset, {}))
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, low in (("crop", 0.0), ("flip", -1.0)):
+            if not low < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number up to 1, got {getattr(self, name)}")
+
+
+@dataclass(eq=False)
+class Teacher:
+    """A trained network in evaluation mode, and the space of images it sees.
+
+    Attributes:
+        net: gives logits ``[N, K]`` of images ``[N, C, image_size, image_size]``.
+        mean, std: float32 ``[C]``: a pixel in ``[0, 1]`` is ``image * std + mean``.
+        class_names: ``K`` names.
+        config: ``network``, ``width``, ``depth``, ``channels``, ``image_size``, ``dataset``, and what made it.
+    """
+
+    net: nn.Module
+    mean: Tensor
+    std: Tensor
+    class_names: tuple[str, ...]
+    config: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of its images."""
+        side = self.config["image_size"]
+        return self.config["channels"], side, side
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value of an image, ``[C, 1, 1]`` each: pixels 0 and 1."""
+        low, high = -self.mean / self.std, (1 - self.mean) / self.std
+        return low[:, None, None], high[:, None, None]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, atomically."""
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        tensors |= {"mean": self.mean, "std": self.std}
+        write_safetensors(path, tensors, _KIND, self.config, class_names=list(self.class_names))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Teacher:
+        """Reads what `save` wrote; ValueError for a damaged file, or one of another network than it says."""
+        tensors, header = read_safetensors(path, _KIND)
+        config = header["config"]
+        try:
+            names = ("network", "channels", "image_size", "width", "depth")
+            options = {name: config[name] for name in names} | {"num_classes": len(header["class_names"])}
+            net = build(**options)
+            net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
+            mean, std = tensors["mean"], tensors["std"]
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected a whole teacher as squeeze writes it; {error}") from error
+        return cls(net.eval().to(device), mean, std, tuple(header["class_names"]), config)
+
+
+def _untrained(config: Squeeze, space: Mapping[str, Any], device: torch.device | str = "cpu") -> Teacher:
+    names, mean, std = space["class_names"], space["mean"], space["std"]
+    options = {"channels": len(mean), "num_classes": len(names), "image_size": space["image_size"]}
+    make = partial(build, config.network, width=config.width, depth=config.depth, **options)
+    about = {**asdict(config), "channels": len(mean), "image_size": space["image_size"], "dataset": space["name"]}
+    return Teacher(seeded_net(make, config.seed, 0, device=device), mean, std, tuple(names), about)
+
+
+def _space(dataset: Dataset) -> dict[str, Any]:
+    names = ("name", "image_size", "class_names", "mean", "std")
+    return {name: getattr(dataset, name) for name in names}
+
+
+def squeeze(
+    config: Squeeze, dataset: Dataset, *, state: dict[str, Tensor] | None = None, on_epoch: OnEpoch | None = None
+) -> Teacher:
+    """Trains a network with BatchNorm on a data set's real images, by cross-entropy; `train` says what may be raised.
+
+    Args:
+        config: the network and its training.
+        dataset: real images; their device is where the work is done.
+        state, on_epoch: as `pydistill.methods.training.train` takes them.
+    """
+    teacher = _untrained(config, _space(dataset), dataset.train_images.device)
+    images, labels = dataset.train_images, dataset.train_labels
+    side = dataset.image_size
+    crop = MultiCrop(side, scale=(config.crop, 1.0), flip=config.flip)
+    optimizer = torch.optim.SGD(
+        teacher.net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+    )
+
+    def batches(epoch: int) -> Iterator[Any]:
+        generator = seeded_generator(config.seed, 1, epoch)
+        for index in torch.randperm(len(images), generator=generator).split(config.batch_size):
+            index = index.to(images.device)
+            record = crop.draw((len(index), *images.shape[1:]), generator)
+            x, y = multi_crop(images[index], record, side), labels[index]
+            yield lambda x=x, y=y: F.cross_entropy(teacher.net(x), y)
+
+    steps = -(-len(images) // config.batch_size)
+    train(teacher.net, optimizer, batches, epochs=config.epochs, steps=steps, state=state, on_epoch=on_epoch)
+    teacher.net.eval()
+    return teacher
+
+
+def import_weights(config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None) -> Teacher:
+    """A teacher with the weights of a ``state_dict`` that torch saved, such as torchvision's; no code in it is run.
+
+    Args:
+        config: the network.
+        path: the file; the state may stand under ``state_dict`` or ``model`` in it, its keys may begin with "module.".
+        dataset: whose images the network sees; None: ImageNet-1K as torchvision's networks see it, 224 pixels a side.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is none, or its keys and shapes are not those of ``config.network``.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected the weights of a {config.network}, found no file")
+    teacher = _untrained(config, _IMAGENET if dataset is None else _space(dataset))
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = weights.get("state_dict", weights.get("model", weights))
+        teacher.net.load_state_dict({key.removeprefix("module."): v for key, v in weights.items()})
+    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
+        raise ValueError(f"{path}: expected the weights of a {config.network}; {error}") from error
+    teacher.net.eval()
+    return teacher
