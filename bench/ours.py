@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .peers import distribution, eager, gradient_matching, recover, segments, training
 from .peers import distribution, eager, gradient_matching, resnet, segments, training
 from .peers import distribution, eager, gradient_matching, multi_crop, segments, training
+from .peers import distribution, eager, gradient_matching, segments, stored_labels, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -172,6 +175,52 @@ def expert_store(problem: segments.Experts) -> segments.Thunk:
         return segments.Segment(*store.segment(*next(places), problem.length))
 
     return run
+
+
+def label_store(problem: stored_labels.Labels, form: str) -> Any:
+    """A store of the problem's labels, open for reading."""
+    from pydistill.labels import SoftLabelStore
+
+    path = Path(problem.folder.name) / f"{form}.store"
+    with SoftLabelStore.create(
+        path,
+        num_images=problem.images,
+        num_classes=problem.classes,
+        epochs=1,
+        format=form,
+        k=problem.k,
+        temperature=problem.T,
+        record_bytes=problem.record_bytes,
+        batch_size=problem.batch,
+        overwrite=True,
+    ) as store:
+        records = torch.zeros(problem.batch, problem.record_bytes, dtype=torch.uint8)
+        for b in range(problem.batches):
+            store.write(0, problem.order(b), problem.teacher(b), records)
+    return SoftLabelStore(path)
+
+
+def stored_labels_epoch(problem: stored_labels.Labels, form: str = "topk8") -> stored_labels.Thunk:
+    """As a training loop reads them, without the images that would come along."""
+    from pydistill.labels import SoftLabelDataset, StoredBatches, collate_soft_labels
+
+    images = torch.empty(problem.images, 0)
+    data = SoftLabelDataset(images, label_store(problem, form))
+    workers = {"num_workers": problem.workers, "persistent_workers": problem.workers > 0}
+    loader = DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels, **workers)
+    student = problem.student
+    return partial(stored_labels.passes, loader, lambda item: item[1].loss(student), student)
+
+
+def stored_bytes(problem: stored_labels.Labels, form: str) -> Callable[[], float]:
+    """Bytes a label: all of the file, divided."""
+    path = label_store(problem, form).path
+    return lambda: path.stat().st_size / problem.images
+
+
+def densified_labels(problem: stored_labels.Labels, form: str) -> list[Tensor]:
+    store = label_store(problem, form)
+    return [store.read(0, images).densify() for images in store.batches(0)]
 
 
 def augment_images(images: Tensor, record: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .peers import (
     resnet,
     multi_crop,
     segments,
+    stored_labels,
     tesla,
     training,
 )
@@ -92,7 +93,7 @@ Medians = Mapping[tuple[str, Any, str], float]
 class Case:
     name: str
     metric: str
-    unit: str  # "s", "ms": timed; "MiB": peak memory, measured in a subprocess
+    unit: str  # "s", "ms": timed; "MiB": peak memory, measured in a subprocess; "B": what `measure` gives
     x_name: str
     providers: dict[str, Entry]
     full: Config
@@ -105,6 +106,7 @@ class Case:
     brief: Config = field(default_factory=dict)  # what `pydistill bench` changes of `full`, to be done in minutes
     brief_providers: tuple[str, ...] = ()  # and whom it measures; all without
     lines: bool = False  # whether cost should grow along a straight line in x, by mode
+    measure: Callable[[Callable[[], Any]], float] | None = None  # of a thunk, where that is not its time
     problem: Callable[[Config, int], Problem] | None = None  # how a memory subprocess rebuilds a point's problem
 
     @property
@@ -778,6 +780,145 @@ EXPERT_STORE = Case(
 )
 
 
+def _label_points(case: Case, config: Config) -> list[Point]:
+    return [
+        Point(
+            config["batch"],
+            partial(stored_labels.make_labels, config, workers=workers),
+            tuple(case.providers),
+            mode,
+            per=config["batches"],
+        )
+        for mode, workers in (("no worker", 0), ("one worker", 1))
+    ]
+
+
+def _label_truths(case: Case, problem: stored_labels.Labels) -> Iterator[tuple[str, list[stored_labels.Trained]]]:
+    """Of each provider, the loss of the distributions that its labels are, in float64."""
+    for name, entry in case.providers.items():
+        if entry.mode:  # a form of the store; mode "" is the files
+            labels = ours.densified_labels(problem, entry.mode)
+        else:
+            labels = [(problem.teacher(b).float() / problem.T).softmax(1) for b in range(problem.batches)]
+        yield name, stored_labels.densified(problem, labels)
+
+
+def _label_checks(
+    case: Case, problem: stored_labels.Labels, outputs: dict[str, list[stored_labels.Trained]]
+) -> Iterator[Check]:
+    """Within 1e-6 of the densified labels' loss; relative to one above one, which float32 rounds by as much."""
+    for name, truth in _label_truths(case, problem):
+        if name not in outputs:
+            continue
+        pairs = list(zip(outputs[name], truth, strict=True))
+        units = [1.0 if problem.dtype == torch.float64 else max(1.0, float(b.loss)) for _, b in pairs]
+        loss = max(float((a.loss - b.loss).abs()) / unit for (a, b), unit in zip(pairs, units, strict=True))
+        what = f"{problem.dtype} T={problem.T:g} loss".replace("torch.", "")
+        yield Check(name, f"{what}, difference to that of the densified labels", loss, 1e-6)
+        gradient = max(relative_error(a.d_logits, b.d_logits) for a, b in pairs)
+        yield Check(name, f"T={problem.T:g} d_logits, relative error", gradient, 1e-4)
+
+
+def _label_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Small: the loss and its gradient at several temperatures."""
+    for T in config["gate"]["T"]:
+        problem = stored_labels.make_labels({**config, **config["gate"]}, T=T, workers=0)
+        outputs = {name: entry.prepare(problem)() for name, entry in case.providers.items()}
+        yield from _label_checks(case, problem, outputs)
+
+
+def _label_check(
+    case: Case, point: Point, problem: stored_labels.Labels, outputs: dict[str, list[stored_labels.Trained]]
+) -> Iterator[Check]:
+    yield from _label_checks(case, problem, outputs)
+
+
+def _label_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {(mode, provider): value for (mode, _, provider), value in medians.items()}
+    for mode in ("no worker", "one worker"):
+        speedup = found[mode, "torch.load"] / found[mode, "pydistill-topk8"]
+        yield Check("pydistill-topk8", f"{mode}, labels a second over torch.load", speedup, 5.0, at_least=True)
+
+
+SOFT_LABEL_READ = Case(
+    name="soft_label_read",
+    metric="time to read a batch of labels and take the loss and its gradient",
+    unit="ms",
+    x_name="batch",
+    providers={
+        "torch.load": Entry(stored_labels.prepare_load),
+        "torch.load-compiled": Entry(partial(stored_labels.prepare_load, compiled=True)),
+        "pydistill-fp16": Entry(partial(ours.stored_labels_epoch, form="fp16"), "fp16"),
+        "pydistill-topk": Entry(partial(ours.stored_labels_epoch, form="topk"), "topk"),
+        "pydistill-topk8": Entry(partial(ours.stored_labels_epoch, form="topk8"), "topk8"),
+    },
+    full={"batch": 1024, "batches": 16, "classes": 1000, "k": 10, "T": 20.0, "record_bytes": 58}
+    | {"gate": {"batch": 16, "batches": 2, "classes": 30, "T": (1.0, 4.0, 20.0)}},
+    quick={"batch": 16, "batches": 2, "classes": 30, "k": 10, "T": 20.0, "record_bytes": 58, "gate": {"T": (1.0, 4.0)}},
+    repeats=11,
+    points=_label_points,
+    gate=_label_gate,
+    check=_label_check,
+    must_show=_label_must_show,
+)
+
+
+def _bytes_points(case: Case, config: Config) -> list[Point]:
+    """The files always have their records."""
+    return [
+        Point(config["k"], partial(stored_labels.make_labels, config, record_bytes=size, workers=0), providers, mode)
+        for mode, size, providers in (
+            ("labels", 0, tuple(name for name in case.providers if name != "torch.save")),
+            ("labels and records", config["record_bytes"], tuple(case.providers)),
+        )
+    ]
+
+
+def _bytes_gate(case: Case, config: Config) -> Iterator[Check]:
+    """What is small must be right: the loss of the top-k forms at the size that is measured."""
+    for T in config["gate"]["T"]:
+        for dtype in (torch.float32, torch.float64):
+            problem = stored_labels.make_labels(config, T=T, workers=0, dtype=dtype)
+            forms = {name: entry.mode for name, entry in case.providers.items() if name.startswith("topk")}
+            outputs = {name: ours.stored_labels_epoch(problem, form)() for name, form in forms.items()}
+            yield from _label_checks(case, problem, outputs)
+
+
+def _bytes_check(case: Case, point: Point, problem: stored_labels.Labels, outputs: dict[str, float]) -> Iterator[Check]:
+    for name, output in outputs.items():
+        least = 3 * problem.k + problem.record_bytes
+        yield Check(name, f"{point.mode}, not fewer bytes than what is in them", output, least, at_least=True)
+
+
+def _bytes_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (mode, _, provider), value in medians.items() if mode == "labels"}
+    for name in ("topk", "topk8"):
+        yield Check(name, "times smaller than fp16", 2 * config["classes"] / found[name], 40.0, at_least=True)
+
+
+SOFT_LABEL_BYTES = Case(
+    name="soft_label_bytes",
+    metric="bytes a label, all of the file",
+    unit="B",
+    x_name="k",
+    providers={
+        "fp16": Entry(partial(ours.stored_bytes, form="fp16"), "fp16"),
+        "torch.save": Entry(stored_labels.saved_bytes),
+        "topk": Entry(partial(ours.stored_bytes, form="topk"), "topk"),
+        "topk8": Entry(partial(ours.stored_bytes, form="topk8"), "topk8"),
+    },
+    full={"batch": 1024, "batches": 8, "classes": 1000, "k": 10, "T": 20.0, "record_bytes": 58}
+    | {"gate": {"T": (1.0, 4.0, 20.0)}},
+    quick={"batch": 16, "batches": 2, "classes": 30, "k": 10, "T": 20.0, "record_bytes": 58, "gate": {"T": (1.0, 4.0)}},
+    repeats=1,
+    points=_bytes_points,
+    gate=_bytes_gate,
+    check=_bytes_check,
+    must_show=_bytes_must_show,
+    measure=lambda thunk: thunk(),
+)
+
+
 def _distribution_points(case: Case, config: Config) -> list[Point]:
     return [Point(config["real"], partial(distribution.make_images, config), tuple(case.providers))]
 
@@ -1396,6 +1537,8 @@ CASES: dict[str, Case] = {
         TRAIN_STUDENTS,
         GRADIENT_MATCHING_STEP,
         EXPERT_STORE,
+        SOFT_LABEL_READ,
+        SOFT_LABEL_BYTES,
         INSTANCE_NORM_RELU_AVG_POOL,
         AUGMENT,
         MULTI_CROP,

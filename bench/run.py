@@ -66,7 +66,7 @@ def measured(case: Case, point: Point, repeats: int, measure: Callable[[Callable
     # the first run of each warms it up (compilation, caches) and is what its gate looks at
     checks = passed(case.check(case, point, problem, {name: thunk() for name, thunk in thunks.items()}))
     print(f"  {_label(case, point)}: {checks} checks green", flush=True)
-    scale = {"s": 1.0, "ms": 1e3, "MiB": 2**-20}[case.unit] / point.per
+    scale = {"s": 1.0, "ms": 1e3, "MiB": 2**-20, "B": 1.0}[case.unit] / point.per
     samples: Samples = {name: [] for name in thunks}
     for _ in range(repeats):
         for name, thunk in thunks.items():
@@ -153,7 +153,7 @@ def run_case(
         if case.unit == "MiB" and measure is None:
             samples = peaks(case, config, points, repeats, size)
         else:
-            samples = [measured(case, point, repeats, measure or seconds) for point in points]
+            samples = [measured(case, point, repeats, measure or case.measure or seconds) for point in points]
     except RedGate as red:
         print(f"  {case.name}: RED GATE, nothing is measured: {red}", flush=True)
         return 1

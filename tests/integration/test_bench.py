@@ -13,6 +13,8 @@ import torch
 
 from bench import gpu, memory, run
 from bench.peers import distribution, eager, gradient_matching, resnet, segments, training
+from bench import gpu, memory, ours, run
+from bench.peers import distribution, eager, gradient_matching, segments, stored_labels, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -198,6 +200,56 @@ def test_expert_store_must_be_fifty_times_as_fast() -> None:
         medians = {("random segment", 10, "torch.load"): load, ("random segment", 10, "pydistill"): 2.0}
         medians["open", 100, "pydistill"] = opening
         assert [check.ok for check in case.must_show(medians, case.full)] == expected
+
+
+def test_soft_label_read_is_green(tmp_path: Path) -> None:
+    providers = ["pydistill-fp16", "pydistill-topk", "pydistill-topk8"]
+    assert run.main(["soft_label_read", "--quick", "--providers", ",".join(providers), "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "soft_label_read.csv")
+    assert {(row["mode"], row["provider"]) for row in rows} == {
+        (mode, name) for mode in ("no worker", "one worker") for name in ("torch.load", *providers)
+    }
+
+
+def test_soft_label_bytes_are_counted(tmp_path: Path) -> None:
+    assert run.main(["soft_label_bytes", "--quick", "--out", str(tmp_path)]) == 0
+    rows = [row for row in rows_in(tmp_path / "soft_label_bytes.csv") if row["unit"] == "B"]
+    found = {(row["mode"], row["provider"]): float(row["median"]) for row in rows}
+    assert {name for mode, name in found if mode == "labels and records"} == set(CASES["soft_label_bytes"].providers)
+    assert found["labels and records", "topk8"] >= 58 + 34
+
+
+@pytest.mark.parametrize("name", ["soft_label_read", "soft_label_bytes"])
+def test_stored_labels_see_a_loss_that_is_off(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two millionths; the gates of both cases ask the store through the same provider."""
+    right = ours.stored_labels_epoch
+
+    def wrong(problem: stored_labels.Labels, form: str = "topk8") -> stored_labels.Thunk:
+        epoch = right(problem, form)
+        return lambda: [stored_labels.Trained(loss * (1 + 2e-6) + 2e-6, d_logits) for loss, d_logits in epoch()]
+
+    monkeypatch.setattr(ours, "stored_labels_epoch", wrong)
+    case = CASES[name].only([])
+    case = replace(case, providers=case.providers | {"topk8": Entry(wrong, "topk8")})
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_labels_must_be_small_and_fast() -> None:
+    case = CASES["soft_label_read"]
+    for changed, expected in (
+        ({}, [True, True]),
+        ({"no worker": 4.9}, [False, True]),
+        ({"one worker": 4.9}, [True, False]),
+    ):
+        medians = {}
+        for mode in ("no worker", "one worker"):
+            medians[mode, 1024, "torch.load"] = changed.get(mode, 5.1)
+            medians[mode, 1024, "pydistill-topk8"] = 1.0
+        assert [check.ok for check in case.must_show(medians, case.full)] == expected
+    case = CASES["soft_label_bytes"]
+    medians = {("labels", 10, "topk"): 50.1, ("labels", 10, "topk8"): 49.9, ("labels and records", 10, "topk8"): 99.0}
+    assert [check.ok for check in case.must_show(medians, case.full)] == [False, True]
 
 
 STEPS = {"datadam_step": distribution.eager_datadam, "dm_step": distribution.eager_dm}
