@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import distribution, eager, gradient_matching, segments, training
+from .peers import distribution, eager, gradient_matching, segments, selection, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -228,3 +228,9 @@ def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor)
     from pydistill.ops import attention_map_divergence
 
     return attention_map_divergence(q_s, k_s, q_t, k_t)
+
+
+def graph_cut_greedy(problem: selection.Samples) -> selection.Thunk:
+    from pydistill.select import graph_cut_greedy
+
+    return lambda: graph_cut_greedy(problem.features, problem.picks, factors=problem.factors)

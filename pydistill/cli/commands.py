@@ -15,6 +15,7 @@ from pydistill.cli.console import Interrupted, Stop
 from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
+from pydistill.cli.select import run as run_select
 from pydistill.cli.unip import run as run_unip
 
 
@@ -38,6 +39,10 @@ def run(argv: list[str], description: str) -> None:
         if argv[:2] == ["distill", "unip"]:  # which makes a network, not a set: its own options, and its own phases
             with Stop().installed() as stop:
                 run_unip(argv[2:], console, stop)
+            return
+        if argv[:1] == ["select"]:  # which picks real images: a method's own options, and nothing to resume
+            with Stop().installed() as stop:
+                run_select(argv[1:], console, stop)
             return
         default = Distill.default_for(argv[1:] if argv[:1] == ["distill"] else [])
         command = tyro.cli(

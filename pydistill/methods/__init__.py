@@ -6,12 +6,14 @@ from pydistill.methods.datadam import DataDAM
 from pydistill.methods.datm import DATM
 from pydistill.methods.dc import DC
 from pydistill.methods.dm import DM
+from pydistill.methods.dq import DQ, quantize
 from pydistill.methods.dsa import DSA
 from pydistill.methods.fedlgd import FedLGD
 from pydistill.methods.ftd import FTD
 from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
 from pydistill.methods.mtt import MTT
 from pydistill.methods.outer import Config, State, distill
+from pydistill.methods.pca import PCA, combine
 from pydistill.methods.rat_bptt import RaTBPTT
 from pydistill.methods.tesla import TESLA
 from pydistill.methods.unip import UNIP, distill_attention
@@ -25,6 +27,7 @@ __all__ = [
     "DATM",
     "DC",
     "DM",
+    "DQ",
     "DSA",
     "FTD",
     "FYI",
@@ -32,6 +35,7 @@ __all__ = [
     "FYIDSA",
     "METHODS",
     "MTT",
+    "PCA",
     "TESLA",
     "UNIP",
     "Config",
@@ -39,6 +43,8 @@ __all__ = [
     "FedLGD",
     "RaTBPTT",
     "State",
+    "combine",
     "distill",
     "distill_attention",
+    "quantize",
 ]
