@@ -16,6 +16,7 @@ from .peers import distribution, eager, gradient_matching, recover, segments, tr
 from .peers import distribution, eager, gradient_matching, resnet, segments, training
 from .peers import distribution, eager, gradient_matching, multi_crop, segments, training
 from .peers import distribution, eager, gradient_matching, segments, stored_labels, training
+from .peers import distribution, eager, gradient_matching, segments, selection, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -329,3 +330,7 @@ def frozen_network(problem: resnet.Recovered) -> resnet.Thunk:
     from pydistill.nn import freeze
 
     return resnet.recovered(freeze(problem.net), problem, channels_last=True)
+def graph_cut_greedy(problem: selection.Samples) -> selection.Thunk:
+    from pydistill.select import graph_cut_greedy
+
+    return lambda: graph_cut_greedy(problem.features, problem.picks, factors=problem.factors)

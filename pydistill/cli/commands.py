@@ -16,7 +16,19 @@ from pydistill.cli.console import Interrupted, Stop
 from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
+from pydistill.cli.hello import run as run_hello
+from pydistill.cli.krr_st import run as run_krr_st
+from pydistill.cli.select import run as run_select
 from pydistill.cli.unip import run as run_unip
+
+# commands with options and phases of their own: what runs them, and where the arguments begin that it sees
+_OWN = {
+    ("distill", "unip"): (run_unip, 2),
+    ("distill", "hello"): (run_hello, 2),
+    ("distill", "krr_st"): (run_krr_st, 2),
+    ("select",): (run_select, 1),
+    **{(name,): (decoupled.run, 0) for name in decoupled.COMMANDS},
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,11 @@ def run(argv: list[str], description: str) -> None:
     """Parses ``argv`` and does what it says; exits as ``main`` does."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     try:
-        if argv[:2] == ["distill", "unip"]:  # which makes a network, not a set: its own options, and its own phases
-            with Stop().installed() as stop:
-                run_unip(argv[2:], console, stop)
-            return
-        if argv[:1] and argv[0] in decoupled.COMMANDS:
-            with Stop().installed() as stop:
-                decoupled.run(argv, console, stop)
-            return
+        for words, (command, rest) in _OWN.items():
+            if tuple(argv[: len(words)]) == words:
+                with Stop().installed() as stop:
+                    command(argv[rest:], console, stop)
+                return
         default = Distill.default_for(argv[1:] if argv[:1] == ["distill"] else [])
         command = tyro.cli(
             Annotated[Distill, tyro.conf.subcommand("distill", default=default)]

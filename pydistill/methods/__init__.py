@@ -8,6 +8,7 @@ from pydistill.methods.datm import DATM
 from pydistill.methods.dc import DC
 from pydistill.methods.decoupled import RandomImages, Recover
 from pydistill.methods.dm import DM
+from pydistill.methods.dq import DQ, quantize
 from pydistill.methods.dsa import DSA
 from pydistill.methods.dwa import DWA
 from pydistill.methods.fedlgd import FedLGD
@@ -16,6 +17,7 @@ from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
 from pydistill.methods.infer import INFER
 from pydistill.methods.mtt import MTT
 from pydistill.methods.outer import Config, State, distill
+from pydistill.methods.pca import PCA, combine
 from pydistill.methods.rat_bptt import RaTBPTT
 from pydistill.methods.sre2l import SRe2L
 from pydistill.methods.tesla import TESLA
@@ -35,6 +37,7 @@ __all__ = [
     "DC",
     "DECOUPLED",
     "DM",
+    "DQ",
     "DSA",
     "DWA",
     "FTD",
@@ -44,6 +47,7 @@ __all__ = [
     "INFER",
     "METHODS",
     "MTT",
+    "PCA",
     "TESLA",
     "UNIP",
     "Config",
@@ -52,6 +56,8 @@ __all__ = [
     "RaTBPTT",
     "SRe2L",
     "State",
+    "combine",
     "distill",
     "distill_attention",
+    "quantize",
 ]

@@ -15,6 +15,7 @@ from bench import gpu, memory, run
 from bench.peers import distribution, eager, gradient_matching, resnet, segments, training
 from bench import gpu, memory, ours, run
 from bench.peers import distribution, eager, gradient_matching, segments, stored_labels, training
+from bench.peers import distribution, eager, gradient_matching, segments, selection, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -111,6 +112,25 @@ def test_attention_map_divergence_holds_no_map(tmp_path: Path) -> None:
     assert run.main([name, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
     peaks = {row["provider"]: float(row["median"]) for row in rows_in(tmp_path / f"{name}.csv") if row["unit"] == "MiB"}
     assert peaks["eager"] > 3 * peaks["pydistill"] > 0
+
+
+def test_graph_cut_greedy_is_green(tmp_path: Path) -> None:
+    assert run.main(["graph_cut_greedy", "--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "graph_cut_greedy.csv")
+    assert {(row["provider"], row["mode"]) for row in rows} == {
+        (provider, mode) for provider in ("loop", "rows", "pydistill") for mode in ("features", "gradients")
+    }
+
+
+def test_graph_cut_gate_sees_one_other_pick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(problem: selection.Samples) -> selection.Thunk:
+        return lambda: selection.loop(problem)().flip(0) if problem.factors is not None else selection.loop(problem)()
+
+    case = CASES["graph_cut_greedy"]
+    case = replace(case, providers={"loop": case.providers["loop"], "pydistill": Entry(wrong)})
+    assert run.run_case(case, size="quick", out=tmp_path) == 1
+    assert "MISSED: pydistill, float64, picks that are not the loop's" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_students_is_green(tmp_path: Path) -> None:

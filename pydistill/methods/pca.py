@@ -1,0 +1,100 @@
+"""PCA (Xiao and He, "Rethinking Large-scale Dataset Compression", 2025): prune, combine and augment real images.
+
+Prune: a trained network scores the training images, and the best of each class stay. Combine: the crop of each that the
+network is surest of is brought to a fraction of the size, and factor * factor of them make one image. Augment: students
+see the images augmented, with their hard labels; or with the network's logits for them, which the paper argues against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydistill.data import Dataset, DistilledSet
+from pydistill.methods.picking import Picking, class_members
+from pydistill.nn.student import Student
+from pydistill.select import best_crops, mosaic
+from pydistill.trajectory.experts import seeded_generator
+
+__all__ = ["PCA", "combine", "scores"]
+
+
+@dataclass(frozen=True)
+class PCA(Picking):
+    """PCA's options; `preset` has the values for a data set."""
+
+    name: ClassVar[str] = "pca"
+    shares: ClassVar[tuple[str, ...]] = ("prune", "least_area")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "digits": {"teacher_epochs": 6, "teacher_lr": 0.05, "teacher_batch": 64},
+        "fashion-mnist": {"teacher_epochs": 2, "teacher_lr": 0.02, "teacher_batch": 128},
+    }
+
+    score: Literal["ce", "el2n", "margin"] = "el2n"
+    """By which images are pruned: cross-entropy, |softmax(z) - y|, or minus the margin of the label's logit."""
+    hard: bool = False
+    """Keep the images of the largest scores; or else of the smallest, which is better for few images."""
+    prune: float = 0.5
+    """Share of each class that stays; those needed are drawn from it."""
+    factor: int = 1
+    """Images in a row of a combined one."""
+    crops: int = 5
+    """Crops of an image of which the surest is taken."""
+    least_area: float = 0.5
+    """Of a crop, a share of the image."""
+    soft_labels: bool = False
+    """The network's logits for the combined images, instead of their classes."""
+
+
+@torch.no_grad()
+def scores(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """How hard samples are, ``[N]``, from logits ``[N, K]``; see `PCA.score`."""
+    if kind == "ce":
+        return F.cross_entropy(logits, labels, reduction="none")
+    if kind == "el2n":
+        return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
+
+
+def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Any = None) -> DistilledSet:
+    """The images that PCA makes of each class; the same seed gives the same.
+
+    Args:
+        config: the options.
+        dataset: real images.
+        teacher: a trained network, in evaluation mode.
+        lr: that students are to be trained with.
+        on_class: called after each class; an exception from it ends the selection.
+
+    Raises:
+        ValueError: a class has too few images, or the factor does not divide the images.
+    """
+    need = config.ipc * config.factor**2
+    made, labels = [], []
+    for label, members in enumerate(class_members(dataset, need, "ipc * factor^2")):
+        with torch.no_grad():
+            logits = torch.cat([teacher(x) for x in dataset.train_images[members].split(500)])
+        found = scores(config.score, logits, dataset.train_labels[members])
+        stay = found.argsort(descending=config.hard, stable=True)[: max(need, round(config.prune * len(members)))]
+        generator = seeded_generator(config.seed, 7, label)
+        drawn = members[stay[torch.randperm(len(stay), generator=generator)[:need].to(stay.device)]]
+        patches, _ = best_crops(
+            *(teacher, dataset.train_images[drawn], dataset.train_labels[drawn]),
+            **{"crops": config.crops, "least_area": config.least_area, "factor": config.factor},
+            generator=generator,
+        )
+        made.append(mosaic(patches, config.factor))
+        labels.append(torch.full((config.ipc,), label, device=members.device))
+        if on_class is not None:
+            on_class()
+    images = torch.cat(made)
+    if config.soft_labels:
+        with torch.no_grad():
+            soft = torch.cat([teacher(x) for x in images.split(500)])
+        return config.distilled(dataset, images, soft, lr, "logits")
+    return config.distilled(dataset, images, torch.cat(labels), lr)
