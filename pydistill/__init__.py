@@ -6,7 +6,7 @@ from pkgutil import extend_path as _extend_path
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import augment, compat, divergence, matching, nn, ops, reference
+from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference
 from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce
 from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, krr_loss, mmd
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
@@ -29,6 +29,7 @@ __all__ = [
     "gradient_match",
     "instance_norm_relu_avg_pool",
     "krr_loss",
+    "labels",
     "matching",
     "mmd",
     "nn",

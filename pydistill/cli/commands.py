@@ -15,6 +15,8 @@ from pydistill.cli.console import Interrupted, Stop
 from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
+from pydistill.cli.hello import run as run_hello
+from pydistill.cli.krr_st import run as run_krr_st
 from pydistill.cli.unip import run as run_unip
 
 
@@ -38,6 +40,10 @@ def run(argv: list[str], description: str) -> None:
         if argv[:2] == ["distill", "unip"]:  # which makes a network, not a set: its own options, and its own phases
             with Stop().installed() as stop:
                 run_unip(argv[2:], console, stop)
+            return
+        if argv[:1] == ["distill"] and argv[1:2] in (["hello"], ["krr_st"]):  # phases of their own, too
+            with Stop().installed() as stop:
+                (run_hello if argv[1] == "hello" else run_krr_st)(argv[2:], console, stop)
             return
         default = Distill.default_for(argv[1:] if argv[:1] == ["distill"] else [])
         command = tyro.cli(

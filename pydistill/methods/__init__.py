@@ -10,6 +10,8 @@ from pydistill.methods.dsa import DSA
 from pydistill.methods.fedlgd import FedLGD
 from pydistill.methods.ftd import FTD
 from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
+from pydistill.methods.hello import HeLlO
+from pydistill.methods.krr_st import KRRST, krr_st
 from pydistill.methods.mtt import MTT
 from pydistill.methods.outer import Config, State, distill
 from pydistill.methods.rat_bptt import RaTBPTT
@@ -30,6 +32,7 @@ __all__ = [
     "FYI",
     "FYIDM",
     "FYIDSA",
+    "KRRST",
     "METHODS",
     "MTT",
     "TESLA",
@@ -37,8 +40,10 @@ __all__ = [
     "Config",
     "DataDAM",
     "FedLGD",
+    "HeLlO",
     "RaTBPTT",
     "State",
     "distill",
     "distill_attention",
+    "krr_st",
 ]
