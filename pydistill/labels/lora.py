@@ -98,6 +98,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
 
+    @property
+    def weight(self) -> Tensor:
+        """The changed weight, for modules such as ``nn.MultiheadAttention`` that read it past ``forward``."""
+        return self.base.weight + self.scale * self.B @ self.A
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
 
 class LoRAConv(nn.Module):
     """``base(x) + scale * conv(conv(x, A), B)``: A has the base's kernel and r outputs, B is 1x1 and starts at 0.
@@ -131,8 +140,8 @@ class LoRAConv(nn.Module):
 def add_lora(encoder: nn.Module, rank: int, scale: float = 1.0) -> nn.Module:
     """A frozen copy of ``encoder``, in evaluation mode, with trainable factors beside linear layers and convolutions.
 
-    Depthwise and grouped convolutions stay as they are, and so does what stands inside ``nn.MultiheadAttention``, which
-    reads its layers' weights past their ``forward``.
+    Depthwise and grouped convolutions stay as they are, and so does the input projection of ``nn.MultiheadAttention``,
+    which is a parameter and no layer.
 
     Raises:
         ValueError: a rank below 1, or no layer that takes factors.
@@ -145,8 +154,6 @@ def add_lora(encoder: nn.Module, rank: int, scale: float = 1.0) -> nn.Module:
 
 def _replace(module: nn.Module, rank: int, scale: float) -> int:
     count = 0
-    if isinstance(module, nn.MultiheadAttention):
-        return count
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, LoRALinear(child, rank, scale))
