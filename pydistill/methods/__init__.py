@@ -15,6 +15,8 @@ from pydistill.methods.fedlgd import FedLGD
 from pydistill.methods.ftd import FTD
 from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
 from pydistill.methods.infer import INFER
+from pydistill.methods.hello import HeLlO
+from pydistill.methods.krr_st import KRRST, krr_st
 from pydistill.methods.mtt import MTT
 from pydistill.methods.outer import Config, State, distill
 from pydistill.methods.pca import PCA, combine
@@ -45,6 +47,7 @@ __all__ = [
     "FYIDM",
     "FYIDSA",
     "INFER",
+    "KRRST",
     "METHODS",
     "MTT",
     "PCA",
@@ -53,6 +56,7 @@ __all__ = [
     "Config",
     "DataDAM",
     "FedLGD",
+    "HeLlO",
     "RaTBPTT",
     "SRe2L",
     "State",
@@ -60,4 +64,5 @@ __all__ = [
     "distill",
     "distill_attention",
     "quantize",
+    "krr_st",
 ]
