@@ -59,8 +59,8 @@ class Relabel:
     """Of all that is drawn."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "digits": {"epochs": 100, "batch_size": 50, "crop": 0.5, "flip": 0.0},
-        "fashion-mnist": {"epochs": 400, "batch_size": 50, "crop": 0.5},
+        "digits": {"epochs": 200, "batch_size": 25, "crop": 0.5, "flip": 0.0},
+        "fashion-mnist": {"epochs": 400, "batch_size": 25, "crop": 0.5},
         "cifar10": {"epochs": 400},
         "cifar100": {"epochs": 400},
         "tiny-imagenet": {"epochs": 200, "batch_size": 64},
@@ -174,7 +174,7 @@ class PostTrain:
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32},
-        "fashion-mnist": {"network": "convnet", "width": 64},
+        "fashion-mnist": {"network": "convnet", "width": 32},
     }
 
     @classmethod

@@ -74,7 +74,7 @@ class Squeeze:
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32, "epochs": 10, "lr": 0.05, "crop": 0.5, "flip": 0.0},
-        "fashion-mnist": {"network": "convnet", "width": 64, "epochs": 5, "lr": 0.1, "crop": 0.5},
+        "fashion-mnist": {"network": "convnet", "width": 32, "epochs": 3, "lr": 0.1, "crop": 0.5},
         "cifar10": {},
         "cifar100": {},
         "tiny-imagenet": {"epochs": 50, "lr": 0.2, "weight_decay": 1e-4, "crop": 0.08},
