@@ -31,6 +31,14 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " -> Tensor");
   m.def("augment_backward(Tensor grad, Tensor record, bool flip_batch, bool align_corners) -> Tensor");
 
+  m.def(
+      "multi_crop(Tensor images, Tensor? base, Tensor record, Tensor? norm, int height, int width, bool linear)"
+      " -> Tensor");
+  // `images`, `height` and `width` are those of the crops' sources; a gradient that is not asked for is empty
+  m.def(
+      "multi_crop_backward(Tensor grad, Tensor record, Tensor? norm, int images, int height, int width,"
+      " bool with_images, bool with_base) -> (Tensor, Tensor)");
+
   // `rows` are (start, count, length) triples: count rows of length elements, one after the other from start on.
   m.def("row_products(Tensor a, Tensor b, int[] rows) -> Tensor");
   m.def("row_products_backward(Tensor grad, Tensor a, Tensor b, int[] rows) -> (Tensor, Tensor)");

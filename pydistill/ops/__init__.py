@@ -13,6 +13,7 @@ from pydistill.ops.convnet_step import (
     convnet_tangent,
 )
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.ops.multi_crop import multi_crop
 from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
 
@@ -28,6 +29,7 @@ __all__ = [
     "convnet_logits",
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
+    "multi_crop",
     "row_products",
     "soft_cross_entropy",
 ]

@@ -31,7 +31,8 @@ class Operator:
     ``vjp`` is None raises when a gradient is asked of it: it never gives a wrong one.
 
     The last ``kept`` outputs are no results: they have no derivative, and stand behind the tensors in ``saved`` for a
-    ``vjp(saved, options, ctx, *grads)``, which sees autograd's context too.
+    ``vjp(saved, options, ctx, *grads)``, which sees autograd's context too. So does that of a ``selective`` one, which
+    may compute less than all gradients.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Operator:
         vjp: Formula | None,
         jvp: Formula | None,
         kept: int = 0,
+        selective: bool = False,
         differentiable: str = "twice",
         library: str = "pydistill",
     ):
@@ -68,7 +70,7 @@ class Operator:
                 raise NotImplementedError(
                     f"{qualified} has no derivative: the family is differentiable {differentiable}, not more"
                 )
-            if kept:
+            if kept or selective:
                 grads = (ctx, *grads)
             return (*vjp(ctx.saved_tensors, ctx.options, *grads), *(None for _ in ctx.options))
 

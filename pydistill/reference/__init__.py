@@ -6,6 +6,7 @@ from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.mmd import mmd
+from pydistill.reference.multi_crop import multi_crop
 from pydistill.reference.row_products import row_products
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
 
@@ -19,6 +20,7 @@ __all__ = [
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
     "mmd",
+    "multi_crop",
     "row_products",
     "soft_cross_entropy",
 ]

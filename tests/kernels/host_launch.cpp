@@ -3,6 +3,7 @@
 #include "../../csrc/kernels/augment.cuh"
 #include "../../csrc/kernels/cuda_vocabulary.h"
 #include "../../csrc/kernels/instance_norm_relu_avg_pool.cuh"
+#include "../../csrc/kernels/multi_crop.cuh"
 #include "../../csrc/kernels/soft_cross_entropy.cuh"
 
 namespace {
@@ -135,6 +136,7 @@ extern "C" {
 int64_t size_of_call() { return sizeof(InstanceNormReluAvgPool); }
 int64_t size_of_soft_cross_entropy() { return sizeof(SoftCrossEntropy); }
 int64_t size_of_augment() { return sizeof(Augment); }
+int64_t size_of_multi_crop() { return sizeof(MultiCrop); }
 int64_t size_of_launch() { return sizeof(Launch); }
 
 const char* run_small_kernel(const char* name, uint64_t seed, unsigned grid, unsigned block, int64_t shared_bytes,
@@ -263,6 +265,44 @@ const char* exercise_augment(int form, int scalar, const int64_t* shape, bool fl
     call.from = {(forward ? images : results).data(), call.C * plane, plane, call.W, 1};
     call.to = {(forward ? results : images).data(), call.C * plane, plane, call.W, 1};
     launch_augment(call, nullptr);
+  });
+}
+
+const char* run_multi_crop(const MultiCrop* call, uint64_t seed) {
+  return guarded([&] {
+    cuda_host::machine().seed(seed);
+    launch_multi_crop(*call, nullptr);
+  });
+}
+
+// As exercise_instance_norm_relu_avg_pool: on heap blocks of their exact sizes. `shape` is N, C, H, W and the results'
+// B, height and width; every row of the record has the same two parts.
+const char* exercise_multi_crop(int form, int scalar, const int64_t* shape, bool shared, const float* parameters) {
+  return guarded([&] {
+    MultiCrop call;
+    call.form = static_cast<MultiCrop::Form>(form);
+    call.scalar = static_cast<Scalar>(scalar);
+    call.N = shape[0], call.C = shape[1], call.H = shape[2], call.W = shape[3];
+    call.B = shape[4], call.height_out = shape[5], call.width_out = shape[6];
+    call.parts = 2, call.shared = shared;
+    const int64_t element = call.scalar == Scalar::f64 ? 8 : call.scalar == Scalar::f32 ? 4 : 2;
+    const int64_t in = call.H * call.W, out = call.height_out * call.width_out;
+    const bool forward = call.form == MultiCrop::Form::forward;
+
+    std::vector<float> record;
+    const int64_t row = call.parts * MultiCrop::columns;
+    for (int64_t b = 0; b < call.B; ++b) record.insert(record.end(), parameters, parameters + row);
+    call.record = record.data(), call.record_row = row, call.record_part = MultiCrop::columns, call.record_column = 1;
+    const std::vector<double> norm(static_cast<size_t>(2 * call.C), 0.5);
+    call.norm = norm.data();
+    std::vector<unsigned char> images(static_cast<size_t>((shared ? 1 : call.N) * call.C * in * element));
+    std::vector<unsigned char> base(static_cast<size_t>(call.C * in * element));
+    std::vector<unsigned char> results(static_cast<size_t>(call.B * call.C * out * element));
+    const Map outer = {images.data(), call.C * in, in, call.W, 1};
+    const Map inner = {results.data(), call.C * out, out, call.width_out, 1};
+    call.from = forward ? outer : inner, call.to = forward ? inner : outer;
+    if (forward) call.base = {base.data(), 0, in, call.W, 1};
+    launch_multi_crop(call, nullptr);
   });
 }
 

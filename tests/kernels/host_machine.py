@@ -72,6 +72,20 @@ class Augment(ctypes.Structure):
     )
 
 
+class MultiCrop(ctypes.Structure):
+    """MultiCrop of csrc/kernels/multi_crop.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("form", "scalar")),
+        *((name, ctypes.c_int64) for name in (*"NCHWB", "height_out", "width_out", "parts")),
+        *((name, ctypes.c_bool) for name in ("linear", "shared", "in_place")),
+        ("record", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("record_row", "record_part", "record_column")),
+        *((name, ctypes.c_void_p) for name in ("norm", "first", "parts_of")),
+        *((name, Map) for name in ("from_", "base", "to")),
+    )
+
+
 class HostMachine:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -81,12 +95,14 @@ class HostMachine:
             "run_sum_over_batch",
             "run_soft_cross_entropy",
             "run_augment",
+            "run_multi_crop",
         ):
             getattr(self.library, name).restype = ctypes.c_char_p
         assert self.library.size_of_call() == ctypes.sizeof(Call)
         assert self.library.size_of_launch() == ctypes.sizeof(Launch)
         assert self.library.size_of_soft_cross_entropy() == ctypes.sizeof(SoftCrossEntropy)
         assert self.library.size_of_augment() == ctypes.sizeof(Augment)
+        assert self.library.size_of_multi_crop() == ctypes.sizeof(MultiCrop)
 
     @staticmethod
     def _check(error: bytes | None) -> None:
@@ -174,3 +190,25 @@ class HostMachine:
         places = (record.data_ptr(), *record.stride(), Map.of(source), Map.of(result))
         call = Augment(FORMS.index(form), SCALARS.index(source.dtype), *sizes, align_corners, linear, *places)
         self._check(self.library.run_augment(ctypes.byref(call), ctypes.c_uint64(seed)))
+
+    def multi_crop(
+        self,
+        form: str,
+        *,
+        source: torch.Tensor,
+        result: torch.Tensor,
+        record: torch.Tensor,
+        sizes: tuple[int, ...],
+        base: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        linear: bool = False,
+        shared: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Writes ``result``; ``sizes`` are N, C, H, W of the images and B, height and width of the crops."""
+        call = MultiCrop(FORMS.index(form), SCALARS.index(source.dtype), *sizes, record.shape[1], linear, shared)
+        call.record = record.data_ptr()
+        call.record_row, call.record_part, call.record_column = record.stride()
+        call.norm = None if norm is None else norm.data_ptr()
+        call.from_, call.base, call.to = Map.of(source), Map.of(base), Map.of(result)
+        self._check(self.library.run_multi_crop(ctypes.byref(call), ctypes.c_uint64(seed)))

@@ -11,6 +11,7 @@ THREADS = {
     "instance_norm_relu_avg_pool": 1024,
     "soft_cross_entropy": 768,
     "augment": 512,
+    "multi_crop": 768,
 }  # at least, on a multiprocessor at once
 
 
@@ -22,7 +23,7 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, list[Resources]]:
 
 
 def expected(operator: str) -> set[str]:
-    if operator == "augment":
+    if operator in ("augment", "multi_crop"):
         return {f"{operator}::kernel<{scalar}, {form}>" for scalar in SCALARS for form in ("forward", "backward")}
     if operator == "soft_cross_entropy":
         return {f"{operator}::kernel<{scalar}, {form}>" for scalar in SCALARS for form in FORMS}

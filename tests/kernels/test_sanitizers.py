@@ -42,6 +42,14 @@ for form, scalar, flip_batch, shape in itertools.product(
     sizes = (ctypes.c_int64 * 4)(*shape)
     error = library.exercise_augment(form, scalar, sizes, ctypes.c_bool(flip_batch), record)
     assert not error, error
+library.exercise_multi_crop.restype = ctypes.c_char_p
+crops = (ctypes.c_float * 28)(*(1, 0, 1, 9, 6, 1, -2, 3, 0, 0, 0, 5, 8, 1), *(0, 8, 0, 1, 7, 0, 1, 0, 1, 1, 2, 4, 6, 0.5))
+for form, scalar, shared, shape in itertools.product(
+    range(2), range(4), (False, True), ((2, 3, 9, 7, 3, 5, 8), (2, 5, 9, 7, 1, 5, 8), (0, 3, 9, 7, 2, 5, 8))
+):
+    sizes = (ctypes.c_int64 * 7)(*shape)
+    error = library.exercise_multi_crop(form, scalar, sizes, ctypes.c_bool(shared and form == 1), crops)
+    assert not error, error
 print("clean")
 """
 

@@ -1,0 +1,269 @@
+"""Crops of a batch from a record of their parameters: resize, flip, roll, mix and normalise in one gather.
+
+Two operators, with A the linear map of images that a record gives (normalisation included), and b what it adds:
+
+    multi_crop            A (images + base) + b, or with ``linear`` A (images + base) alone
+    multi_crop_backward   A^T grad, and its sum over the images
+
+They are closed under differentiation to any order: each is the derivative of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydistill import reference
+from pydistill.ops._operator import Operator, choose_backend
+from pydistill.reference.multi_crop import COLUMNS  # the order of Column in csrc/kernels/multi_crop.h
+
+BACKENDS = ("reference", "cpu", "cuda")
+MAX_SIZE, MAX_PARTS = 16384, 4
+
+
+def multi_crop(
+    images: Tensor,
+    record: Tensor,
+    out_size: int | tuple[int, int],
+    *,
+    base: Tensor | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Crops of ``images``, as each row of ``record`` says: resized, flipped, rolled, mixed and normalised.
+
+    A record of one part is, with ``x = (images + base)[source]``, equivalent to ::
+
+        crop = x[:, top : top + height, left : left + width]
+        y = F.interpolate(crop[None], out_size, mode="bilinear", antialias=True, align_corners=False)[0]
+        y = (y.flip(-1) if flip else y).roll((roll_y, roll_x), (1, 2))
+        y = (y - mean[:, None, None]) / std[:, None, None]
+
+    that is torchvision's ``RandomResizedCrop`` of a tensor, ``RandomHorizontalFlip``, SRe2L's jitter and
+    ``Normalize``. Further parts are painted over the first one before the normalisation, which gives mixup, cutmix and
+    the mosaic of RDED and PCA. `pydistill.augment.MultiCrop` draws records. It is the augmentation of "Squeeze, Recover
+    and Relabel" (Yin et al., NeurIPS 2023), of CDA's curriculum (Yin and Shen, TMLR 2024), and with ``base`` INFER's
+    compensator (Zhang et al., "Breaking Class Barriers", ICLR 2025).
+
+    Affine in images and base, and differentiable in them to any order, in reverse and forward mode, under
+    ``torch.func`` and ``torch.compile``; the record is a constant. The gradient of ``base`` alone is summed over the
+    batch in the kernel, without an image's gradient in memory. Deterministic: equal bits from run to run, over thread
+    counts and, on the CPU, over instruction sets. A crop of its own size leaves every bit as it is. What is not seen,
+    or has no weight in a filter, does not count even where it is NaN.
+
+    A part's columns, all whole numbers but alpha:
+
+    =====  ===============================  ==================================================================
+     0      source                           which image
+     1-4    top, left, height, width         the box of the crop, in pixels of the image
+     5      flip                             mirrored left to right where not zero
+     6-7    roll_y, roll_x                   ``torch.roll`` of the resized crop, in pixels of it, either sign
+     8      fit                              zero: the crop is resized to ``out_size``; else to its place's size
+     9-12   to_top, to_left, to_height,      its place: where in the result it is seen
+            to_width
+     13     alpha                            of painting over what is there: ``(1 - alpha) * y + alpha * crop``
+    =====  ===============================  ==================================================================
+
+    Args:
+        images: ``[N, C, H, W]`` with C, H, W >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic
+            is in float32 (float64 for float64).
+        record: float32 ``[B, P, 14]`` with 1 to 4 parts, on the device of images. B and N are independent. A record
+            with a source, box or place that there is not (boxes and places have to lie inside) makes its result NaN
+            and adds to no gradient.
+        out_size: height and width of the results, an int for both.
+        base: ``[1, C, H, W]``, dtype and device of images, added to each of them first.
+        mean, std: a number a channel each, in units of the images; both or neither. Constants.
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
+
+    Returns:
+        ``[B, C, *out_size]``, contiguous, in the dtype of images.
+
+    Raises:
+        TypeError: an argument is no tensor or has an unsupported dtype.
+        ValueError: a shape or device does not fit, a std is not above zero, or the record requires a gradient.
+        NotImplementedError: the backend cannot run here.
+    """
+    _check(images, record, base)
+    size = _size(out_size)
+    norm = _norm(mean, std, images)
+    chosen = choose_backend("multi_crop", backend, images.device, BACKENDS)
+    if chosen == "reference":
+        return reference.multi_crop(images, record, size, base, *((None, None) if norm is None else norm))
+    return _forward(images, base, record, norm, *size, False)
+
+
+def _check(images: Tensor, record: Tensor, base: Tensor | None) -> None:
+    for name, tensor in (("images", images), ("record", record), ("base", base)):
+        if not isinstance(tensor, Tensor) and not (name == "base" and base is None):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if images.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"images: expected float32, float64, bfloat16 or float16, got {images.dtype}")
+    if record.dtype != torch.float32:
+        raise TypeError(f"record: expected float32, got {record.dtype}")
+    if images.dim() != 4 or 0 in images.shape[1:] or max(images.shape[2:]) > MAX_SIZE:
+        raise ValueError(
+            f"images: expected [N, C, H, W] with C >= 1 and sides of 1 to {MAX_SIZE}, got shape {list(images.shape)}"
+        )
+    if record.dim() != 3 or not 1 <= record.shape[1] <= MAX_PARTS or record.shape[2] != len(COLUMNS):
+        raise ValueError(
+            f"record: expected shape [B, P, {len(COLUMNS)}] with P of 1 to {MAX_PARTS}, got {list(record.shape)}"
+        )
+    if record.device != images.device:
+        raise ValueError(f"record: expected device {images.device} as images, got {record.device}")
+    if record.requires_grad:
+        raise ValueError("record: expected a constant, got a tensor that requires a gradient; there is none")
+    if base is None:
+        return
+    if base.dtype != images.dtype:
+        raise TypeError(f"base: expected {images.dtype} as images, got {base.dtype}")
+    if base.shape != (1, *images.shape[1:]):
+        raise ValueError(f"base: expected shape {[1, *images.shape[1:]]}, got {list(base.shape)}")
+    if base.device != images.device:
+        raise ValueError(f"base: expected device {images.device} as images, got {base.device}")
+
+
+def _size(out_size: int | tuple[int, int]) -> tuple[int, int]:
+    size = (out_size, out_size) if isinstance(out_size, int) else tuple(out_size)
+    if len(size) != 2 or not all(isinstance(side, int) and 1 <= side <= MAX_SIZE for side in size):
+        raise ValueError(f"out_size: expected one or two sides of 1 to {MAX_SIZE}, got {out_size!r}")
+    return size
+
+
+def _norm(mean: Any, std: Any, images: Tensor) -> Tensor | None:
+    """``[2, C]``, float64 on the device of images: mean and std."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise ValueError(f"mean, std: expected both or neither, got {'std' if mean is None else 'mean'} alone")
+    rows = []
+    for name, values in (("mean", mean), ("std", std)):
+        row = torch.as_tensor(values, dtype=torch.float64, device=images.device)
+        if row.requires_grad:
+            raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; there is none")
+        if row.shape != (images.shape[1],):
+            raise ValueError(
+                f"{name}: expected {images.shape[1]} numbers, one for each channel, got shape {list(row.shape)}"
+            )
+        rows.append(row)
+    if not isinstance(std, Tensor) and not all(value > 0 for value in std):  # a tensor may be on a device
+        raise ValueError(f"std: expected numbers above zero, got {list(std)}")
+    return torch.stack(rows)
+
+
+def _moved(record: Tensor, images: int) -> Tensor:
+    """``[V, B, P, 14]`` as ``[V * B, P, 14]``, each batch's sources behind those of the ones before."""
+    offsets = torch.zeros(len(record), 1, 1, record.shape[-1], dtype=record.dtype, device=record.device)
+    offsets[:, 0, 0, 0] = images * torch.arange(len(record), dtype=record.dtype, device=record.device)
+    # a source that there is not stays one
+    named = (record[..., :1] >= 0) & (record[..., :1] < images)
+    return torch.where(named, record + offsets, torch.where(record == record, record * 0 - 1, record)).flatten(0, 1)
+
+
+def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _batch_forward(info: Any, in_dims: tuple, images: Tensor, base: Any, record: Tensor, norm: Any, *options: Any):
+    """The vmap rule: more images and more records; images that all batches share stay as they are."""
+    V = info.batch_size
+    if base is not None and in_dims[1] is not None:  # a base for each batch is no longer one for all images
+        images = _to_front(images, in_dims[0], V) + base.movedim(in_dims[1], 0)
+        base, image_dim = None, 0
+    else:
+        image_dim = in_dims[0]
+    rows = _to_front(record, in_dims[2], V)
+    if image_dim is None:
+        rows = rows.flatten(0, 1)
+    else:
+        images = images.movedim(image_dim, 0)
+        rows, images = _moved(rows, images.shape[1]), images.flatten(0, 1)
+    out = _forward.raw(images, base, rows, norm, *options)
+    return out.unflatten(0, (V, record.shape[1 if in_dims[2] == 0 else 0])), 0
+
+
+def _batch_backward(
+    info: Any, in_dims: tuple, grad: Tensor, record: Tensor, norm: Any, images: int, *options: Any
+) -> tuple:
+    V = info.batch_size
+    *size, with_images, with_base = options
+    rows = _moved(_to_front(record, in_dims[1], V), images)
+    grad = _to_front(grad, in_dims[0], V).flatten(0, 1)
+    found, _ = _backward.raw(grad, rows, norm, V * images, *size, True, False)
+    found = found.unflatten(0, (V, images))
+    shared = found.sum(1, keepdim=True) if with_base else found.new_empty(V, 0)
+    return (found if with_images else found.new_empty(V, 0), shared), (0, 0)
+
+
+def _fake_forward(
+    images: Tensor, base: Tensor | None, record: Tensor, norm: Tensor | None, height: int, width: int, linear: bool
+) -> Tensor:
+    return images.new_empty((record.shape[0], images.shape[1], height, width))
+
+
+def _fake_backward(
+    grad: Tensor,
+    record: Tensor,
+    norm: Tensor | None,
+    images: int,
+    height: int,
+    width: int,
+    with_images: bool,
+    with_base: bool,
+) -> tuple[Tensor, Tensor]:
+    def shape(rows: int, wanted: bool) -> tuple[int, ...]:
+        return (rows, grad.shape[1], height, width) if wanted else (0,)
+
+    return grad.new_empty(shape(images, with_images)), grad.new_empty(shape(1, with_base))
+
+
+# In every formula below: `saved` are the operator's tensors, `options` its other arguments.
+
+
+def _forward_vjp(saved: tuple, options: tuple, ctx: Any, grad: Tensor) -> tuple:
+    images, _, record, norm = saved
+    with_images, with_base = ctx.needs_input_grad[:2]
+    sizes = (images.shape[0], *images.shape[2:])
+    to_images, to_base = _backward(grad, record, norm, *sizes, with_images, with_base)
+    return to_images if with_images else None, to_base if with_base else None, None, None
+
+
+def _forward_jvp(saved: tuple, options: tuple, images_t: Tensor, base_t: Tensor | None, *_: Any) -> Tensor:
+    return _forward(images_t, base_t, saved[2], saved[3], *options[:2], True)
+
+
+def _backward_vjp(saved: tuple, options: tuple, to_images: Tensor | None, to_base: Tensor | None) -> tuple:
+    grad, record, norm = saved
+    images, height, width, with_images, with_base = options
+    size = grad.shape[2:]
+    if with_images:
+        return _forward(to_images, to_base if with_base else None, record, norm, *size, True), None, None
+    if with_base:
+        return _forward(to_base.expand(images, *to_base.shape[1:]), None, record, norm, *size, True), None, None
+    return torch.zeros_like(grad), None, None
+
+
+def _backward_jvp(saved: tuple, options: tuple, grad_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _backward(grad_t, saved[1], saved[2], *options)
+
+
+_forward = Operator(
+    "multi_crop",
+    tensors=4,
+    fake=_fake_forward,
+    vjp=_forward_vjp,
+    jvp=_forward_jvp,
+    vmap=_batch_forward,
+    selective=True,
+)
+_backward = Operator(
+    "multi_crop_backward",
+    tensors=3,
+    fake=_fake_backward,
+    vjp=_backward_vjp,
+    jvp=_backward_jvp,
+    vmap=_batch_backward,
+)
