@@ -87,4 +87,25 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def(
       "attention_map_adjoint(Tensor? spatial, Tensor? channel, Tensor x, Tensor? factor, float power, int order)"
       " -> Tensor");
+
+  // Losses of rows of student logits; the second of what forward gives is their gradient, [N, 0] unless `keep`.
+  m.def(
+      "kd_divergence(Tensor student, Tensor? target, Tensor? labels, int kind, bool probs, float T, float scale,"
+      " float ce_weight, float beta, float gamma, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "kd_divergence_backward(Tensor grad, Tensor student, Tensor? target, Tensor? labels, int kind, bool probs,"
+      " float T, float scale, float ce_weight, float beta, float gamma) -> Tensor");
+  m.def(
+      "kd_divergence_jvp(Tensor student, Tensor? target, Tensor? labels, Tensor student_t, int kind, bool probs,"
+      " float T, float scale, float ce_weight, float beta, float gamma) -> Tensor");
+  m.def(
+      "kd_divergence_backward_jvp(Tensor grad, Tensor? grad_t, Tensor student, Tensor? target, Tensor? labels,"
+      " Tensor student_t, int kind, bool probs, float T, float scale, float ce_weight, float beta, float gamma)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "sparse_label_loss(Tensor logits, Tensor indices, Tensor values, float T, int tail, float step, bool entropy,"
+      " float scale, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "sparse_label_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor values, float T, int tail,"
+      " float step, bool entropy, float scale) -> Tensor");
 }

@@ -6,8 +6,8 @@ from pkgutil import extend_path as _extend_path
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import augment, compat, divergence, matching, nn, ops, reference
-from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce
+from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference
+from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce, kd_divergence
 from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, mmd
 from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll
@@ -28,6 +28,8 @@ __all__ = [
     "divergence",
     "gradient_match",
     "instance_norm_relu_avg_pool",
+    "kd_divergence",
+    "labels",
     "matching",
     "mmd",
     "nn",

@@ -5,6 +5,10 @@
 
 namespace py = pybind11;
 
+namespace pydistill {
+void bind_soft_labels(py::module_& m);  // bind_soft_labels.cpp
+}
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Torch-free host helpers of pydistill.";
   m.def(
@@ -22,4 +26,5 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "isa", [] { return pydistill::kIsaNames[static_cast<int>(pydistill::isa())]; },
       "The CPU instruction set that kernels run with: base, avx2, avx512 or amx (PYDISTILL_ISA overrides).");
+  pydistill::bind_soft_labels(m);
 }

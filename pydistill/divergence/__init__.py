@@ -3,5 +3,6 @@
 from pydistill.divergence.contrastive_ce import contrastive_ce
 from pydistill.divergence.nmi import attention_nmi
 from pydistill.ops.attention_map_divergence import attention_map_divergence
+from pydistill.ops.kd_divergence import kd_divergence
 
-__all__ = ["attention_map_divergence", "attention_nmi", "contrastive_ce"]
+__all__ = ["attention_map_divergence", "attention_nmi", "contrastive_ce", "kd_divergence"]

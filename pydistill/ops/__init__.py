@@ -14,8 +14,10 @@ from pydistill.ops.convnet_step import (
 )
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.multi_crop import multi_crop
+from pydistill.ops.kd_divergence import kd_divergence
 from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
+from pydistill.ops.sparse_label_loss import sparse_label_loss
 
 __all__ = [
     "ConvNetShape",
@@ -30,6 +32,8 @@ __all__ = [
     "convnet_tangent",
     "instance_norm_relu_avg_pool",
     "multi_crop",
+    "kd_divergence",
     "row_products",
     "soft_cross_entropy",
+    "sparse_label_loss",
 ]

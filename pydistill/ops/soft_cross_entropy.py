@@ -14,13 +14,14 @@ returns one, it is a ``[N, 0]`` tensor, and their direction is not looked at.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._rows import batch_into_rows, check_class_numbers, check_floating, compute_dtype
 
 BACKENDS = ("reference", "cpu", "cuda")
 KINDS = ("hard", "logits", "probs")  # in the order of Kind in csrc/kernels/soft_cross_entropy.h
@@ -85,13 +86,10 @@ def _check(logits: Tensor, labels: Tensor, kind: str, reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     for name, tensor in (("logits", logits), ("labels", labels)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if name == "labels" and kind == "hard":
-            if tensor.dtype != torch.int64:
-                raise TypeError(f"labels: expected int64 class numbers for kind='hard', got {tensor.dtype}")
-        elif tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        if name == "logits" or kind != "hard" or not isinstance(tensor, Tensor):
+            check_floating(name, tensor)
+        elif tensor.dtype != torch.int64:
+            raise TypeError(f"labels: expected int64 class numbers for kind='hard', got {tensor.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected [N, K] with at least one class, got shape {list(logits.shape)}")
     expected = logits.shape[:1] if kind == "hard" else logits.shape
@@ -102,55 +100,17 @@ def _check(logits: Tensor, labels: Tensor, kind: str, reduction: str) -> None:
         )
     if labels.device != logits.device:
         raise ValueError(f"labels: expected device {logits.device} as logits, got {labels.device}")
-    if kind == "hard" and labels.device.type == "cpu":
-        _check_range(labels, logits.shape[1])
-
-
-def _check_range(labels: Tensor, K: int) -> None:
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    try:
-        low, high = (int(v) for v in labels.aminmax())
-    except RuntimeError:  # tensors under vmap and fake ones do not show their values
-        return
-    if low < 0 or high >= K:
-        raise ValueError(
-            f"labels: expected class numbers in 0..{K - 1} for {K} classes, got {low if low < 0 else high}; "
-            "ignore_index is not supported"
-        )
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if kind == "hard":
+        check_class_numbers("labels", labels, logits.shape[1], "; ignore_index is not supported")
 
 
 def _empty_losses(logits: Tensor) -> Tensor:
-    return logits.new_empty((logits.shape[0],), dtype=_compute_dtype(logits))
+    return logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits))
 
 
 def _empty_gradients(logits: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     N, K = logits.shape
     return logits.new_empty((N, K)), logits.new_empty((N, 0 if kind == HARD else K))
-
-
-def _batch_into_rows(op: Any, tensors: int) -> Any:
-    """The vmap rule: rows are independent, so a batch dimension becomes more rows."""
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        B = info.batch_size
-        folded = []
-        for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
-            if arg is not None:
-                arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
-                arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
-            folded.append(arg)
-        out = op(*folded, *args[tensors:])
-        N = folded[-1].shape[0] // B
-        if isinstance(out, Tensor):
-            return out.unflatten(0, (B, N)), 0
-        return tuple(o.unflatten(0, (B, N)) for o in out), tuple(0 for _ in out)
-
-    return rule
 
 
 # In every formula below: `saved` are the operator's tensors, `options` is (kind,).
@@ -197,7 +157,7 @@ _forward = Operator(
     fake=lambda logits, labels, kind: _empty_losses(logits),
     vjp=_forward_vjp,
     jvp=_forward_jvp,
-    vmap=_batch_into_rows(lambda *args: _forward.raw(*args), 2),
+    vmap=batch_into_rows(lambda *args: _forward.raw(*args), 2),
 )
 _backward = Operator(
     "soft_cross_entropy_backward",
@@ -205,7 +165,7 @@ _backward = Operator(
     fake=lambda grad, logits, labels, kind: _empty_gradients(logits, kind),
     vjp=_backward_vjp,
     jvp=_backward_forward_jvp,
-    vmap=_batch_into_rows(lambda *args: _backward.raw(*args), 3),
+    vmap=batch_into_rows(lambda *args: _backward.raw(*args), 3),
 )
 _jvp = Operator(
     "soft_cross_entropy_jvp",
@@ -213,7 +173,7 @@ _jvp = Operator(
     fake=lambda logits, labels, logits_t, labels_t, kind: _empty_losses(logits),
     vjp=_jvp_vjp,
     jvp=None,
-    vmap=_batch_into_rows(lambda *args: _jvp.raw(*args), 4),
+    vmap=batch_into_rows(lambda *args: _jvp.raw(*args), 4),
 )
 _backward_jvp = Operator(
     "soft_cross_entropy_backward_jvp",
@@ -224,5 +184,5 @@ _backward_jvp = Operator(
     ),
     vjp=None,
     jvp=None,
-    vmap=_batch_into_rows(lambda *args: _backward_jvp.raw(*args), 6),
+    vmap=batch_into_rows(lambda *args: _backward_jvp.raw(*args), 6),
 )

@@ -5,10 +5,12 @@ from pydistill.reference.attention_map_divergence import attention_map_divergenc
 from pydistill.reference.augment import augment_images
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
+from pydistill.reference.kd_divergence import kd_divergence
 from pydistill.reference.mmd import mmd
 from pydistill.reference.multi_crop import multi_crop
 from pydistill.reference.row_products import row_products
 from pydistill.reference.soft_cross_entropy import soft_cross_entropy
+from pydistill.reference.sparse_label_loss import densify, sparse_label_loss
 
 __all__ = [
     "attention_map",
@@ -18,9 +20,12 @@ __all__ = [
     "convnet_gradient",
     "convnet_logits",
     "convnet_tangent",
+    "densify",
     "instance_norm_relu_avg_pool",
+    "kd_divergence",
     "mmd",
     "multi_crop",
     "row_products",
     "soft_cross_entropy",
+    "sparse_label_loss",
 ]

@@ -1,0 +1,29 @@
+// Top-k labels in bytes: a row is the float32 mass of the other classes, k uint16 classes, and k weights relative to
+// the first class's, each a half or the number of steps that its negative logarithm takes; torch-free, little-endian.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pydistill {
+
+struct TopK {
+  int64_t classes = 0, k = 0;
+  double step = 0;  // of the logarithms in uint8; 0: weights are halves
+  int64_t bytes() const { return 4 + k * (step > 0 ? 3 : 4); }
+};
+
+enum class Flaw { none, not_finite, negative, not_one };  // of a row
+
+// Writes the row of softmax(values / temperature), or of `values` themselves where they are probabilities. Of equal
+// ones the lower class goes first. `order` and `weights` are scratch of `classes` elements.
+Flaw encode(const float* values, const TopK& form, bool probs, double temperature, int32_t* order, double* weights,
+            uint8_t* row);
+
+// The weights of the 256 codes.
+void fill_table(const TopK& form, float* table);
+
+// The k classes, and probabilities that add up to one minus tail; false where a class is out of range.
+bool decode(const uint8_t* row, const TopK& form, const float* table, int64_t* classes, float* values, float* tail);
+
+}  // namespace pydistill

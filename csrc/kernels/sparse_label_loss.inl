@@ -1,0 +1,97 @@
+// CPU body: see sparse_label_loss.h for what is computed, and softmax_rows.h for how rows are gone through.
+#include "softmax_rows.h"
+#include "sparse_label_loss.h"
+
+namespace pydistill {
+namespace {
+
+using Call = SparseLabelLoss;
+using Tail = Call::Tail;
+
+template <class T>
+void run_row(const Call& call, int64_t n, T* scratch) {
+  const int64_t C = call.C, k = call.k;
+  T *const z = scratch, *const q = z + C, *const p = q + C;
+  const auto index = [&](int64_t j) PYDISTILL_LAMBDA {
+    return static_cast<const int64_t*>(call.indices.data)[n * call.indices.row + j * call.indices.column];
+  };
+
+  load_row(call.scalar, call.logits, n, C, z);
+  const T cold = T(1 / call.T);
+  for (int64_t c = 0; c < C; ++c) z[c] *= cold;
+  const T log_sum = softmax(C, z, q);
+
+  const int64_t first = n * call.values.row, next = call.values.column;
+  if (call.codes) {
+    const T step = T(call.step);
+    for (int64_t j = 0; j < k; ++j)
+      p[j] = exp_lane(-step * T(static_cast<const uint8_t*>(call.values.data)[first + j * next]));
+  } else {
+    for (int64_t j = 0; j < k; ++j) p[j] = static_cast<const T*>(call.values.data)[first + j * next];
+  }
+  T s = sum<T>(k, [&](int64_t j) PYDISTILL_LAMBDA { return p[j]; });
+  T u = 0;
+  if (call.tail == Tail::renorm) {
+    for (int64_t j = 0; j < k; ++j) p[j] /= s;
+    s = 1;
+  } else if (call.tail == Tail::smooth && k < C) {
+    u = (s < 1 ? 1 - s : s - s) / T(C - k);  // not 0: NaN stays
+    s += u * T(C - k);
+  }
+
+  // What has no probability adds nothing, whatever its logarithm.
+  T stored = 0, constant = 0, beside = 0;
+  bool valid = true;
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t c = index(j);
+    if (c < 0 || c >= C) {
+      valid = false;
+      break;
+    }
+    const T log_q = z[c] - log_sum;
+    if (p[j] != 0) {
+      stored += p[j] * log_q;
+      if (call.entropy) constant += p[j] * log_lane(p[j]);
+    }
+    beside += log_q;
+  }
+  T loss = constant - stored;
+  if (u != 0) {
+    const T all = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return z[c] - log_sum; });
+    loss -= u * (all - beside);
+    if (call.entropy) loss += T(C - k) * u * log_lane(u);
+  }
+  const T nan = T(__builtin_nanf(""));
+  const T scale = T(call.scale);
+  T factor = scale * cold;
+  if (call.grad.data) factor *= static_cast<const T*>(call.grad.data)[n * call.grad.row];
+
+  // z turns into marks of the classes that were met: no other has room for them
+  if (valid) {
+    for (int64_t c = 0; c < C; ++c) z[c] = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      T& mark = z[index(j)];
+      valid = valid && mark == 0;
+      mark = 1;
+    }
+  }
+  if (call.loss) static_cast<T*>(call.loss)[n] = valid ? scale * loss : nan;
+  if (!call.grad_logits) return;
+  for (int64_t c = 0; c < C; ++c) q[c] = s * q[c];
+  for (int64_t c = 0; c < C; ++c) z[c] = factor * (q[c] - u);
+  if (valid)
+    for (int64_t j = 0; j < k; ++j) z[index(j)] = factor * (q[index(j)] - p[j]);
+  else
+    for (int64_t c = 0; c < C; ++c) z[c] = nan;
+  store_row(call.scalar, z, n, C, call.grad_logits);
+}
+
+}  // namespace
+
+void PYDISTILL_KERNEL(const SparseLabelLoss& call, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t n = begin; n < end; ++n)
+    call.scalar == Scalar::f64 ? run_row(call, n, static_cast<double*>(scratch))
+                               : run_row(call, n, static_cast<float*>(scratch));
+}
+
+}  // namespace pydistill

@@ -1,0 +1,106 @@
+"""Images with their stored labels, for a ``DataLoader`` as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from pydistill.labels.soft_labels import SoftLabels
+from pydistill.labels.store import SoftLabelStore
+
+__all__ = ["SoftLabelDataset", "StoredBatches", "collate_soft_labels"]
+
+
+class SoftLabelDataset(Dataset):
+    """Map-style: item i is image i with its label and record of the current epoch.
+
+    ::
+
+        data = SoftLabelDataset(images, store)
+        loader = DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels, num_workers=2)
+        for epoch in range(epochs):
+            data.set_epoch(epoch)
+            for images, labels in loader:
+                ...  # replay labels.records on the images
+                loss = labels.loss(student(images))
+
+    Workers may be forked, spawned and persistent: the epoch is in shared memory. `set_epoch` is called between
+    iterations of the loader, and not during one; `SoftLabels` says of which epoch it is.
+
+    Args:
+        images: a tensor ``[num_images, ...]``, or a map-style data set whose items are an image, or a tuple that
+            begins with one; image i of the store is item i.
+        store: of labels, open for reading.
+        epoch: the first.
+
+    Raises:
+        IndexError: the store is not made for that epoch.
+        ValueError: there are not as many images as the store speaks of, it is open for writing, or lacks labels of the
+            epoch.
+    """
+
+    def __init__(self, images: Tensor | Dataset[Any] | Sequence[Any], store: SoftLabelStore, epoch: int = 0):
+        if len(images) != store.num_images:
+            raise ValueError(f"images: expected {store.num_images} as the store {store.path} has, got {len(images)}")
+        if store._writable:
+            raise ValueError(f"store: expected one that is open for reading, {store.path} is open for writing")
+        self.images, self.store = images, store
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.set_epoch(epoch)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Whose labels come next; errors as of the class."""
+        if (lacking := self.store.missing(epoch)).size:
+            raise ValueError(
+                f"{self.store.path}: epoch {epoch} lacks the labels of {lacking.size} of {len(self.store)} images, the "
+                f"first of them image {lacking[0]}"
+            )
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, SoftLabels]:
+        """The image and a `SoftLabels` of one row."""
+        return self.images[index], self.store.read(self.epoch, [index])
+
+    def __getitems__(self, indices: list[int]) -> tuple[Any, SoftLabels]:
+        """A batch at once, which torch's loader asks for where it can."""
+        labels = self.store.read(self.epoch, indices)
+        if isinstance(self.images, Tensor):
+            return self.images[labels.images], labels
+        return default_collate([self.images[index] for index in indices]), labels
+
+
+def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:
+    """The ``collate_fn`` of a loader over a `SoftLabelDataset`: images, and the `SoftLabels` of all of them."""
+    if isinstance(batch, tuple):
+        return batch
+    images, labels = zip(*batch, strict=True)
+    parts = (torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows"))
+    return default_collate(list(images)), SoftLabels(*parts, labels[0].layout, labels[0].epoch)
+
+
+class StoredBatches(Sampler[list[int]]):
+    """The batches of a data set's current epoch as they were written, in that order: a loader's ``batch_sampler``.
+
+    Where images were mixed within their batch, records name places in these batches. Any other sampler serves as well
+    where they were not.
+    """
+
+    def __init__(self, data: SoftLabelDataset):
+        self.data = data
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.data.store.batches(self.data.epoch))
+
+    def __len__(self) -> int:
+        return self.data.store.blocks

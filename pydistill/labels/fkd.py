@@ -1,0 +1,161 @@
+"""Reading the labels that the code of SRe2L and its descendants (CDA, DWA, LPLD) saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler
+
+from pydistill.data import put_in_place
+from pydistill.labels._reader import Format, PathLike
+from pydistill.labels.store import SoftLabelStore
+
+__all__ = ["FKD_RECORD", "import_fkd"]
+
+FKD_RECORD = np.dtype(
+    [
+        ("crop", "<f4", 4),  # top, left, height and width, as fractions of the image's height and width
+        ("flip", "u1"),
+        ("mix", "u1"),  # 0: not at all; 1: mixup, lam * image + (1 - lam) * partner; 2: cutmix, the partner in the box
+        ("partner", "<u4"),  # image number; it is cropped and flipped by its own record, before
+        ("lam", "<f4"),
+        ("box", "<i2", 4),  # first and last + 1 row, first and last + 1 column, in pixels of the crop
+    ]
+)
+_BATCH = "a batch of FKD labels: [coords, flip, mix_index, lam, bbox, logits] that torch.save wrote"
+
+
+def import_fkd(
+    folder: PathLike,
+    path: PathLike,
+    *,
+    seed: int = 42,
+    order: Sequence[Sequence[int]] | None = None,
+    format: Format = "topk8",
+    k: int = 10,
+    temperature: float = 20.0,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> SoftLabelStore:
+    """Makes a store of ``epoch_{e}/batch_{b}.tar`` as SRe2L's ``generate_soft_label.py`` saves them.
+
+    Those files do not say which images they are of: their readers draw the same permutations again, by torch's
+    ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Records become `FKD_RECORD`,
+    in which partners are images; the batches stay together, see `SoftLabelStore.batches`. Files are read one at a
+    time, by ``torch.load(weights_only=True)``.
+
+    Args:
+        folder: with the folders of the epochs.
+        path: the store to make, atomically.
+        seed: of the permutations.
+        order: the images of each epoch in the order of its labels, instead of those of the seed.
+        format, k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20.
+
+    Returns:
+        The store, open for reading; its metadata say besides that it was imported, and with which seed.
+
+    Raises:
+        FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
+        FileNotFoundError: an epoch or a batch is missing; names it.
+        ValueError: a file is truncated, foreign, or does not fit the first; names it. No store is made then.
+    """
+    folder, path = Path(folder), Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
+    epochs, batches = _count(folder, "epoch_{}"), _count(folder / "epoch_0", "batch_{}.tar")
+    first, last = (_load(folder / "epoch_0" / f"batch_{b}.tar") for b in (0, batches - 1))
+    (batch_size, num_classes), rest = first[-1].shape, len(last[-1])
+    num_images = batch_size * (batches - 1) + rest
+    partial = path.with_name(f".{path.name}.import")
+    try:
+        with SoftLabelStore.create(
+            partial,
+            num_images=num_images,
+            num_classes=num_classes,
+            epochs=epochs,
+            format=format,
+            k=k,
+            temperature=temperature,
+            record_bytes=FKD_RECORD.itemsize,
+            batch_size=batch_size,
+            metadata={**(metadata or {}), "imported": "fkd", "seed": None if order is not None else seed},
+            overwrite=True,
+        ) as store:
+            for epoch, images in enumerate(_orders(num_images, epochs, seed) if order is None else order):
+                here = folder / f"epoch_{epoch}"
+                if (found := _count(here, "batch_{}.tar")) != batches:
+                    raise ValueError(f"{here}: expected {batches} batches as epoch_0 has, got {found}")
+                for batch in range(batches):
+                    file = here / f"batch_{batch}.tar"
+                    ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
+                    logits, records = _convert(file, ids, num_classes)
+                    try:
+                        store.write(epoch, ids, logits, records)
+                    except ValueError as error:
+                        raise ValueError(f"{file}: {error}") from error
+            store.check_complete()
+        put_in_place(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return SoftLabelStore(path)
+
+
+def _count(folder: Path, name: str) -> int:
+    """How many are there, numbered from 0; FileNotFoundError for a gap."""
+    found = len(list(folder.glob(name.format("*"))))
+    for number in range(max(found, 1)):
+        if not (folder / name.format(number)).exists():
+            raise FileNotFoundError(f"{folder / name.format(number)}: expected labels of FKD, found nothing there")
+    return found
+
+
+def _orders(num_images: int, epochs: int, seed: int) -> Any:
+    sampler = RandomSampler(range(num_images), generator=torch.Generator().manual_seed(seed))
+    return (list(sampler) for _ in range(epochs))
+
+
+def _load(file: Path) -> list[Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected {_BATCH}; found no file")
+    # the numbers of a box are NumPy's, whose pickles name this function; it makes numbers and runs no code
+    scalar = np.float64(0).__reduce__()[0]
+    harmless = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    harmless += [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: expected {_BATCH}; it is truncated or foreign ({reason})") from error
+    if not isinstance(content, list) or len(content) != 6:
+        raise ValueError(f"{file}: expected {_BATCH}; got something else")
+    coords, flip, logits = content[0], content[1], content[5]
+    if not all(isinstance(each, Tensor) for each in (coords, flip, logits)) or logits.dim() != 2 or not len(logits):
+        raise ValueError(f"{file}: expected {_BATCH}; got something else")
+    return content
+
+
+def _convert(file: Path, ids: np.ndarray, num_classes: int) -> tuple[Tensor, np.ndarray]:
+    coords, flip, mix_index, lam, bbox, logits = _load(file)
+    n = len(ids)
+    shapes = {"coords": (coords, (n, 4)), "flip": (flip, (n,)), "logits": (logits, (n, num_classes))}
+    if mix_index is not None:
+        shapes["mix_index"] = (mix_index, (n,))
+    for name, (tensor, wanted) in shapes.items():
+        if tensor.shape != wanted:
+            raise ValueError(f"{file}: {name}: expected {list(wanted)}, got {list(tensor.shape)}")
+    if mix_index is not None and not ((mix_index >= 0) & (mix_index < n)).all():
+        raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")
+    records = np.zeros(n, FKD_RECORD)
+    records["crop"], records["flip"] = coords.numpy(), flip.numpy()
+    records["partner"] = ids if mix_index is None else ids[mix_index.numpy()]
+    if mix_index is not None:
+        records["mix"], records["lam"] = 1 if bbox is None else 2, float(lam)
+        if bbox is not None:
+            records["box"] = [int(each) for each in bbox]
+    return logits, records.view(np.uint8).reshape(n, -1)

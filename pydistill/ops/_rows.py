@@ -1,0 +1,77 @@
+"""What the losses of rows of logits share: batches of them, what was kept for the backward pass, class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def batch_into_rows(op: Callable[..., Any], tensors: int) -> Any:
+    """The vmap rule: rows are independent, so a batch dimension becomes more rows."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        B = info.batch_size
+        folded = []
+        for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
+            if arg is not None:
+                arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
+            folded.append(arg)
+        out = op(*folded, *args[tensors:])
+        N = folded[0].shape[0] // B
+        if isinstance(out, Tensor):
+            return out.unflatten(0, (B, N)), 0
+        return tuple(o.unflatten(0, (B, N)) for o in out), tuple(0 for _ in out)
+
+    return rule
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """What a row is computed in, and its loss."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def scale_kept(ctx: Any, kept: Tensor, grad: Tensor) -> Tensor | None:
+    """The rows' gradients ``kept`` beside their losses, times ``grad`` [N]; None where they have to be made again.
+
+    They are where a second derivative may follow, of which ``kept`` knows nothing, and on a second way back through one
+    graph: the first one scales them in their place.
+    """
+    if torch.is_grad_enabled() or getattr(ctx, "spent", False):
+        return None
+    factor = grad.unsqueeze(1)
+    if ctx.owns_kept and type(grad) is Tensor:
+        try:
+            scaled = kept.data.mul_(factor)
+            ctx.spent = True
+            return scaled
+        except RuntimeError:  # under vmap, which does not write many gradients in the place of one
+            pass
+    return (kept * factor).to(kept.dtype)
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    """Raises ``TypeError`` unless ``tensor`` is one of the four floating types."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_class_numbers(name: str, numbers: Tensor, C: int, note: str = "") -> None:
+    """Raises ``ValueError`` for one that is not in 0..C-1, where values can be seen: on the CPU, in eager mode."""
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling() or numbers.numel() == 0:
+        return
+    try:
+        low, high = (int(v) for v in numbers.aminmax())
+    except RuntimeError:  # tensors under vmap and fake ones do not show their values
+        return
+    if low < 0 or high >= C:
+        raise ValueError(
+            f"{name}: expected class numbers in 0..{C - 1} for {C} classes, got {low if low < 0 else high}{note}"
+        )

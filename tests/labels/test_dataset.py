@@ -1,0 +1,81 @@
+"""Labels through torch's loader as it comes: which image, which epoch, whatever the workers."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from pydistill.labels import SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
+from tests.labels.test_store import EPOCHS, OPTIONS, N, batches, create, fill, records
+
+
+@pytest.fixture
+def store(tmp_path):
+    with create(tmp_path / "labels.store") as writer:
+        fill(writer)
+    with SoftLabelStore(tmp_path / "labels.store") as store:
+        yield store
+
+
+IMAGES = torch.arange(N * 12.0).view(N, 3, 2, 2)
+
+
+class PerItem(SoftLabelDataset):
+    __getitems__ = None  # what loaders before torch 2.1 see
+
+
+@pytest.mark.parametrize(
+    ("workers", "kind"),
+    [
+        ({"num_workers": 0}, SoftLabelDataset),
+        ({"num_workers": 0}, PerItem),
+        ({"num_workers": 2, "multiprocessing_context": "fork"}, SoftLabelDataset),
+        ({"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True}, SoftLabelDataset),
+        ({"num_workers": 2, "multiprocessing_context": "fork"}, PerItem),
+        ({"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}, SoftLabelDataset),
+    ],
+)
+def test_batches_come_as_they_were_written(store, workers, kind):
+    data = kind(IMAGES, store)
+    loader = DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels, **workers)
+    assert len(loader) == 4
+    for epoch in (0, 2, 1):
+        data.set_epoch(epoch)
+        for ids, (images, labels) in zip(batches(epoch), loader, strict=True):
+            assert (labels.epoch, labels.images.tolist()) == (epoch, ids.tolist())
+            assert torch.equal(images, IMAGES[torch.from_numpy(ids)])
+            assert np.array_equal(labels.records.numpy(), records(epoch, ids))
+            assert torch.equal(labels.values, store.read(epoch, ids).values)
+            assert labels.loss(torch.zeros(len(ids), OPTIONS["num_classes"])).isfinite()
+
+
+def test_other_data_sets_and_samplers_serve_as_well(store):
+    data = SoftLabelDataset(TensorDataset(IMAGES, torch.arange(N)), store, epoch=1)
+    assert data.epoch == 1
+    loader = DataLoader(data, batch_size=7, shuffle=True, collate_fn=collate_soft_labels)
+    seen = []
+    for (images, numbers), labels in loader:
+        assert torch.equal(images, IMAGES[numbers])
+        assert torch.equal(labels.images, numbers)
+        assert torch.equal(labels.rows, store.read(1, numbers).rows)
+        seen += numbers.tolist()
+    assert sorted(seen) == list(range(N))
+    (image, number), label = data[3]
+    assert torch.equal(image, IMAGES[3])
+    assert (int(number), len(label), label.images.tolist()) == (3, 1, [3])
+
+
+def test_wrong_data_sets_are_refused(store, tmp_path):
+    with pytest.raises(ValueError, match=r"images: expected 25 as the store .*labels\.store has, got 24"):
+        SoftLabelDataset(IMAGES[1:], store)
+    with pytest.raises(IndexError, match=r"epoch: expected one of 0\.\.2, got 3"):
+        SoftLabelDataset(IMAGES, store, epoch=3)
+    with create(tmp_path / "other") as other:
+        fill(other, [0])
+        with pytest.raises(ValueError, match="store: expected one that is open for reading"):
+            SoftLabelDataset(IMAGES, other)
+    with SoftLabelStore(tmp_path / "other") as other:
+        data = SoftLabelDataset(IMAGES, other)
+        with pytest.raises(ValueError, match="epoch 1 lacks the labels of 25 of 25 images, the first of them image 0"):
+            data.set_epoch(EPOCHS - 2)
+        assert data.epoch == 0
