@@ -228,3 +228,9 @@ def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor)
     from pydistill.ops import attention_map_divergence
 
     return attention_map_divergence(q_s, k_s, q_t, k_t)
+
+
+def krr_loss(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
+    from pydistill.matching import krr_loss
+
+    return krr_loss(f_real, f_syn, y_syn, y_real, bias=True)

@@ -24,6 +24,7 @@ from .peers import (
     distribution,
     eager,
     gradient_matching,
+    kernel_ridge,
     segments,
     tesla,
     training,
@@ -981,6 +982,73 @@ ATTENTION_MAP_DIVERGENCE_MEMORY = replace(
     problem=_divergence_problem,
 )
 
+
+def _krr_points(case: Case, config: Config) -> list[Point]:
+    rows = config["synthetic"]
+    return [Point(rows, partial(kernel_ridge.make_features, config), tuple(case.providers))]
+
+
+def _krr_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, few rows: the loss and both gradients to 1e-8, which a condition of 1e6 leaves of them."""
+    problem = kernel_ridge.make_features(config["gate"], dtype=torch.float64)
+    truth = kernel_ridge.prepare(problem)()
+    for name, entry in case.providers.items():
+        for what, value, true in zip(kernel_ridge.Ridge._fields, entry.prepare(problem)(), truth, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-8)
+
+
+def _krr_check(
+    case: Case, point: Point, problem: kernel_ridge.Features, outputs: dict[str, kernel_ridge.Ridge]
+) -> Iterator[Check]:
+    """At the size and precision that is timed: 1e-5, or twice the baseline's own distance from float64."""
+    truth = kernel_ridge.prepare(problem.double())()
+    for i, (what, true) in enumerate(zip(kernel_ridge.Ridge._fields, truth, strict=True)):
+        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], true))
+        for name, output in outputs.items():
+            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
+
+
+def _krr_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (_, _, provider), value in medians.items()}
+    if {"solve", "pydistill"} <= found.keys():
+        ratio = found["solve"] / found["pydistill"]
+        yield Check("pydistill", "solve's peak over its own", ratio, 1.5, at_least=True)
+
+
+KRR_LOSS = Case(
+    name="krr_loss",
+    metric="time, forward and backward",
+    unit="ms",
+    x_name="synthetic images",
+    providers={
+        "solve": Entry(kernel_ridge.prepare),
+        "cholesky": Entry(partial(kernel_ridge.prepare, op=kernel_ridge.by_cholesky)),
+        "pydistill": Entry(partial(kernel_ridge.prepare, op=ours.krr_loss)),
+    },
+    # 8,193 features with the column of ones
+    full={"real": 1024, "synthetic": 1000, "features": 8192, "targets": 512}
+    | {"gate": {"real": 13, "synthetic": 7, "features": 30, "targets": 5}},
+    quick={"real": 40, "synthetic": 20, "features": 60, "targets": 10}
+    | {"gate": {"real": 13, "synthetic": 7, "features": 30, "targets": 5}},
+    repeats=7,
+    points=_krr_points,
+    gate=_krr_gate,
+    check=_krr_check,
+    must_show=partial(_step_must_show, {("pydistill", "solve"): 1.5}),
+)
+KRR_LOSS_MEMORY = replace(
+    KRR_LOSS,
+    name="krr_loss_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    full={**KRR_LOSS.full, "check_steps": 50},
+    # large enough for the system's resolution
+    quick={**KRR_LOSS.quick, "real": 256, "synthetic": 256, "features": 4096, "check_steps": 20},
+    repeats=1,
+    must_show=_krr_memory_must_show,
+    problem=kernel_ridge.make_features,
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -1002,5 +1070,7 @@ CASES: dict[str, Case] = {
         MMD_MEMORY,
         ATTENTION_MAP_DIVERGENCE,
         ATTENTION_MAP_DIVERGENCE_MEMORY,
+        KRR_LOSS,
+        KRR_LOSS_MEMORY,
     )
 }

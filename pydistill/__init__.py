@@ -8,8 +8,8 @@ __path__ = _extend_path(__path__, __name__)
 
 from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference
 from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce, kd_divergence
-from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, mmd
-from pydistill.ops import instance_norm_relu_avg_pool, soft_cross_entropy
+from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, krr_loss, mmd
+from pydistill.ops import bn_match_forward, bn_stat_match, instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll
 
 __version__ = _version("pydistill")
@@ -21,6 +21,8 @@ __all__ = [
     "attention_match",
     "attention_nmi",
     "augment",
+    "bn_match_forward",
+    "bn_stat_match",
     "class_gradients",
     "class_mean_match",
     "compat",
@@ -29,6 +31,7 @@ __all__ = [
     "gradient_match",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
+    "krr_loss",
     "labels",
     "matching",
     "mmd",

@@ -44,31 +44,41 @@ void store_row(Scalar scalar, const T* from, int64_t n, int64_t K, void* rows) {
   }
 }
 
-template <class T, class Combine, class Term>
-PYDISTILL_INLINE T fold(int64_t K, T start, Combine combine, Term term) {
-  T part[16];
-  for (T& p : part) p = start;
+// In sixteen partial sums, then over them in pairs.
+template <class T, class Term>
+PYDISTILL_INLINE T sum(int64_t K, Term term) {
+  T part[16] = {};
   int64_t k = 0;
   for (; k + 16 <= K; k += 16)
-    for (int i = 0; i < 16; ++i) part[i] = combine(part[i], term(k + i));
-  for (int i = 0; k < K; ++k, ++i) part[i] = combine(part[i], term(k));
+    for (int i = 0; i < 16; ++i) part[i] += term(k + i);
+  for (int i = 0; k < K; ++k, ++i) part[i] += term(k);
   for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] = combine(part[i], part[i + half]);
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
 }
 
-template <class T, class Term>
-PYDISTILL_INLINE T sum(int64_t K, Term term) {
-  return fold(K, T(0), [](T a, T b) PYDISTILL_LAMBDA { return a + b; }, term);
+// The largest of x; a NaN is passed over. No order of going through it gives another.
+template <class T>
+PYDISTILL_INLINE T largest(int64_t K, const T* x) {
+  constexpr int L = Registers<T>::lanes, parts = 16 / L;
+  T max = -T(__builtin_inff());
+  Register<T> part[parts];
+  for (Register<T>& p : part) p = Register<T>{} + max;
+  int64_t k = 0;
+  for (; k + 16 <= K; k += 16)
+    for (int i = 0; i < parts; ++i) {
+      const Register<T> v = load_register(x + k + i * L);
+      part[i] = v > part[i] ? v : part[i];
+    }
+  for (; k < K; ++k) max = x[k] > max ? x[k] : max;
+  for (int i = 0; i < 16; ++i) max = part[i / L][i % L] > max ? part[i / L][i % L] : max;
+  return max;
 }
 
 // p = softmax(x). x loses its maximum; what is returned is the logarithm of the sum of exp(x) after that.
 template <class T>
 T softmax(int64_t K, T* x, T* p) {
-  // A NaN is passed over here and comes back with the sum.
-  const T max = fold(
-      K, -T(__builtin_inff()), [](T a, T b) PYDISTILL_LAMBDA { return b > a ? b : a; },
-      [&](int64_t k) PYDISTILL_LAMBDA { return x[k]; });
+  const T max = largest(K, x);  // a NaN comes back with the sum
   for (int64_t k = 0; k < K; ++k) {
     x[k] -= max;
     p[k] = exp_lane(x[k]);

@@ -5,10 +5,12 @@ from pydistill.matching.class_gradients import class_gradients
 from pydistill.matching.class_mean import check_classes, class_mean_match, class_means
 from pydistill.matching.features import Features, features
 from pydistill.matching.gradient import gradient_match
+from pydistill.matching.krr import KRRInfo, krr_loss
 from pydistill.matching.mmd import mmd
 
 __all__ = [
     "Features",
+    "KRRInfo",
     "attention_match",
     "check_classes",
     "class_gradients",
@@ -16,6 +18,7 @@ __all__ = [
     "class_means",
     "features",
     "gradient_match",
+    "krr_loss",
     "match_maps",
     "mmd",
 ]

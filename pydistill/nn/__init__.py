@@ -3,6 +3,7 @@
 from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool, accelerate
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.convnet import ConvNet
+from pydistill.nn.frozen import FrozenConv2d, freeze
 from pydistill.nn.mlp import MLP
 from pydistill.nn.registry import NETS, make
 from pydistill.nn.resnet import ResNet18, ResNet50
@@ -17,11 +18,13 @@ __all__ = [
     "AlexNet",
     "Conv2d",
     "ConvNet",
+    "FrozenConv2d",
     "InstanceNormReLUAvgPool",
     "ResNet18",
     "ResNet50",
     "SmallResNet18",
     "ViT",
     "accelerate",
+    "freeze",
     "make",
 ]

@@ -1,4 +1,4 @@
-"""Definition of the loss against the k stored classes of a teacher's distribution: the one it stands for, written out."""
+"""Definition of the loss against k stored classes of a teacher's distribution: it is made dense."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ def densify(
     indices: Tensor, values: Tensor, num_classes: int, tail: Literal["smooth", "zeros", "renorm"] = "smooth"
 ) -> Tensor:
     """The distributions ``[N, C]`` that k classes a row, ``[N, k]`` both, stand for; values in floating point."""
-    N, k = indices.shape
+    k = indices.shape[1]
     others = torch.zeros_like(values[:, 0])
     if tail == "renorm":
         values = values / values.sum(1, keepdim=True)

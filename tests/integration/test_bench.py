@@ -423,3 +423,13 @@ def test_gpu_measures_nothing_after_a_failed_test(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "device_tests", lambda: 1)
     monkeypatch.setattr(run, "run_case", lambda *args, **kwargs: pytest.fail("a case was started"))
     assert gpu.main([]) == 1
+
+
+def test_krr_loss_is_green_and_takes_less_memory(tmp_path: Path) -> None:
+    for name in ("krr_loss", "krr_loss_memory"):
+        assert run.main([name, "--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path / "krr_loss.csv")
+    assert {row["provider"] for row in rows} == {"solve", "cholesky", "pydistill"}
+    found = rows_in(tmp_path / "krr_loss_memory.csv")
+    peaks = {row["provider"]: float(row["median"]) for row in found if row["unit"] == "MiB"}
+    assert peaks["solve"] > 1.5 * peaks["pydistill"] > 0

@@ -1,0 +1,49 @@
+// One call of the BatchNorm statistics with the frozen BatchNorm itself, as the CPU and the CUDA body receive it.
+//
+// With M = N P elements a channel, mean and var those of x over all but the channels (var with the divisor M):
+//   forward   mean, var; and where there is a scale  y = relu(scale x + shift + residual)
+//   backward  g = grad_y where the ReLU was open
+//             grad_x = scale g + grad_mean / M + 2 grad_var / M (x - mean)     grad_residual = g
+// A null scale leaves the BatchNorm out, a null residual is zero, null statistics' gradients are zero.
+//
+// The forward runs in two passes. The first goes over tiles of `tile` positions of one sample and leaves three numbers
+// a channel: the tile's first element s, the sum of x - s and the sum of (x - s)^2; a sum of squares about some element
+// of the tile cancels nothing that matters, wherever the mean lies. The second merges the tiles in their order.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/scalar.h"
+
+namespace pydistill {
+
+struct BnStatMatch {
+  enum class Pass : int { tiles, merge, backward };
+
+  // [N, C, P]: base pointer and strides in elements; a null `data` means "absent".
+  struct Planes {
+    void* data = nullptr;
+    int64_t n = 0, c = 0, p = 0;
+  };
+
+  Pass pass = Pass::tiles;
+  Scalar scalar = Scalar::f32;  // of the [N, C, P] tensors; what is per channel is double for f64, else float
+  bool relu = false;
+  int64_t N = 0, C = 0, P = 0;
+  int64_t tile = 0;  // positions in one
+
+  Planes x, residual, y;
+  Planes grad_y, grad_x, grad_residual;
+  const void *scale = nullptr, *shift = nullptr;  // [C]
+  const void* mean = nullptr;                     // [C], for the backward
+  const void* grad_statistics = nullptr;          // [2, C]: of mean and var
+
+  void* partial = nullptr;     // [tiles, 3, C]
+  void* statistics = nullptr;  // [2, C]: mean and var
+  void* kept_mean = nullptr;   // [C]: mean again
+
+  int64_t tiles_of_sample() const { return (P + tile - 1) / tile; }
+  int64_t tiles() const { return N * tiles_of_sample(); }
+};
+
+}  // namespace pydistill

@@ -1,0 +1,47 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../common/isa.h"
+#include "../common/scratch.h"
+#include "bn_stat_match.h"
+
+namespace pydistill {
+
+using BnStatMatchKernel = void(const BnStatMatch& call, int64_t begin, int64_t end);
+BnStatMatchKernel bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512;
+
+namespace {
+
+struct Cpu {
+  // Rows: three numbers of a tile for so many read, and no sum of more terms than single precision likes. Planes: as
+  // many, in each of their partial sums.
+  static int64_t tile(const BnStatMatch& call) { return call.x.p == 1 ? 2048 : 128; }
+
+  // Activations are far larger than what malloc keeps: each is of fresh pages, which cost several times the kernel.
+  static void allocated(Tensor& planes) {
+    const int64_t bytes = planes.numel() * static_cast<int64_t>(planes.element_size());
+    if (bytes >= int64_t{8} << 20) advise_large_pages(planes.mutable_data_ptr(), bytes);
+  }
+
+  static void run(const BnStatMatch& call, const Tensor&) {
+    static constexpr BnStatMatchKernel* kernels[] = {bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512};
+    BnStatMatchKernel* const kernel = best_of(kernels);
+    const int64_t panels = (call.C + 255) / 256;  // kPanel of the kernel
+    const bool merge = call.pass == BnStatMatch::Pass::merge;
+    const int64_t units = merge ? panels : panels * call.tiles();
+    const int64_t elements = std::min<int64_t>(call.C, 256) * std::min(call.tile, call.P);  // of a unit
+    const int64_t grain = merge ? 1 : std::max<int64_t>(1, 32768 / elements);  // units worth a thread's while
+    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  }
+};
+
+using Ops = BnStatMatchOps<Cpu>;
+
+}  // namespace
+}  // namespace pydistill
+
+STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) {
+  m.impl("bn_stat_match", TORCH_BOX(&pydistill::Ops::forward));
+  m.impl("bn_stat_match_backward", TORCH_BOX(&pydistill::Ops::backward));
+}

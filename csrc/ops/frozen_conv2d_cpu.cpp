@@ -1,0 +1,65 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../common/isa.h"
+#include "../common/scratch.h"
+#include "../common/tensor.h"
+#include "../kernels/frozen_conv2d.h"
+
+namespace pydistill {
+
+using FrozenConv2dKernel = void(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch);
+FrozenConv2dKernel frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512;
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+// filters [36, vectors of K, C, lanes], as large as one of the two counts says and the other's vectors hold.
+void check_filters(const Tensor& t, const char* name, int64_t from, int64_t to, const FrozenConv2d& call,
+                   const Tensor& x) {
+  const int64_t vectors = (to + call.lanes() - 1) / call.lanes();
+  const int64_t shape[] = {36, vectors, from, call.lanes()};
+  bool fits = t.dim() == 4 && t.is_contiguous();
+  for (int i = 0; fits && i < 4; ++i) fits = t.sizes()[i] == shape[i];
+  check(fits, name, ": expected contiguous [36, ", vectors, ", ", from, ", ", call.lanes(), "]");
+  check(t.scalar_type() == compute_type(call.scalar) && t.device() == x.device(), name,
+        ": expected float32 (float64 for float64) on the device of x");
+}
+
+Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoint) {
+  check(x.dim() == 4, "x: expected [N, C, H, W], got ", x.dim(), " dimensions");
+  FrozenConv2d call;
+  call.scalar = scalar_of(x, "x");
+  call.N = x.sizes()[0], call.C = x.sizes()[1], call.H = x.sizes()[2], call.W = x.sizes()[3];
+  check(call.C > 0 && call.H > 0 && call.W > 0, "x: expected channels and pixels");
+  check(adjoint.dim() == 4, "adjoint: expected [36, vectors, K, lanes], got ", adjoint.dim(), " dimensions");
+  call.K = adjoint.sizes()[2];
+  check_filters(filters, "filters", call.C, call.K, call, x);
+  check_filters(adjoint, "adjoint", call.K, call.C, call, x);
+
+  const Tensor from = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  const int64_t shape[] = {call.N, call.K, call.H, call.W};
+  Tensor y = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), x.scalar_type(), std::nullopt,
+                                  x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  if (call.N == 0) return y;
+  call.x = from.const_data_ptr(), call.filters = filters.const_data_ptr(), call.y = y.mutable_data_ptr();
+
+  // Measured: the second-level cache holds a chunk's tiles where filters are small; where they are not, each reading of
+  // them has to serve many tiles. Products take six rows at a time.
+  call.chunk = std::min<int64_t>(call.tiles(), call.C <= 128 ? 30 : 66);
+  call.part = std::min<int64_t>(call.outputs(), 8);
+  while (call.part > 1 && call.units() < int64_t{torch::stable::get_num_threads()}) call.part = (call.part + 1) / 2;
+  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512};
+  FrozenConv2dKernel* const kernel = best_of(kernels);
+  torch::stable::parallel_for(0, call.units(), 1, [&](int64_t begin, int64_t end) {
+    kernel(call, begin, end, scratch(call.scratch_bytes()));
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace pydistill
+
+STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) { m.impl("frozen_conv2d", TORCH_BOX(&pydistill::frozen_conv2d)); }

@@ -1,0 +1,233 @@
+"""KRR-ST (Lee et al., ICLR 2024): images and targets on which a network is pre-trained, distilled without labels.
+
+With a pool of networks, of which each outer step takes one, and a self-supervised target network T:
+
+    outer   loss = krr_loss(f(x_real), f(x_syn), y_syn, T(x_real)) to x_syn and y_syn, by AdamW
+    inner   one step of that network, head and all, on mean (net(x_syn) - y_syn)^2, by SGD
+
+f is the network's features in evaluation mode, with a column of ones. As in the paper's code: a network enters the pool
+after a random number of inner steps and is replaced after ``online_steps`` of them; the images start as real ones and
+the targets as what T makes of them. Here T is an `Encoder` trained by Barlow Twins on the set itself, its mean-pooled
+features standardised (the code takes a ResNet-18 trained on the source set).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydistill.matching import krr_loss
+from pydistill.methods.self_supervised import Encoder
+from pydistill.trajectory.experts import seeded_generator, seeded_net
+
+__all__ = ["KRRST", "Pool", "krr_st", "pretrain", "target_features"]
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class KRRST:
+    """What a run of KRR-ST takes; `preset` has the values for a data set."""
+
+    images: int = 100
+    """Synthetic images."""
+    iterations: int = 500
+    """Outer steps."""
+    batch_real: int = 128
+    """Real images of an outer step."""
+    lr: float = 1e-2
+    """Of AdamW on images and targets, falling linearly to zero."""
+    lam: float = 1e-6
+    """Ridge in units of the trace of the kernel."""
+    pool: int = 4
+    """Networks."""
+    online_steps: int = 100
+    """Inner steps of a network before it is replaced."""
+    lr_net: float = 0.1
+    """Of SGD on a network, with momentum 0.9 and weight decay 1e-3."""
+    width: int = 16
+    """Channels of the networks' first block; the paper has 128."""
+    depth: int = 3
+    """Blocks of the networks."""
+    target_epochs: int = 30
+    """Passes of the target network over the training images."""
+    pretrain_steps: int = 200
+    """Full-batch steps of a fresh network on the distilled set, before its features are probed."""
+    probe_images: int = 2000
+    """Labelled training images of the linear probe."""
+    students: int = 3
+    """Fresh networks for each accuracy."""
+    seed: int = 0
+    """Of all that is drawn."""
+
+    @classmethod
+    def preset(cls, dataset: str) -> KRRST:
+        """The values for "digits" and "fashion-mnist"; those of digits for others."""
+        if dataset == "fashion-mnist":
+            return replace(cls(), iterations=400, target_epochs=2)
+        return cls()
+
+    def __post_init__(self) -> None:
+        for name in ("images", "iterations", "batch_real", "pool", "online_steps", "target_epochs", "students"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def encoder(self, channels: int, outputs: int, image_size: int) -> Encoder:
+        return Encoder(channels, outputs, self.width, self.depth, image_size)
+
+
+@torch.no_grad()
+def target_features(target: Encoder, images: Tensor) -> Tensor:
+    """The target network's mean-pooled features of ``images``, standardised over them, ``[N, q]``."""
+    target.eval()
+    features = torch.cat([target.pooled(part) for part in images.split(500)])
+    return (features - features.mean(0)) / (features.std(0) + 1e-6)
+
+
+class Pool:
+    """Networks of different ages, each trained on the synthetic images by SGD.
+
+    Attributes:
+        nets: as they are.
+        ages: inner steps that each has taken, ``[pool]``.
+        born: how many were ever made.
+    """
+
+    def __init__(self, config: KRRST, channels: int, outputs: int, image_size: int, device: torch.device | str):
+        self.config, self._device = config, device
+        self._make = lambda: config.encoder(channels, outputs, image_size)
+        self.born = config.pool
+        self.nets = [seeded_net(self._make, config.seed, 20, i, device=device) for i in range(config.pool)]
+        self.ages = torch.zeros(config.pool, dtype=torch.int64)
+        self._optimizers = [self._sgd(net) for net in self.nets]
+
+    def fill(self, x: Tensor, y: Tensor) -> Iterator[None]:
+        """Takes each network to a random age; yields after each step."""
+        until = torch.randint(
+            self.config.online_steps, (len(self.nets),), generator=seeded_generator(self.config.seed, 21)
+        )
+        for i, steps in enumerate(until.tolist()):
+            for _ in range(steps):
+                self.step(i, x, y)
+                yield
+
+    def step(self, i: int, x: Tensor, y: Tensor) -> None:
+        """One inner step of network i; a network that is old enough is replaced by a fresh one."""
+        if self.ages[i] >= self.config.online_steps:
+            self.nets[i] = seeded_net(self._make, self.config.seed, 20, self.born, device=self._device)
+            self._optimizers[i] = self._sgd(self.nets[i])
+            self.ages[i], self.born = 0, self.born + 1
+        _step(self.nets[i], self._optimizers[i], x, y)
+        self.ages[i] += 1
+
+    def _sgd(self, net: Encoder) -> torch.optim.SGD:
+        return torch.optim.SGD(net.parameters(), self.config.lr_net, momentum=0.9, weight_decay=1e-3)
+
+    def state(self) -> State:
+        state = {"ages": self.ages.clone(), "born": torch.tensor(self.born)}
+        for i, (net, optimizer) in enumerate(zip(self.nets, self._optimizers, strict=True)):
+            state |= {f"net.{i}.{name}": value.clone() for name, value in net.state_dict().items()}
+            for name, p in net.named_parameters():
+                if p in optimizer.state:
+                    state[f"momentum.{i}.{name}"] = optimizer.state[p]["momentum_buffer"].clone()
+        return state
+
+    def restore(self, state: State) -> None:
+        self.ages, self.born = state["ages"].clone(), int(state["born"])
+        for i, net in enumerate(self.nets):
+            net.load_state_dict({name: state[f"net.{i}.{name}"] for name in net.state_dict()})
+            for name, p in net.named_parameters():
+                if f"momentum.{i}.{name}" in state:
+                    momentum = state[f"momentum.{i}.{name}"].to(p.device, copy=True)
+                    self._optimizers[i].state[p] = {"momentum_buffer": momentum}
+
+
+def krr_st(
+    config: KRRST,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    state: State | None = None,
+    on_step: Callable[[dict[str, Any], Callable[[], State]], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Distils ``images`` ``[N, C, H, W]`` and their ``targets`` ``[N, q]``: synthetic images and targets.
+
+    ``on_step(record, state)`` is called after each outer step; what its ``state()`` gives, handed in as ``state``, goes
+    on to the bits of a run that was not cut off.
+
+    Raises:
+        ValueError: fewer real images than synthetic ones or than a batch.
+        FloatingPointError: the loss is not finite.
+    """
+    if len(images) < max(config.images, config.batch_real):
+        raise ValueError(f"images: expected {max(config.images, config.batch_real)} or more, got {len(images)}")
+    (x, y), device = initial(config, images, targets), images.device
+    pool = Pool(config, images.shape[1], targets.shape[1], images.shape[2], device)
+    optimizer = torch.optim.AdamW([x.requires_grad_(), y.requires_grad_()], config.lr, weight_decay=0.0)
+    done = 0
+    if state is None:
+        for _ in pool.fill(x.detach(), y.detach()):
+            pass
+    else:
+        done = int(state["iteration"])
+        pool.restore(state)
+        with torch.no_grad():
+            for name, p in (("x", x), ("y", y)):
+                p.copy_(state[name])
+                moments = {key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {key: m if key == "step" else m.to(device) for key, m in moments.items()}
+
+    def now() -> State:
+        found = {"iteration": torch.tensor(done), "x": x.detach().clone(), "y": y.detach().clone(), **pool.state()}
+        for name, p in (("x", x), ("y", y)):
+            found |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[p].items()}
+        return found
+
+    for iteration in range(done, config.iterations):
+        generator = seeded_generator(config.seed, 22, iteration)
+        index = torch.randperm(len(images), generator=generator)[: config.batch_real].to(device)
+        i = int(torch.randint(config.pool, (), generator=generator))
+        net = pool.nets[i].eval()
+        with torch.no_grad():
+            f_real = net.embed(images[index])
+        loss = krr_loss(f_real, net.embed(x), y, targets[index], lam=config.lam, bias=True)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of iteration {iteration + 1} is {float(loss)}: try a smaller lr")
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - iteration / config.iterations)
+        x.grad, y.grad = torch.autograd.grad(loss, (x, y))
+        optimizer.step()
+        pool.step(i, x.detach(), y.detach())
+        done = iteration + 1
+        if on_step is not None:
+            on_step({"iteration": done, "loss": float(loss.detach())}, now)
+    return x.detach(), y.detach()
+
+
+def initial(config: KRRST, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Random real images and their targets: where a run starts, and what it is compared with."""
+    order = torch.randperm(len(images), generator=seeded_generator(config.seed, 23))
+    index = order[: config.images].to(images.device)
+    return images[index].clone(), targets[index].clone()
+
+
+def pretrain(net: Encoder, x: Tensor, y: Tensor, config: KRRST, on_step: Callable[[], None] | None = None) -> None:
+    """Trains ``net`` in place on all of ``x`` and ``y`` at once; the learning rate falls linearly to zero."""
+    optimizer = torch.optim.SGD(net.parameters(), config.lr_net, momentum=0.9, weight_decay=1e-3)
+    for step in range(config.pretrain_steps):
+        optimizer.param_groups[0]["lr"] = config.lr_net * (1 - step / config.pretrain_steps)
+        _step(net, optimizer, x, y)
+        if on_step is not None:
+            on_step()
+    net.eval()
+
+
+def _step(net: Encoder, optimizer: torch.optim.SGD, x: Tensor, y: Tensor) -> None:
+    net.train()
+    optimizer.zero_grad()
+    F.mse_loss(net(x), y).backward()
+    optimizer.step()

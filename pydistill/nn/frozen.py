@@ -1,0 +1,87 @@
+"""Frozen evaluation networks: what synthetic images are recovered from, whose own weights never move."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters
+
+MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer than the products that are saved
+
+
+class FrozenConv2d(nn.Conv2d):
+    """An ``nn.Conv2d`` with 3x3 filters, stride 1, padding 1 and constant weights, on `pydistill.ops.frozen_conv2d`.
+
+    On the CPU the filters are transformed once, on first use and again whenever the weight was written to or changed
+    its dtype; they take eight times the memory of the weight and are neither parameters nor in the ``state_dict``. On
+    other devices it is torch's own convolution (cuDNN on CUDA). The output is in channels-last memory. Under autocast
+    the input is cast as ``nn.Conv2d`` casts it; the arithmetic is in float32 with the weight as it is.
+
+    Raises:
+        ValueError: in forward, where the weight requires a gradient (there is none), or the input does not fit.
+    """
+
+    _transformed: tuple[Any, FrozenFilters] | None = None  # what they were made of, and the filters
+
+    def filters(self) -> FrozenFilters:
+        """The transformed filters, made where they are not there yet."""
+        made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._transformed is None or self._transformed[0] != made_of:
+            with torch.inference_mode(False), torch.no_grad():
+                self._transformed = (made_of, frozen_filters(self.weight))
+        return self._transformed[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        elif not torch.is_autocast_enabled("cpu") and x.dtype != self.weight.dtype:
+            raise ValueError(f"x: expected {self.weight.dtype} as the weight, got {x.dtype}")
+        y = frozen_conv2d(x, self.filters())
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_transformed"}  # large, and soon made again
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A frozen copy of an evaluation network, faster on the CPU in its forward pass and its gradient to the images.
+
+    The copy is in eval mode and in channels-last memory, and none of its parameters takes a gradient. Every 3x3
+    ``nn.Conv2d`` with stride 1, padding 1, no groups and no dilation, and at least `MIN_CHANNELS` channels in and out,
+    becomes a `FrozenConv2d`; all others stay torch's. ``state_dict`` keys and values are those of ``model``, which
+    itself is left as it is. For best speed give it channels-last images. Works on any network of ``nn.Conv2d``
+    modules, such as torchvision's.
+
+    Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)``.
+
+    Args:
+        model: the network.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: a convolution that would be replaced has hooks, which would be lost.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if is_replaced(module) and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+            raise ValueError(f"model: {name} ({module}) has hooks; freeze the network before they are attached")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    for module in frozen.modules():
+        if is_replaced(module):
+            module.__class__ = FrozenConv2d  # same state; only forward differs
+    return frozen
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether `freeze` puts a `FrozenConv2d` in this module's place."""
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
+        return False
+    shape = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and min(module.weight.shape[:2]) >= MIN_CHANNELS

@@ -1,0 +1,155 @@
+"""3x3 convolution whose filters stay as they are: the layers of a frozen evaluation network, and the way back to its
+images. Winograd's F(4x4, 3x3) with filters that are transformed once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydistill import reference
+from pydistill.ops._operator import Operator, choose_backend
+
+BACKENDS = ("reference", "cpu")
+
+_POINTS = (5 / 8, 3 / 2)  # of interpolation, beside 0 and infinity: those of csrc/kernels/winograd.h
+_VECTOR = 64  # bytes
+
+
+class FrozenFilters(NamedTuple):
+    """Filters of `frozen_conv2d`, transformed for both directions; made by `frozen_filters`.
+
+    ``weight`` ``[K, C, 3, 3]`` as it was; ``forward`` ``[36, ceil(K / L), C, L]`` and ``adjoint``
+    ``[36, ceil(C / L), K, L]`` with vectors of 64 bytes of output channels: L is 16 in float32, 8 in float64. Together
+    they take eight times the memory of the weight.
+    """
+
+    weight: Tensor
+    forward: Tensor
+    adjoint: Tensor
+
+
+def frozen_filters(weight: Tensor, dtype: torch.dtype | None = None) -> FrozenFilters:
+    """Transform the filters of a 3x3 convolution for `frozen_conv2d` and for its gradient.
+
+    Args:
+        weight: ``[K, C, 3, 3]``, float32, float64, bfloat16 or float16, without a gradient.
+        dtype: of the arithmetic, float32 or float64; by default float64 for float64 and float32 for all others.
+
+    Raises:
+        TypeError: no tensor, or an unsupported dtype.
+        ValueError: another shape, or a weight that requires a gradient.
+    """
+    _check_weight(weight)
+    if dtype is None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+    turned = weight.flip(2, 3).transpose(0, 1)  # the adjoint is the convolution with these
+    return FrozenFilters(weight, _transformed(weight, dtype), _transformed(turned, dtype))
+
+
+def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = "auto") -> Tensor:
+    """Equivalent to ``F.conv2d(x, weight, padding=1)`` with a constant ``weight`` ``[K, C, 3, 3]``, in float32.
+
+    Winograd's F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) with
+    filters that were transformed before: a quarter of the products, in the forward pass and in the gradient with
+    respect to x, which is the same operator with turned filters. It is linear in x and differentiable to any order; the
+    filters are constants and have no gradient.
+
+    Args:
+        x: ``[N, C, H, W]``, C, H, W >= 1; float32, float64, bfloat16 or float16, any strides; channels-last is read
+            as it is, other layouts are copied first. All arithmetic is in float32 (float64 for float64).
+        filters: of `frozen_filters`, in the dtype of the arithmetic; or the weight itself, which is then transformed
+            in every call.
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device) or "cpu".
+
+    Returns:
+        ``[N, K, H, W]`` in the dtype of x and, whatever the layout of x, in channels-last memory ("reference": as
+        torch's convolution gives it). Equal bits over thread counts; instruction sets differ in the last bits, for
+        products are fused where the processor can. The float32 error is within four times that of a direct
+        convolution.
+
+    Raises:
+        TypeError: an argument is no tensor or has an unsupported dtype.
+        ValueError: shapes, dtypes or devices do not fit, or the weight requires a gradient.
+        NotImplementedError: the backend cannot run here.
+    """
+    weight = filters.weight if isinstance(filters, FrozenFilters) else filters
+    _check_weight(weight)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
+        raise ValueError(f"x: expected [N, {weight.shape[1]}, H, W] with H, W >= 1, got shape {list(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x: expected device {weight.device} as the filters, got {x.device}")
+    chosen = choose_backend("frozen_conv2d", backend, x.device, BACKENDS)
+    if chosen == "reference":
+        return reference.frozen_conv2d(x, weight)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(filters, FrozenFilters):
+        filters = frozen_filters(weight, dtype)
+    elif filters.forward.dtype != dtype:
+        raise ValueError(f"filters: expected {dtype} for x in {x.dtype}, got {filters.forward.dtype}")
+    return _forward(x, filters.forward, filters.adjoint)
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"weight: expected float32, float64, bfloat16 or float16, got {weight.dtype}")
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
+        raise ValueError(f"weight: expected [K, C, 3, 3] with K, C >= 1, got shape {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight: expected frozen filters, got a tensor that requires a gradient; there is none, "
+            "so freeze it (requires_grad_(False)) or use torch's convolution"
+        )
+
+
+def _transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G w G^T in float64, as [36, ceil(K / L), C, L]."""
+    a, b = _POINTS
+    of_a, of_b = 1 / (2 * a**2 * (a**2 - b**2)), 1 / (2 * b**2 * (b**2 - a**2))
+    rows = [[1 / (a * b) ** 2, 0.0, 0.0]]
+    for point, scale in ((a, of_a), (-a, of_a), (b, of_b), (-b, of_b)):
+        rows.append([scale, point * scale, point**2 * scale])
+    rows.append([0.0, 0.0, 1.0])
+    g = torch.tensor(rows, dtype=torch.float64, device=weight.device)  # [6, 3]
+    both = torch.kron(g, g)  # [36, 9]
+    K, C = weight.shape[:2]
+    lanes = _VECTOR // dtype.itemsize
+    vectors = -(-K // lanes)
+    out = torch.zeros((36, vectors * lanes, C), dtype=dtype, device=weight.device)
+    taps = weight.reshape(K * C, 9).double().t()
+    for point in range(36):  # one at a time: all of them in float64 would take 8 times the weight again
+        out[point, :K] = (both[point] @ taps).view(K, C)
+    return out.view(36, vectors, lanes, C).transpose(2, 3).contiguous()
+
+
+def _fake(x: Tensor, forward: Tensor, adjoint: Tensor) -> Tensor:
+    shape = (x.shape[0], adjoint.shape[2], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _vmap(info: Any, in_dims: tuple, x: Tensor, forward: Tensor, adjoint: Tensor) -> tuple[Tensor, int]:
+    """Images are independent, so a batch dimension becomes more images."""
+    if in_dims[1] is not None or in_dims[2] is not None:
+        raise NotImplementedError("frozen_conv2d: vmap over filters is not supported; they are one network's constants")
+    x = x.movedim(in_dims[0], 0)
+    out = _forward.raw(x.flatten(0, 1), forward, adjoint)
+    return out.unflatten(0, x.shape[:2]), 0
+
+
+_forward = Operator(
+    "frozen_conv2d",
+    tensors=3,
+    fake=_fake,
+    vjp=lambda saved, options, grad: (_forward(grad, saved[2], saved[1]), None, None),
+    jvp=lambda saved, options, x_t, *rest: _forward(x_t, saved[1], saved[2]),
+    vmap=_vmap,
+)

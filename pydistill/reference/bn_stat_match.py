@@ -1,0 +1,50 @@
+"""Definition of the match of BatchNorm statistics, alone and with the frozen BatchNorm that it belongs to."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Reduction = Literal["norm", "sq"]
+
+
+def bn_stat_match(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    w_mean: float = 1.0,
+    w_var: float = 1.0,
+    reduction: Reduction = "norm",
+    unbiased: bool = False,
+) -> Tensor:
+    """``w_mean |mean(x) - running_mean| + w_var |var(x) - running_var|``, by channel; "sq" has squared norms."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    others = [d for d in range(x.dim()) if d != 1]
+    apart = x.mean(others) - running_mean, x.var(others, unbiased=unbiased) - running_var
+    of_mean, of_var = (d.square().sum() if reduction == "sq" else d.norm() for d in apart)
+    return w_mean * of_mean + w_var * of_var
+
+
+def bn_match_forward(
+    x: Tensor,
+    bn: nn.Module,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    w_mean: float = 1.0,
+    w_var: float = 1.0,
+    reduction: Reduction = "norm",
+    unbiased: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``relu(bn(x) + residual)`` with the running statistics, and `bn_stat_match` of x against them."""
+    shape = (-1, *(1 for _ in x.shape[2:]))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = (bn.running_var + bn.eps).rsqrt()
+    y = (x.to(wide) - bn.running_mean.view(shape)) * scale.view(shape)
+    if bn.weight is not None:
+        y = y * bn.weight.view(shape) + bn.bias.view(shape)
+    y = y.to(wide) if residual is None else y.to(wide) + residual.to(wide)
+    match = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
+    loss = bn_stat_match(x, bn.running_mean, bn.running_var, **match)
+    return (y.relu() if relu else y).to(x.dtype), loss

@@ -1,0 +1,80 @@
+"""Cosine similarities of embeddings, or of Kronecker products of two, without the matrix of all pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # elements of a temporary
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class Cosines:
+    """``cos(i, j)`` between the rows of ``embeddings``, or of the rows ``[b, b (x) e]`` where ``factors`` b are given.
+
+    For those ``<g_i, g_j> = (b_i . b_j)(1 + e_i . e_j)``: with ``[1, e]`` and ``b`` scaled to unit length the cosine is
+    the product of two dot products, and the ``C (d + 1)`` numbers of a gradient are never formed. Computed in float64,
+    so that what is chosen by it does not hang on the order of a sum. A row of length zero has cosine 0 with all.
+
+    Raises:
+        ValueError: a shape or dtype other than floating ``[N, d]`` and ``[N, C]``, or values that are not finite.
+    """
+
+    def __init__(self, embeddings: Tensor, factors: Tensor | None = None):
+        check_rows("embeddings", embeddings)
+        if factors is not None:
+            check_rows("factors", factors)
+            if len(factors) != len(embeddings):
+                wanted = f"[{len(embeddings)}, C], a row for each of the embeddings"
+                raise ValueError(f"factors: expected {wanted}, got {list(factors.shape)}")
+            embeddings = torch.nn.functional.pad(embeddings.double(), (1, 0), value=1.0)
+        self.unit = _unit(embeddings.double())  # [N, d], or [N, 1 + d]
+        self.factors = None if factors is None else _unit(factors.double())  # [N, C]
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def __getitem__(self, rows: Tensor) -> Cosines:
+        """Those of some rows alone."""
+        part = object.__new__(Cosines)
+        part.unit = self.unit.index_select(0, rows)
+        part.factors = None if self.factors is None else self.factors.index_select(0, rows)
+        return part
+
+    def to(self, other: Cosines) -> Tensor:
+        """``[len(self), len(other)]``."""
+        found = self.unit @ other.unit.T
+        return found if self.factors is None else found.mul_(self.factors @ other.factors.T)
+
+    def sum(self) -> Tensor:
+        """The sum of the unit vectors, ``[d]``, or of their Kronecker products, ``[C, 1 + d]``."""
+        return self.unit.sum(0) if self.factors is None else self.factors.T @ self.unit
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """The dot products with a vector such as `sum` gives, ``[len(self)]``: with it, the sum of cosines."""
+        if self.factors is None:
+            return self.unit @ vector
+        step = max(1, _CHUNK // self.unit.shape[1])
+        parts = zip(self.factors.split(step), self.unit.split(step), strict=True)
+        return torch.cat([(b @ vector).mul_(u).sum(1) for b, u in parts])
+
+    def coordinates(self) -> Tensor:
+        """Along orthonormal directions that the sum of all lies in, ``[len(self), q]``: 1, or C with factors."""
+        if self.factors is None:
+            total = self.sum()
+            return self.dot(total / torch.linalg.vector_norm(total).clamp_min(_TINY))[:, None]
+        left, _, right = torch.linalg.svd(self.sum(), full_matrices=False)
+        return (self.factors @ left).mul_(self.unit @ right.T)
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
+        got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        raise ValueError(f"{name}: expected floating [N, d] with a row and a column at least, got {got}")
+    if not torch.stack(x.aminmax()).isfinite().all():  # which pass a NaN on
+        row = int((~x.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got others in row {row}")
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_TINY)

@@ -1,0 +1,263 @@
+"""The match of BatchNorm statistics against its definition: tables of cases under `check_op`, layouts, and messages."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pydistill import bn_match_forward, bn_stat_match, reference
+from pydistill.testing import CHECKS, Case, assert_close, check_op
+
+OPS = torch.ops.pydistill
+
+
+def ours(x, mean, var, **options):
+    return bn_stat_match(x, mean, var, **options).to(x.dtype)
+
+
+def plain(x, mean, var, **options):
+    return reference.bn_stat_match(x, mean, var, **options).to(x.dtype)
+
+
+def frozen(weight, bias, mean, var):
+    """A BatchNorm whose parameters and statistics are these tensors."""
+    bn = nn.BatchNorm2d(len(mean)).eval()
+    del bn.weight, bn.bias, bn.running_mean, bn.running_var
+    bn.weight, bn.bias, bn.running_mean, bn.running_var = weight, bias, mean, var
+    return bn
+
+
+def fused(x, *rest, function=bn_match_forward, **options):
+    """Output and loss as one vector, so that every derivative reaches both."""
+    *residual, weight, bias, mean, var = rest
+    options["residual"] = residual[0] if residual else None
+    y, loss = function(x, frozen(weight, bias, mean, var), **options)
+    return torch.cat([y.flatten(), 0.25 * loss.to(y.dtype).flatten()])
+
+
+def fused_plain(x, *rest, **options):
+    return fused(x, *rest, function=reference.bn_match_forward, **options)
+
+
+def raw_calls(x, mean, var, **options):
+    planes = x.detach().reshape(*x.shape[:2], -1).requires_grad_()
+    like = torch.randn(planes.shape, dtype=x.dtype, requires_grad=True)
+    scale, shift = torch.rand(2, x.shape[1], dtype=x.dtype).unbind()
+    scale, shift = scale.clone().requires_grad_(), shift.clone().requires_grad_()
+    grads = torch.randn(2, x.shape[1], dtype=x.dtype, requires_grad=True)
+    kept = planes.detach().mean((0, 2))
+    return [
+        (OPS.bn_stat_match.default, (planes, None, None, None, False)),
+        (OPS.bn_stat_match.default, (planes, like, scale, shift, True)),
+        (OPS.bn_stat_match_backward.default, (None, grads, planes, None, None, None, kept, False)),
+        (OPS.bn_stat_match_backward.default, (like.detach(), grads, planes, like, scale, shift, kept, False)),
+    ]
+
+
+def arranged(x, layout):
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if layout == "slice":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 1)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x[:1].expand(x.shape) if layout == "expanded" else x
+
+
+def tensors(shape, layout="dense", parameters=0, residual=False):
+    """Activations of several means and sizes, statistics beside theirs, before them what a BatchNorm has."""
+
+    def make(dtype):
+        generator = torch.Generator().manual_seed(sum(shape))
+        random = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
+        C = shape[1]
+        column = (1, C, *(1 for _ in shape[2:]))
+        x = random(*shape) * (1 + random(C).abs()).view(column) + 3 * random(C).view(column)
+        made = [arranged(x, layout)]
+        if residual:
+            made.append(arranged(random(*shape), layout))
+        made += [1 + 0.3 * random(C) for _ in range(parameters)]
+        return tuple(t.to(dtype) for t in (*made, 2 * random(C), 0.5 + random(C).abs()))
+
+    return make
+
+
+OPTIONS = [{}, {"w_mean": 0.3, "w_var": 11.0}, {"reduction": "sq"}, {"unbiased": True}]
+# registers are 4 to 16 lanes, rows go in fours
+CASES = [Case(f"{o} {s}", tensors((2, 5, 3, 3), s), o) for o in OPTIONS for s in ("dense", "channels_last")]
+CASES += [Case(layout, tensors((3, 17, 2, 5), layout)) for layout in ("slice", "transposed", "expanded")]
+CASES += [
+    Case("x".join(map(str, s)), tensors(s)) for s in [(6, 4), (4, 3, 7), (2, 3, 2, 3, 2), (2, 1, 4, 4), (1, 33, 1, 2)]
+]
+CASES += [Case("channels_last_3d", tensors((2, 18, 2, 3, 2), "channels_last"))]
+
+FUSED = [
+    Case(f"relu={relu} residual={residual} {layout}", tensors((2, 9, 3, 4), layout, 2, residual), {"relu": relu})
+    for relu in (False, True)
+    for residual in (False, True)
+    for layout in ("dense", "channels_last", "slice")
+]
+SOME = [FUSED[0], FUSED[7], FUSED[10]]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matrix(case, check):
+    check_op(ours, plain, [case], raw_calls=raw_calls, checks=[check])
+
+
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "opcheck"])
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
+def test_fused_matrix(case, check):
+    check_op(fused, fused_plain, [case], checks=[check])
+
+
+# planes go in tiles of 2048 positions, rows in tiles of 128 of panels of 256 channels
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 2047), (2, 2, 2049), (3, 5, 127), (1, 20, 129), (2, 261, 3), (1, 513, 131)], ids=str
+)
+def test_partial_tiles(shape, layout):
+    make = tensors((*shape, 1), layout, 2, True)
+    check_op(fused, fused_plain, [Case("tiles", make, {"relu": True}, order=1)], checks=["values", "repeats"])
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(layout):
+    x = arranged(1e4 + torch.randn(4, 8, 30, 30, dtype=torch.float64), layout).float()
+    zero = torch.zeros(8)
+    wide = x.double()
+    for w_mean, w_var in ((1.0, 0.0), (0.0, 1.0)):
+        options = {"w_mean": w_mean, "w_var": w_var}
+        truth = reference.bn_stat_match(wide, zero.double(), zero.double(), **options)
+        assert_close("loss", bn_stat_match(x, zero, zero, **options), truth, rtol=1e-6)
+
+
+def test_the_gradient_of_a_zero_norm_is_zero():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    statistics = torch.ops.pydistill.bn_stat_match(x.detach().flatten(2), None, None, None, False)[1]
+    for options in ({}, {"reduction": "sq"}):
+        (first,) = torch.autograd.grad(bn_stat_match(x, *statistics.unbind(), **options), x)
+        assert torch.equal(first, torch.zeros_like(x))
+    constant = torch.full((2, 3, 4, 4), 0.1, requires_grad=True)
+    for layout in ("dense", "channels_last"):
+        inputs = arranged(constant, layout)
+        loss = bn_stat_match(inputs, torch.zeros(3), torch.zeros(3), w_mean=0.0)
+        assert loss == 0
+        assert torch.equal(torch.autograd.grad(loss, constant)[0], torch.zeros_like(constant))
+
+
+def test_layouts_are_kept_and_inputs_are_not_copied():
+    bn = nn.BatchNorm2d(64).eval().requires_grad_(False)
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 64, 8, 8).contiguous(memory_format=format).requires_grad_()
+        y, loss = bn_match_forward(x, bn, relu=True)
+        assert y.is_contiguous(memory_format=format)
+        saved = [t for node in (y.grad_fn.next_functions[0][0],) for t in node.saved_tensors if t is not None]
+        assert [t.data_ptr() for t in saved if t.numel() > 200] == [x.data_ptr()]
+        assert torch.autograd.grad(loss + y.sum(), x)[0].is_contiguous(memory_format=format)
+
+
+def test_a_gradient_of_another_layout():
+    bn = nn.BatchNorm2d(20).eval().requires_grad_(False)
+    x = torch.randn(2, 20, 6, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(2, 20, 6, 7)
+    y, loss = bn_match_forward(x, bn, relu=True)
+    other = torch.autograd.grad((y, loss), x, (grad, torch.ones(())), retain_graph=True)[0]
+    same = torch.autograd.grad((y, loss), x, (grad.contiguous(memory_format=torch.channels_last), torch.ones(())))[0]
+    assert torch.equal(other, same)
+
+
+def test_agrees_with_batch_norm_and_relu():
+    bn = nn.BatchNorm2d(6).eval()
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.bias)
+    x, residual = torch.randn(2, 2, 6, 9, 9)
+    y, _ = bn_match_forward(x, bn, relu=True, residual=residual)
+    torch.testing.assert_close(y, (bn(x) + residual).relu())
+    plain_bn = nn.BatchNorm2d(6, affine=False).eval()
+    torch.testing.assert_close(bn_match_forward(x, plain_bn)[0], plain_bn(x))
+
+
+PROBE = """
+import hashlib, torch, pydistill
+from torch import nn
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for format in (torch.contiguous_format, torch.channels_last):
+        bn = nn.BatchNorm2d(37).eval().requires_grad_(False).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        x, r = (t.to(dtype).contiguous(memory_format=format) for t in torch.randn(2, 3, 37, 13, 11, dtype=torch.float64))
+        x, r = x.requires_grad_(), r.requires_grad_()
+        y, loss = pydistill.bn_match_forward(x, bn, relu=True, residual=r)
+        grads = torch.autograd.grad((y.float().square().sum() + loss), (x, r))
+        for t in (y, loss, *grads):
+            digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_equal_bits_in_every_instruction_set():
+    from pydistill import _host
+
+    order = ["base", "avx2", "avx512"]
+    present = order[: order.index(min(_host.isa(), "avx512")) + 1] if _host.isa() != "amx" else order
+    digests = set()
+    for isa in present:
+        run = subprocess.run(
+            [sys.executable, "-c", PROBE], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        digests.add(run.stdout)
+    assert len(digests) == 1
+
+
+X, MEAN, VAR = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "x: expected a tensor, got list", lambda: bn_stat_match([1.0], MEAN, VAR)),
+        (TypeError, "x: expected float32, .* got torch.int64", lambda: bn_stat_match(X.long(), MEAN, VAR)),
+        (ValueError, r"x: expected \[N, C, ...\], got shape \[3\]", lambda: bn_stat_match(MEAN, MEAN, VAR)),
+        (ValueError, "x: expected at least 1 elements", lambda: bn_stat_match(X[:0], MEAN, VAR)),
+        (ValueError, "x: expected at least 2", lambda: bn_stat_match(X[:1, :, :1, :1], MEAN, VAR, unbiased=True)),
+        (ValueError, r"running_mean: expected \[3\] .*, got shape \[4\]", lambda: bn_stat_match(X, torch.ones(4), VAR)),
+        (ValueError, r"running_var: expected \[3\]", lambda: bn_stat_match(X, MEAN, torch.ones(()))),
+        (
+            ValueError,
+            "reduction: expected 'norm' or 'sq', got 'mean'",
+            lambda: bn_stat_match(X, MEAN, VAR, reduction="mean"),
+        ),
+        (NotImplementedError, "backend='cuda' cannot run on cpu", lambda: bn_stat_match(X, MEAN, VAR, backend="cuda")),
+        (ValueError, "bn: expected a BatchNorm in evaluation mode", lambda: bn_match_forward(X, nn.BatchNorm2d(3))),
+        (
+            TypeError,
+            "bn: expected nn.BatchNorm1d, 2d or 3d, got GroupNorm",
+            lambda: bn_match_forward(X, nn.GroupNorm(1, 3)),
+        ),
+        (
+            ValueError,
+            "bn: expected running statistics",
+            lambda: bn_match_forward(X, nn.BatchNorm2d(3, track_running_stats=False).eval()),
+        ),
+        (ValueError, r"running_mean: expected \[3\]", lambda: bn_match_forward(X, nn.BatchNorm2d(4).eval())),
+        (
+            ValueError,
+            "residual: expected .* as x",
+            lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), residual=X[:1]),
+        ),
+        (TypeError, "residual: expected a tensor", lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), residual=1.0)),
+    ],
+)
+def test_bad_input(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
