@@ -24,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
-from pydistill.methods._standins import BNStatMatcher, MultiCrop, freeze, multi_crop
+from pydistill.methods._standins import BNStatMatcher
 from pydistill.methods.squeeze import Teacher
+from pydistill.nn import freeze
 from pydistill.trajectory.experts import seeded_generator
 
 if TYPE_CHECKING:

@@ -18,14 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.augment import MultiCrop, mix_labels, record_from_bytes, record_to_bytes
+from pydistill.augment.record import HEADER, MAGIC, PACKED
 from pydistill.data import DistilledSet
-from pydistill.methods._standins import MultiCrop, SoftLabelStore, freeze, mixed, multi_crop
+from pydistill.labels import SoftLabels, SoftLabelStore
 from pydistill.methods.squeeze import NetworkName, Teacher, build
 from pydistill.methods.training import OnEpoch, train
+from pydistill.nn import freeze
 from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
 
 __all__ = ["PostTrain", "Relabel", "post_train", "relabel"]
@@ -87,9 +91,11 @@ class Relabel:
         mix = None if self.mix == "none" else self.mix
         return MultiCrop(side, scale=(self.crop, 1.0), flip=self.flip, mix=mix, alpha=self.alpha)
 
-    def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
-        """The batches of an epoch, as numbers of images."""
-        return torch.randperm(count, generator=seeded_generator(self.seed, 0, epoch)).split(self.batch_size)
+    def views(self, shape: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches: the numbers of their images, and the record of what is shown of them."""
+        generator, crops = seeded_generator(self.seed, 1, epoch), self.crops(shape[2])
+        for index in torch.randperm(shape[0], generator=generator).split(self.batch_size):
+            yield index, crops.draw(shape, generator, sources=index)
 
 
 @torch.no_grad()
@@ -119,40 +125,43 @@ def relabel(
     Raises:
         ValueError: a teacher of other classes or images than the set's, or a store of other images or options.
     """
-    images = distilled.images
     for teacher in teachers:
         _check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
-    header = _header(config, distilled, teachers)
+    images = distilled.images.to(device)
     if Path(path).exists():
-        store = SoftLabelStore.open(path)
-        _check_store(store, header["metadata"], path)
+        store = SoftLabelStore.open(path, writable=True)
+        _check_store(store, config, distilled)
     else:
-        store = SoftLabelStore.create(path, **header)
+        store = SoftLabelStore.create(
+            path,
+            num_images=len(images),
+            num_classes=teachers[0].num_classes,
+            epochs=config.epochs,
+            **{name: getattr(config, name) for name in ("format", "k", "temperature", "batch_size")},
+            record_bytes=(1 if config.mix == "none" else 2) * PACKED.itemsize,
+            metadata=_metadata(config, distilled),
+        )
     nets = [freeze(teacher.net) for teacher in teachers]
 
     def ask(x: Tensor) -> Tensor:
         return torch.stack([net(x) for net in nets]).mean(0)
 
-    side = images.shape[2]
-    crops = config.crops(side)
-    whole = None
-    if config.static:
-        whole = torch.cat([ask(part.to(device)) for part in images.split(config.batch_size)])
-    for epoch in range(rank, config.epochs, world):
-        generator = seeded_generator(config.seed, 1, epoch)
-        for index in config.order(len(images), epoch):
-            record = crops.draw((len(index), *images.shape[1:]), generator)
-            if store.has(epoch, index):
-                continue
-            if whole is not None:
-                logits = mixed(whole[index.to(device)], record.to(device), side)
-            else:
-                logits = ask(multi_crop(images[index].to(device), record.to(device), side))
-            store.write(epoch, index, logits.cpu(), record)
-        if on_epoch is not None:
-            on_epoch(epoch)
-    return store
+    crops = config.crops(images.shape[2])
+    whole = torch.cat([ask(part) for part in images.split(config.batch_size)]) if config.static else None
+    with store:
+        for epoch in range(rank, config.epochs, world):
+            for block, (index, record) in enumerate(config.views(images.shape, epoch)):
+                if store.holds(epoch, block):
+                    continue
+                if whole is None:
+                    logits = ask(crops(images, record))
+                else:
+                    logits = mix_labels(whole, record.to(device), crops.size)
+                store.write(epoch, index, logits, _as_rows(record))
+            if on_epoch is not None:
+                on_epoch(epoch)
+    return SoftLabelStore.open(path)
 
 
 @dataclass(frozen=True)
@@ -209,62 +218,63 @@ def post_train(
         ValueError: a store of other images, classes or views, or without all epochs, which are named.
     """
     images = distilled.images.to(device)
-    count, _, side, _ = images.shape
+    count, channels, side, _ = images.shape
     if store is not None:
         if store.num_classes != num_classes:
             raise ValueError(f"store: expected labels of {num_classes} classes, got {store.num_classes}")
-        _check_store(store, _header(views, distilled, ())["metadata"], "store")
-        missing = [e for e in range(views.epochs) if not all(store.has(e, i) for i in views.order(count, e))]
-        if missing:
-            raise ValueError(
-                f"store: expected all of {views.epochs} epochs, got none of {_few(missing)}: relabel again"
-            )
+        _check_store(store, views, distilled)
+        store.check_complete()
     elif distilled.label_kind != "hard" or int(distilled.labels.max()) >= num_classes:
         raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
-    options = {"channels": images.shape[1], "num_classes": num_classes, "image_size": side}
+    options = {"channels": channels, "num_classes": num_classes, "image_size": side}
     make = partial(build, config.network, width=config.width, depth=config.depth, **options)
     net = seeded_net(make, config.seed, 3, device=device)
     optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=config.weight_decay)
     crops = views.crops(side)
 
-    def batches(epoch: int) -> Iterator[Any]:
-        generator = seeded_generator(views.seed, 1, epoch)
-        for index in views.order(count, epoch):
-            if store is not None:
-                labels = store.read(epoch, index)
-                view = multi_crop(images[index.to(device)], labels.records.to(device), side)
-                yield lambda x=view, y=labels: y.loss(net(x))
-            else:
-                record = crops.draw((len(index), *images.shape[1:]), generator)
-                view = multi_crop(images[index.to(device)], record.to(device), side)
-                target = mixed(F.one_hot(distilled.labels[index], num_classes).float(), record, side).to(device)
-                yield lambda x=view, y=target: F.cross_entropy(net(x), y)
+    def soft(epoch: int) -> Iterator[Any]:
+        for index in store.batches(epoch):
+            labels = store.read(epoch, index).to(device)
+            x = crops(images, replayed(labels))
+            yield lambda x=x, labels=labels: labels.loss(net(x))
 
-    steps = len(views.order(count, 0))
-    train(net, optimizer, batches, epochs=views.epochs, steps=steps, state=state, on_epoch=on_epoch)
+    def hard(epoch: int) -> Iterator[Any]:
+        for _, record in views.views(images.shape, epoch):
+            target = mix_labels(distilled.labels, record, side, classes=num_classes).to(device)
+            x = crops(images, record)
+            yield lambda x=x, target=target: F.cross_entropy(net(x), target)
+
+    train(
+        *(net, optimizer, hard if store is None else soft),
+        **{"epochs": views.epochs, "steps": -(-count // views.batch_size), "state": state, "on_epoch": on_epoch},
+    )
     return net.eval()
 
 
-def _header(config: Relabel, distilled: DistilledSet, teachers: Sequence[Teacher]) -> dict[str, Any]:
-    about = {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
-    return {
-        "num_images": len(distilled.images),
-        "num_classes": teachers[0].num_classes if teachers else 0,
-        "epochs": config.epochs,
-        "format": config.format,
-        "k": config.k,
-        "temperature": config.temperature,
-        "metadata": about,
-    }
+def replayed(labels: SoftLabels) -> Tensor:
+    """The record of the views that labels belong to; it names images of the whole set."""
+    rows = labels.records.numpy()
+    header = HEADER.pack(MAGIC, len(rows), rows.shape[1] // PACKED.itemsize)
+    return record_from_bytes(header + rows.tobytes())
 
 
-def _check_store(store: SoftLabelStore, wanted: dict[str, Any], name: object) -> None:
+def _as_rows(record: Tensor) -> np.ndarray:
+    """A record as uint8 ``[B, record_bytes]``, without what is the same for all rows."""
+    return np.frombuffer(record_to_bytes(record), np.uint8, offset=HEADER.size).reshape(len(record), -1)
+
+
+def _metadata(config: Relabel, distilled: DistilledSet) -> dict[str, Any]:
+    return {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
+
+
+def _check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet) -> None:
+    wanted = _metadata(config, distilled)
     if store.metadata.get("images_crc32") != wanted["images_crc32"]:
-        raise ValueError(f"{name}: expected labels of these images, got those of others")
+        raise ValueError(f"{store.path}: expected labels of these images, got those of others")
     kept = store.metadata.get("relabel", {})
-    different = [f"{k}={kept.get(k)!r}" for k, v in wanted["relabel"].items() if kept.get(k) != v]
+    different = [f"{name}={kept.get(name)!r}" for name, v in wanted["relabel"].items() if kept.get(name) != v]
     if different:
-        raise ValueError(f"{name}: expected labels of {wanted['relabel']}, got some of {', '.join(different)}")
+        raise ValueError(f"{store.path}: expected labels of {config}, got some of {', '.join(different)}")
 
 
 def _check_fit(distilled: DistilledSet, num_classes: int, shape: tuple[int, ...]) -> None:
@@ -273,8 +283,3 @@ def _check_fit(distilled: DistilledSet, num_classes: int, shape: tuple[int, ...]
         raise ValueError(f"teachers: expected {found} classes as the images have, got {num_classes}")
     if tuple(distilled.images.shape[1:]) != shape:
         raise ValueError(f"teachers: expected images of {list(distilled.images.shape[1:])}, got {list(shape)}")
-
-
-def _few(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:5]))
-    return shown + (", ..." if len(numbers) > 5 else "")

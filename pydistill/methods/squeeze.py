@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, read_safetensors, write_safetensors
-from pydistill.methods._standins import MultiCrop, multi_crop
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.trajectory.experts import seeded_generator, seeded_net
@@ -185,7 +185,7 @@ def squeeze(
         for index in torch.randperm(len(images), generator=generator).split(config.batch_size):
             index = index.to(images.device)
             record = crop.draw((len(index), *images.shape[1:]), generator)
-            x, y = multi_crop(images[index], record, side), labels[index]
+            x, y = crop(images[index], record), labels[index]
             yield lambda x=x, y=y: F.cross_entropy(teacher.net(x), y)
 
     steps = -(-len(images) // config.batch_size)

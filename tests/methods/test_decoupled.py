@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pydistill.augment import multi_crop
 from pydistill.data import DistilledSet
+from pydistill.labels import SoftLabelStore
 from pydistill.methods import CDA, DECOUPLED, DWA, INFER, RandomImages, SRe2L
 from pydistill.methods.decoupled import merge, real_images, recover
-from pydistill.methods.relabel import PostTrain, Relabel, post_train, relabel
+from pydistill.methods.relabel import PostTrain, Relabel, post_train, relabel, replayed
 from pydistill.methods.squeeze import Squeeze, Teacher, build, import_weights, squeeze
 from pydistill.trajectory.experts import seeded_generator
 from tests.bars import make_dataset
@@ -70,8 +72,6 @@ def literal(net, x, y, records, steps, lr, r_bn, first, r_var, base=None):
 
 def rolls(config, teacher, batch, count):
     """How far each iteration rolls, read off what the record makes of a single bright pixel."""
-    from pydistill.methods.decoupled import multi_crop
-
     side = teacher.shape[1]
     dot = torch.zeros(len(batch.labels), *teacher.shape)
     dot[:, :, 0, 0] = 1
@@ -318,9 +318,9 @@ def test_labels_are_the_teachers_mean_on_the_views_that_the_student_sees(teacher
     student = post_train(STUDENT, distilled, VIEWS, store, num_classes=data.num_classes)
     assert not student.training
     for epoch in range(3):
-        for index in VIEWS.order(len(distilled.images), epoch):
+        for index in store.batches(epoch):
             labels = store.read(epoch, index)
-            x = replay(distilled.images[index], labels, side)
+            x = replay(distilled.images, labels, side)
             with torch.no_grad():
                 mean = (teacher.net(x) + other.net(x)) / 2
             z = torch.randn(len(index), data.num_classes, requires_grad=True)
@@ -330,7 +330,7 @@ def test_labels_are_the_teachers_mean_on_the_views_that_the_student_sees(teacher
             )
             torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-6)
             seen.append(x)
-            found.append(index)
+            found.append(torch.tensor(index))
     assert [torch.cat(found[i : i + 3]).sort()[0].tolist() for i in (0, 3, 6)] == [list(range(12))] * 3
     assert not torch.equal(seen[0][:2], seen[3][:2])
 
@@ -341,11 +341,11 @@ def test_static_labels_are_mixed_as_the_images_are(teacher, data, distilled, tmp
     with torch.no_grad():
         whole = teacher.net(distilled.images)
     mixes = 0
-    for index in views.order(12, 0):
+    for index in store.batches(0):
         labels = store.read(0, index)
-        x = replay(distilled.images[index], labels, data.image_size)
+        x = replay(distilled.images, labels, data.image_size)
         # the share with which an image of itself and its partner are mixed, found from the view alone
-        given = torch.as_tensor(labels.logits).float()
+        given = labels.dense.float()
         for i, row in enumerate(index):
             best = min(
                 (
@@ -353,7 +353,7 @@ def test_static_labels_are_mixed_as_the_images_are(teacher, data, distilled, tmp
                     k,
                     lam,
                 )
-                for k, partner in enumerate(index.tolist())
+                for k, partner in enumerate(index)
                 for lam in [share(x[i], distilled.images[row], distilled.images[partner])]
             )
             assert best[0] < 1e-4
@@ -379,15 +379,16 @@ def test_relabelling_goes_on_where_the_store_ends_and_post_training_where_it_sto
 
     with pytest.raises(KeyboardInterrupt):
         relabel(VIEWS, distilled, [teacher], tmp_path / "cut", on_epoch=stop)
-    with pytest.raises(ValueError, match=r"store: expected all of 3 epochs, .*1, 2"):
-        post_train(STUDENT, distilled, VIEWS, reopened(tmp_path / "cut"), num_classes=3)
+    with pytest.raises(ValueError, match=r"cut: expected all of 3 epochs, 2 lack labels \(1, 2\)"):
+        post_train(STUDENT, distilled, VIEWS, SoftLabelStore.open(tmp_path / "cut"), num_classes=3)
     cut = relabel(VIEWS, distilled, [teacher], tmp_path / "cut")
     whole = relabel(VIEWS, distilled, [teacher], tmp_path / "whole")
-    for epoch in range(3):
-        for index in VIEWS.order(12, epoch):
-            a, b = cut.read(epoch, index), whole.read(epoch, index)
-            assert torch.equal(torch.as_tensor(a.logits), torch.as_tensor(b.logits))
-            assert torch.equal(torch.as_tensor(a.records), torch.as_tensor(b.records))
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert [cut.batches(epoch) for epoch in range(3)] == [whole.batches(epoch) for epoch in range(3)]
+    for rank in (1, 0):
+        relabel(VIEWS, distilled, [teacher], tmp_path / f"rank{rank}", rank=rank, world=2)
+    SoftLabelStore.merge([tmp_path / "rank0", tmp_path / "rank1"], tmp_path / "merged")
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
 
     for store in (whole, None):
         kept = []
@@ -431,12 +432,4 @@ def test_relabelling_refuses_what_does_not_fit(teacher, data, distilled, tmp_pat
 
 
 def replay(images, labels, side):
-    from pydistill.methods.relabel import multi_crop
-
-    return multi_crop(images, labels.records, side)
-
-
-def reopened(path):
-    from pydistill.methods.relabel import SoftLabelStore
-
-    return SoftLabelStore.open(path)
+    return multi_crop(images, replayed(labels), side)
