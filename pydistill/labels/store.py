@@ -216,11 +216,12 @@ class SoftLabelStore(LabelReader):
     def merge(cls, paths: Sequence[PathLike], path: PathLike, *, overwrite: bool = False) -> SoftLabelStore:
         """Makes one store of shards, such as the ranks of a distributed run write; the shards stay.
 
-        Every shard is verified: it is complete, its checksums are right, it is made as the others are, and no two of
-        them have labels of the same image. The order of the paths does not matter.
+        They may share the images or the epochs among them. Every shard is verified: its checksums are right, it is made
+        as the others are, no label stands in two of them, and together they have all labels. The order of the paths
+        does not matter; shards by epochs merge into the very file that one process would have written.
 
         Args:
-            paths: shards of one relabelling, which together have some images, usually all.
+            paths: shards of one relabelling.
             path: the store to make, atomically.
             overwrite: whether a file at ``path`` may be replaced.
 
@@ -229,7 +230,8 @@ class SoftLabelStore(LabelReader):
 
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
-            FileNotFoundError, ValueError: a shard is not there or not as said; names it. No file is made then.
+            FileNotFoundError, ValueError: a shard is not there or not as said, or labels are missing; names them. No
+                file is made then.
         """
         path, shards = Path(path), []
         if not paths:
@@ -241,20 +243,16 @@ class SoftLabelStore(LabelReader):
             for each in paths:
                 shards.append(cls(each))
                 _check_alike(shards[0], shards[-1])
-                shards[-1].check_complete()
                 shards[-1].verify()
-            shards.sort(key=lambda shard: int(shard.images[0]))
-            images = np.sort(np.concatenate([shard.images for shard in shards]))
-            if (twice := images[1:][images[1:] == images[:-1]]).size:
-                raise ValueError(f"paths: expected shards without common images, {twice[0]} has labels in two of them")
-            blocks = sum(shard.blocks for shard in shards)
+            images = np.unique(np.concatenate([shard.images for shard in shards]))
+            parts = [_parts(shards, epoch, images) for epoch in range(shards[0].epochs)]
+            blocks = max(map(len, parts))
             cls._make(partial, {**shards[0].header, "blocks": blocks, "images": _runs(images)}, overwrite=True)
             with cls(partial, writable=True) as store:
-                for epoch in range(store.epochs):
-                    for shard in shards:
-                        for block in range(shard.blocks):
-                            count = shard._count(epoch, block)
-                            store._append(epoch, shard._ids[epoch, block, :count], shard._rows[epoch, block, :count])
+                for epoch, blocks_of_epoch in enumerate(parts):
+                    for shard, block in blocks_of_epoch:
+                        count = shard._count(epoch, block)
+                        store._append(epoch, shard._ids[epoch, block, :count], shard._rows[epoch, block, :count])
             put_in_place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -374,6 +372,26 @@ def _check_alike(first: LabelReader, other: LabelReader) -> None:
             raise ValueError(
                 f"{other.path}: {name}: expected {wanted!r} as {first.path} has, got {other.header[name]!r}"
             )
+
+
+def _parts(shards: list[SoftLabelStore], epoch: int, images: np.ndarray) -> list[tuple[SoftLabelStore, int]]:
+    """The blocks of an epoch, with whose they are, in an order of their own; ValueError for labels twice or missing."""
+    held = [(shard, block) for shard in shards for block in shard._blocks_of(epoch)]
+    ids = [shard._ids[epoch, block, : shard._count(epoch, block)] for shard, block in held]
+    found, counts = np.unique(np.concatenate([np.zeros(0, "<u4"), *ids]), return_counts=True)
+    if (counts > 1).any():
+        image = found[counts > 1][0]
+        raise ValueError(f"paths: expected shards without common labels, image {image} has two at epoch {epoch}")
+    if len(found) < len(images):
+        lacking = np.setdiff1d(images, found)
+        raise ValueError(
+            f"paths: expected all labels in the shards, epoch {epoch} lacks those of {len(lacking)} of {len(images)} "
+            f"images, the first of them image {lacking[0]}"
+        )
+    first = {
+        shard: min(int(each.min()) for (of, _), each in zip(held, ids, strict=True) if of is shard) for shard, _ in held
+    }
+    return sorted(held, key=lambda part: (first[part[0]], part[1]))
 
 
 def _check_at_least(least: int, **counts: int) -> None:

@@ -92,6 +92,7 @@ def test_files_that_do_not_fit_are_named_and_nothing_is_made(tmp_path, capsys):
         ([coords, flip, index, lam, box, logits[:, :9]], r"logits: expected \[6, 10\], got \[6, 9\]"),
         ([coords[:5], flip, index, lam, box, logits], r"coords: expected \[6, 4\], got \[5, 4\]"),
         ([coords, flip, index[:5], lam, box, logits], r"mix_index: expected \[6\], got \[5\]"),
+        ([coords, flip, index + 1, lam, box, logits], "mix_index: expected places in a batch of 6, got"),
         ([coords, flip, index, lam, box, logits * float("nan")], "labels: row 0: expected finite numbers"),
         ([coords, flip, index, lam, box], "expected a batch of FKD labels: .*; got something else"),
         ({"logits": logits}, "got something else"),
@@ -110,7 +111,7 @@ def test_files_that_do_not_fit_are_named_and_nothing_is_made(tmp_path, capsys):
         import_fkd(folder, store)
     more.unlink()
     place.rename(place.with_name("batch_7.tar"))
-    with pytest.raises(FileNotFoundError, match=r"epoch_1/batch_2\.tar: expected a batch of FKD labels"):
+    with pytest.raises(FileNotFoundError, match=r"epoch_1/batch_2\.tar: expected labels of FKD, found nothing there"):
         import_fkd(folder, store)
     with pytest.raises(FileNotFoundError, match=r"nothing/epoch_0: expected labels of FKD, found nothing there"):
         import_fkd(tmp_path / "nothing", store)

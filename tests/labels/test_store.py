@@ -506,6 +506,15 @@ def test_shards_are_merged(path, tmp_path):
     assert other.read_bytes() == path.read_bytes()
 
 
+def test_shards_by_epochs_are_merged_into_the_file_of_one_process(filled, tmp_path):
+    paths = [tmp_path / f"rank{rank}" for rank in range(2)]
+    for rank, each in enumerate(paths):
+        with create(each) as store:
+            fill(store, range(rank, EPOCHS, 2))
+    SoftLabelStore.merge(paths[::-1], tmp_path / "merged").close()
+    assert (tmp_path / "merged").read_bytes() == filled.read_bytes()
+
+
 def test_shards_that_do_not_fit_are_named(path, tmp_path):
     def shard(name, images, epochs=EPOCHS, **options):
         with create(tmp_path / name, images=images, **options) as store:
@@ -514,10 +523,10 @@ def test_shards_that_do_not_fit_are_named(path, tmp_path):
 
     first = shard("first", range(10))
     for other, message in (
-        (shard("twice", range(9, N)), "expected shards without common images, 9 has labels in two of them"),
+        (shard("twice", range(9, N)), "expected shards without common labels, image 9 has two at epoch 0"),
         (
             shard("short", range(10, N), 2),
-            r"short: expected all of 3 epochs, 1 lack labels \(2\): epoch 2 has those of 0",
+            "epoch 2 lacks those of 15 of 25 images, the first of them image 10",
         ),
         (shard("other_k", range(10, N), k=4), r"other_k: k: expected 3 as .*first has, got 4"),
         (
