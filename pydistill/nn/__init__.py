@@ -2,6 +2,7 @@
 
 from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool, accelerate
 from pydistill.nn.alexnet import AlexNet
+from pydistill.nn.bn_stat_matcher import BNStatMatcher
 from pydistill.nn.convnet import ConvNet
 from pydistill.nn.frozen import FrozenConv2d, freeze
 from pydistill.nn.mlp import MLP
@@ -16,6 +17,7 @@ __all__ = [
     "NETS",
     "VGG11",
     "AlexNet",
+    "BNStatMatcher",
     "Conv2d",
     "ConvNet",
     "FrozenConv2d",

@@ -1,0 +1,199 @@
+// The BatchNorm statistics with the frozen BatchNorm on CUDA; bn_stat_match.h says what each pass computes.
+//
+// tiles: a block takes a tile of positions and 32 channels where channels are neighbours (a warp reads 32 of them, its
+// row of threads every 8th position), and a tile of one channel else (all threads along the positions). Both sum in an
+// order that only the shape sets, first a thread's own elements and then the block's threads in a tree.
+// merge: a warp to a channel. backward: elements in the order of memory, as they come.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <type_traits>
+
+#include "bn_stat_match.h"
+#include "cuda_vocabulary.h"
+
+namespace pydistill::bn_stat_match {
+
+using Call = BnStatMatch;
+using Planes = Call::Planes;
+
+constexpr int threads = 256, warp = 32, rows = threads / warp;
+
+inline bool channels_are_neighbours(const Call& call) { return call.x.c == 1 && call.C > 1; }
+
+// Enough elements for a block to be worth starting, and enough blocks for the device.
+inline int64_t tile(const Call& call) { return channels_are_neighbours(call) ? 256 : 4096; }
+
+template <class T>
+__device__ T* at(const Planes& planes, int64_t n, int64_t c, int64_t p) {
+  return static_cast<T*>(planes.data) + n * planes.n + c * planes.c + p * planes.p;
+}
+
+template <class T, class A>
+struct Norm {  // the frozen BatchNorm of a channel
+  A scale, shift;
+
+  __device__ Norm(const Call& call, int64_t c)
+      : scale(call.scale ? global_load(static_cast<const A*>(call.scale) + c) : A(0)),
+        shift(call.scale ? global_load(static_cast<const A*>(call.shift) + c) : A(0)) {}
+
+  // Not fused: the backward must find the ReLU open where the forward did, whatever stands around.
+  __device__ A operator()(const Call& call, int64_t n, int64_t c, int64_t p, A x) const {
+    A y = separately_rounded_sum(x * scale, shift);
+    if (call.residual.data) y += widen(global_load(at<T>(call.residual, n, c, p)));
+    return y;
+  }
+
+ private:
+  __device__ static A separately_rounded_sum(A product, A shift) {
+#ifdef __CUDACC__
+    if constexpr (std::is_same_v<A, float>) return __fadd_rn(product, shift);
+    else return __dadd_rn(product, shift);
+#else
+    return product + shift;
+#endif
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(threads) tiles_kernel(const Call call, const bool by_rows) {
+  using A = Accumulator<T>;
+  A* const shared = reinterpret_cast<A*>(dynamic_shared());  // [2][threads]
+  const int me = static_cast<int>(threadIdx.x);
+  const int64_t of_sample = call.tiles_of_sample(), t = blockIdx.x, n = t / of_sample;
+  const int64_t begin = t % of_sample * call.tile, end = begin + call.tile < call.P ? begin + call.tile : call.P;
+  const int64_t c = by_rows ? int64_t{blockIdx.y} * warp + me % warp : int64_t{blockIdx.y};
+  const bool active = c < call.C;
+
+  A first = 0, sum = 0, squares = 0;
+  if (active) {
+    const Norm<T, A> norm(call, c);
+    first = widen(global_load(at<T>(call.x, n, c, begin)));
+    for (int64_t p = begin + (by_rows ? me / warp : me); p < end; p += by_rows ? rows : threads) {
+      const A x = widen(global_load(at<T>(call.x, n, c, p))), d = x - first;
+      sum += d;
+      squares += d * d;
+      if (call.y.data) {
+        const A y = norm(call, n, c, p, x);
+        global_store(at<T>(call.y, n, c, p), narrow<T>(call.relu && y <= 0 ? A(0) : y));
+      }
+    }
+  }
+  shared[me] = sum;
+  shared[threads + me] = squares;
+  __syncthreads();
+  for (int half = threads / 2; half >= (by_rows ? warp : 1); half /= 2) {
+    if (me < half) {
+      shared[me] += shared[me + half];
+      shared[threads + me] += shared[threads + me + half];
+    }
+    __syncthreads();
+  }
+  if (active && me < (by_rows ? warp : 1)) {
+    A* const partial = static_cast<A*>(call.partial) + t * 3 * call.C + c;
+    global_store(partial, first);
+    global_store(partial + call.C, shared[me]);
+    global_store(partial + 2 * call.C, shared[threads + me]);
+  }
+}
+
+__device__ inline double sum_over_warp(double value) {
+  for (int step = warp / 2; step; step /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, step);
+  return value;
+}
+
+template <class A>
+__global__ void __launch_bounds__(threads) merge_kernel(const Call call) {
+  const int64_t c = int64_t{blockIdx.x} * rows + threadIdx.x / warp;
+  if (c >= call.C) return;  // a whole warp: no shuffle waits for it
+  const int lane = threadIdx.x % warp;
+  const int64_t tiles = call.tiles(), of_sample = call.tiles_of_sample();
+  const double last = static_cast<double>(call.P - (of_sample - 1) * call.tile);
+  const double count = static_cast<double>(call.N * call.P);
+  const auto size = [&](int64_t t) {
+    return t % of_sample == of_sample - 1 ? last : static_cast<double>(call.tile);
+  };
+  const auto number = [&](int64_t t, int which) {
+    return static_cast<double>(global_load(static_cast<const A*>(call.partial) + (t * 3 + which) * call.C + c));
+  };
+  double total = 0;
+  for (int64_t t = lane; t < tiles; t += warp) total += size(t) * number(t, 0) + number(t, 1);
+  const double mean = sum_over_warp(total) / count;
+  double squares = 0;
+  for (int64_t t = lane; t < tiles; t += warp) {
+    const double sum = number(t, 1), apart = number(t, 0) + sum / size(t) - mean;
+    squares += (number(t, 2) - sum * sum / size(t)) + size(t) * apart * apart;
+  }
+  const double var = sum_over_warp(squares) / count;
+  if (lane == 0) {
+    global_store(static_cast<A*>(call.statistics) + c, static_cast<A>(mean));
+    global_store(static_cast<A*>(call.statistics) + call.C + c, static_cast<A>(var < 0 ? 0 : var));
+    global_store(static_cast<A*>(call.kept_mean) + c, static_cast<A>(mean));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) backward_kernel(const Call call, const bool by_rows) {
+  using A = Accumulator<T>;
+  const int64_t element = int64_t{blockIdx.x} * threads + threadIdx.x;
+  if (element >= call.N * call.C * call.P) return;
+  const int64_t inner = by_rows ? call.C : call.P, outer = by_rows ? call.P : call.C;
+  const int64_t i = element % inner, j = element / inner % outer, n = element / inner / outer;
+  const int64_t c = by_rows ? i : j, p = by_rows ? j : i;
+
+  const A count = static_cast<A>(call.N * call.P), x = widen(global_load(at<T>(call.x, n, c, p)));
+  const A* const grads = static_cast<const A*>(call.grad_statistics);
+  A grad = global_load(grads + c) / count +
+           2 * global_load(grads + call.C + c) / count * (x - global_load(static_cast<const A*>(call.mean) + c));
+  if (call.grad_y.data) {
+    const Norm<T, A> norm(call, c);
+    A g = widen(global_load(at<T>(call.grad_y, n, c, p)));
+    if (call.relu && norm(call, n, c, p, x) <= 0) g = 0;
+    if (call.residual.data) global_store(at<T>(call.grad_residual, n, c, p), narrow<T>(g));
+    grad += norm.scale * g;
+  }
+  global_store(at<T>(call.grad_x, n, c, p), narrow<T>(grad));
+}
+
+inline unsigned blocks(int64_t count, int64_t most, const char* what) {
+  if (count > most) throw std::invalid_argument(std::string("x: too many ") + what + " for one launch");
+  return static_cast<unsigned>(count);
+}
+
+template <class T>
+void launch_scalar(const Call& call, cudaStream_t stream) {
+  using A = Accumulator<T>;
+  const bool by_rows = channels_are_neighbours(call);
+  if (call.pass == Call::Pass::tiles) {
+    const dim3 grid(blocks(call.tiles(), 0x7FFFFFFF, "positions"),
+                    blocks(by_rows ? (call.C + warp - 1) / warp : call.C, 65535, "channels"));
+    launch(&tiles_kernel<T>, grid, dim3(threads), 2 * threads * int64_t{sizeof(A)}, stream, call, by_rows);
+  } else if (call.pass == Call::Pass::merge) {
+    launch(&merge_kernel<A>, dim3(blocks((call.C + rows - 1) / rows, 0x7FFFFFFF, "channels")), dim3(threads), 0, stream,
+           call);
+  } else {
+    const int64_t count = (call.N * call.C * call.P + threads - 1) / threads;
+    launch(&backward_kernel<T>, dim3(blocks(count, 0x7FFFFFFF, "elements")), dim3(threads), 0, stream, call, by_rows);
+  }
+}
+
+}  // namespace pydistill::bn_stat_match
+
+namespace pydistill {
+
+inline void launch_bn_stat_match(const BnStatMatch& call, cudaStream_t stream) {
+  using namespace bn_stat_match;
+  switch (call.scalar) {
+    case Scalar::f32:
+      return launch_scalar<float>(call, stream);
+    case Scalar::f64:
+      return launch_scalar<double>(call, stream);
+    case Scalar::bf16:
+      return launch_scalar<__nv_bfloat16>(call, stream);
+    case Scalar::f16:
+      return launch_scalar<__half>(call, stream);
+  }
+}
+
+}  // namespace pydistill
