@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
-from pydistill.methods._standins import BNStatMatcher
 from pydistill.methods.squeeze import Teacher
-from pydistill.nn import freeze
+from pydistill.nn import BNStatMatcher, freeze
 from pydistill.trajectory.experts import seeded_generator
 
 if TYPE_CHECKING:
@@ -256,7 +255,8 @@ def _make(
     for iteration in range(done, steps):
         record = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
-        logits = net(multi_crop(images, record.to(device), side, base=base))
+        view = multi_crop(images, record.to(device), side, base=base)
+        logits = net(view.contiguous(memory_format=torch.channels_last))  # in which a frozen network is fastest
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
         (x.grad,) = torch.autograd.grad(loss, x)
         for group in optimizer.param_groups:

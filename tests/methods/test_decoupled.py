@@ -218,7 +218,7 @@ def test_recovery_refuses_what_does_not_fit(teacher, data, tmp_path):
         recover(config, [plain], tmp_path)
     rest = teacher.mean, teacher.std, teacher.class_names, teacher.config
     learning = Teacher(copy.deepcopy(teacher.net).train(), *rest)
-    with pytest.raises(ValueError, match="train"):
+    with pytest.raises(ValueError, match="training mode"):
         recover(config, [learning], tmp_path)
     fewer = Teacher(teacher.net, teacher.mean, teacher.std, teacher.class_names[:-1], teacher.config)
     with pytest.raises(ValueError, match=r"teachers: expected .* classes and images of .* as the first's, got"):
