@@ -22,7 +22,8 @@ from pydistill.labels import SoftLabelStore
 from pydistill.methods import DECOUPLED
 from pydistill.methods.decoupled import Recover, merge, real_images, recover, stored
 from pydistill.methods.outer import world
-from pydistill.methods.relabel import PostTrain, Relabel, post_train, relabel
+from pydistill.methods.post_train import PostTrain, post_train
+from pydistill.methods.relabel import Relabel, relabel
 from pydistill.methods.squeeze import Squeeze, Teacher, import_weights, squeeze
 
 __all__ = ["COMMANDS", "run"]

@@ -1,12 +1,7 @@
-"""Relabel and post-train: a teacher's soft labels for many random views of each image, and a student trained on them.
+"""Relabel: a teacher's soft labels for many random views of each image of a distilled set.
 
 FKD (Shen and Xing, ECCV 2022) as SRe2L uses it: an epoch shows each image once, cropped, mirrored and mixed with
-another of its batch, and what the teachers say of the view is stored beside the few numbers that make the view. The
-student sees the same views, and no teacher:
-
-    loss = KL(softmax(teacher / T) || softmax(student / T))
-
-without the factor T^2, as in the published code, by AdamW under half a cosine.
+another of its batch, and what the teachers say of the view is stored beside the few numbers that make the view.
 """
 
 from __future__ import annotations
@@ -14,25 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pydistill.augment import MultiCrop, mix_labels, record_from_bytes, record_to_bytes
 from pydistill.augment.record import HEADER, MAGIC, PACKED
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabels, SoftLabelStore
-from pydistill.methods.squeeze import NetworkName, Teacher, build
-from pydistill.methods.training import OnEpoch, train
+from pydistill.methods.squeeze import Teacher
 from pydistill.nn import freeze
-from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
+from pydistill.trajectory.experts import data_crc32, seeded_generator
 
-__all__ = ["PostTrain", "Relabel", "post_train", "relabel"]
+__all__ = ["Relabel", "check_store", "relabel", "replayed"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,7 @@ class Relabel:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        self.crops(2)  # raises for numbers that are out of range
         if self.static and self.mix == "cutmix":
             raise ValueError("static: expected mix='mixup' or 'none': cutmix has no label without asking the teachers")
 
@@ -131,7 +124,7 @@ def relabel(
     images = distilled.images.to(device)
     if Path(path).exists():
         store = SoftLabelStore.open(path, writable=True)
-        _check_store(store, config, distilled)
+        check_store(store, config, distilled)
     else:
         store = SoftLabelStore.create(
             path,
@@ -164,93 +157,6 @@ def relabel(
     return SoftLabelStore.open(path)
 
 
-@dataclass(frozen=True)
-class PostTrain:
-    """How a student is trained on a distilled set: AdamW under half a cosine, one view of each image an epoch."""
-
-    network: NetworkName = "resnet18"
-    """convnet is the ConvNet of the condensation papers with BatchNorm."""
-    width: int = 64
-    """Channels of the (first) stage."""
-    depth: int = 3
-    """Blocks of convnet."""
-    lr: float = 1e-3
-    """Of AdamW, at its start."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    seed: int = 0
-    """Of the initial parameters."""
-
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "digits": {"network": "convnet", "width": 32},
-        "fashion-mnist": {"network": "convnet", "width": 32},
-    }
-
-    @classmethod
-    def preset(cls, dataset: str) -> PostTrain:
-        """The values for a data set; the defaults for one that is not known."""
-        return replace(cls(), **cls.presets.get(dataset, {}))
-
-
-def post_train(
-    config: PostTrain,
-    distilled: DistilledSet,
-    views: Relabel,
-    store: SoftLabelStore | None = None,
-    *,
-    num_classes: int,
-    device: torch.device | str = "cpu",
-    state: dict[str, Tensor] | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> nn.Module:
-    """Trains a fresh student on a distilled set and returns it, in evaluation mode.
-
-    Args:
-        config: the student.
-        distilled: the images.
-        views: what the store was made with: the epochs, batches and views.
-        store: of soft labels; without one, the set's own hard labels on the same views, mixed as the images are.
-        num_classes: of the student.
-        device: where the work is done.
-        state, on_epoch: as `pydistill.methods.training.train` takes them.
-
-    Raises:
-        ValueError: a store of other images, classes or views, or without all epochs, which are named.
-    """
-    images = distilled.images.to(device)
-    count, channels, side, _ = images.shape
-    if store is not None:
-        if store.num_classes != num_classes:
-            raise ValueError(f"store: expected labels of {num_classes} classes, got {store.num_classes}")
-        _check_store(store, views, distilled)
-        store.check_complete()
-    elif distilled.label_kind != "hard" or int(distilled.labels.max()) >= num_classes:
-        raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
-    options = {"channels": channels, "num_classes": num_classes, "image_size": side}
-    make = partial(build, config.network, width=config.width, depth=config.depth, **options)
-    net = seeded_net(make, config.seed, 3, device=device)
-    optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=config.weight_decay)
-    crops = views.crops(side)
-
-    def soft(epoch: int) -> Iterator[Any]:
-        for index in store.batches(epoch):
-            labels = store.read(epoch, index).to(device)
-            x = crops(images, replayed(labels))
-            yield lambda x=x, labels=labels: labels.loss(net(x))
-
-    def hard(epoch: int) -> Iterator[Any]:
-        for _, record in views.views(images.shape, epoch):
-            target = mix_labels(distilled.labels, record, side, classes=num_classes).to(device)
-            x = crops(images, record)
-            yield lambda x=x, target=target: F.cross_entropy(net(x), target)
-
-    train(
-        *(net, optimizer, hard if store is None else soft),
-        **{"epochs": views.epochs, "steps": -(-count // views.batch_size), "state": state, "on_epoch": on_epoch},
-    )
-    return net.eval()
-
-
 def replayed(labels: SoftLabels) -> Tensor:
     """The record of the views that labels belong to; it names images of the whole set."""
     rows = labels.records.numpy()
@@ -267,7 +173,8 @@ def _metadata(config: Relabel, distilled: DistilledSet) -> dict[str, Any]:
     return {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
 
 
-def _check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet) -> None:
+def check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet) -> None:
+    """ValueError for a store of other images than the set's, or of other views than ``config`` says."""
     wanted = _metadata(config, distilled)
     if store.metadata.get("images_crc32") != wanted["images_crc32"]:
         raise ValueError(f"{store.path}: expected labels of these images, got those of others")

@@ -90,9 +90,10 @@ class Squeeze:
         for name in ("width", "depth", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, low in (("crop", 0.0), ("flip", -1.0)):
-            if not low < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number up to 1, got {getattr(self, name)}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop: expected a share above 0 and at most 1, got {self.crop}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip: expected a probability, got {self.flip}")
 
 
 @dataclass(eq=False)

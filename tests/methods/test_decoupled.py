@@ -14,8 +14,10 @@ from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabelStore
 from pydistill.methods import CDA, DECOUPLED, DWA, INFER, RandomImages, SRe2L
 from pydistill.methods.decoupled import merge, real_images, recover
-from pydistill.methods.relabel import PostTrain, Relabel, post_train, relabel, replayed
+from pydistill.methods.post_train import PostTrain, post_train
+from pydistill.methods.relabel import Relabel, relabel, replayed
 from pydistill.methods.squeeze import Squeeze, Teacher, build, import_weights, squeeze
+from pydistill.nn import ResNet18
 from pydistill.trajectory.experts import seeded_generator
 from tests.bars import make_dataset
 
@@ -433,3 +435,39 @@ def test_relabelling_refuses_what_does_not_fit(teacher, data, distilled, tmp_pat
 
 def replay(images, labels, side):
     return multi_crop(images, replayed(labels), side)
+
+
+def test_imagenets_weights_need_no_images(tmp_path):
+    torch.save(ResNet18().state_dict(), tmp_path / "resnet18.pth")
+    teacher = import_weights(Squeeze.preset("imagenet-1k"), tmp_path / "resnet18.pth")
+    assert teacher.shape == (3, 224, 224)
+    assert teacher.num_classes == 1000
+    low, high = (bound.flatten().tolist() for bound in teacher.bounds())
+    assert low == pytest.approx([-2.1179, -2.0357, -1.8044], abs=1e-3)
+    assert high == pytest.approx([2.2489, 2.4286, 2.6400], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Squeeze(crop=0), "crop: expected a share above 0 and at most 1, got 0"),
+        (lambda: Squeeze(flip=2), "flip: expected a probability, got 2"),
+        (lambda: Squeeze(epochs=0), "epochs: expected at least 1, got 0"),
+        (lambda: Relabel(batch_size=0), "batch_size: expected at least 1, got 0"),
+        (lambda: Relabel(temperature=0), "temperature: expected more than 0, got 0"),
+        (lambda: Relabel(flip=-1), "flip: expected a probability, got -1"),
+    ],
+)
+def test_steps_name_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_resnets_are_squeezed_and_recovered_from(data, tmp_path):
+    config = replace(SQUEEZE, network="resnet18", width=4, epochs=2)
+    teacher = squeeze(config, data)
+    images = make(SRe2L(ipc=1, iterations=4, jitter=1), [teacher], tmp_path, data).images
+    x = torch.randn(3, 1, 6, 6, generator=seeded_generator(0, 2, 0))
+    low, high = teacher.bounds()
+    assert images.shape == x.shape
+    assert (images - x.clamp(low, high)).abs().max() > 0.1
