@@ -158,7 +158,8 @@ def recover(
 ) -> None:
     """Makes this rank's share of the batches, each into a file of ``folder / "parts"``; what is there already, stays.
 
-    Interrupted or killed at any moment, it goes on from the last checkpoint when called again, to the same bits.
+    Interrupted or killed at any moment, it goes on from the last checkpoint when called again, to the same bits (on as
+    many threads: torch's own convolutions promise no more).
 
     Args:
         config: the method.
@@ -187,7 +188,7 @@ def recover(
 
 
 def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLike[str]) -> DistilledSet:
-    """The images of all batches, classes in order, those of one class together.
+    """The images of all batches, classes in order, those of one class together; the whole set is in memory then.
 
     Raises:
         ValueError: a batch's file is missing, damaged, of other images, or of a run with other options; it is named.

@@ -104,7 +104,8 @@ def relabel(
 ) -> SoftLabelStore:
     """Writes this rank's share of the epochs, every ``world``-th from ``rank`` on, into a store; what is there, stays.
 
-    Killed at any moment, it goes on where the store ends when called again, to the same bits.
+    Killed at any moment, it goes on where the store ends when called again, to the same bits (on as many threads:
+    torch's own convolutions promise no more).
 
     Args:
         config: the views, and how labels are stored.

@@ -41,6 +41,15 @@ def start(*arguments, ranks=1):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the ranks of torchrun have: torch's convolutions promise equal bits for equal numbers of threads only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A teacher, a recovered set and its labels, each by one process that nothing disturbed."""
