@@ -18,11 +18,12 @@ from pydistill.cli.console import Interrupted, Stop, append_line, as_json, devic
 from pydistill.cli.distill import ranks, value_of
 from pydistill.data import Dataset, DistilledSet, load, read_safetensors, write_atomic, write_safetensors
 from pydistill.evaluate import accuracy
+from pydistill.labels import SoftLabelStore
 from pydistill.methods import DECOUPLED
-from pydistill.methods._standins import SoftLabelStore
 from pydistill.methods.decoupled import Recover, merge, real_images, recover, stored
 from pydistill.methods.outer import world
-from pydistill.methods.relabel import PostTrain, Relabel, post_train, relabel
+from pydistill.methods.post_train import PostTrain, post_train
+from pydistill.methods.relabel import Relabel, relabel
 from pydistill.methods.squeeze import Squeeze, Teacher, import_weights, squeeze
 
 __all__ = ["COMMANDS", "run"]

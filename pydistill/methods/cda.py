@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydistill.methods._standins import crop_schedule
+from pydistill.augment import crop_schedule
 from pydistill.methods.decoupled import Recover
 
 __all__ = ["CDA"]
@@ -39,4 +39,4 @@ class CDA(Recover):
     """The share of the iterations in which it falls."""
 
     def lowest_crop(self, iteration: int) -> float:
-        return crop_schedule(self.schedule, iteration, self.iterations, self.milestone, lowest=self.crop)
+        return crop_schedule(self.schedule, iteration, self.iterations, self.milestone, self.crop)

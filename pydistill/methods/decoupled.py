@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
-from pydistill.methods._standins import BNStatMatcher, MultiCrop, freeze, multi_crop
 from pydistill.methods.squeeze import Teacher
+from pydistill.nn import BNStatMatcher, freeze
 from pydistill.trajectory.experts import seeded_generator
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def recover(
 ) -> None:
     """Makes this rank's share of the batches, each into a file of ``folder / "parts"``; what is there already, stays.
 
-    Interrupted or killed at any moment, it goes on from the last checkpoint when called again, to the same bits.
+    Interrupted or killed at any moment, it goes on from the last checkpoint when called again, to the same bits (on as
+    many threads: torch's own convolutions promise no more).
 
     Args:
         config: the method.
@@ -186,7 +188,7 @@ def recover(
 
 
 def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLike[str]) -> DistilledSet:
-    """The images of all batches, classes in order, those of one class together.
+    """The images of all batches, classes in order, those of one class together; the whole set is in memory then.
 
     Raises:
         ValueError: a batch's file is missing, damaged, of other images, or of a run with other options; it is named.
@@ -254,7 +256,8 @@ def _make(
     for iteration in range(done, steps):
         record = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
-        logits = net(multi_crop(images, record.to(device), side, base=base))
+        view = multi_crop(images, record.to(device), side, base=base)
+        logits = net(view.contiguous(memory_format=torch.channels_last))  # in which a frozen network is fastest
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
         (x.grad,) = torch.autograd.grad(loss, x)
         for group in optimizer.param_groups:

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydistill.methods._standins import freeze, multi_crop
+from pydistill.augment import multi_crop
 from pydistill.methods.decoupled import Batch, Recover
 from pydistill.methods.squeeze import Teacher
+from pydistill.nn import freeze
 
 __all__ = ["DWA"]
 

@@ -1,12 +1,7 @@
-"""Relabel and post-train: a teacher's soft labels for many random views of each image, and a student trained on them.
+"""Relabel: a teacher's soft labels for many random views of each image of a distilled set.
 
 FKD (Shen and Xing, ECCV 2022) as SRe2L uses it: an epoch shows each image once, cropped, mirrored and mixed with
-another of its batch, and what the teachers say of the view is stored beside the few numbers that make the view. The
-student sees the same views, and no teacher:
-
-    loss = KL(softmax(teacher / T) || softmax(student / T))
-
-without the factor T^2, as in the published code, by AdamW under half a cosine.
+another of its batch, and what the teachers say of the view is stored beside the few numbers that make the view.
 """
 
 from __future__ import annotations
@@ -14,21 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from pydistill.augment import MultiCrop, mix_labels, record_from_bytes, record_to_bytes
+from pydistill.augment.record import HEADER, MAGIC, PACKED
 from pydistill.data import DistilledSet
-from pydistill.methods._standins import MultiCrop, SoftLabelStore, freeze, mixed, multi_crop
-from pydistill.methods.squeeze import NetworkName, Teacher, build
-from pydistill.methods.training import OnEpoch, train
-from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
+from pydistill.labels import SoftLabels, SoftLabelStore
+from pydistill.methods.squeeze import Teacher
+from pydistill.nn import freeze
+from pydistill.trajectory.experts import data_crc32, seeded_generator
 
-__all__ = ["PostTrain", "Relabel", "post_train", "relabel"]
+__all__ = ["Relabel", "check_store", "relabel", "replayed"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,8 @@ class Relabel:
     """Of all that is drawn."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "digits": {"epochs": 100, "batch_size": 50, "crop": 0.5, "flip": 0.0},
-        "fashion-mnist": {"epochs": 400, "batch_size": 50, "crop": 0.5},
+        "digits": {"epochs": 200, "batch_size": 25, "crop": 0.5, "flip": 0.0},
+        "fashion-mnist": {"epochs": 400, "batch_size": 25, "crop": 0.5},
         "cifar10": {"epochs": 400},
         "cifar100": {"epochs": 400},
         "tiny-imagenet": {"epochs": 200, "batch_size": 64},
@@ -80,6 +76,7 @@ class Relabel:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        self.crops(2)  # raises for numbers that are out of range
         if self.static and self.mix == "cutmix":
             raise ValueError("static: expected mix='mixup' or 'none': cutmix has no label without asking the teachers")
 
@@ -87,9 +84,11 @@ class Relabel:
         mix = None if self.mix == "none" else self.mix
         return MultiCrop(side, scale=(self.crop, 1.0), flip=self.flip, mix=mix, alpha=self.alpha)
 
-    def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
-        """The batches of an epoch, as numbers of images."""
-        return torch.randperm(count, generator=seeded_generator(self.seed, 0, epoch)).split(self.batch_size)
+    def views(self, shape: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches: the numbers of their images, and the record of what is shown of them."""
+        generator, crops = seeded_generator(self.seed, 1, epoch), self.crops(shape[2])
+        for index in torch.randperm(shape[0], generator=generator).split(self.batch_size):
+            yield index, crops.draw(shape, generator, sources=index)
 
 
 @torch.no_grad()
@@ -105,7 +104,8 @@ def relabel(
 ) -> SoftLabelStore:
     """Writes this rank's share of the epochs, every ``world``-th from ``rank`` on, into a store; what is there, stays.
 
-    Killed at any moment, it goes on where the store ends when called again, to the same bits.
+    Killed at any moment, it goes on where the store ends when called again, to the same bits (on as many threads:
+    torch's own convolutions promise no more).
 
     Args:
         config: the views, and how labels are stored.
@@ -119,152 +119,70 @@ def relabel(
     Raises:
         ValueError: a teacher of other classes or images than the set's, or a store of other images or options.
     """
-    images = distilled.images
     for teacher in teachers:
         _check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
-    header = _header(config, distilled, teachers)
+    images = distilled.images.to(device)
     if Path(path).exists():
-        store = SoftLabelStore.open(path)
-        _check_store(store, header["metadata"], path)
+        store = SoftLabelStore.open(path, writable=True)
+        check_store(store, config, distilled)
     else:
-        store = SoftLabelStore.create(path, **header)
+        store = SoftLabelStore.create(
+            path,
+            num_images=len(images),
+            num_classes=teachers[0].num_classes,
+            epochs=config.epochs,
+            **{name: getattr(config, name) for name in ("format", "k", "temperature", "batch_size")},
+            record_bytes=(1 if config.mix == "none" else 2) * PACKED.itemsize,
+            metadata=_metadata(config, distilled),
+        )
     nets = [freeze(teacher.net) for teacher in teachers]
 
     def ask(x: Tensor) -> Tensor:
         return torch.stack([net(x) for net in nets]).mean(0)
 
-    side = images.shape[2]
-    crops = config.crops(side)
-    whole = None
-    if config.static:
-        whole = torch.cat([ask(part.to(device)) for part in images.split(config.batch_size)])
-    for epoch in range(rank, config.epochs, world):
-        generator = seeded_generator(config.seed, 1, epoch)
-        for index in config.order(len(images), epoch):
-            record = crops.draw((len(index), *images.shape[1:]), generator)
-            if store.has(epoch, index):
-                continue
-            if whole is not None:
-                logits = mixed(whole[index.to(device)], record.to(device), side)
-            else:
-                logits = ask(multi_crop(images[index].to(device), record.to(device), side))
-            store.write(epoch, index, logits.cpu(), record)
-        if on_epoch is not None:
-            on_epoch(epoch)
-    return store
+    crops = config.crops(images.shape[2])
+    whole = torch.cat([ask(part) for part in images.split(config.batch_size)]) if config.static else None
+    with store:
+        for epoch in range(rank, config.epochs, world):
+            for block, (index, record) in enumerate(config.views(images.shape, epoch)):
+                if store.holds(epoch, block):
+                    continue
+                if whole is None:
+                    logits = ask(crops(images, record))
+                else:
+                    logits = mix_labels(whole, record.to(device), crops.size)
+                store.write(epoch, index, logits, _as_rows(record))
+            if on_epoch is not None:
+                on_epoch(epoch)
+    return SoftLabelStore.open(path)
 
 
-@dataclass(frozen=True)
-class PostTrain:
-    """How a student is trained on a distilled set: AdamW under half a cosine, one view of each image an epoch."""
-
-    network: NetworkName = "resnet18"
-    """convnet is the ConvNet of the condensation papers with BatchNorm."""
-    width: int = 64
-    """Channels of the (first) stage."""
-    depth: int = 3
-    """Blocks of convnet."""
-    lr: float = 1e-3
-    """Of AdamW, at its start."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    seed: int = 0
-    """Of the initial parameters."""
-
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "digits": {"network": "convnet", "width": 32},
-        "fashion-mnist": {"network": "convnet", "width": 64},
-    }
-
-    @classmethod
-    def preset(cls, dataset: str) -> PostTrain:
-        """The values for a data set; the defaults for one that is not known."""
-        return replace(cls(), **cls.presets.get(dataset, {}))
+def replayed(labels: SoftLabels) -> Tensor:
+    """The record of the views that labels belong to; it names images of the whole set."""
+    rows = labels.records.numpy()
+    header = HEADER.pack(MAGIC, len(rows), rows.shape[1] // PACKED.itemsize)
+    return record_from_bytes(header + rows.tobytes())
 
 
-def post_train(
-    config: PostTrain,
-    distilled: DistilledSet,
-    views: Relabel,
-    store: SoftLabelStore | None = None,
-    *,
-    num_classes: int,
-    device: torch.device | str = "cpu",
-    state: dict[str, Tensor] | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> nn.Module:
-    """Trains a fresh student on a distilled set and returns it, in evaluation mode.
-
-    Args:
-        config: the student.
-        distilled: the images.
-        views: what the store was made with: the epochs, batches and views.
-        store: of soft labels; without one, the set's own hard labels on the same views, mixed as the images are.
-        num_classes: of the student.
-        device: where the work is done.
-        state, on_epoch: as `pydistill.methods.training.train` takes them.
-
-    Raises:
-        ValueError: a store of other images, classes or views, or without all epochs, which are named.
-    """
-    images = distilled.images.to(device)
-    count, _, side, _ = images.shape
-    if store is not None:
-        if store.num_classes != num_classes:
-            raise ValueError(f"store: expected labels of {num_classes} classes, got {store.num_classes}")
-        _check_store(store, _header(views, distilled, ())["metadata"], "store")
-        missing = [e for e in range(views.epochs) if not all(store.has(e, i) for i in views.order(count, e))]
-        if missing:
-            raise ValueError(
-                f"store: expected all of {views.epochs} epochs, got none of {_few(missing)}: relabel again"
-            )
-    elif distilled.label_kind != "hard" or int(distilled.labels.max()) >= num_classes:
-        raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
-    options = {"channels": images.shape[1], "num_classes": num_classes, "image_size": side}
-    make = partial(build, config.network, width=config.width, depth=config.depth, **options)
-    net = seeded_net(make, config.seed, 3, device=device)
-    optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=config.weight_decay)
-    crops = views.crops(side)
-
-    def batches(epoch: int) -> Iterator[Any]:
-        generator = seeded_generator(views.seed, 1, epoch)
-        for index in views.order(count, epoch):
-            if store is not None:
-                labels = store.read(epoch, index)
-                view = multi_crop(images[index.to(device)], labels.records.to(device), side)
-                yield lambda x=view, y=labels: y.loss(net(x))
-            else:
-                record = crops.draw((len(index), *images.shape[1:]), generator)
-                view = multi_crop(images[index.to(device)], record.to(device), side)
-                target = mixed(F.one_hot(distilled.labels[index], num_classes).float(), record, side).to(device)
-                yield lambda x=view, y=target: F.cross_entropy(net(x), y)
-
-    steps = len(views.order(count, 0))
-    train(net, optimizer, batches, epochs=views.epochs, steps=steps, state=state, on_epoch=on_epoch)
-    return net.eval()
+def _as_rows(record: Tensor) -> np.ndarray:
+    """A record as uint8 ``[B, record_bytes]``, without what is the same for all rows."""
+    return np.frombuffer(record_to_bytes(record), np.uint8, offset=HEADER.size).reshape(len(record), -1)
 
 
-def _header(config: Relabel, distilled: DistilledSet, teachers: Sequence[Teacher]) -> dict[str, Any]:
-    about = {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
-    return {
-        "num_images": len(distilled.images),
-        "num_classes": teachers[0].num_classes if teachers else 0,
-        "epochs": config.epochs,
-        "format": config.format,
-        "k": config.k,
-        "temperature": config.temperature,
-        "metadata": about,
-    }
+def _metadata(config: Relabel, distilled: DistilledSet) -> dict[str, Any]:
+    return {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
 
 
-def _check_store(store: SoftLabelStore, wanted: dict[str, Any], name: object) -> None:
+def check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet) -> None:
+    """ValueError for a store of other images than the set's, or of other views than ``config`` says."""
+    wanted = _metadata(config, distilled)
     if store.metadata.get("images_crc32") != wanted["images_crc32"]:
-        raise ValueError(f"{name}: expected labels of these images, got those of others")
+        raise ValueError(f"{store.path}: expected labels of these images, got those of others")
     kept = store.metadata.get("relabel", {})
-    different = [f"{k}={kept.get(k)!r}" for k, v in wanted["relabel"].items() if kept.get(k) != v]
+    different = [f"{name}={kept.get(name)!r}" for name, v in wanted["relabel"].items() if kept.get(name) != v]
     if different:
-        raise ValueError(f"{name}: expected labels of {wanted['relabel']}, got some of {', '.join(different)}")
+        raise ValueError(f"{store.path}: expected labels of {config}, got some of {', '.join(different)}")
 
 
 def _check_fit(distilled: DistilledSet, num_classes: int, shape: tuple[int, ...]) -> None:
@@ -273,8 +191,3 @@ def _check_fit(distilled: DistilledSet, num_classes: int, shape: tuple[int, ...]
         raise ValueError(f"teachers: expected {found} classes as the images have, got {num_classes}")
     if tuple(distilled.images.shape[1:]) != shape:
         raise ValueError(f"teachers: expected images of {list(distilled.images.shape[1:])}, got {list(shape)}")
-
-
-def _few(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:5]))
-    return shown + (", ..." if len(numbers) > 5 else "")

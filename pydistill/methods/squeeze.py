@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, read_safetensors, write_safetensors
-from pydistill.methods._standins import MultiCrop, multi_crop
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.trajectory.experts import seeded_generator, seeded_net
@@ -74,7 +74,7 @@ class Squeeze:
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32, "epochs": 10, "lr": 0.05, "crop": 0.5, "flip": 0.0},
-        "fashion-mnist": {"network": "convnet", "width": 64, "epochs": 5, "lr": 0.1, "crop": 0.5},
+        "fashion-mnist": {"network": "convnet", "width": 32, "epochs": 3, "lr": 0.1, "crop": 0.5},
         "cifar10": {},
         "cifar100": {},
         "tiny-imagenet": {"epochs": 50, "lr": 0.2, "weight_decay": 1e-4, "crop": 0.08},
@@ -90,9 +90,10 @@ class Squeeze:
         for name in ("width", "depth", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, low in (("crop", 0.0), ("flip", -1.0)):
-            if not low < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number up to 1, got {getattr(self, name)}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop: expected a share above 0 and at most 1, got {self.crop}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip: expected a probability, got {self.flip}")
 
 
 @dataclass(eq=False)
@@ -185,7 +186,7 @@ def squeeze(
         for index in torch.randperm(len(images), generator=generator).split(config.batch_size):
             index = index.to(images.device)
             record = crop.draw((len(index), *images.shape[1:]), generator)
-            x, y = multi_crop(images[index], record, side), labels[index]
+            x, y = crop(images[index], record), labels[index]
             yield lambda x=x, y=y: F.cross_entropy(teacher.net(x), y)
 
     steps = -(-len(images) // config.batch_size)

@@ -65,7 +65,6 @@ class _ResNet(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"stem: expected 'imagenet' or 'cifar', got {stem!r}")
-        self.channels = channels
         small = stem == "cifar"
         self.conv1 = nn.Conv2d(channels, width, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -92,8 +91,6 @@ class _ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, channels, H, W]`` to logits ``[N, num_classes]``."""
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"images: expected [N, {self.channels}, H, W], got {list(x.shape)}")
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
@@ -114,7 +111,7 @@ class ResNet18(_ResNet):
         width: channels of the first stage; 64 is the published network, less makes a narrow one.
 
     Raises:
-        ValueError: a size below 1, or an unknown stem; a forward input of another number of channels.
+        ValueError: a size below 1, or an unknown stem.
     """
 
     def __init__(
