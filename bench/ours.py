@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .peers import distribution, eager, gradient_matching, recover, segments, training
-from .peers import distribution, eager, gradient_matching, resnet, segments, training
-from .peers import distribution, eager, gradient_matching, multi_crop, segments, training
-from .peers import distribution, eager, gradient_matching, segments, stored_labels, training
-from .peers import distribution, eager, gradient_matching, segments, selection, training
+from .peers import (
+    distribution,
+    eager,
+    gradient_matching,
+    multi_crop,
+    recover,
+    resnet,
+    segments,
+    selection,
+    stored_labels,
+    training,
+)
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -298,6 +305,8 @@ def krr_loss(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Te
     from pydistill.matching import krr_loss
 
     return krr_loss(f_real, f_syn, y_syn, y_real, bias=True)
+
+
 def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     from pydistill import bn_stat_match
 
@@ -317,6 +326,8 @@ def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
         return loss + recover.WEIGHT * matcher.loss()
 
     return recover.stepping(problem, loss_of)
+
+
 def frozen_layer(layer: resnet.Layer) -> resnet.Thunk:
     """The filters are transformed before: they are those of a network that stays."""
     from pydistill.ops import frozen_conv2d, frozen_filters
@@ -330,6 +341,8 @@ def frozen_network(problem: resnet.Recovered) -> resnet.Thunk:
     from pydistill.nn import freeze
 
     return resnet.recovered(freeze(problem.net), problem, channels_last=True)
+
+
 def graph_cut_greedy(problem: selection.Samples) -> selection.Thunk:
     from pydistill.select import graph_cut_greedy
 

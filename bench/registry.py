@@ -25,12 +25,12 @@ from .peers import (
     eager,
     gradient_matching,
     kernel_ridge,
+    multi_crop,
     recover,
     resnet,
-    multi_crop,
     segments,
-    stored_labels,
     selection,
+    stored_labels,
     tesla,
     training,
 )
@@ -1256,6 +1256,9 @@ KRR_LOSS_MEMORY = replace(
     repeats=1,
     must_show=_krr_memory_must_show,
     problem=kernel_ridge.make_features,
+)
+
+
 def _matched_points(case: Case, config: Config) -> list[Point]:
     return [
         Point(layout, partial(recover.make_inputs, {**config, "layout": layout}), tuple(case.providers))
@@ -1409,6 +1412,7 @@ SRE2L_RECOVER_STEP = Case(
     brief={"batch": 4},
     brief_providers=("repository", "pydistill"),
 )
+
 
 def _frozen_points(case: Case, config: Config) -> list[Point]:
     """By the layer's channels and side; the stem has three channels."""

@@ -8,7 +8,6 @@ __path__ = _extend_path(__path__, __name__)
 
 from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference
 from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce, kd_divergence
-from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce
 from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, krr_loss, mmd
 from pydistill.ops import bn_match_forward, bn_stat_match, instance_norm_relu_avg_pool, soft_cross_entropy
 from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll

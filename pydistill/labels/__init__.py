@@ -1,31 +1,27 @@
-"""Soft labels: stored with what replays their augmentation, and trained on in their stored form."""
+"""Soft labels: stored with what replays their augmentation and trained on as stored, or made by a label projector."""
 
 from pydistill.labels.dataset import SoftLabelDataset, StoredBatches, collate_soft_labels
 from pydistill.labels.fkd import FKD_RECORD, import_fkd
+from pydistill.labels.lora import LoRAConv, LoRALinear, add_lora, lora_logits
+from pydistill.labels.projector import Projector, feature_distance, open_clip_encoder
 from pydistill.labels.soft_labels import SoftLabels
 from pydistill.labels.store import SoftLabelStore
 from pydistill.ops.sparse_label_loss import sparse_label_loss
 
 __all__ = [
     "FKD_RECORD",
+    "LoRAConv",
+    "LoRALinear",
+    "Projector",
     "SoftLabelDataset",
     "SoftLabelStore",
     "SoftLabels",
     "StoredBatches",
-    "collate_soft_labels",
-    "import_fkd",
-    "sparse_label_loss",
-"""Soft labels of distilled images: projectors that make them while a student trains."""
-
-from pydistill.labels.lora import LoRAConv, LoRALinear, add_lora, lora_logits
-from pydistill.labels.projector import Projector, feature_distance, open_clip_encoder
-
-__all__ = [
-    "LoRAConv",
-    "LoRALinear",
-    "Projector",
     "add_lora",
+    "collate_soft_labels",
     "feature_distance",
+    "import_fkd",
     "lora_logits",
     "open_clip_encoder",
+    "sparse_label_loss",
 ]

@@ -14,8 +14,8 @@ from pydistill.methods.dwa import DWA
 from pydistill.methods.fedlgd import FedLGD
 from pydistill.methods.ftd import FTD
 from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
-from pydistill.methods.infer import INFER
 from pydistill.methods.hello import HeLlO
+from pydistill.methods.infer import INFER
 from pydistill.methods.krr_st import KRRST, krr_st
 from pydistill.methods.mtt import MTT
 from pydistill.methods.outer import Config, State, distill
@@ -63,6 +63,6 @@ __all__ = [
     "combine",
     "distill",
     "distill_attention",
-    "quantize",
     "krr_st",
+    "quantize",
 ]

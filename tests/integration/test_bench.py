@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, memory, run
-from bench.peers import distribution, eager, gradient_matching, resnet, segments, training
 from bench import gpu, memory, ours, run
-from bench.peers import distribution, eager, gradient_matching, segments, stored_labels, training
-from bench.peers import distribution, eager, gradient_matching, segments, selection, training
+from bench.peers import distribution, eager, gradient_matching, resnet, segments, selection, stored_labels, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -514,6 +511,8 @@ def test_krr_loss_is_green_and_takes_less_memory(tmp_path: Path) -> None:
     found = rows_in(tmp_path / "krr_loss_memory.csv")
     peaks = {row["provider"]: float(row["median"]) for row in found if row["unit"] == "MiB"}
     assert peaks["solve"] > 1.5 * peaks["pydistill"] > 0
+
+
 def test_frozen_convolutions_are_green(tmp_path: Path) -> None:
     assert run.main(["frozen_conv2d", "--quick", "--providers", "channels-last,pydistill", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "frozen_conv2d.csv")
