@@ -96,6 +96,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def(
       "bn_stat_match_backward(Tensor? grad_y, Tensor grad_statistics, Tensor x, Tensor? residual, Tensor? scale,"
       " Tensor? shift, Tensor mean, bool relu) -> (Tensor, Tensor)");
+
   // Losses of rows of student logits; the second of what forward gives is their gradient, [N, 0] unless `keep`.
   m.def(
       "kd_divergence(Tensor student, Tensor? target, Tensor? labels, int kind, bool probs, float T, float scale,"
@@ -116,9 +117,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def(
       "sparse_label_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor values, float T, int tail,"
       " float step, bool entropy, float scale) -> Tensor");
-  // A 3x3 convolution with padding 1; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of
-  // it and of its adjoint, which is of the same kind.
-  m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint) -> Tensor");
+
   // A convolution whose output is as large as its input, with 3 or 4 taps a side, `before` of them above and left of
   // the position; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of it and of its
   // adjoint, which is of the same kind.
