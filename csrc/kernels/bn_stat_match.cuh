@@ -25,6 +25,8 @@ inline bool channels_are_neighbours(const Call& call) { return call.x.c == 1 && 
 // Enough elements for a block to be worth starting, and enough blocks for the device.
 inline int64_t tile(const Call& call) { return channels_are_neighbours(call) ? 256 : 4096; }
 
+__device__ inline int64_t tiles_of_sample(const Call& call) { return (call.P + call.tile - 1) / call.tile; }
+
 template <class T>
 __device__ T* at(const Planes& planes, int64_t n, int64_t c, int64_t p) {
   return static_cast<T*>(planes.data) + n * planes.n + c * planes.c + p * planes.p;
@@ -48,8 +50,10 @@ struct Norm {  // the frozen BatchNorm of a channel
  private:
   __device__ static A separately_rounded_sum(A product, A shift) {
 #ifdef __CUDACC__
-    if constexpr (std::is_same_v<A, float>) return __fadd_rn(product, shift);
-    else return __dadd_rn(product, shift);
+    if constexpr (std::is_same_v<A, float>)
+      return __fadd_rn(product, shift);
+    else
+      return __dadd_rn(product, shift);
 #else
     return product + shift;
 #endif
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(threads) tiles_kernel(const Call call, const b
   using A = Accumulator<T>;
   A* const shared = reinterpret_cast<A*>(dynamic_shared());  // [2][threads]
   const int me = static_cast<int>(threadIdx.x);
-  const int64_t of_sample = call.tiles_of_sample(), t = blockIdx.x, n = t / of_sample;
+  const int64_t of_sample = tiles_of_sample(call), t = blockIdx.x, n = t / of_sample;
   const int64_t begin = t % of_sample * call.tile, end = begin + call.tile < call.P ? begin + call.tile : call.P;
   const int64_t c = by_rows ? int64_t{blockIdx.y} * warp + me % warp : int64_t{blockIdx.y};
   const bool active = c < call.C;
@@ -104,16 +108,14 @@ __device__ inline double sum_over_warp(double value) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(threads) merge_kernel(const Call call) {
+__global__ void __launch_bounds__(threads, std::is_same_v<A, double> ? 2 : 4) merge_kernel(const Call call) {
   const int64_t c = int64_t{blockIdx.x} * rows + threadIdx.x / warp;
   if (c >= call.C) return;  // a whole warp: no shuffle waits for it
   const int lane = threadIdx.x % warp;
-  const int64_t tiles = call.tiles(), of_sample = call.tiles_of_sample();
+  const int64_t of_sample = tiles_of_sample(call), tiles = call.N * of_sample;
   const double last = static_cast<double>(call.P - (of_sample - 1) * call.tile);
   const double count = static_cast<double>(call.N * call.P);
-  const auto size = [&](int64_t t) {
-    return t % of_sample == of_sample - 1 ? last : static_cast<double>(call.tile);
-  };
+  const auto size = [&](int64_t t) { return t % of_sample == of_sample - 1 ? last : static_cast<double>(call.tile); };
   const auto number = [&](int64_t t, int which) {
     return static_cast<double>(global_load(static_cast<const A*>(call.partial) + (t * 3 + which) * call.C + c));
   };
