@@ -112,21 +112,30 @@ __global__ void __launch_bounds__(threads, std::is_same_v<A, double> ? 2 : 4) me
   const int64_t c = int64_t{blockIdx.x} * rows + threadIdx.x / warp;
   if (c >= call.C) return;  // a whole warp: no shuffle waits for it
   const int lane = threadIdx.x % warp;
-  const int64_t of_sample = tiles_of_sample(call), tiles = call.N * of_sample;
+  const int64_t of_sample = tiles_of_sample(call);
   const double last = static_cast<double>(call.P - (of_sample - 1) * call.tile);
+  const double full = static_cast<double>(call.tile), inverse_of_full = 1 / full, inverse_of_last = 1 / last;
   const double count = static_cast<double>(call.N * call.P);
-  const auto size = [&](int64_t t) { return t % of_sample == of_sample - 1 ? last : static_cast<double>(call.tile); };
-  const auto number = [&](int64_t t, int which) {
-    return static_cast<double>(global_load(static_cast<const A*>(call.partial) + (t * 3 + which) * call.C + c));
+  // A sample's tiles go to the lanes: to divide by the number of samples' tiles takes registers.
+  const auto each_tile = [&](auto body) {
+    for (int64_t n = 0; n < call.N; ++n)
+#pragma unroll 1
+      for (int64_t t = lane; t < of_sample; t += warp) {
+        const A* const at = static_cast<const A*>(call.partial) + (n * of_sample + t) * 3 * call.C + c;
+        body(t == of_sample - 1 ? last : full, t == of_sample - 1 ? inverse_of_last : inverse_of_full, at);
+      }
   };
   double total = 0;
-  for (int64_t t = lane; t < tiles; t += warp) total += size(t) * number(t, 0) + number(t, 1);
+  each_tile([&](double size, double, const A* at) {
+    total += size * static_cast<double>(global_load(at)) + static_cast<double>(global_load(at + call.C));
+  });
   const double mean = sum_over_warp(total) / count;
   double squares = 0;
-  for (int64_t t = lane; t < tiles; t += warp) {
-    const double sum = number(t, 1), apart = number(t, 0) + sum / size(t) - mean;
-    squares += (number(t, 2) - sum * sum / size(t)) + size(t) * apart * apart;
-  }
+  each_tile([&](double size, double inverse, const A* at) {
+    const double sum = static_cast<double>(global_load(at + call.C)), own = sum * inverse;
+    const double apart = static_cast<double>(global_load(at)) + own - mean;
+    squares += (static_cast<double>(global_load(at + 2 * call.C)) - sum * own) + size * apart * apart;
+  });
   const double var = sum_over_warp(squares) / count;
   if (lane == 0) {
     global_store(static_cast<A*>(call.statistics) + c, static_cast<A>(mean));
