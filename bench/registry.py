@@ -1373,9 +1373,11 @@ def _recover_check(case: Case, point: Point, problem: Any, outputs: dict[str, An
             similar = cosine(output.d_images, truth.d_images)
             yield Check(name, "bf16 d_images, cosine to float32", similar, 0.9, at_least=True)
         elif name != case.baseline:
-            for what in ("loss", "d_images"):
+            # where a ReLU or a maximum is decided by rounding, a gradient jumps: the repository's own step in another
+            # layout is off by 0.003 of its float64; every digit counts in the gate, in float64
+            for what, bound in (("loss", 1e-4), ("d_images", 0.05)):
                 error = relative_error(getattr(output, what), getattr(truth, what))
-                yield Check(name, f"float32 {what}, relative error", error, 1e-3)
+                yield Check(name, f"float32 {what}, relative error", error, bound)
 
 
 _RECOVER_BOUNDS = {

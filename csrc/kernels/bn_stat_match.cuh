@@ -25,6 +25,8 @@ inline bool channels_are_neighbours(const Call& call) { return call.x.c == 1 && 
 // Enough elements for a block to be worth starting, and enough blocks for the device.
 inline int64_t tile(const Call& call) { return channels_are_neighbours(call) ? 256 : 4096; }
 
+__device__ inline int64_t tiles_of_sample(const Call& call) { return (call.P + call.tile - 1) / call.tile; }
+
 template <class T>
 __device__ T* at(const Planes& planes, int64_t n, int64_t c, int64_t p) {
   return static_cast<T*>(planes.data) + n * planes.n + c * planes.c + p * planes.p;
@@ -48,8 +50,10 @@ struct Norm {  // the frozen BatchNorm of a channel
  private:
   __device__ static A separately_rounded_sum(A product, A shift) {
 #ifdef __CUDACC__
-    if constexpr (std::is_same_v<A, float>) return __fadd_rn(product, shift);
-    else return __dadd_rn(product, shift);
+    if constexpr (std::is_same_v<A, float>)
+      return __fadd_rn(product, shift);
+    else
+      return __dadd_rn(product, shift);
 #else
     return product + shift;
 #endif
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(threads) tiles_kernel(const Call call, const b
   using A = Accumulator<T>;
   A* const shared = reinterpret_cast<A*>(dynamic_shared());  // [2][threads]
   const int me = static_cast<int>(threadIdx.x);
-  const int64_t of_sample = call.tiles_of_sample(), t = blockIdx.x, n = t / of_sample;
+  const int64_t of_sample = tiles_of_sample(call), t = blockIdx.x, n = t / of_sample;
   const int64_t begin = t % of_sample * call.tile, end = begin + call.tile < call.P ? begin + call.tile : call.P;
   const int64_t c = by_rows ? int64_t{blockIdx.y} * warp + me % warp : int64_t{blockIdx.y};
   const bool active = c < call.C;
@@ -104,27 +108,34 @@ __device__ inline double sum_over_warp(double value) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(threads) merge_kernel(const Call call) {
+__global__ void __launch_bounds__(threads, std::is_same_v<A, double> ? 2 : 4) merge_kernel(const Call call) {
   const int64_t c = int64_t{blockIdx.x} * rows + threadIdx.x / warp;
   if (c >= call.C) return;  // a whole warp: no shuffle waits for it
   const int lane = threadIdx.x % warp;
-  const int64_t tiles = call.tiles(), of_sample = call.tiles_of_sample();
+  const int64_t of_sample = tiles_of_sample(call);
   const double last = static_cast<double>(call.P - (of_sample - 1) * call.tile);
+  const double full = static_cast<double>(call.tile), inverse_of_full = 1 / full, inverse_of_last = 1 / last;
   const double count = static_cast<double>(call.N * call.P);
-  const auto size = [&](int64_t t) {
-    return t % of_sample == of_sample - 1 ? last : static_cast<double>(call.tile);
-  };
-  const auto number = [&](int64_t t, int which) {
-    return static_cast<double>(global_load(static_cast<const A*>(call.partial) + (t * 3 + which) * call.C + c));
+  // A sample's tiles go to the lanes: to divide by the number of samples' tiles takes registers.
+  const auto each_tile = [&](auto body) {
+    for (int64_t n = 0; n < call.N; ++n)
+#pragma unroll 1
+      for (int64_t t = lane; t < of_sample; t += warp) {
+        const A* const at = static_cast<const A*>(call.partial) + (n * of_sample + t) * 3 * call.C + c;
+        body(t == of_sample - 1 ? last : full, t == of_sample - 1 ? inverse_of_last : inverse_of_full, at);
+      }
   };
   double total = 0;
-  for (int64_t t = lane; t < tiles; t += warp) total += size(t) * number(t, 0) + number(t, 1);
+  each_tile([&](double size, double, const A* at) {
+    total += size * static_cast<double>(global_load(at)) + static_cast<double>(global_load(at + call.C));
+  });
   const double mean = sum_over_warp(total) / count;
   double squares = 0;
-  for (int64_t t = lane; t < tiles; t += warp) {
-    const double sum = number(t, 1), apart = number(t, 0) + sum / size(t) - mean;
-    squares += (number(t, 2) - sum * sum / size(t)) + size(t) * apart * apart;
-  }
+  each_tile([&](double size, double inverse, const A* at) {
+    const double sum = static_cast<double>(global_load(at + call.C)), own = sum * inverse;
+    const double apart = static_cast<double>(global_load(at)) + own - mean;
+    squares += (static_cast<double>(global_load(at + 2 * call.C)) - sum * own) + size * apart * apart;
+  });
   const double var = sum_over_warp(squares) / count;
   if (lane == 0) {
     global_store(static_cast<A*>(call.statistics) + c, static_cast<A>(mean));

@@ -25,7 +25,8 @@ PYDISTILL_INLINE V load_lanes(const S* p) {
     return load_register(p);
   } else {
 #if defined(__AVX512F__)
-    if constexpr (__is_same(S, F16)) return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    if constexpr (__is_same(S, F16))
+      return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
     if constexpr (__is_same(S, F16)) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
@@ -191,7 +192,8 @@ template <class How, class T, class S>
 void forward_plane(const Call& call, const Tile& tile, int64_t c, bool neighbours, T* partial) {
   using V = Register<T>;
   constexpr int L = Registers<T>::lanes, W = 128 / sizeof(T), Q = W / L;
-  const S *const x = at<S>(call.x, tile.n, c, tile.begin), *const residual = at<S>(call.residual, tile.n, c, tile.begin);
+  const S *const x = at<S>(call.x, tile.n, c, tile.begin), *const residual =
+                                                               at<S>(call.residual, tile.n, c, tile.begin);
   S* const y = at<S>(call.y, tile.n, c, tile.begin);
   const int64_t length = tile.end - tile.begin;
   const T first = widen(x[0]);
@@ -231,10 +233,11 @@ void forward_plane(const Call& call, const Tile& tile, int64_t c, bool neighbour
 template <class How, class T, class S>
 void backward_plane(const Call& call, const Tile& tile, int64_t c, bool neighbours, T level, T slope) {
   constexpr int L = Registers<T>::lanes;
-  const S *const x = at<S>(call.x, tile.n, c, tile.begin), *const residual = at<S>(call.residual, tile.n, c, tile.begin),
+  const S *const x = at<S>(call.x, tile.n, c, tile.begin),
+                 *const residual = at<S>(call.residual, tile.n, c, tile.begin),
                  *const grad_y = at<S>(call.grad_y, tile.n, c, tile.begin);
-  S *const grad_x = at<S>(call.grad_x, tile.n, c, tile.begin),
-           *const grad_residual = at<S>(call.grad_residual, tile.n, c, tile.begin);
+  S *const grad_x = at<S>(call.grad_x, tile.n, c, tile.begin), *const grad_residual =
+                                                                   at<S>(call.grad_residual, tile.n, c, tile.begin);
   const T mean = channels<T>(call.mean)[c];
   T scale{}, shift{};
   if constexpr (How::norm) scale = channels<T>(call.scale)[c], shift = channels<T>(call.shift)[c];
