@@ -17,10 +17,11 @@ class FrozenConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` of constant weights on `pydistill.ops.frozen_conv2d`.
 
     It has 3x3 filters with stride 1 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
-    On the CPU the filters are transformed once, on first use and again whenever the weight was written to or changed
-    its dtype; they take eight times the memory of the weight and are neither parameters nor in the ``state_dict``. On
-    other devices it is torch's own convolution (cuDNN on CUDA). The output is in channels-last memory. Under autocast
-    the input is cast as ``nn.Conv2d`` casts it; the arithmetic is in float32 with the weight as it is.
+    On the CPU the filters are transformed once, on first use and again whenever the weight was written to (not where
+    that went through ``.data``, which torch does not count) or changed its dtype; they take eight times the memory of
+    the weight and are neither parameters nor in the ``state_dict``. On other devices it is torch's own convolution
+    (cuDNN on CUDA). The output is in channels-last memory. Under autocast the input is cast as ``nn.Conv2d`` casts it;
+    the arithmetic is in float32 with the weight as it is.
 
     Raises:
         ValueError: in forward, where the weight requires a gradient (there is none), or the input does not fit.
@@ -30,10 +31,17 @@ class FrozenConv2d(nn.Conv2d):
 
     def filters(self) -> FrozenFilters:
         """The transformed filters, made where they are not there yet."""
-        made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        weight = self.weight
+        if weight.requires_grad:
+            raise ValueError(
+                "weight: expected frozen filters, got a parameter that requires a gradient; there is none, "
+                "so freeze it (requires_grad_(False)) or use nn.Conv2d"
+            )
+        made_of = (weight.data_ptr(), weight._version, weight.dtype)
         if self._transformed is None or self._transformed[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():
-                self._transformed = (made_of, frozen_filters(self.weight))
+                # what is kept shares the weight's memory: no later weight can lie at the same address
+                self._transformed = (made_of, frozen_filters(weight.detach()))
         return self._transformed[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +81,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if is_replaced(module) and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
             raise ValueError(f"model: {name} ({module}) has hooks; freeze the network before they are attached")
-    frozen = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    with torch.inference_mode(False):  # what is made in it does not count what is written to it
+        frozen = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in frozen.modules():
         if is_replaced(module):
             module.__class__ = FrozenConv2d  # same state; only forward differs

@@ -71,6 +71,17 @@ def test_filters_follow_the_weight():
         frozen(x)
 
 
+def test_a_weight_rounded_on_the_way_is_seen():
+    conv = freeze(network(torch.float32))[3]
+    x = torch.randn(1, 32, 6, 6)
+    exact = conv(x)
+    for _ in range(3):  # the memory may come back to the same address
+        rounded = conv.bfloat16().float()(x)
+    assert not torch.equal(rounded, exact)
+    truth = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(rounded, truth, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_and_files_do_not_carry_the_filters():
     conv = freeze(network(torch.float32))[3]
     x = torch.randn(1, 32, 6, 6)
@@ -101,6 +112,7 @@ def test_compiled_and_in_inference_mode():
     frozen, x = freeze(net), torch.randn(1, 3, 16, 16)
     with torch.inference_mode():
         first = frozen(x)
+        torch.testing.assert_close(freeze(net)(x), first)
     truth = gradient(frozen, x)
     torch.testing.assert_close(first, truth[0])
     for found, expected in zip(gradient(torch.compile(frozen, backend="aot_eager"), x), truth, strict=True):
@@ -114,8 +126,10 @@ def test_refusals():
     net[3].register_forward_hook(lambda *args: None)
     with pytest.raises(ValueError, match=r"model: 3 \(Conv2d.* has hooks"):
         freeze(net)
-    frozen = freeze(network(torch.float32)).requires_grad_()
-    with pytest.raises(ValueError, match="weight: expected frozen filters, got a tensor that requires a gradient"):
+    frozen = freeze(network(torch.float32))
+    frozen(torch.randn(1, 3, 16, 16))
+    frozen.requires_grad_()
+    with pytest.raises(ValueError, match="weight: expected frozen filters, got a parameter that requires a gradient"):
         frozen(torch.randn(1, 3, 16, 16))
 
 
