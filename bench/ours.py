@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import distribution, eager, gradient_matching, segments, training
+from .peers import distribution, eager, gradient_matching, label_losses, segments, training
 from .peers.problem import Problem, Result, Thunk
 
 
@@ -222,6 +222,18 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     from pydistill.matching import mmd
 
     return mmd(x, y)
+
+
+def kd_divergence(student: Tensor, problem: label_losses.Logits) -> Tensor:
+    from pydistill import kd_divergence
+
+    return kd_divergence(student, problem.teacher, T=problem.T, scale_T2=False)
+
+
+def sparse_label_loss(student: Tensor, problem: label_losses.Logits) -> Tensor:
+    from pydistill.labels import sparse_label_loss
+
+    return sparse_label_loss(student, problem.indices, problem.values, T=problem.T)
 
 
 def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ KINDS = ("ce", "el2n", "margin", "entropy")
 
 @torch.no_grad()
 def sample_scores(logits: Tensor, labels: Tensor, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
-    """Scores of samples, by which "Prune, Combine, Augment" and its forerunners choose: larger is harder, but in margin.
+    """Scores of samples, by which PCA (prune, combine, augment) and others choose: larger is harder, but in margin.
 
     With ``p = logits.softmax(1)``, which all of them share, and y the label:
 

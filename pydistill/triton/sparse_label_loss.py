@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pydistill.triton.kd_divergence import load_row, softmax_row, weighted
 
-MOST = 1024  # classes at a time
+MOST = 512  # classes at a time
 _SMOOTH, _RENORM = tl.constexpr(0), tl.constexpr(2)  # as in sparse_label_loss.h
 
 

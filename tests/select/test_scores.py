@@ -16,7 +16,9 @@ def test_against_the_formulas(dtype):
     truth = {
         "ce": F.cross_entropy(z, labels, reduction="none"),
         "el2n": (p - F.one_hot(labels, 7)).norm(dim=1),
-        "margin": torch.stack([row[y] - torch.cat([row[:y], row[y + 1 :]]).max() for row, y in zip(z, labels)]),
+        "margin": torch.stack(
+            [row[y] - torch.cat([row[:y], row[y + 1 :]]).max() for row, y in zip(z, labels, strict=True)]
+        ),
         "entropy": torch.distributions.Categorical(logits=z).entropy(),
     }
     assert list(scores) == list(truth)
