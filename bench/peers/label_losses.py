@@ -1,4 +1,4 @@
-"""Post-training's losses in plain torch: divergence from a teacher's logits, and from the ten classes that are stored."""
+"""Post-training's losses in plain torch: against a teacher's logits, and against the ten classes that are stored."""
 
 from __future__ import annotations
 
