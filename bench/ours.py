@@ -16,6 +16,7 @@ from .peers import (
     distribution,
     eager,
     gradient_matching,
+    label_losses,
     multi_crop,
     recover,
     resnet,
@@ -293,6 +294,18 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     from pydistill.matching import mmd
 
     return mmd(x, y)
+
+
+def kd_divergence(student: Tensor, problem: label_losses.Logits) -> Tensor:
+    from pydistill import kd_divergence
+
+    return kd_divergence(student, problem.teacher, T=problem.T, scale_T2=False)
+
+
+def sparse_label_loss(student: Tensor, problem: label_losses.Logits) -> Tensor:
+    from pydistill.labels import sparse_label_loss
+
+    return sparse_label_loss(student, problem.indices, problem.values, T=problem.T)
 
 
 def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:

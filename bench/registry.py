@@ -25,6 +25,7 @@ from .peers import (
     eager,
     gradient_matching,
     kernel_ridge,
+    label_losses,
     multi_crop,
     recover,
     resnet,
@@ -1600,6 +1601,75 @@ GRAPH_CUT_GREEDY = Case(
     must_show=_graph_cut_must_show,
 )
 
+
+def _label_losses_points(case: Case, config: Config) -> list[Point]:
+    return [Point(T, partial(label_losses.make_logits, config, T), tuple(case.providers)) for T in config["T"]]
+
+
+def _label_losses_gate(loss: label_losses.Loss, case: Case, config: Config) -> Iterator[Check]:
+    """Float64, an odd size, loss and gradient to 1e-10."""
+    problem = label_losses.make_logits(config["gate"], T=3.0, dtype=torch.float64)
+    truths = label_losses.prepare(problem, loss)()
+    for name, entry in case.providers.items():
+        for what, value, truth in zip(label_losses.Solved._fields, entry.prepare(problem)(), truths, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _label_losses_check(
+    loss: label_losses.Loss,
+    case: Case,
+    point: Point,
+    problem: label_losses.Logits,
+    outputs: dict[str, label_losses.Solved],
+) -> Iterator[Check]:
+    """Against plain torch in float64: 1e-6 in L2, or twice plain torch's own fp32 error."""
+    truths = label_losses.prepare(problem.double(), loss)()
+    for i, (what, truth) in enumerate(zip(label_losses.Solved._fields, truths, strict=True)):
+        bound = max(1e-6, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, output in outputs.items():
+            yield Check(name, f"float32 {what}, T={point.x}, relative error", relative_error(output[i], truth), bound)
+
+
+def _label_losses_must_show(bounds: dict[str, float], medians: Medians, config: Config) -> Iterator[Check]:
+    """``bounds``: by peer, at every temperature."""
+    for T in config["T"]:
+        found = {provider: value for (_, x, provider), value in medians.items() if x == T}
+        for peer, bound in bounds.items():
+            if peer in found and "pydistill" in found:
+                ratio = found[peer] / found["pydistill"]
+                yield Check("pydistill", f"T={T}, speed-up over {peer}", ratio, bound, at_least=True)
+
+
+def _label_losses_case(
+    name: str, baseline: str, peer: label_losses.Loss, loss: label_losses.Loss, bounds: dict[str, float]
+) -> Case:
+    return Case(
+        name=name,
+        metric="time of loss and gradient",
+        unit="ms",
+        x_name="temperature",
+        providers={
+            baseline: Entry(partial(label_losses.prepare, loss=peer)),
+            "compiled": Entry(partial(label_losses.prepare_compiled, loss=peer)),
+            "pydistill": Entry(partial(label_losses.prepare, loss=loss)),
+        },
+        full={"rows": 1024, "classes": 1000, "k": 10, "T": (4.0, 20.0), "gate": {"rows": 7, "classes": 37, "k": 3}},
+        quick={"rows": 8, "classes": 37, "k": 3, "T": (4.0,), "gate": {"rows": 7, "classes": 37, "k": 3}},
+        repeats=25,
+        points=_label_losses_points,
+        gate=partial(_label_losses_gate, peer),
+        check=partial(_label_losses_check, peer),
+        must_show=partial(_label_losses_must_show, bounds),
+    )
+
+
+KD_DIVERGENCE = _label_losses_case(
+    "kd_divergence", "eager", label_losses.dense, ours.kd_divergence, {"eager": 1.5, "compiled": 1.0}
+)
+SPARSE_LABEL_LOSS = _label_losses_case(
+    "sparse_label_loss", "densify", label_losses.densified, ours.sparse_label_loss, {"densify": 3.0, "compiled": 1.0}
+)
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -1632,5 +1702,7 @@ CASES: dict[str, Case] = {
         FROZEN_CONV2D,
         FROZEN_RESNET18,
         GRAPH_CUT_GREEDY,
+        KD_DIVERGENCE,
+        SPARSE_LABEL_LOSS,
     )
 }

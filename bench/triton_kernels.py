@@ -192,14 +192,17 @@ def compiled_bn(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]
 
 # of kd_divergence: element type, kind, target_is, form, classes
 KD_CASES = [
-    *((scalar, kind, "logits", "forward", 1000) for scalar in ("f32", "bf16", "f16") for kind in range(7)),
-    *(("f32", kind, "logits", "backward_jvp", 1000) for kind in range(7)),
-    *(("f32", 2, target, form, 100) for target in ("logits", "probs") for form in ("backward", "jvp")),
+    *(("f32", kind, "logits", "forward", 1000) for kind in range(7)),
+    *((scalar, 0, "logits", "forward", 1000) for scalar in ("bf16", "f16")),
+    *(("f32", kind, "logits", "backward_jvp", 1000) for kind in (0, 2, 5)),
+    *(("f32", 2, "probs", form, 100) for form in ("backward", "jvp")),
 ]
 # of sparse_label_loss: element type, tail, whether values are codes, whether for the backward pass
 SPARSE_CASES = [
-    *((scalar, tail, codes, False) for scalar in ("f32", "bf16", "f16") for tail in (0, 2) for codes in (False, True)),
+    ("f32", 0, False, False),
     ("f32", 0, False, True),
+    ("f32", 2, True, False),
+    ("bf16", 0, True, False),
 ]
 
 

@@ -6,6 +6,7 @@ from pydistill.select.graph_cut import graph_cut_greedy
 from pydistill.select.herding import herding
 from pydistill.select.kmeans import kmeans, representatives
 from pydistill.select.patches import best_crops, drop_patches, mosaic, patch_importance
+from pydistill.select.scores import sample_scores
 
 __all__ = [
     "TrainingDynamics",
@@ -18,4 +19,5 @@ __all__ = [
     "mosaic",
     "patch_importance",
     "representatives",
+    "sample_scores",
 ]

@@ -15,20 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydistill.triton.kd_divergence import load_row, softmax_row
+from pydistill.triton.kd_divergence import load_row, softmax_row, weighted
 
-MOST = 1024  # classes at a time
+MOST = 512  # classes at a time
 _SMOOTH, _RENORM = tl.constexpr(0), tl.constexpr(2)  # as in sparse_label_loss.h
 
 
 @triton.jit
 def _stored(values, j, column, step, CODES: tl.constexpr):
     value = tl.load(values + j * column)
-    if CODES:
-        p = tl.exp(-step * value.to(tl.float32))
-    else:
-        p = value.to(tl.float32)
-    return p
+    return tl.exp(-step * value.to(tl.float32)) if CODES else value.to(tl.float32)
 
 
 @triton.jit(
@@ -80,8 +76,7 @@ def sparse_label_loss_kernel(
             log_p = 0.0
             if ENTROPY:
                 log_p = tl.log(p)
-            # what has no probability adds nothing, whatever its logarithm
-            losses += tl.where(same & (p != 0), p * (log_p - log_q), 0.0)
+            losses += tl.where(same, weighted(p, log_p - log_q), 0.0)
             here += same.to(tl.int32)
         others += tl.where(inside & (here == 0), log_q, 0.0)
         met += here

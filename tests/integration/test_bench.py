@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from bench import gpu, memory, ours, run
-from bench.peers import distribution, eager, gradient_matching, resnet, segments, selection, stored_labels, training
+from bench.peers import (
+    distribution,
+    eager,
+    gradient_matching,
+    label_losses,
+    resnet,
+    segments,
+    selection,
+    stored_labels,
+    training,
+)
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -533,3 +543,28 @@ def test_frozen_convolutions_see_a_wrong_input_gradient(tmp_path: Path) -> None:
     case = CASES["frozen_conv2d"].only([])
     case = replace(case, providers=case.providers | {"unturned": Entry(unturned)})
     assert run.run_case(case, size="quick", out=tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["kd_divergence", "sparse_label_loss"])
+def test_label_losses_are_green(name: str, tmp_path: Path) -> None:
+    assert run.main([name, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    assert {row["provider"] for row in rows_in(tmp_path / f"{name}.csv")} == {CASES[name].baseline, "pydistill"}
+
+
+def test_label_losses_gates_see_another_temperature(tmp_path: Path) -> None:
+    def warmer(student: torch.Tensor, problem: label_losses.Logits) -> torch.Tensor:
+        return label_losses.dense(student, replace(problem, T=problem.T + 0.01))
+
+    case = CASES["kd_divergence"].only([])
+    wrong = Entry(lambda problem: label_losses.prepare(problem, warmer))
+    assert run.run_case(replace(case, providers=case.providers | {"wrong": wrong}), size="quick", out=tmp_path) == 1
+
+
+def test_label_losses_must_beat_eager_and_compiled() -> None:
+    case = CASES["kd_divergence"]
+    for seconds, expected in (((3.0, 2.0), True), ((1.4, 2.0), False), ((3.0, 0.9), False)):
+        medians = {
+            ("", T, name): v for T in (4.0, 20.0) for name, v in zip(("eager", "compiled"), seconds, strict=True)
+        }
+        medians |= {("", T, "pydistill"): 1.0 for T in (4.0, 20.0)}
+        assert all(check.ok for check in case.must_show(medians, case.full)) == expected

@@ -74,8 +74,8 @@ def test_against_plain_torch(dtype: torch.dtype, kind: str) -> None:
             compare(student, target, dtype, **options | {"labels": labels, "ce_weight": 0.75})
 
 
-# tiles of 32 to 1024 classes, and rows of several
-@pytest.mark.parametrize("C", [1, 31, 32, 33, 1000, 1024, 1025, 2100])
+# tiles of 32 to 512 classes, and rows of several
+@pytest.mark.parametrize("C", [1, 31, 32, 33, 512, 513, 1030])
 def test_partial_tiles(C: int) -> None:
     for kind in ("fkl", "jsd"):
         student, target, options = problem(2, C, kind)

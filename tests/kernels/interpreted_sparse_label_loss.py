@@ -58,8 +58,8 @@ def test_against_plain_torch(codes: bool, tail: str, kind: str) -> None:
         compare(*problem(3, 37, 5, codes), dtype, tail=tail, kind=kind)
 
 
-# tiles of 32 to 1024 classes, and rows of several
-@pytest.mark.parametrize(("C", "k"), [(1, 1), (32, 32), (33, 1), (1000, 3), (1025, 4), (2100, 2)])
+# tiles of 32 to 512 classes, and rows of several
+@pytest.mark.parametrize(("C", "k"), [(1, 1), (32, 32), (33, 1), (512, 3), (513, 4), (1030, 2)])
 def test_partial_tiles(C: int, k: int) -> None:
     compare(*problem(2, C, k), torch.float32)
 
