@@ -795,7 +795,7 @@ def _label_points(case: Case, config: Config) -> list[Point]:
     ]
 
 
-def _label_truths(case: Case, problem: stored_labels.Labels) -> Iterator[tuple[str, list[stored_labels.Trained]]]:
+def _label_truths(case: Case, problem: stored_labels.Labels) -> Iterator[tuple[str, stored_labels.Trained]]:
     """Of each provider, the loss of the distributions that its labels are, in float64."""
     for name, entry in case.providers.items():
         if entry.mode:  # a form of the store; mode "" is the files
@@ -806,18 +806,20 @@ def _label_truths(case: Case, problem: stored_labels.Labels) -> Iterator[tuple[s
 
 
 def _label_checks(
-    case: Case, problem: stored_labels.Labels, outputs: dict[str, list[stored_labels.Trained]]
+    case: Case, problem: stored_labels.Labels, outputs: dict[str, stored_labels.Trained]
 ) -> Iterator[Check]:
     """Within 1e-6 of the densified labels' loss; relative to one above one, which float32 rounds by as much."""
     for name, truth in _label_truths(case, problem):
         if name not in outputs:
             continue
-        pairs = list(zip(outputs[name], truth, strict=True))
-        units = [1.0 if problem.dtype == torch.float64 else max(1.0, float(b.loss)) for _, b in pairs]
-        loss = max(float((a.loss - b.loss).abs()) / unit for (a, b), unit in zip(pairs, units, strict=True))
+        output = outputs[name]
+        double = problem.dtype == torch.float64
+        errors = [
+            abs(a - b) / (1.0 if double else max(1.0, b)) for a, b in zip(output.losses, truth.losses, strict=True)
+        ]
         what = f"{problem.dtype} T={problem.T:g} loss".replace("torch.", "")
-        yield Check(name, f"{what}, difference to that of the densified labels", loss, 1e-6)
-        gradient = max(relative_error(a.d_logits, b.d_logits) for a, b in pairs)
+        yield Check(name, f"{what}, difference to that of the densified labels", max(errors), 1e-6)
+        gradient = relative_error(output.d_logits, truth.d_logits)
         yield Check(name, f"T={problem.T:g} d_logits, relative error", gradient, 1e-4)
 
 
@@ -830,7 +832,7 @@ def _label_gate(case: Case, config: Config) -> Iterator[Check]:
 
 
 def _label_check(
-    case: Case, point: Point, problem: stored_labels.Labels, outputs: dict[str, list[stored_labels.Trained]]
+    case: Case, point: Point, problem: stored_labels.Labels, outputs: dict[str, stored_labels.Trained]
 ) -> Iterator[Check]:
     yield from _label_checks(case, problem, outputs)
 

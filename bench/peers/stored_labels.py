@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 
 class Trained(NamedTuple):
-    loss: Tensor
-    d_logits: Tensor  # [B, C], of the student
+    losses: list[float]  # of the batches
+    d_logits: Tensor  # [B, C], of the student, by the last of them
 
 
 Thunk = Callable[[], Any]
@@ -80,13 +80,15 @@ def kl(student: Tensor, logits: Tensor, T: float) -> Tensor:
     return F.kl_div(F.log_softmax(student / T, 1), F.softmax(logits.float() / T, 1), reduction="batchmean")
 
 
-def loss_and_gradient(loss: Callable[[Any], Tensor], student: Tensor, labels: Any) -> Trained:
-    value = loss(labels)
-    return Trained(value.detach(), torch.autograd.grad(value, student)[0])
-
-
-def passes(loader: Any, loss: Callable[[Any], Tensor], student: Tensor) -> list[Trained]:
-    return [loss_and_gradient(loss, student, labels) for labels in loader]
+def passes(loader: Any, loss: Callable[[Any], Tensor], student: Tensor) -> Trained:
+    """The loss and its gradient, batch after batch; as in training, a gradient is gone before the next one comes."""
+    losses, d_logits = [], student
+    for labels in loader:
+        del d_logits
+        value = loss(labels)
+        (d_logits,) = torch.autograd.grad(value, student)
+        losses.append(value.detach())
+    return Trained([float(each) for each in losses], d_logits)
 
 
 class Files:
@@ -116,7 +118,7 @@ def saved_bytes(problem: Labels) -> Callable[[], float]:
     return lambda: sum(path.stat().st_size for path in problem.files) / problem.images
 
 
-def densified(problem: Labels, batches: Iterator[Tensor] | list[Tensor]) -> list[Trained]:
+def densified(problem: Labels, batches: list[Tensor]) -> Trained:
     """The loss against distributions ``[B, C]``, in float64."""
     student = problem.student.detach().double().requires_grad_()
 

@@ -1,15 +1,16 @@
 """Soft labels: stored with what replays their augmentation and trained on as stored, or made by a label projector."""
 
 from pydistill.labels.dataset import SoftLabelDataset, StoredBatches, collate_soft_labels
-from pydistill.labels.fkd import FKD_RECORD, import_fkd
+from pydistill.labels.fkd import import_fkd
 from pydistill.labels.lora import LoRAConv, LoRALinear, add_lora, lora_logits
 from pydistill.labels.projector import Projector, feature_distance, open_clip_encoder
+from pydistill.labels.records import CROP_BYTES
 from pydistill.labels.soft_labels import SoftLabels
 from pydistill.labels.store import SoftLabelStore
 from pydistill.ops.sparse_label_loss import sparse_label_loss
 
 __all__ = [
-    "FKD_RECORD",
+    "CROP_BYTES",
     "LoRAConv",
     "LoRALinear",
     "Projector",

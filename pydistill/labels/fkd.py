@@ -13,20 +13,11 @@ from torch.utils.data import RandomSampler
 
 from pydistill.data import put_in_place
 from pydistill.labels._reader import Format, PathLike
+from pydistill.labels.records import CROP_BYTES, crop_record
 from pydistill.labels.store import SoftLabelStore
 
-__all__ = ["FKD_RECORD", "import_fkd"]
+__all__ = ["import_fkd"]
 
-FKD_RECORD = np.dtype(
-    [
-        ("crop", "<f4", 4),  # top, left, height and width, as fractions of the image's height and width
-        ("flip", "u1"),
-        ("mix", "u1"),  # 0: not at all; 1: mixup, lam * image + (1 - lam) * partner; 2: cutmix, the partner in the box
-        ("partner", "<u4"),  # image number; it is cropped and flipped by its own record, before
-        ("lam", "<f4"),
-        ("box", "<i2", 4),  # first and last + 1 row, first and last + 1 column, in pixels of the crop
-    ]
-)
 _BATCH = "a batch of FKD labels: [coords, flip, mix_index, lam, bbox, logits] that torch.save wrote"
 
 
@@ -34,6 +25,8 @@ def import_fkd(
     folder: PathLike,
     path: PathLike,
     *,
+    image_size: int = 224,
+    out_size: int = 224,
     seed: int = 42,
     order: Sequence[Sequence[int]] | None = None,
     format: Format = "topk8",
@@ -45,13 +38,16 @@ def import_fkd(
     """Makes a store of ``epoch_{e}/batch_{b}.tar`` as SRe2L's ``generate_soft_label.py`` saves them.
 
     Those files do not say which images they are of: their readers draw the same permutations again, by torch's
-    ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Records become `FKD_RECORD`,
-    in which partners are images; the batches stay together, see `SoftLabelStore.batches`. Files are read one at a
-    time, by ``torch.load(weights_only=True)``.
+    ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Crops, flips, mixup and
+    cutmix become records of `pydistill.augment.multi_crop`, which `SoftLabels.crops` returns; their sources are places
+    in a batch, so batches stay together: see `SoftLabelStore.batches`. (That code resizes 8-bit images by PIL, which
+    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``.
 
     Args:
         folder: with the folders of the epochs.
         path: the store to make, atomically.
+        image_size: height and width of the images, of which the files' crops are fractions.
+        out_size: height and width that crops are resized to (``--input-size``), in which cutmix boxes are.
         seed: of the permutations.
         order: the images of each epoch in the order of its labels, instead of those of the seed.
         format, k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20.
@@ -81,7 +77,7 @@ def import_fkd(
             format=format,
             k=k,
             temperature=temperature,
-            record_bytes=FKD_RECORD.itemsize,
+            record_bytes=CROP_BYTES * (1 if first[2] is None else 2),
             batch_size=batch_size,
             metadata={**(metadata or {}), "imported": "fkd", "seed": None if order is not None else seed},
             overwrite=True,
@@ -93,7 +89,7 @@ def import_fkd(
                 for batch in range(batches):
                     file = here / f"batch_{batch}.tar"
                     ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
-                    logits, records = _convert(file, ids, num_classes)
+                    logits, records = _convert(file, len(ids), num_classes, image_size, out_size)
                     try:
                         store.write(epoch, ids, logits, records)
                     except ValueError as error:
@@ -140,22 +136,23 @@ def _load(file: Path) -> list[Any]:
     return content
 
 
-def _convert(file: Path, ids: np.ndarray, num_classes: int) -> tuple[Tensor, np.ndarray]:
+def _convert(file: Path, n: int, num_classes: int, image_size: int, out_size: int) -> tuple[Tensor, Tensor]:
+    """Logits, and records of one part, or of two where images are mixed."""
     coords, flip, mix_index, lam, bbox, logits = _load(file)
-    n = len(ids)
     shapes = {"coords": (coords, (n, 4)), "flip": (flip, (n,)), "logits": (logits, (n, num_classes))}
     if mix_index is not None:
         shapes["mix_index"] = (mix_index, (n,))
     for name, (tensor, wanted) in shapes.items():
         if tensor.shape != wanted:
             raise ValueError(f"{file}: {name}: expected {list(wanted)}, got {list(tensor.shape)}")
-    if mix_index is not None and not ((mix_index >= 0) & (mix_index < n)).all():
-        raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")
-    records = np.zeros(n, FKD_RECORD)
-    records["crop"], records["flip"] = coords.numpy(), flip.numpy()
-    records["partner"] = ids if mix_index is None else ids[mix_index.numpy()]
+    crops = (coords * image_size).round()
+    if (crops < 0).any() or (crops[:, 2:] < 1).any() or (crops[:, :2] + crops[:, 2:] > image_size).any():
+        raise ValueError(f"{file}: coords: expected crops of images of {image_size}, got some that are not inside")
+    parts = [crop_record(crops, flip, torch.arange(n), out_size)]
     if mix_index is not None:
-        records["mix"], records["lam"] = 1 if bbox is None else 2, float(lam)
-        if bbox is not None:
-            records["box"] = [int(each) for each in bbox]
-    return logits, records.view(np.uint8).reshape(n, -1)
+        if not ((mix_index >= 0) & (mix_index < n)).all():
+            raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")
+        # mixup paints the partner over all, cutmix over a box: rows and columns from the first up to the second
+        alpha, box = (1 - float(lam), None) if bbox is None else (1.0, tuple(int(bbox[i]) for i in (0, 2, 1, 3)))
+        parts.append(crop_record(crops[mix_index], flip[mix_index], mix_index, out_size, alpha, box))
+    return logits, torch.stack(parts, 1)

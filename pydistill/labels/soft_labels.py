@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pydistill import _host
 from pydistill.labels._reader import RowLayout
+from pydistill.labels.records import unpack
 from pydistill.ops.kd_divergence import kd_divergence
 from pydistill.ops.sparse_label_loss import sparse_label_loss
 
@@ -48,6 +49,14 @@ class SoftLabels:
         """What replays the images' augmentation, uint8 ``[B, record_bytes]``, on the CPU, a view."""
         first = self.layout.label_bytes
         return self.rows[:, first : first + self.layout.record_bytes]
+
+    def crops(self) -> Tensor:
+        """Records that `write` got from `pydistill.augment.MultiCrop`: float32 ``[B, P, 14]``, as `multi_crop` takes.
+
+        Raises:
+            ValueError: the records are of another length than those.
+        """
+        return unpack(self.records).to(self.device)
 
     @property
     def indices(self) -> Tensor:

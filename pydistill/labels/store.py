@@ -15,6 +15,7 @@ from torch import Tensor
 from pydistill import _host
 from pydistill.data import put_in_place
 from pydistill.labels._reader import ENTRY, FORMATS, MAGIC, PREFIX, VERSION, Format, LabelReader, PathLike, check_of
+from pydistill.labels.records import pack
 from pydistill.labels.soft_labels import SoftLabels
 
 __all__ = ["SoftLabelStore"]
@@ -103,7 +104,8 @@ class SoftLabelStore(LabelReader):
             k: classes kept, 1 to num_classes; of the top-k formats only.
             temperature: at which the labels are trained on, and top-k probabilities are taken of logits.
             target: what `write` gets: "logits", or "probs" at that temperature.
-            record_bytes: bytes of an image's augmentation, stored as they come.
+            record_bytes: bytes of an image's augmentation, stored as they come; ``CROP_BYTES`` (29) for each part of
+                the records of `pydistill.augment.multi_crop`, of which mixup and cutmix have two.
             batch_size: labels a `write`; all but an epoch's last have as many.
             images: those of a shard, which `merge` joins with others; by default all.
             metadata: what JSON can hold: teacher, data set, seed.
@@ -180,7 +182,8 @@ class SoftLabelStore(LabelReader):
             epoch: 0..epochs - 1, in any order.
             images: ``batch_size`` different ones without labels at this epoch, or all that are left of them.
             labels: ``[n, num_classes]``, finite: logits or probabilities, as ``target`` says. Taken as float32.
-            records: uint8 ``[n, record_bytes]``.
+            records: uint8 ``[n, record_bytes]``, or float32 ``[n, P, 14]`` of `pydistill.augment.MultiCrop`, which
+                `SoftLabels.crops` gives back to the bit.
 
         Raises:
             IndexError: there is no such epoch or image.
@@ -334,6 +337,8 @@ class SoftLabelStore(LabelReader):
     def _check_records(self, records: Tensor | np.ndarray | None, n: int) -> np.ndarray:
         if records is None:
             records = np.zeros((n, 0), np.uint8)
+        if isinstance(records, Tensor) and records.is_floating_point():
+            records = pack(records)
         given = records.cpu().numpy() if isinstance(records, Tensor) else np.asarray(records)
         if given.dtype != np.uint8 or given.shape != (n, self.record_bytes):
             got = f"{given.dtype} {list(given.shape)}"

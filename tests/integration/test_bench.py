@@ -253,7 +253,12 @@ def test_stored_labels_see_a_loss_that_is_off(name: str, tmp_path: Path, monkeyp
 
     def wrong(problem: stored_labels.Labels, form: str = "topk8") -> stored_labels.Thunk:
         epoch = right(problem, form)
-        return lambda: [stored_labels.Trained(loss * (1 + 2e-6) + 2e-6, d_logits) for loss, d_logits in epoch()]
+
+        def run() -> stored_labels.Trained:
+            losses, d_logits = epoch()
+            return stored_labels.Trained([loss * (1 + 2e-6) + 2e-6 for loss in losses], d_logits)
+
+        return run
 
     monkeypatch.setattr(ours, "stored_labels_epoch", wrong)
     case = CASES[name].only([])

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pydistill.labels import SoftLabelStore
+from pydistill.augment import MultiCrop, multi_crop
+from pydistill.labels import CROP_BYTES, SoftLabelStore
 from pydistill.labels import store as store_module
 from pydistill.labels._reader import FORMATS
 
@@ -134,6 +135,23 @@ def test_the_loss_is_that_of_the_densified_labels(path, format):
                 labels.loss(student, T=1.0)
             with pytest.raises(ValueError, match="dense: expected labels in fp16 or bf16"):
                 _ = labels.dense
+
+
+@pytest.mark.parametrize("mix", [None, "cutmix", "mosaic"])
+def test_records_of_crops_come_back_to_the_bit(path, mix):
+    """The same views, through whatever order the labels are read in."""
+    images = torch.rand(BATCH, 3, 20, 20)
+    record = MultiCrop(10, mix=mix).draw(images.shape, torch.Generator().manual_seed(0))
+    with create(path, num_images=BATCH, record_bytes=CROP_BYTES * record.shape[1]) as store:
+        store.write(0, torch.arange(BATCH), logits(0, range(BATCH)), record)
+        assert torch.equal(store.read(0, range(BATCH)).crops(), record)
+        order = [3, 0, 7]
+        views = multi_crop(images, store.read(0, order).crops(), 10)
+        assert torch.equal(views, multi_crop(images, record, 10)[order])
+    with create(path.with_name("short")) as store:
+        fill(store, [0])
+        with pytest.raises(ValueError, match="records: expected 29 bytes a part as multi_crop's have, got 5"):
+            store.read(0, [0]).crops()
 
 
 def test_all_classes_kept_is_the_whole_distribution(path):
