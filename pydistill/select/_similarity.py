@@ -27,9 +27,9 @@ class Cosines:
             if len(factors) != len(embeddings):
                 wanted = f"[{len(embeddings)}, C], a row for each of the embeddings"
                 raise ValueError(f"factors: expected {wanted}, got {list(factors.shape)}")
-            embeddings = torch.nn.functional.pad(embeddings.double(), (1, 0), value=1.0)
-        self.unit = _unit(embeddings.double())  # [N, d], or [N, 1 + d]
-        self.factors = None if factors is None else _unit(factors.double())  # [N, C]
+            embeddings = torch.nn.functional.pad(embeddings, (1, 0), value=1.0)
+        self.unit = _unit(embeddings.to(torch.float64, copy=True))  # [N, d], or [N, 1 + d]
+        self.factors = None if factors is None else _unit(factors.to(torch.float64, copy=True))  # [N, C]
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -77,4 +77,5 @@ def check_rows(name: str, x: Tensor) -> None:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_TINY)
+    """In place."""
+    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_TINY))
