@@ -1,4 +1,7 @@
-"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels."""
+"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels.
+
+`pydistill select dq` and `pydistill select pca` pick real images instead, each with options of its own.
+"""
 
 from __future__ import annotations
 

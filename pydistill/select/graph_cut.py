@@ -76,17 +76,18 @@ def _greedy(rows: Cosines, budget: int, lam: float) -> np.ndarray:
     In NumPy, whose calls cost a fraction of torch's: a pick is a score of small ones.
     """
     n = len(rows)
-    gains = (lam * 0.5 * (n + rows.dot(rows.sum()))).numpy()  # [N], exact at the last pass
-    p = rows.coordinates().numpy()  # [N, q]
+    total = rows.sum()
+    gains = (lam * 0.5 * (n + rows.dot(total))).numpy()  # [N], exact at the last pass
+    p = rows.coordinates(total).numpy()  # [N, q]
     outside = np.sqrt(np.maximum(1 - np.einsum("nq,nq->n", p, p), 0))
     unit, factors = rows.unit.numpy(), None if rows.factors is None else rows.factors.numpy()
-    moved, p_moved, at_pass = np.zeros(tuple(rows.sum().shape)), np.zeros(p.shape[1]), 0
+    moved, p_moved, at_pass = np.zeros(tuple(total.shape)), np.zeros(p.shape[1]), 0
 
     def exact(index: np.ndarray | int, since: int) -> np.ndarray:
         """The gains of some rows."""
         if factors is None:
             return gains[index] - since - unit[index] @ moved
-        return gains[index] - since - ((factors[index] @ moved) * unit[index]).sum(-1)
+        return gains[index] - since - ((unit[index] @ moved.T) * factors[index]).sum(-1)
 
     estimate, bound, candidate = gains.copy(), np.empty(n), np.empty(n, dtype=bool)
     picks = np.empty(budget, dtype=np.int64)
