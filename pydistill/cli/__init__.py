@@ -1,6 +1,7 @@
 """Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels.
 
 The decoupled methods (SRe2L, CDA, DWA, INFER) have a command for each step: squeeze, recover, relabel, post-train.
+`pydistill select dq` and `pydistill select pca` pick real images instead, each with options of its own.
 """
 
 from __future__ import annotations

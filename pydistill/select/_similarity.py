@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements of a temporary
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -27,9 +26,9 @@ class Cosines:
             if len(factors) != len(embeddings):
                 wanted = f"[{len(embeddings)}, C], a row for each of the embeddings"
                 raise ValueError(f"factors: expected {wanted}, got {list(factors.shape)}")
-            embeddings = torch.nn.functional.pad(embeddings.double(), (1, 0), value=1.0)
-        self.unit = _unit(embeddings.double())  # [N, d], or [N, 1 + d]
-        self.factors = None if factors is None else _unit(factors.double())  # [N, C]
+            embeddings = torch.nn.functional.pad(embeddings, (1, 0), value=1.0)
+        self.unit = _unit(embeddings.to(torch.float64, copy=True))  # [N, d], or [N, 1 + d]
+        self.factors = None if factors is None else _unit(factors.to(torch.float64, copy=True))  # [N, C]
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -54,16 +53,13 @@ class Cosines:
         """The dot products with a vector such as `sum` gives, ``[len(self)]``: with it, the sum of cosines."""
         if self.factors is None:
             return self.unit @ vector
-        step = max(1, _CHUNK // self.unit.shape[1])
-        parts = zip(self.factors.split(step), self.unit.split(step), strict=True)
-        return torch.cat([(b @ vector).mul_(u).sum(1) for b, u in parts])
+        return (self.unit @ vector.T).mul_(self.factors).sum(1)
 
-    def coordinates(self) -> Tensor:
-        """Along orthonormal directions that the sum of all lies in, ``[len(self), q]``: 1, or C with factors."""
+    def coordinates(self, total: Tensor) -> Tensor:
+        """Along orthonormal directions that the vector ``total`` lies in, ``[len(self), q]``: 1, or C with factors."""
         if self.factors is None:
-            total = self.sum()
             return self.dot(total / torch.linalg.vector_norm(total).clamp_min(_TINY))[:, None]
-        left, _, right = torch.linalg.svd(self.sum(), full_matrices=False)
+        left, _, right = torch.linalg.svd(total, full_matrices=False)
         return (self.factors @ left).mul_(self.unit @ right.T)
 
 
@@ -77,4 +73,5 @@ def check_rows(name: str, x: Tensor) -> None:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_TINY)
+    """In place."""
+    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_TINY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,8 @@ def graph_cut_greedy(
     embeddings without any structure leave so many that it takes O(N d).
 
     Gains are float64; those less than 1e-9 apart are ties, and the lowest index wins. So the picks do not depend on the
-    number of threads, the instruction set or the device, unless two gains differ by 1e-9 to within float64's rounding.
+    number of threads or the instruction set, unless two gains differ by 1e-9 to within float64's rounding. The work is
+    done on the CPU.
 
     Args:
         embeddings: floating ``[N, d]``, such as the features before a classifier.
@@ -45,63 +47,74 @@ def graph_cut_greedy(
         ValueError: ``bins * budget`` is not in 1..N, lam is negative, or the embeddings or factors have a wrong shape,
             or values that are not finite.
     """
-    all_rows = Cosines(embeddings, factors)
+    all_rows = Cosines(embeddings.cpu(), None if factors is None else factors.cpu())
     if budget < 1 or bins < 1 or bins * budget > len(all_rows):
         got = f"{budget}" if bins == 1 else f"{bins} bins of {budget}"
         raise ValueError(f"budget: expected 1..N in all for {len(all_rows)} embeddings, got {got}")
     if not 0 <= lam < float("inf"):
         raise ValueError(f"lam: expected a number of at least 0, got {lam}")
-    left = torch.arange(len(all_rows), device=embeddings.device)
+    left = torch.arange(len(all_rows))
     picked = []
     for _ in range(bins):
         rows = all_rows if len(left) == len(all_rows) else all_rows[left]
-        picks = _greedy(rows, budget, lam)
+        picks = torch.from_numpy(_greedy(rows, budget, lam))
         picked.append(left[picks])
-        remains = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        remains = torch.ones(len(left), dtype=torch.bool)
         remains[picks] = False
         left = left[remains]
-    return torch.stack(picked) if bins > 1 else picked[0]
+    return (torch.stack(picked) if bins > 1 else picked[0]).to(embeddings.device)
 
 
-def _greedy(rows: Cosines, budget: int, lam: float) -> Tensor:
+def _greedy(rows: Cosines, budget: int, lam: float) -> np.ndarray:
     """The gain of j is linear in the sum of the picks' unit vectors g: ``lam s[D][:, j].sum() - |S| - g_j . sum(g)``.
 
     So it costs O(d) to know one gain, and who can be the best is told by bounds. Since the last pass over all rows the
     sum has moved by w; what w does to row j is known but for the part of w outside a few directions, coordinates p:
 
         |g_j . w - p_j . p_w| <= sqrt(1 - |p_j|^2) sqrt(|w|^2 - |p_w|^2)
+
+    In NumPy, whose calls cost a fraction of torch's: a pick is a score of small ones.
     """
-    n, device = len(rows), rows.unit.device
-    gains = lam * 0.5 * (n + rows.dot(rows.sum()))  # [N], exact after the first `known` picks
-    p = rows.coordinates()  # [N, q]
-    outside = (1 - p.square().sum(1)).clamp_min_(0).sqrt_()
-    estimate = gains.clone()
-    moved, p_moved = torch.zeros_like(rows.sum()), torch.zeros_like(p[0])
-    picks = torch.empty(budget, dtype=torch.int64, device=device)
-    known = read = 0  # rows read since then
+    n = len(rows)
+    total = rows.sum()
+    gains = (lam * 0.5 * (n + rows.dot(total))).numpy()  # [N], exact at the last pass
+    p = rows.coordinates(total).numpy()  # [N, q]
+    outside = np.sqrt(np.maximum(1 - np.einsum("nq,nq->n", p, p), 0))
+    unit, factors = rows.unit.numpy(), None if rows.factors is None else rows.factors.numpy()
+    moved, p_moved, at_pass = np.zeros(tuple(total.shape)), np.zeros(p.shape[1]), 0
+
+    def exact(index: np.ndarray | int, since: int) -> np.ndarray:
+        """The gains of some rows."""
+        if factors is None:
+            return gains[index] - since - unit[index] @ moved
+        return gains[index] - since - ((unit[index] @ moved.T) * factors[index]).sum(-1)
+
+    estimate, bound, candidate = gains.copy(), np.empty(n), np.empty(n, dtype=bool)
+    picks = np.empty(budget, dtype=np.int64)
+    read = 0  # rows since the last pass
     for k in range(budget):
-        since = k - known
+        since = k - at_pass
         near = None
         if since:
-            radius = float((moved.square().sum() - p_moved.square().sum()).clamp_min(0).sqrt())
-            guess = estimate.argmax()[None]
-            floor = gains[guess] - since - rows[guess].dot(moved)
-            near = (torch.add(estimate, outside, alpha=radius) >= floor - 2 * TIE).nonzero()[:, 0]
+            radius = max(float(np.vdot(moved, moved) - p_moved @ p_moved), 0.0) ** 0.5
+            floor = exact(int(estimate.argmax()), since)
+            np.multiply(outside, radius, out=bound)
+            bound += estimate
+            near = np.greater_equal(bound, floor - 2 * TIE, out=candidate).nonzero()[0]
             read += len(near)
-            if read > n or len(near) > n // 8:  # to read them all is no dearer
-                gains -= since + rows.dot(moved)
-                gains[picks[known:k]] = -torch.inf
-                estimate.copy_(gains)
-                moved.zero_(), p_moved.zero_()
-                known, read, near = k, 0, None
-        exact = gains if near is None else gains[near] - since - rows[near].dot(moved)
-        if near is not None:
-            exact[estimate[near] == -torch.inf] = -torch.inf
-        first = (exact >= exact.max() - TIE).to(torch.uint8).argmax()
-        pick = first if near is None else near[first]
+            if read > n // 2 or len(near) > n // 8:  # to read them all in order is no dearer
+                gains -= since + rows.dot(torch.from_numpy(moved)).numpy()
+                gains[picks[at_pass:k]] = -np.inf
+                estimate[:], moved[:], p_moved[:] = gains, 0, 0
+                at_pass, read, near = k, 0, None
+        here = gains if near is None else exact(near, since)
+        pick = int((here >= here.max() - TIE).argmax())
+        pick = pick if near is None else int(near[pick])
         picks[k] = pick
-        moved += rows[pick[None]].sum()
+        moved += unit[pick] if factors is None else np.outer(factors[pick], unit[pick])
         p_moved += p[pick]
-        estimate -= 1 + p @ p[pick]
-        estimate[pick] = -torch.inf
+        np.dot(p, p[pick], out=bound)
+        bound += 1
+        estimate -= bound
+        estimate[pick] = -np.inf  # and so below any floor
     return picks
