@@ -105,9 +105,13 @@ def body_of(encoder: Encoder) -> nn.Module:
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """The mean feature of each class, less that of all, ``[K, d]``: in the place of the classes' names."""
-    centred = features - features.mean(0)
-    return torch.stack([centred[labels == k].mean(0) for k in range(num_classes)])
+    """In the place of the classes' names: class means less that of all, at right angles to it, ``[K, d]``.
+
+    At right angles, since what all features have in common would favour a class.
+    """
+    mean = features.mean(0)
+    means = torch.stack([features[labels == k].mean(0) for k in range(num_classes)]) - mean
+    return means - (means @ mean)[:, None] * mean / mean.square().sum().clamp_min(1e-12)
 
 
 def views(images: Tensor, seed: int, epoch: int) -> Tensor:

@@ -12,7 +12,7 @@ from pydistill.methods.krr_st import KRRST, Pool, initial, krr_st, target_featur
 from pydistill.methods.self_supervised import Encoder, barlow_twins, barlow_twins_loss
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 
-TINY = KRRST(images=6, iterations=5, batch_real=8, pool=2, online_steps=3, width=4, depth=2, pretrain_steps=3, lr=0.01)
+TINY = KRRST(images=6, iterations=8, batch_real=8, pool=2, online_steps=3, width=4, depth=2, pretrain_steps=3, lr=0.01)
 
 
 def problem():
@@ -41,7 +41,7 @@ def test_the_outer_step_is_a_literal_one():
     system = k_ss + 1e-3 * k_ss.trace().detach() * torch.eye(6)
     loss = F.mse_loss(f_real @ f_syn.T @ torch.linalg.solve(system, y0), targets[index])
     record, state = states[0]
-    assert record["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
     d_x, d_y = torch.autograd.grad(loss, (x0, y0))
     for name, gradient, start, end in (("x", d_x, x0, x), ("y", d_y, y0, y)):
         torch.testing.assert_close(
@@ -91,8 +91,8 @@ def test_what_is_refused():
 
 
 SMALL = [
-    *("--width", "8", "--target-epochs", "4", "--images", "40", "--iterations", "60", "--pool", "2"),
-    *("--online-steps", "30", "--pretrain-steps", "60", "--students", "2", "--checkpoint-every", "7"),
+    *("--width", "4", "--target-epochs", "2", "--images", "30", "--iterations", "30", "--pool", "2"),
+    *("--online-steps", "10", "--pretrain-steps", "20", "--students", "1", "--checkpoint-every", "7"),
 ]
 
 
@@ -105,11 +105,11 @@ def finished(tmp_path_factory):
 
 def test_the_loss_falls_and_everything_is_probed(finished):
     losses = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [r["iteration"] for r in losses] == list(range(1, 61))
+    assert [r["iteration"] for r in losses] == list(range(1, 31))
     assert mean(r["loss"] for r in losses[-10:]) < 0.9 * mean(r["loss"] for r in losses[:10])
     results = json.loads((finished / "results.json").read_text())
     assert {name: len(found) for name, found in results.items()} == {
-        **{"nothing": 2, "random": 2, "distilled": 2, "target": 1}
+        **{"nothing": 1, "random": 1, "distilled": 1, "target": 1}
     }
     assert min(results["distilled"]) > 0.5
 
