@@ -3,10 +3,10 @@
 ``python -m bench.kernels`` compiles every ``csrc/kernels/*.cuh`` with nvcc for the architectures that are shipped, and
 writes ``bench/results/kernels.csv``. Registers, spills and static shared memory are ptxas's words. Dynamic shared
 memory is the launcher's choice for planes of 32x32 and 16 channels on that architecture; `soft_cross_entropy`, a warp a
-row, asks for none, `augment`, a block an image, for less than a kilobyte: neither has figures there. Bytes moved are
-counted, not modelled: the same kernel runs on the host machine of ``cuda_vocabulary.h``, which counts what is asked of
-global memory; caches would make it less, half-used sectors more. The minimum is every input read once and every output
-written once.
+row, and `multi_crop`, a thread a pixel, ask for none, `augment`, a block an image, for less than a kilobyte: these have
+no figures there. Bytes moved are counted, not modelled: the same kernel runs on the host machine of
+``cuda_vocabulary.h``, which counts what is asked of global memory; caches would make it less, half-used sectors more.
+The minimum is every input read once and every output written once.
 
 The Triton kernels follow, compiled by Triton for the same architectures and AMD's gfx942, and counted in its
 interpreter, at 32x32 with 16 channels, and at 96x96 where the panel is streamed (`bench/triton_kernels.py`). All their
