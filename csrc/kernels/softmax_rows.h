@@ -13,7 +13,11 @@ namespace {
 template <class S, class T, class Rows>
 PYDISTILL_INLINE void load_row_of(const Rows& rows, int64_t n, int64_t K, T* to) {
   const S* const from = static_cast<const S*>(rows.data) + n * rows.row;
-  for (int64_t k = 0; k < K; ++k) to[k] = widen(from[k * rows.column]);
+  if (rows.column == 1) {  // by itself, so that it is vectorised
+    for (int64_t k = 0; k < K; ++k) to[k] = widen(from[k]);
+  } else {
+    for (int64_t k = 0; k < K; ++k) to[k] = widen(from[k * rows.column]);
+  }
 }
 
 template <class T, class Rows>
