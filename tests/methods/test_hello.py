@@ -60,8 +60,8 @@ def test_what_is_refused():
 
 
 SMALL = [
-    *("--encoder-epochs", "1", "--encoder-width", "8", "--teachers", "1", "--teacher-epochs", "2"),
-    *("--fit-epochs", "3", "--lr", "5e-3", "--student-epochs", "25", "--students", "1", "--ipc", "3"),
+    *("--encoder-epochs", "3", "--encoder-width", "8", "--teachers", "1", "--teacher-epochs", "3"),
+    *("--fit-epochs", "8", "--lr", "5e-3", "--student-epochs", "25", "--students", "1", "--ipc", "3"),
     *("--rank", "1", "--image-steps", "2"),
 ]
 
