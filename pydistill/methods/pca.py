@@ -31,7 +31,7 @@ class PCA(Picking):
     shares: ClassVar[tuple[str, ...]] = ("prune", "least_area")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"teacher_epochs": 6, "teacher_lr": 0.05, "teacher_batch": 64},
-        "fashion-mnist": {"teacher_epochs": 2, "teacher_lr": 0.02, "teacher_batch": 128},
+        "fashion-mnist": {"teacher_epochs": 2, "teacher_lr": 0.02, "teacher_batch": 128, "prune": 0.05},
     }
 
     score: Literal["ce", "el2n", "margin"] = "el2n"
