@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, memory, run
-from bench.peers import distribution, eager, gradient_matching, segments, training
+from bench.peers import distribution, eager, gradient_matching, recover, segments, training
 from bench.peers.problem import Problem, Result, Thunk, make_problem
 from bench.registry import CASES, Case, Check, Entry
 from pydistill import matching
@@ -423,3 +423,21 @@ def test_gpu_measures_nothing_after_a_failed_test(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "device_tests", lambda: 1)
     monkeypatch.setattr(run, "run_case", lambda *args, **kwargs: pytest.fail("a case was started"))
     assert gpu.main([]) == 1
+
+
+def test_statistics_and_the_recover_step_are_green(tmp_path: Path) -> None:
+    names = ["bn_stat_match", "sre2l_recover_step"]
+    assert run.main([*names, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    for name in names:
+        rows = rows_in(tmp_path / f"{name}.csv")
+        assert {row["provider"] for row in rows} == {CASES[name].baseline, "pydistill"}
+
+
+def test_a_step_without_the_statistics_is_red() -> None:
+    case = CASES["sre2l_recover_step"]
+
+    def without(problem: recover.Recovery) -> Callable[[], recover.Recovered]:
+        return recover.stepping(problem, lambda x: torch.nn.functional.cross_entropy(problem.net(x), problem.labels))
+
+    wrong = replace(case, providers={"repository": case.providers["repository"], "wrong": Entry(without)})
+    assert any(not check.ok for check in case.gate(wrong, case.quick))
