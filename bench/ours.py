@@ -327,9 +327,9 @@ def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tenso
 
 
 def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
-    from pydistill.nn import BNStatMatcher
+    from pydistill.nn import BNStatMatcher, freeze
 
-    net = copy.deepcopy(problem.net).to(memory_format=torch.channels_last)
+    net = freeze(problem.net)
     matcher = BNStatMatcher(net, first=recover.FIRST)
 
     def loss_of(x: Tensor) -> Tensor:

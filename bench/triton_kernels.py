@@ -178,7 +178,11 @@ def compiled_attention(architectures: Iterable[str] = tuple(TARGETS)) -> list[Co
 
 
 # of bn_stat_match: kernel, element type, layout
-BN_CASES = [(name, scalar, layout) for name, scalar, layout in product(("tiles", "merge", "backward"), DTYPES, LAYOUTS)]
+BN_CASES = [
+    *product(("tiles", "backward"), DTYPES, ("channels_last",)),
+    *product(("tiles", "backward"), ("f32",), ("nchw",)),
+    *product(("merge",), ("f32", "f64"), ("nchw",)),
+]
 
 
 def bn_name(name: str, scalar: str, layout: str) -> str:

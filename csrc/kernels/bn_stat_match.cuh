@@ -119,7 +119,9 @@ __global__ void __launch_bounds__(threads, std::is_same_v<A, double> ? 2 : 4) me
   // A sample's tiles go to the lanes: to divide by the number of samples' tiles takes registers.
   const auto each_tile = [&](auto body) {
     for (int64_t n = 0; n < call.N; ++n)
+#ifdef __CUDACC__
 #pragma unroll 1
+#endif
       for (int64_t t = lane; t < of_sample; t += warp) {
         const A* const at = static_cast<const A*>(call.partial) + (n * of_sample + t) * 3 * call.C + c;
         body(t == of_sample - 1 ? last : full, t == of_sample - 1 ? inverse_of_last : inverse_of_full, at);

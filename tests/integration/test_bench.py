@@ -17,6 +17,7 @@ from bench.peers import (
     eager,
     gradient_matching,
     label_losses,
+    recover,
     resnet,
     segments,
     selection,
@@ -573,3 +574,21 @@ def test_label_losses_must_beat_eager_and_compiled() -> None:
         }
         medians |= {("", T, "pydistill"): 1.0 for T in (4.0, 20.0)}
         assert all(check.ok for check in case.must_show(medians, case.full)) == expected
+
+
+def test_statistics_and_the_recover_step_are_green(tmp_path: Path) -> None:
+    names = ["bn_stat_match", "sre2l_recover_step"]
+    assert run.main([*names, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+    for name in names:
+        rows = rows_in(tmp_path / f"{name}.csv")
+        assert {row["provider"] for row in rows} == {CASES[name].baseline, "pydistill"}
+
+
+def test_a_step_without_the_statistics_is_red() -> None:
+    case = CASES["sre2l_recover_step"]
+
+    def without(problem: recover.Recovery) -> Callable[[], recover.Recovered]:
+        return recover.stepping(problem, lambda x: torch.nn.functional.cross_entropy(problem.net(x), problem.labels))
+
+    wrong = replace(case, providers={"repository": case.providers["repository"], "wrong": Entry(without)})
+    assert any(not check.ok for check in case.gate(wrong, case.quick))

@@ -15,7 +15,8 @@ from pydistill.testing import assert_close
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # tiles are of 1024 elements: positions of one channel, or 32 channels and 32 positions
-SHAPES = [(2, 5, 3, 3), (1, 3, 32, 33), (3, 33, 1, 33), (2, 32, 8, 4), (1, 1, 1, 1), (70, 2, 1, 1), (2, 64, 6, 6)]
+SHAPES = [(2, 5, 3, 3), (1, 2, 32, 33), (2, 33, 1, 33), (1, 1, 1, 1), (9, 2, 1, 1)]
+PROBLEMS = [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], dtype) for dtype in DTYPES[1:]]
 
 
 def tensors(shape: tuple, layout: torch.memory_format, dtype: torch.dtype) -> list[Tensor]:
@@ -32,8 +33,7 @@ def batch_norm(C: int, dtype: torch.dtype) -> nn.BatchNorm2d:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), PROBLEMS, ids=str)
 def test_against_plain_torch(shape: tuple, dtype: torch.dtype, layout: torch.memory_format) -> None:
     floor = 16 * torch.finfo(dtype).eps
     for relu, has_residual in ((False, False), (True, False), (True, True)):
