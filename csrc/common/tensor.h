@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "scalar.h"
+#include "scratch.h"
 
 namespace pydistill {
 
@@ -79,6 +80,14 @@ inline Tensor empty_image(const Tensor& x, int64_t N, int64_t C, int64_t H, int6
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), x.scalar_type(), std::nullopt,
                               x.device(), std::nullopt,
                               is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// An output in the CPU's memory that is still to be written. Activations are larger than what malloc keeps, so each is
+// of fresh pages, which cost several times the kernel.
+inline Tensor& on_large_pages(Tensor& planes) {
+  const int64_t bytes = planes.numel() * static_cast<int64_t>(planes.element_size());
+  if (bytes >= int64_t{8} << 20) advise_large_pages(planes.mutable_data_ptr(), bytes);
+  return planes;
 }
 
 inline Tensor empty_matrix(const Tensor& x, ScalarType type, int64_t rows, int64_t columns) {

@@ -18,11 +18,7 @@ struct Cpu {
   // many, in each of their partial sums.
   static int64_t tile(const BnStatMatch& call) { return call.x.p == 1 ? 2048 : 128; }
 
-  // Activations are far larger than what malloc keeps: each is of fresh pages, which cost several times the kernel.
-  static void allocated(Tensor& planes) {
-    const int64_t bytes = planes.numel() * static_cast<int64_t>(planes.element_size());
-    if (bytes >= int64_t{8} << 20) advise_large_pages(planes.mutable_data_ptr(), bytes);
-  }
+  static void allocated(Tensor& planes) { on_large_pages(planes); }
 
   static void run(const BnStatMatch& call, const Tensor&) {
     static constexpr BnStatMatchKernel* kernels[] = {bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512};

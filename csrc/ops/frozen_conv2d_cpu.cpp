@@ -47,6 +47,7 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   Tensor y = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), x.scalar_type(), std::nullopt,
                                   x.device(), std::nullopt, MemoryFormat::ChannelsLast);
   if (call.N == 0) return y;
+  on_large_pages(y);
   call.x = from.const_data_ptr(), call.filters = filters.const_data_ptr(), call.y = y.mutable_data_ptr();
 
   // Measured: the second-level cache holds a chunk's tiles where filters are small; where they are not, each reading of
