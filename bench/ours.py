@@ -213,8 +213,7 @@ def stored_labels_epoch(problem: stored_labels.Labels, form: str = "topk8") -> s
     """As a training loop reads them, without the images that would come along."""
     from pydistill.labels import SoftLabelDataset, StoredBatches, collate_soft_labels
 
-    images = torch.empty(problem.images, 0)
-    data = SoftLabelDataset(images, label_store(problem, form))
+    data = SoftLabelDataset(None, label_store(problem, form))
     workers = {"num_workers": problem.workers, "persistent_workers": problem.workers > 0}
     loader = DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels, **workers)
     student = problem.student

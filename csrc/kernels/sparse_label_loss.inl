@@ -16,10 +16,15 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     return static_cast<const int64_t*>(call.indices.data)[n * call.indices.row + j * call.indices.column];
   };
 
+  // As few passes over the row as there can be: z less its maximum, q = exp(z), and the sums of both.
   load_row(call.scalar, call.logits, n, C, z);
-  const T cold = T(1 / call.T);
-  for (int64_t c = 0; c < C; ++c) z[c] *= cold;
-  const T log_sum = softmax(C, z, q);
+  const T cold = T(1 / call.T), high = largest(C, z) * cold;  // rounding keeps the order
+  for (int64_t c = 0; c < C; ++c) {
+    z[c] = z[c] * cold - high;
+    q[c] = exp_lane(z[c]);
+  }
+  const T total = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return q[c]; });
+  const T log_sum = log_lane(total);
 
   const int64_t first = n * call.values.row, next = call.values.column;
   if (call.codes) {
@@ -73,10 +78,10 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   }
   if (call.loss) static_cast<T*>(call.loss)[n] = valid ? static_cast<T>(scale * loss) : nan;
   if (!call.grad_logits) return;
-  for (int64_t c = 0; c < C; ++c) q[c] = s * q[c];
-  for (int64_t c = 0; c < C; ++c) z[c] = factor * (q[c] - u);
+  const T share = s / total;
+  for (int64_t c = 0; c < C; ++c) z[c] = factor * (share * q[c] - u);
   if (valid)
-    for (int64_t j = 0; j < k; ++j) z[index(j)] = factor * (q[index(j)] - p[j]);
+    for (int64_t j = 0; j < k; ++j) z[index(j)] = factor * (share * q[index(j)] - p[j]);
   else
     for (int64_t c = 0; c < C; ++c) z[c] = nan;
   store_row(call.scalar, z, n, C, call.grad_logits);

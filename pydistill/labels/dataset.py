@@ -33,7 +33,8 @@ class SoftLabelDataset(Dataset):
 
     Args:
         images: a tensor ``[num_images, ...]``, or a map-style data set whose items are an image, or a tuple that
-            begins with one; image i of the store is item i.
+            begins with one; image i of the store is item i. None where the images need not pass through the loader,
+            such as those that lie on the student's device: items are (None, labels), and ``labels.images`` says which.
         store: of labels, open for reading.
         epoch: the first.
 
@@ -43,8 +44,8 @@ class SoftLabelDataset(Dataset):
             epoch.
     """
 
-    def __init__(self, images: Tensor | Dataset[Any] | Sequence[Any], store: SoftLabelStore, epoch: int = 0):
-        if len(images) != store.num_images:
+    def __init__(self, images: Tensor | Dataset[Any] | Sequence[Any] | None, store: SoftLabelStore, epoch: int = 0):
+        if images is not None and len(images) != store.num_images:
             raise ValueError(f"images: expected {store.num_images} as the store {store.path} has, got {len(images)}")
         if store._writable:
             raise ValueError(f"store: expected one that is open for reading, {store.path} is open for writing")
@@ -66,15 +67,17 @@ class SoftLabelDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.store.num_images
 
     def __getitem__(self, index: int) -> tuple[Any, SoftLabels]:
         """The image and a `SoftLabels` of one row."""
-        return self.images[index], self.store.read(self.epoch, [index])
+        return None if self.images is None else self.images[index], self.store.read(self.epoch, [index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Any, SoftLabels]:
         """A batch at once, which torch's loader asks for where it can."""
         labels = self.store.read(self.epoch, indices)
+        if self.images is None:
+            return None, labels
         if isinstance(self.images, Tensor):
             return self.images[labels.images], labels
         return default_collate([self.images[index] for index in indices]), labels
@@ -86,7 +89,9 @@ def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabe
         return batch
     images, labels = zip(*batch, strict=True)
     parts = (torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows"))
-    return default_collate(list(images)), SoftLabels(*parts, labels[0].layout, labels[0].epoch)
+    return None if images[0] is None else default_collate(list(images)), SoftLabels(
+        *parts, labels[0].layout, labels[0].epoch
+    )
 
 
 class StoredBatches(Sampler[list[int]]):

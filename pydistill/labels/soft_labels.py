@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pydistill import _host
 from pydistill.labels._reader import RowLayout
 from pydistill.labels.records import unpack
+from pydistill.ops._rows import check_floating
 from pydistill.ops.kd_divergence import kd_divergence
-from pydistill.ops.sparse_label_loss import sparse_label_loss
+from pydistill.ops.sparse_label_loss import of_checked
 
 __all__ = ["SoftLabels"]
+
+_SMALL = 1 << 18  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,13 @@ class SoftLabels:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes a small batch goes as its bytes: a tensor takes a shared-memory file of its own."""
+        if self.rows.numel() > _SMALL:
+            return SoftLabels, (self.images, self.rows, self.layout, self.epoch, self.device)
+        arrays = self.images.cpu().numpy(), self.rows.cpu().numpy()
+        return _from_bytes, (*(array.tobytes() for array in arrays), self.layout, self.epoch, self.device)
 
     @property
     def records(self) -> Tensor:
@@ -135,9 +146,10 @@ class SoftLabels:
                 f"logits: expected [{len(self)}, {self.layout.num_classes}] as the labels, got {list(logits.shape)}"
             )
         if self.layout.k:
-            return sparse_label_loss(
-                logits, self.indices, self.values, T=T, tail="smooth", scale_T2=scale_T2, reduction=reduction
-            )
+            if reduction not in ("batchmean", "sum", "none"):
+                raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
+            check_floating("logits", logits)
+            return of_checked(logits, self.indices, self.values, T, scale_T2=scale_T2, reduction=reduction)
         return kd_divergence(
             logits,
             self.dense.to(logits.dtype),
@@ -166,3 +178,9 @@ class SoftLabels:
         if self.layout.k or self.layout.target == "probs":
             raise ValueError(f"T: expected {made:g}, at which these labels' probabilities were taken, got {T:g}")
         return T
+
+
+def _from_bytes(images: bytes, rows: bytes, layout: RowLayout, epoch: int, device: torch.device) -> SoftLabels:
+    ids = np.frombuffer(bytearray(images), np.int64)
+    found = np.frombuffer(bytearray(rows), np.uint8).reshape(len(ids), layout.row_bytes)
+    return SoftLabels(torch.from_numpy(ids), torch.from_numpy(found), layout, epoch, device)

@@ -47,7 +47,9 @@ def scale_kept(ctx: Any, kept: Tensor, grad: Tensor) -> Tensor | None:
     factor = grad.unsqueeze(1)
     if ctx.owns_kept and type(grad) is Tensor:
         try:
-            scaled = kept.data.mul_(factor)
+            # of a sum's rows, none is scaled
+            alike = grad.device.type == "cpu" and grad.stride() == (0,) and len(grad) > 0
+            scaled = kept.data if alike and float(grad[0]) == 1 else kept.data.mul_(factor)
             ctx.spent = True
             return scaled
         except RuntimeError:  # under vmap, which does not write many gradients in the place of one

@@ -78,7 +78,24 @@ def sparse_label_loss(
         NotImplementedError: the backend cannot run here, or a second derivative is asked for.
     """
     _check_options(T, tail, step, kind, reduction)
-    _check_tensors(logits, indices, values, step, tail)
+    _check_tensors(logits, indices, values, step)
+    _check_values(logits, indices, values, step, tail)
+    return of_checked(logits, indices, values, T, tail, step, kind, scale_T2, reduction, backend)
+
+
+def of_checked(
+    logits: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    T: float,
+    tail: str = "smooth",
+    step: float | None = None,
+    kind: str = "kl",
+    scale_T2: bool = False,
+    reduction: str = "batchmean",
+    backend: str = "auto",
+) -> Tensor:
+    """`sparse_label_loss` of arguments that fit, such as labels that a store decoded: looking takes as long again."""
     chosen = choose_backend("sparse_label_loss", backend, logits.device, BACKENDS)
     if chosen == "reference":
         return reference.sparse_label_loss(logits, indices, values, T, tail, step, kind, scale_T2, reduction)
@@ -89,7 +106,10 @@ def sparse_label_loss(
     if step is None:
         values = values.to(compute_dtype(logits))
     keep = torch.is_grad_enabled() and logits.requires_grad
-    options = (float(T), TAILS.index(tail), float(step or 0.0), kind == "kl", float(T**2 if scale_T2 else 1.0), keep)
+    scale = float(T**2 if scale_T2 else 1.0)
+    if reduction == "batchmean" and keep and len(logits):  # so that gradients are kept as they are wanted
+        scale, reduction = scale / len(logits), "sum"
+    options = (float(T), TAILS.index(tail), float(step or 0.0), kind == "kl", scale, keep)
     loss = (_triton if chosen == "triton" else _native).forward(logits, indices.to(torch.int64), values, *options)[0]
     if reduction != "none":
         loss = loss.sum() if reduction == "sum" else loss.mean()
@@ -110,7 +130,7 @@ def _check_options(T: float, tail: str, step: float | None, kind: str, reduction
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
-def _check_tensors(logits: Tensor, indices: Tensor, values: Tensor, step: float | None, tail: str) -> None:
+def _check_tensors(logits: Tensor, indices: Tensor, values: Tensor, step: float | None) -> None:
     check_floating("logits", logits)
     for name, tensor in (("indices", indices), ("values", values)):
         if not isinstance(tensor, Tensor):
@@ -137,7 +157,10 @@ def _check_tensors(logits: Tensor, indices: Tensor, values: Tensor, step: float 
         raise ValueError(
             "values: expected a teacher without gradient, got a tensor that requires one; pass values.detach()"
         )
-    check_class_numbers("indices", indices, C)
+
+
+def _check_values(logits: Tensor, indices: Tensor, values: Tensor, step: float | None, tail: str) -> None:
+    check_class_numbers("indices", indices, logits.shape[1])
     if step is None and tail != "renorm":
         _check_sums(values)
 

@@ -65,6 +65,17 @@ def test_other_data_sets_and_samplers_serve_as_well(store):
     assert (int(number), len(label), label.images.tolist()) == (3, 1, [3])
 
 
+@pytest.mark.parametrize("kind", [SoftLabelDataset, PerItem])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_come_without_images_too(store, kind, workers):
+    data = kind(None, store)
+    loader = DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels, num_workers=workers)
+    for ids, (images, labels) in zip(batches(0), loader, strict=True):
+        assert images is None
+        assert torch.equal(labels.rows, store.read(0, ids).rows)
+        assert labels.images.tolist() == ids.tolist()
+
+
 def test_wrong_data_sets_are_refused(store, tmp_path):
     with pytest.raises(ValueError, match=r"images: expected 25 as the store .*labels\.store has, got 24"):
         SoftLabelDataset(IMAGES[1:], store)
