@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from . import ROOT, run
+from .case import CONVNET, GATE, SMALL, Case, Check, Config, Entry, Point, relative_error
 from .kernels import FORMS, minimum_bytes
 from .peers import block, compiled, eager
 from .peers.plain_convnet import PlainConvNet
 from .peers.problem import make_problem
-from .registry import CONVNET, GATE, SMALL, Case, Check, Config, Entry, Point, relative_error
 
 Tensors = tuple[Tensor, ...]
 CALLS = 10  # between two clock readings: one of the block's forms takes less than a tenth of a millisecond
@@ -184,7 +184,7 @@ def _block_gate(case: Case, config: Config) -> Iterator[Check]:
 
 
 def _block_check(case: Case, point: Point, problem: Forms, outputs: dict[str, Tensors]) -> Iterator[Check]:
-    """Against float64: at most twice plain torch's own error, or 1e-3 (see `bench.registry`), in bfloat16 1e-2."""
+    """Against float64: at most twice plain torch's own error, or 1e-3 (see `bench.case`), in bfloat16 1e-2."""
     floor = 1e-2 if problem.scalar == "bf16" else 1e-3
     for i, truth in enumerate(block_eager(problem.double())()):
         bound = max(floor, 2 * relative_error(outputs[case.baseline][i], truth))

@@ -71,7 +71,8 @@ def measure(case: str, provider: str, xs: list[int], size: str) -> dict[int, int
 
 
 def main() -> None:
-    from .registry import CASES, SIZES
+    from .case import SIZES
+    from .registry import CASES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case")

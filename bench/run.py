@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from . import ROOT, memory
-from .registry import CASES, Case, Check, Config, Point, r_squared
+from .case import Case, Check, Config, Point, r_squared
+from .registry import CASES
 
 RESULTS = ROOT / "bench" / "results"
 COLUMNS = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.case import Case, Check, Entry
 
 from bench import gpu, memory, ours, run
 from bench.peers import (
@@ -25,7 +26,7 @@ from bench.peers import (
     training,
 )
 from bench.peers.problem import Problem, Result, Thunk, make_problem
-from bench.registry import CASES, Case, Check, Entry
+from bench.registry import CASES
 from pydistill import matching
 
 

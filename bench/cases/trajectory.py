@@ -1,0 +1,411 @@
+"""Trajectory matching, the students that it trains, and the experts that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import ours
+from ..case import (
+    CONVNET,
+    GATE,
+    SMALL,
+    Case,
+    Check,
+    Config,
+    Entry,
+    Medians,
+    Point,
+    cosine,
+    r_squared,
+    relative_error,
+    step_must_show,
+)
+from ..peers import compiled, eager, segments, tesla, training
+from ..peers.problem import Problem, Result, make_problem
+
+
+def _truth(problem: Problem, mode: str) -> Result:
+    """By definition: autograd through all steps, for the first-order estimator with each step's parameters constant."""
+    return eager.prepare(problem, first_order=mode == "first_order")()
+
+
+def _rounding_noise(problem: Problem, truth: Result, mode: str) -> float:
+    """How far the truth itself moves when theta_0 moves by one rounding: an fp32 trajectory is chaotic."""
+    sign = torch.sign(torch.randn(problem.theta0.shape, generator=torch.Generator().manual_seed(1)))
+    nudged = problem.theta0 * (1 + torch.finfo(problem.theta0.dtype).eps * sign.to(problem.theta0.dtype))
+    moved = _truth(replace(problem, theta0=nudged), mode)
+    return max(relative_error(a, b) for a, b in zip(moved[1:], truth[1:], strict=True))
+
+
+def _unroll_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small: minibatches (so that an image stands in several steps), every gradient to 1e-10."""
+    problem = make_problem(**config["gate"], dtype=torch.float64)
+    entries = {name: entry for name, entry in case.providers.items() if entry.precision == "fp32"}
+    truths = {entry.mode: _truth(problem, entry.mode) for entry in entries.values()}
+    for name, entry in entries.items():
+        for what, value, truth in zip(Result._fields, entry.prepare(problem)(), truths[entry.mode], strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _bf16_check(name: str, case: Case, problem: Problem, output: Result, truth: Result) -> Iterator[Check]:
+    """The image gradient after all steps and, of ours, what each step gives at the thetas of float32."""
+    yield Check(name, "bf16 d_images, cosine to float32", cosine(output.d_images, truth.d_images), 0.95, at_least=True)
+    if case.providers[name].prepare is ours.exact_bf16:
+        for what, value in ours.lowest_step_cosines(problem).items():
+            yield Check(name, f"bf16 {what} of a step, lowest cosine to float32", value, 0.99, at_least=True)
+
+
+def _unroll_check(case: Case, point: Point, problem: Problem, outputs: dict[str, Result]) -> Iterator[Check]:
+    """At the size and precision that is timed: 0.1 in L2 (a cosine of 0.995), or twice the measured rounding noise."""
+    truths: dict[str, Result] = {case.providers[case.baseline].mode: outputs[case.baseline]}
+    for name, output in outputs.items():
+        if name == case.baseline:
+            continue
+        if case.providers[name].precision == "bf16":
+            yield from _bf16_check(name, case, problem, output, outputs[case.baseline])
+            continue
+        mode = case.providers[name].mode
+        if mode not in truths:
+            truths[mode] = _truth(problem, mode)
+        errors = {
+            what: relative_error(value, truth)
+            for what, value, truth in zip(Result._fields, output, truths[mode], strict=True)
+        }
+        bound = 0.1 if max(errors.values()) <= 0.1 else max(0.1, 2 * _rounding_noise(problem, truths[mode], mode))
+        for what, error in errors.items():
+            yield Check(name, f"{problem.images.dtype} {what}, relative error".replace("torch.", ""), error, bound)
+
+
+_UNROLL_PROVIDERS: dict[str, Entry] = {
+    "eager-plain": Entry(eager.prepare, "exact"),
+    "eager-accelerated": Entry(ours.eager_accelerated, "exact"),
+    "tesla": Entry(tesla.prepare, "first_order"),
+    "compiled": Entry(compiled.prepare, "exact"),
+    "compiled-nchw": Entry(partial(compiled.prepare, channels_last=False), "exact"),
+    "compiled-bf16": Entry(partial(compiled.prepare, half=True), "exact", "bf16"),
+    "exact": Entry(ours.exact, "exact"),
+    "exact-bf16": Entry(ours.exact_bf16, "exact", "bf16"),
+    "first_order": Entry(ours.first_order, "first_order"),
+}
+
+
+def _step_points(case: Case, config: Config) -> list[Point]:
+    steps = config["steps"]
+    return [Point(steps, lambda: make_problem(**config), tuple(case.providers), per=steps)]
+
+
+def _step_case(name: str, shape: Config, brief: Config, providers: tuple[str, ...], bounds: dict) -> Case:
+    return Case(
+        name=name,
+        metric="time per inner step",
+        unit="s",
+        x_name="steps",
+        providers={provider: _UNROLL_PROVIDERS[provider] for provider in providers},
+        full={**CONVNET, "gate": GATE, **shape},
+        quick={
+            **SMALL,
+            "gate": GATE,
+            **{name: shape[name] for name in ("augment", "gate") if name in shape},
+            "steps": 3,
+        },
+        repeats=3,
+        points=_step_points,
+        gate=_unroll_gate,
+        check=_unroll_check,
+        must_show=partial(step_must_show, bounds),
+        brief=brief,
+        brief_providers=("eager-plain", "compiled", "exact", "exact-bf16"),
+    )
+
+
+UNROLL_STEP = _step_case(
+    "unroll_step",
+    {"steps": 10},
+    {"steps": 2},
+    tuple(name for name in _UNROLL_PROVIDERS if name != "compiled-nchw"),
+    {
+        ("exact", "eager-plain"): 4.0,
+        ("exact", "compiled*"): 1.5,
+        ("exact-bf16", "eager-plain"): 8.0,
+        ("exact-bf16", "compiled*"): 3.0,
+        ("exact-bf16", "compiled-bf16"): 1.3,
+        ("eager-accelerated", "eager-plain"): 1.4,
+    },
+)
+
+
+UNROLL_STEP_64 = _step_case(
+    "unroll_step_64",
+    {"steps": 10, "depth": 4, "image_size": 64, "images": 32, "batch": 32},
+    {"steps": 2},
+    ("eager-plain", "compiled", "exact"),
+    {("exact", "eager-plain"): 4.0, ("exact", "compiled*"): 1.4},
+)
+
+
+# so small that calling operators takes longer than what they do
+UNROLL_STEP_SMALL = _step_case(
+    "unroll_step_small",
+    {"steps": 50, "width": 32, "images": 10, "batch": 10},
+    {},
+    ("eager-plain", "compiled", "compiled-nchw", "exact"),
+    {("exact", "eager-plain"): 5.0, ("exact", "compiled*"): 1.5},
+)
+
+
+# a trajectory method's outer step as its repository writes it: ten images of each class, augmented in every inner step
+OUTER_STEP = _step_case(
+    "outer_step",
+    {"steps": 20, "augment": True, "gate": {**GATE, "augment": True}},
+    {"steps": 2},
+    ("eager-plain", "exact"),
+    {("exact", "eager-plain"): 3.0},
+)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`Problem` for some students at once, all with its theta0, images and target."""
+
+    problem: Problem
+    students: int
+
+
+def _scaling_points(case: Case, config: Config) -> list[Point]:
+    base = {"T": config["steps"], "B": config["batch"], "E": 1}
+    points = []
+    for mode, values in config["values"].items():
+        for x in values:
+            size = {**base, mode: x}
+
+            def build(size: dict[str, int] = size) -> Scaled:
+                sizes = {**config, "steps": size["T"], "batch": size["B"], "images": size["B"]}
+                return Scaled(make_problem(**sizes), size["E"])
+
+            points.append(Point(x, build, tuple(case.providers), mode))
+    return points
+
+
+def _scaling_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, three students: the mean of the loss and of the gradients is that of one, for they are all alike."""
+    problem = make_problem(**config["gate"], dtype=torch.float64)
+    for name, entry in case.providers.items():
+        outputs = entry.prepare(Scaled(problem, 3))()
+        for what, value, truth in zip(Result._fields, outputs, _truth(problem, "exact"), strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _scaling_check(case: Case, point: Point, problem: Scaled, outputs: dict[str, Any]) -> Iterator[Check]:
+    for name, output in outputs.items():
+        finite = all(bool(torch.isfinite(t).all()) for t in output)
+        yield Check(name, f"{point.mode}={point.x}, finite", float(finite), 1.0, at_least=True)
+
+
+def _scaling_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for mode in config["values"]:
+        line = {x: value for (m, x, _), value in medians.items() if m == mode}
+        yield Check("exact", f"R^2 of a line in {mode}", r_squared(line), 0.99, at_least=True)
+
+
+UNROLL_SCALING = Case(
+    name="unroll_scaling",
+    metric="time of one outer gradient",
+    unit="s",
+    x_name="size",
+    providers={"exact": Entry(ours.exact_students, "exact")},
+    full={**CONVNET, "steps": 5, "batch": 40, "gate": GATE}
+    | {"values": {"T": (5, 10, 20, 40), "B": (20, 40, 80, 160), "E": (1, 2, 4, 8)}},
+    quick={**SMALL, "steps": 2, "gate": GATE, "values": {"T": (2, 4, 6), "B": (4, 8, 12), "E": (1, 2, 3)}},
+    repeats=5,
+    points=_scaling_points,
+    gate=_scaling_gate,
+    check=_scaling_check,
+    must_show=_scaling_must_show,
+    lines=True,
+)
+
+
+def _memory_points(case: Case, config: Config) -> list[Point]:
+    points = []
+    for steps in config["steps"]:
+        # the eager loop keeps every step: 50 steps of 100 images want 15 GiB
+        fits = tuple(name for name in case.providers if name != "eager-plain" or steps <= config["eager_steps"])
+        points.append(Point(steps, partial(_memory_problem, config, steps), fits))
+    return points
+
+
+def _memory_problem(config: Config, steps: int) -> Problem:
+    return make_problem(**{**config, "steps": steps})
+
+
+def _memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    exact = {x: value for (_, x, provider), value in medians.items() if provider == "exact"}
+    if 10 in exact and 50 in exact:
+        parameters = _memory_problem(config, 1).theta0.numel()
+        # 40 more steps may store 40 more parameter vectors and a fifth for everything else
+        bound = 1.2 * 40 * parameters * 4 / 2**20
+        yield Check("exact", "MiB from T=10 to T=50", exact[50] - exact[10], bound)
+    if 50 in exact and ("exact", 50, "eager-plain") in medians:
+        ratio = medians["exact", 50, "eager-plain"] / exact[50]
+        yield Check("exact", "eager-plain's peak over its own, T=50", ratio, 20.0, at_least=True)
+
+
+UNROLL_MEMORY = Case(
+    name="unroll_memory",
+    metric="peak memory above the process's baseline",
+    unit="MiB",
+    x_name="steps",
+    providers={name: _UNROLL_PROVIDERS[name] for name in ("eager-plain", "tesla", "exact")},
+    full={**CONVNET, "steps": (1, 2, 5, 10, 20, 50), "eager_steps": 50, "check_steps": 2, "gate": GATE},
+    # large enough for the system's resolution
+    quick={**SMALL, "width": 32, "image_size": 32, "images": 16, "batch": 16, "steps": (1, 4), "eager_steps": 4}
+    | {"check_steps": 2, "gate": GATE},
+    repeats=1,
+    points=_memory_points,
+    gate=_unroll_gate,
+    check=_unroll_check,
+    must_show=_memory_must_show,
+    problem=_memory_problem,
+    brief={"steps": (1, 2, 5), "eager_steps": 5},
+)
+
+
+def _outer_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    values = {provider: value for (_, x, provider), value in medians.items() if x == max(config["steps"])}
+    if len(values) == 2:
+        ratio = values["eager-plain"] / values["exact"]
+        yield Check("exact", "eager-plain's peak over its own", ratio, 15.0, at_least=True)
+
+
+OUTER_STEP_MEMORY = replace(
+    UNROLL_MEMORY,
+    name="outer_step_memory",
+    providers={name: _UNROLL_PROVIDERS[name] for name in ("eager-plain", "exact")},
+    full={**UNROLL_MEMORY.full, "steps": (20,), "augment": True, "gate": {**GATE, "augment": True}},
+    quick={**UNROLL_MEMORY.quick, "augment": True},
+    must_show=_outer_memory_must_show,
+    brief={},
+)
+
+
+def _training_points(case: Case, config: Config) -> list[Point]:
+    problem = partial(training.make_training, config)
+    return [Point(config["students"], problem, tuple(case.providers), per=config["epochs"])]
+
+
+def _training_gate(case: Case, config: Config) -> Iterator[Check]:
+    """Float64, small, in batches, so that a student's order of the images counts: to 1e-10."""
+    problem = training.make_training(config["gate"]).double()
+    truths = training.prepare_eager(problem)()
+    for name, entry in case.providers.items():
+        for what, value, truth in zip(training.Trained._fields, entry.prepare(problem)(), truths, strict=True):
+            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+
+
+def _training_check(
+    case: Case, point: Point, problem: training.Training, outputs: dict[str, training.Trained]
+) -> Iterator[Check]:
+    """At the size and precision that is timed: 5e-3, or twice the baseline's own distance from float64."""
+    truths = training.prepare_eager(problem.double())()
+    for i, (what, truth) in enumerate(zip(training.Trained._fields, truths, strict=True)):
+        bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, output in outputs.items():
+            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], truth), bound)
+
+
+def _training_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {provider: value for (_, _, provider), value in medians.items()}
+    if "pydistill" not in found:
+        return
+    yield Check("pydistill", "speed-up over eager", found["eager"] / found["pydistill"], 3.0, at_least=True)
+    compiled = [found[name] for name in ("compiled", "compiled-vmap") if name in found]
+    if compiled:
+        speedup = min(compiled) / found["pydistill"]
+        yield Check("pydistill", "speed-up over the better compiled loop", speedup, 1.2, at_least=True)
+
+
+TRAIN_STUDENTS = Case(
+    name="train_students",
+    metric="time per epoch of all students",
+    unit="s",
+    x_name="students",
+    providers={
+        "eager": Entry(training.prepare_eager),
+        "compiled": Entry(training.prepare_compiled),
+        "compiled-vmap": Entry(training.prepare_vmapped),
+        "pydistill": Entry(ours.train_students),
+    },
+    # epochs are alike: what a hundred take is a hundred times what one of a few takes
+    full={**CONVNET, "students": 5, "epochs": 2, "lr": 0.01, "gate": {**GATE, "students": 3, "epochs": 3}},
+    quick={**SMALL, "students": 3, "epochs": 2, "lr": 0.01, "gate": {**GATE, "students": 3, "epochs": 3}},
+    repeats=5,
+    points=_training_points,
+    gate=_training_gate,
+    check=_training_check,
+    must_show=_training_must_show,
+    brief_providers=("eager", "compiled", "pydistill"),
+)
+
+
+def _store_points(case: Case, config: Config) -> list[Point]:
+    read, opened = config["read"][0], config["opened"][0]
+    return [
+        Point(read, partial(segments.make_experts, config), tuple(case.providers), "random segment"),
+        Point(opened, partial(segments.make_experts, config, opens=True), ("pydistill",), "open"),
+    ]
+
+
+def _is_truth(name: str, what: str, found: segments.Segment, truth: segments.Segment) -> Iterator[Check]:
+    for end, a, b in zip(segments.Segment._fields, found, truth, strict=True):
+        yield Check(name, f"{what}, {end}, equal bits", float(torch.equal(a, b)), 1.0, at_least=True)
+
+
+def _store_gate(case: Case, config: Config) -> Iterator[Check]:
+    """A small file, some segments, to the bit."""
+    problem = segments.make_experts({**config, **config["gate"]})
+    for name, entry in case.providers.items():
+        read = entry.prepare(problem)
+        for place, _ in zip(problem.places(), range(20), strict=False):
+            yield from _is_truth(name, f"segment {place}", read(), problem.truth(*place))
+
+
+def _store_check(case: Case, point: Point, problem: segments.Experts, outputs: dict[str, Any]) -> Iterator[Check]:
+    for name, output in outputs.items():
+        if problem.opens:
+            right = output.shape == (problem.experts, problem.epochs + 1, problem.numel)
+            yield Check(name, "the opened store's shape", float(right), 1.0, at_least=True)
+        else:
+            yield from _is_truth(name, "first segment", output, problem.truth(*next(problem.places())))
+
+
+def _store_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    found = {(mode, provider): value for (mode, _, provider), value in medians.items()}
+    speedup = found["random segment", "torch.load"] / found["random segment", "pydistill"]
+    yield Check("pydistill", "speed-up over torch.load of the file", speedup, 50.0, at_least=True)
+    yield Check("pydistill", "ms to open", found["open", "pydistill"], 10.0)
+
+
+EXPERT_STORE = Case(
+    name="expert_store",
+    metric="time",
+    unit="ms",
+    x_name="experts",
+    providers={
+        "torch.load": Entry(segments.prepare_load),
+        "torch.load-mmap": Entry(partial(segments.prepare_load, mmap=True)),
+        "pydistill": Entry(ours.expert_store),
+    },
+    # experts, epochs; the store that is only opened has no data
+    full={**CONVNET, "length": 2, "read": (10, 50), "opened": (100, 50), "gate": {**SMALL, "read": (3, 4)}},
+    quick={**SMALL, "length": 2, "read": (3, 4), "opened": (5, 6), "gate": {**SMALL, "read": (3, 4)}},
+    repeats=20,
+    points=_store_points,
+    gate=_store_gate,
+    check=_store_check,
+    must_show=_store_must_show,
+)
