@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pydistill.data import Dataset, DistilledSet
 from pydistill.methods.picking import Picking, class_members
 from pydistill.nn.student import Student
-from pydistill.select import best_crops, mosaic
+from pydistill.select import best_crops, mosaic, sample_scores
 from pydistill.trajectory.experts import seeded_generator
 
-__all__ = ["PCA", "combine", "scores"]
+__all__ = ["PCA", "combine"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ class PCA(Picking):
     }
 
     score: Literal["ce", "el2n", "margin"] = "el2n"
-    """By which images are pruned: cross-entropy, |softmax(z) - y|, or minus the margin of the label's logit."""
+    """By which images are pruned, see `pydistill.select.sample_scores`."""
     hard: bool = False
-    """Keep the images of the largest scores; or else of the smallest, which is better for few images."""
+    """Keep the hardest images; or else the easiest, which is better for few images."""
     prune: float = 0.5
     """Share of each class that stays; those needed are drawn from it."""
     factor: int = 1
@@ -48,17 +46,6 @@ class PCA(Picking):
     """Of a crop, a share of the image."""
     soft_labels: bool = False
     """The network's logits for the combined images, instead of their classes."""
-
-
-@torch.no_grad()
-def scores(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """How hard samples are, ``[N]``, from logits ``[N, K]``; see `PCA.score`."""
-    if kind == "ce":
-        return F.cross_entropy(logits, labels, reduction="none")
-    if kind == "el2n":
-        return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
-    own = logits.gather(1, labels[:, None])[:, 0]
-    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
 
 
 def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Any = None) -> DistilledSet:
@@ -79,8 +66,11 @@ def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01
     for label, members in enumerate(class_members(dataset, need, "ipc * factor^2")):
         with torch.no_grad():
             logits = torch.cat([teacher(x) for x in dataset.train_images[members].split(500)])
-        found = scores(config.score, logits, dataset.train_labels[members])
-        stay = found.argsort(descending=config.hard, stable=True)[: max(need, round(config.prune * len(members)))]
+        found = sample_scores(logits, dataset.train_labels[members], [config.score])[config.score]
+        hardest_last = config.score != "margin"
+        stay = found.argsort(descending=config.hard == hardest_last, stable=True)[
+            : max(need, round(config.prune * len(members)))
+        ]
         generator = seeded_generator(config.seed, 7, label)
         drawn = members[stay[torch.randperm(len(stay), generator=generator)[:need].to(stay.device)]]
         patches, _ = best_crops(

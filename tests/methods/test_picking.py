@@ -11,9 +11,9 @@ from pydistill.data import DistilledSet, load
 from pydistill.evaluate import accuracy
 from pydistill.methods import DQ, PCA, combine, quantize
 from pydistill.methods.dq import class_bins
-from pydistill.methods.pca import scores
 from pydistill.methods.picking import train_teacher
 from pydistill.nn import ConvNet
+from pydistill.select import sample_scores
 
 SMALL = ["--width", "8", "--teacher-epochs", "3", "--ipc", "4", "--students", "2", "--student-epochs", "20"]
 
@@ -93,7 +93,9 @@ def test_pca_is_prune_crop_and_mosaic(dataset, teacher):
     for label in range(10):
         members = (dataset.train_labels == label).nonzero()[:, 0]
         with torch.no_grad():
-            found = scores("el2n", teacher(dataset.train_images[members]), dataset.train_labels[members])
+            found = sample_scores(teacher(dataset.train_images[members]), dataset.train_labels[members], ["el2n"])[
+                "el2n"
+            ]
         easiest = dataset.train_images[members[found.argsort()[:4]]]
         distance = torch.cdist(images[4 * label : 4 * label + 4].flatten(1), easiest.flatten(1))
         assert (distance.amin(0) < 1e-4).all()  # bilinear sampling at the pixels' centres
@@ -114,15 +116,6 @@ def test_pca_takes_the_hard_or_labels_softly(dataset, teacher):
     assert torch.equal(soft.images, easy.images)
     with torch.no_grad():
         torch.testing.assert_close(soft.labels, teacher(soft.images))
-
-
-def test_scores_by_hand():
-    logits, labels = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 2])
-    assert scores("margin", logits, labels).tolist() == [-1.0, 2.0]
-    p = logits.softmax(1)
-    torch.testing.assert_close(scores("ce", logits, labels), -torch.stack([p[0, 0], p[1, 2]]).log())
-    want = (p - torch.tensor([[1.0, 0, 0], [0, 0, 1]])).square().sum(1).sqrt()
-    torch.testing.assert_close(scores("el2n", logits, labels), want)
 
 
 @pytest.mark.parametrize(
