@@ -6,7 +6,7 @@ from pkgutil import extend_path as _extend_path
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference
+from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference, select
 from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce, kd_divergence
 from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, krr_loss, mmd
 from pydistill.ops import bn_match_forward, bn_stat_match, instance_norm_relu_avg_pool, soft_cross_entropy
@@ -38,6 +38,7 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "select",
     "soft_cross_entropy",
     "train_students",
     "trajectory_match",
