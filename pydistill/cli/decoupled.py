@@ -106,7 +106,7 @@ class RecoverCommand:
         about, real = teachers[0].config, None
         if self.config.starts_real:
             data = _load(about["dataset"], self.root, about["image_size"])
-            real = real_images(self.config, data, len(teachers))
+            real = real_images(self.config, data, teachers)
         rank, size = world()
         share = self.config.batches(teachers[0].num_classes, len(teachers))[rank::size]
         with run.phase("recover", len(share) * self.config.iterations) as note:

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.methods.squeeze import Teacher
 from pydistill.nn import BNStatMatcher, freeze
+from pydistill.select import representatives
 from pydistill.trajectory.experts import seeded_generator
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Recover:
 
     name: ClassVar[str] = ""
     starts_real: ClassVar[bool] = False
+    start: ClassVar[str] = "random"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     ipc: int = 10
@@ -129,19 +131,33 @@ class Recover:
 
 @dataclass(frozen=True)
 class RandomImages(Recover):
-    """No method: real images drawn at random, which the others are to be compared with."""
+    """No method: real images as they are, which the others are to be compared with."""
 
     name: ClassVar[str] = "random"
     starts_real: ClassVar[bool] = True
+
+    start: Literal["random", "kmeans"] = "random"
+    """Which they are: drawn, or those nearest to the centres of each class's logits."""
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
         return [replace(batch, moves=False) for batch in super().batches(num_classes, num_teachers)]
 
 
-def real_images(config: Recover, dataset: Dataset, num_teachers: int = 1) -> Tensor:
-    """The real images ``[K, n, C, H, W]`` from which a method starts, drawn by its seed."""
-    count = config.per_class(dataset.num_classes, num_teachers)[1]
-    images, _ = dataset.sample(count, seeded_generator(config.seed, 0))
+def real_images(config: Recover, dataset: Dataset, teachers: Sequence[Teacher]) -> Tensor:
+    """The real images ``[K, n, C, H, W]`` from which a method starts.
+
+    Drawn by its seed; or with ``start="kmeans"`` those nearest to the centres of each class's logits.
+    """
+    count = config.per_class(dataset.num_classes, len(teachers))[1]
+    generator = seeded_generator(config.seed, 0)
+    if config.start == "kmeans":
+        device = next(teachers[0].net.parameters()).device
+        with torch.no_grad():
+            logits = torch.cat([teachers[0].net(x.to(device)).cpu() for x in dataset.train_images.split(500)])
+        chosen = representatives(logits, dataset.train_labels.cpu(), count, generator)
+        images = dataset.train_images[chosen.to(dataset.train_images.device)]
+    else:
+        images, _ = dataset.sample(count, generator)
     return images.unflatten(0, (dataset.num_classes, count))
 
 

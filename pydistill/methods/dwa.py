@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class DWA(Recover):
     """K, how many they are."""
     accumulate: bool = False
     """A batch's steps start where those of the batch before ended, as in the published code."""
+    start: Literal["random", "kmeans"] = "random"
+    """Real images to start from: drawn, or those nearest to the centres of each class's logits."""
 
     def network(self, teacher: Teacher, batch: Batch, starts: Callable[[Batch], Tensor]) -> nn.Module:
         net = copy.deepcopy(teacher.net).eval().requires_grad_(True)

@@ -11,7 +11,7 @@ The published file for ImageNet refers to names that it does not define; this fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class INFER(Recover):
     """Images per class that would take the same storage; see the module for how many come out."""
     r_bn: float = 1.0
     """Weight of the BatchNorm statistics."""
+    start: Literal["random", "kmeans"] = "random"
+    """Real images to start from: drawn, or those nearest to the centres of each class's logits."""
 
     def per_class(self, num_classes: int, num_teachers: int) -> tuple[int, int]:
         natural = int(self.ipc / (num_teachers / num_classes + 1))

@@ -37,7 +37,7 @@ def teacher(data):
 
 
 def make(config, teachers, folder, data, **options):
-    real = real_images(config, data, len(teachers)) if config.starts_real else None
+    real = real_images(config, data, teachers) if config.starts_real else None
     recover(config, teachers, folder, real=real, checkpoint_every=2, **options)
     return merge(config, teachers, folder)
 
@@ -97,7 +97,7 @@ def test_recovery_equals_the_published_loop(method, teacher, data, tmp_path):
     made = make(config, [teacher], tmp_path, data)
     K = data.num_classes
     images = made.images.unflatten(0, (K, 2))
-    real = real_images(config, data) if config.starts_real else None
+    real = real_images(config, data, [teacher]) if config.starts_real else None
     for batch in config.batches(K, 1):
         if real is None:
             start = torch.randn(len(batch.labels), *teacher.shape, generator=seeded_generator(0, 2, batch.number))
@@ -130,7 +130,7 @@ def test_infer_adds_one_compensator_to_all_classes(teacher, data, tmp_path):
     assert (count, natural) == (3 * int(2 / (2 / K + 1)), int(2 / (2 / K + 1)))
     made = make(config, [teacher, other], tmp_path, data)
     low, high = teacher.bounds()
-    real = real_images(config, data, 2)
+    real = real_images(config, data, [teacher, other])
     images = made.images.unflatten(0, (K, count))
     assert torch.equal(images[:, :natural], real.clamp(low, high))
     for batch in config.batches(K, 2)[natural:]:
@@ -145,6 +145,19 @@ def test_infer_adds_one_compensator_to_all_classes(teacher, data, tmp_path):
             images[batch.labels, batch.place], (start + u).clamp(low, high), rtol=1e-3, atol=1e-3
         )
     assert {batch.teacher for batch in config.batches(K, 2)[natural:]} == {0, 1}
+
+
+def test_real_starts_may_be_each_classs_centres(teacher, data):
+    drawn, central = (real_images(DWA(ipc=2, start=start), data, [teacher]) for start in ("random", "kmeans"))
+    assert drawn.shape == central.shape == (data.num_classes, 2, *teacher.shape)
+    for label, images in enumerate(central):
+        own = data.train_images[data.train_labels == label]
+        assert (torch.cdist(images.flatten(1), own.flatten(1)).amin(1) == 0).all()
+        with torch.no_grad():
+            logits, spread = teacher.net(images), teacher.net(own)
+        nearest = torch.cdist(spread, logits).amin(1).mean()
+        pairs = torch.combinations(torch.arange(len(own)))
+        assert nearest < torch.stack([torch.cdist(spread, spread[pair]).amin(1).mean() for pair in pairs]).median()
 
 
 def test_cdas_crops_grow_smaller():
@@ -162,7 +175,7 @@ def test_cdas_crops_grow_smaller():
 def test_dwas_steps_accumulate_as_in_the_published_code(teacher, data):
     K = data.num_classes
     config = DWA(**(SMALL | {"batch_size": 1}))
-    real = real_images(config, data)
+    real = real_images(config, data, [teacher])
     batches = config.batches(K, 1)
 
     def starts(batch):
@@ -185,7 +198,7 @@ def test_dwas_steps_accumulate_as_in_the_published_code(teacher, data):
 def test_shares_and_interruptions_change_no_bit(method, teacher, data, tmp_path):
     config = method(**SMALL)
     whole = make(config, [teacher], tmp_path / "whole", data)
-    real = real_images(config, data) if config.starts_real else None
+    real = real_images(config, data, [teacher]) if config.starts_real else None
     for rank in (1, 0):  # as two ranks would, and the second one in two pieces
         calls = []
 
@@ -209,7 +222,7 @@ def test_random_images_are_the_real_ones(teacher, data, tmp_path):
     config = RandomImages(ipc=2)
     made = make(config, [teacher], tmp_path, data)
     low, high = teacher.bounds()
-    assert torch.equal(made.images, real_images(config, data).flatten(0, 1).clamp(low, high))
+    assert torch.equal(made.images, real_images(config, data, [teacher]).flatten(0, 1).clamp(low, high))
     assert made.labels.tolist() == [c for c in range(data.num_classes) for _ in range(2)]
 
 
