@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pydistill.labels import SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
-from tests.labels.test_store import EPOCHS, OPTIONS, N, batches, create, fill, records
+from tests.labels.test_label_store import EPOCHS, OPTIONS, N, batches, create, fill, records
 
 
 @pytest.fixture
