@@ -17,51 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .resnet import BasicBlock, ResNet18
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIRST, WEIGHT = 10.0, 0.01
-
-
-class Block(nn.Module):
-    def __init__(self, inside: int, outside: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outside)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
-        self.downsample = None
-        if stride != 1 or inside != outside:
-            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += identity
-        return self.relu(out)
-
-
-class PlainResNet18(nn.Module):
-    def __init__(self, classes: int, width: int = 64):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        inside = width
-        for i in range(4):
-            outside = width * 2**i
-            blocks = Block(inside, outside, 1 if i == 0 else 2), Block(outside, outside, 1)
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-            inside = outside
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(inside, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-        return self.fc(self.avgpool(x).flatten(1))
 
 
 def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
@@ -89,7 +48,7 @@ class Recovered(NamedTuple):
 
 @dataclass(frozen=True)
 class Recovery:
-    net: PlainResNet18
+    net: ResNet18
     images: Tensor  # [B, 3, H, W], normalised
     labels: Tensor
     crop: tuple[int, int, int, int]  # top, left, height, width
@@ -116,7 +75,7 @@ def make_recovery(config: dict[str, Any], batch: int | None = None, dtype: torch
     random = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = PlainResNet18(config["classes"], config["width"])
+        net = ResNet18(config["classes"], config["width"])
     for bn in batch_norms(net):
         bn.momentum = None  # a plain mean, of one batch
     with torch.no_grad():
@@ -184,7 +143,7 @@ def compiled(problem: Recovery, half: bool = False, channels_last: bool = True) 
         terms.append(match_over_dimensions(x, bn.running_mean, bn.running_var))
         return bn(x)
 
-    def block(of: Block, x: Tensor, terms: list[Tensor]) -> Tensor:
+    def block(of: BasicBlock, x: Tensor, terms: list[Tensor]) -> Tensor:
         out = F.relu(normed(of.bn1, of.conv1(x), terms))
         out = normed(of.bn2, of.conv2(out), terms)
         if of.downsample is not None:
