@@ -326,8 +326,12 @@ def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tenso
 
 
 def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
+    from pydistill.augment import multi_crop
     from pydistill.nn import BNStatMatcher, freeze
 
+    size = problem.images.shape[-1]
+    part = (*problem.crop, 1, *problem.roll, 0, 0, 0, size, size, 1)  # flipped, over the whole result
+    record = torch.tensor([[(i, *part)] for i in range(len(problem.images))], dtype=torch.float32)
     net = freeze(problem.net)
     matcher = BNStatMatcher(net, first=recover.FIRST)
 
@@ -337,7 +341,7 @@ def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
             loss = nn.functional.cross_entropy(logits, problem.labels)
         return loss + recover.WEIGHT * matcher.loss()
 
-    return recover.stepping(problem, loss_of)
+    return recover.stepping(problem, loss_of, view=lambda images: multi_crop(images, record, size))
 
 
 def frozen_layer(layer: resnet.Layer) -> resnet.Thunk:

@@ -92,8 +92,11 @@ def make_recovery(config: dict[str, Any], batch: int | None = None, dtype: torch
 Loss = Callable[[Tensor], Tensor]  # of the viewed images
 
 
-def stepping(problem: Recovery, loss_of: Loss, fused: bool = True) -> Callable[[], Recovered]:
-    """The step around a loss. ``fused``: Adam and the clip in one kernel each."""
+def stepping(
+    problem: Recovery, loss_of: Loss, fused: bool = True, view: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[], Recovered]:
+    """The step around a loss. ``fused``: Adam and the clip in one kernel each. ``view``: the problem's by default."""
+    view = view or problem.view
     shape = (1, 3, 1, 1)
     mean, std = (torch.tensor(values, dtype=problem.images.dtype).view(shape) for values in (MEAN, STD))
     low, high = -mean / std, (1 - mean) / std
@@ -101,7 +104,7 @@ def stepping(problem: Recovery, loss_of: Loss, fused: bool = True) -> Callable[[
     def run() -> Recovered:
         images = problem.images.clone().requires_grad_()
         optimizer = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.9), eps=1e-8, fused=fused)
-        loss = loss_of(problem.view(images))
+        loss = loss_of(view(images))
         loss.backward()
         optimizer.step()
         with torch.no_grad():
