@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.case import Case, Check, Entry
 
 from bench import gpu, memory, ours, run
+from bench.case import Case, Check, Entry
 from bench.peers import (
     distribution,
     eager,
