@@ -122,4 +122,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // the position; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of it and of its
   // adjoint, which is of the same kind.
   m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint, int taps, int before) -> Tensor");
+
+  // The picks [budget] of a greedy graph cut of samples with embeddings [N, d] and factors [N, C].
+  m.def("graph_cut_greedy(Tensor embeddings, Tensor? factors, float lam, int budget) -> Tensor");
 }

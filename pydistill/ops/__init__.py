@@ -14,6 +14,7 @@ from pydistill.ops.convnet_step import (
     convnet_tangent,
 )
 from pydistill.ops.frozen_conv2d import FrozenFilters, frozen_conv2d, frozen_filters
+from pydistill.ops.graph_cut_greedy import graph_cut_greedy
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.kd_divergence import kd_divergence
 from pydistill.ops.multi_crop import multi_crop
@@ -37,6 +38,7 @@ __all__ = [
     "convnet_tangent",
     "frozen_conv2d",
     "frozen_filters",
+    "graph_cut_greedy",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
     "multi_crop",

@@ -6,6 +6,7 @@ from pydistill.reference.augment import augment_images
 from pydistill.reference.bn_stat_match import bn_match_forward, bn_stat_match
 from pydistill.reference.convnet_step import convnet_features, convnet_gradient, convnet_logits, convnet_tangent
 from pydistill.reference.frozen_conv2d import frozen_conv2d
+from pydistill.reference.graph_cut_greedy import graph_cut_greedy
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.kd_divergence import kd_divergence
 from pydistill.reference.krr_loss import krr_loss
@@ -27,6 +28,7 @@ __all__ = [
     "convnet_tangent",
     "densify",
     "frozen_conv2d",
+    "graph_cut_greedy",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
     "krr_loss",

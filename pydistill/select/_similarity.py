@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydistill.ops.graph_cut_greedy import check_samples
+
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -20,12 +22,8 @@ class Cosines:
     """
 
     def __init__(self, embeddings: Tensor, factors: Tensor | None = None):
-        check_rows("embeddings", embeddings)
+        check_samples(embeddings, factors)
         if factors is not None:
-            check_rows("factors", factors)
-            if len(factors) != len(embeddings):
-                wanted = f"[{len(embeddings)}, C], a row for each of the embeddings"
-                raise ValueError(f"factors: expected {wanted}, got {list(factors.shape)}")
             embeddings = torch.nn.functional.pad(embeddings, (1, 0), value=1.0)
         self.unit = _unit(embeddings.to(torch.float64, copy=True))  # [N, d], or [N, 1 + d]
         self.factors = None if factors is None else _unit(factors.to(torch.float64, copy=True))  # [N, C]
@@ -54,22 +52,6 @@ class Cosines:
         if self.factors is None:
             return self.unit @ vector
         return (self.unit @ vector.T).mul_(self.factors).sum(1)
-
-    def coordinates(self, total: Tensor) -> Tensor:
-        """Along orthonormal directions that the vector ``total`` lies in, ``[len(self), q]``: 1, or C with factors."""
-        if self.factors is None:
-            return self.dot(total / torch.linalg.vector_norm(total).clamp_min(_TINY))[:, None]
-        left, _, right = torch.linalg.svd(total, full_matrices=False)
-        return (self.factors @ left).mul_(self.unit @ right.T)
-
-
-def check_rows(name: str, x: Tensor) -> None:
-    if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
-        got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-        raise ValueError(f"{name}: expected floating [N, d] with a row and a column at least, got {got}")
-    if not torch.stack(x.aminmax()).isfinite().all():  # which pass a NaN on
-        row = int((~x.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"{name}: expected finite values, got others in row {row}")
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from pydistill.select._similarity import Cosines
-from pydistill.select.graph_cut import TIE
 
 __all__ = ["facility_location_greedy"]
 
 _AT_ONCE = 64  # gains that are looked up together
+# Gains that differ by less are ties: float64 rounding is far below, a float32 embedding's far above.
+_TIE = 1e-9
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def facility_location_greedy(embeddings: Tensor, budget: int, *, factors: Tensor
         fresh = torch.zeros(n, dtype=torch.bool, device=device)  # whose bound is the gain
         while True:
             best = bound.max()
-            front = (bound >= best - TIE) & ~fresh
+            front = (bound >= best - _TIE) & ~fresh
             if picks and front.any():
                 stale = torch.where(fresh, -torch.inf, bound)
                 looked = stale.topk(min(_AT_ONCE, n)).indices
@@ -56,7 +57,7 @@ def facility_location_greedy(embeddings: Tensor, budget: int, *, factors: Tensor
                 bound[looked] = (similar - nearest).clamp_min_(0).sum(1)
                 fresh[looked] = True
                 continue
-            pick = (bound >= best - TIE).to(torch.uint8).argmax()
+            pick = (bound >= best - _TIE).to(torch.uint8).argmax()
             break
         picks.append(pick)
         nearest = torch.maximum(nearest, rows[pick[None]].to(rows)[0].mul_(0.5).add_(0.5))

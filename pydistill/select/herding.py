@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydistill.select._similarity import check_rows
+from pydistill.ops.graph_cut_greedy import check_rows
 
 __all__ = ["herding"]
 

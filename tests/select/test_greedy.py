@@ -145,8 +145,8 @@ def test_herding_is_the_loop():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, b: graph_cut_greedy(x, 121), "budget: expected 1..N in all for 120 embeddings, got 121"),
-        (lambda x, b: graph_cut_greedy(x, 0), "budget: expected 1..N in all for 120 embeddings, got 0"),
+        (lambda x, b: graph_cut_greedy(x, 121), "budget: expected 1..N for 120 embeddings, got 121"),
+        (lambda x, b: graph_cut_greedy(x, 0), "budget: expected 1..N for 120 embeddings, got 0"),
         (lambda x, b: graph_cut_greedy(x, 61, bins=2), "budget: expected 1..N .* got 2 bins of 61"),
         (lambda x, b: graph_cut_greedy(x, 5, lam=-1), "lam: expected a number of at least 0, got -1"),
         (lambda x, b: graph_cut_greedy(x, 5, lam=float("nan")), "lam: expected a number of at least 0, got nan"),
