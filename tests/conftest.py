@@ -1,11 +1,17 @@
 """What every test gets: uninitialised memory holds NaN, and the random state is the same whatever ran before."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# pytest-xdist's workers share the processor, and so do the processes that their tests start
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _WORKERS)))
+
+import torch  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))  # for bench; last, so that pydistill is the installed one
 
