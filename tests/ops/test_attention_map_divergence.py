@@ -287,7 +287,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message[:40] for *_, message in BAD])
 def test_bad_input(change, error, message):
     arguments = {"q_s": Q, "k_s": K, "q_t": Q, "k_t": K} | change
     tensors = [arguments.pop(name) for name in ("q_s", "k_s", "q_t", "k_t")]
