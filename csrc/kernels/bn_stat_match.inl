@@ -4,6 +4,7 @@
 // neither threads nor the width of registers change, hence equal bits over both.
 #include "bn_stat_match.h"
 #include "cpu_vocabulary.h"
+#include "storage_registers.h"
 
 namespace pydistill {
 namespace {
@@ -19,45 +20,18 @@ constexpr int kLanes = sizeof(V) / sizeof(T);
 
 template <class V, class T, class S>
 PYDISTILL_INLINE V load_lanes(const S* p) {
-  if constexpr (sizeof(V) == sizeof(T)) {
+  if constexpr (sizeof(V) == sizeof(T))
     return widen(*p);
-  } else if constexpr (sizeof(S) == sizeof(T)) {
-    return load_register(p);
-  } else {
-#if defined(__AVX512F__)
-    if constexpr (__is_same(S, F16))
-      return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-    if constexpr (__is_same(S, F16)) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#endif
-    T lanes[kLanes<V, T>];
-    for (int i = 0; i < kLanes<V, T>; ++i) lanes[i] = widen(p[i]);
-    return load_register(lanes);
-  }
+  else
+    return widened_register<T>(p);
 }
 
 template <class V, class T, class S>
 PYDISTILL_INLINE void store_lanes(S* p, V v) {
-  if constexpr (sizeof(V) == sizeof(T)) {
+  if constexpr (sizeof(V) == sizeof(T))
     narrow(v, *p);
-  } else if constexpr (sizeof(S) == sizeof(T)) {
-    *reinterpret_cast<typename Registers<T>::Unaligned*>(p) = v;
-  } else {
-#if defined(__AVX512F__)
-    if constexpr (__is_same(S, F16)) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xFFFF, v, _MM_FROUND_TO_NEAREST_INT));
-      return;
-    }
-#elif defined(__F16C__)
-    if constexpr (__is_same(S, F16)) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-      return;
-    }
-#endif
-    T lanes[kLanes<V, T>];
-    __builtin_memcpy(lanes, &v, sizeof(v));
-    for (int i = 0; i < kLanes<V, T>; ++i) narrow(lanes[i], p[i]);
-  }
+  else
+    store_narrowed_register<T>(p, v);
 }
 
 template <class V>

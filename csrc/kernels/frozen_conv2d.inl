@@ -3,6 +3,7 @@
 #include "cpu_vocabulary.h"
 #include "frozen_conv2d.h"
 #include "matrix_product.h"
+#include "storage_registers.h"
 #include "winograd.h"
 
 namespace pydistill {
@@ -99,11 +100,9 @@ class Convolution {
       const bool inside = top >= 0 && left >= 0 && top + 6 <= H && left + 6 <= W;
       for (int64_t c = 0; c < row; c += kLanes) {
         T* const to = inputs + t * row + c;
-        if constexpr (sizeof(S) == sizeof(T)) {
-          if (inside && c + kLanes <= C) {
-            transform_input(reinterpret_cast<const T*>(image) + (top * W + left) * C + c, W * C, C, to);
-            continue;
-          }
+        if (inside && c + kLanes <= C) {
+          transform_input(image + (top * W + left) * C + c, W * C, C, to);
+          continue;
         }
         alignas(64) T patch[36 * kLanes];
         for (int64_t i = 0; i < 6; ++i)
@@ -117,12 +116,13 @@ class Convolution {
     }
   }
 
-  PYDISTILL_INLINE void transform_input(const T* from, int64_t from_h, int64_t from_w, T* to) const {
+  template <class From>
+  PYDISTILL_INLINE void transform_input(const From* from, int64_t from_h, int64_t from_w, T* to) const {
     R x[6][6], v[6][6];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i)
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) x[i][j] = load_register<T>(from + i * from_h + j * from_w);
+      for (int j = 0; j < 6; ++j) x[i][j] = widened_register<T>(from + i * from_h + j * from_w);
     both_ways<T, 6, 6>(Winograd::input<T>, x, v);
 #pragma GCC unroll 36
     for (int p = 0; p < kPoints; ++p) *reinterpret_cast<R*>(to + p * input_plane) = v[p / 6][p % 6];
@@ -136,11 +136,9 @@ class Convolution {
       for (int64_t k = 0; k < groups * L; k += kLanes) {
         const T* const from = products + t * call.part * L + k;
         const int64_t channel = group * L + k;
-        if constexpr (sizeof(S) == sizeof(T)) {
-          if (inside && channel + kLanes <= K) {
-            transform_output(from, reinterpret_cast<T*>(image) + (at.h * W + at.w) * K + channel, W * K, K);
-            continue;
-          }
+        if (inside && channel + kLanes <= K) {
+          transform_output(from, image + (at.h * W + at.w) * K + channel, W * K, K);
+          continue;
         }
         alignas(64) T patch[SIDE * SIDE * kLanes];
         transform_output(from, patch, SIDE * kLanes, kLanes);
@@ -151,7 +149,8 @@ class Convolution {
     }
   }
 
-  PYDISTILL_INLINE void transform_output(const T* from, T* to, int64_t to_h, int64_t to_w) const {
+  template <class To>
+  PYDISTILL_INLINE void transform_output(const T* from, To* to, int64_t to_h, int64_t to_w) const {
     R m[6][6], y[SIDE][SIDE];
 #pragma GCC unroll 36
     for (int p = 0; p < kPoints; ++p) m[p / 6][p % 6] = *reinterpret_cast<const R*>(from + p * product_plane);
@@ -162,8 +161,7 @@ class Convolution {
 #pragma GCC unroll 4
     for (int i = 0; i < SIDE; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < SIDE; ++j)
-        *reinterpret_cast<typename Registers<T>::Unaligned*>(to + i * to_h + j * to_w) = y[i][j];
+      for (int j = 0; j < SIDE; ++j) store_narrowed_register<T>(to + i * to_h + j * to_w, y[i][j]);
   }
 };
 

@@ -58,12 +58,34 @@ class FrozenConv2d(nn.Conv2d):
         return {k: v for k, v in self.__dict__.items() if k != "_transformed"}  # large, and soon made again
 
 
+class _OtherConv2d(nn.Conv2d):
+    """torch's convolution, under autocast too: where the processor has none in half precision, torch's takes many times
+    as long as in float32, which is then used between the two roundings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        half = torch.get_autocast_dtype("cpu")
+        if _HAS_CONVOLUTION[half]():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(half).to(self.weight.dtype)).to(half)
+
+
+_HAS_CONVOLUTION = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """A frozen copy of an evaluation network, faster on the CPU in its forward pass and its gradient to the images.
 
     The copy is in eval mode and in channels-last memory, and none of its parameters takes a gradient. Every 3x3
     ``nn.Conv2d`` with stride 1, padding 1, no groups and no dilation, and at least `MIN_CHANNELS` channels in and out,
-    becomes a `FrozenConv2d`, and so does a ResNet's 7x7 stem (stride 2, padding 3) to as many; others stay torch's.
+    becomes a `FrozenConv2d`, and so does a ResNet's 7x7 stem (stride 2, padding 3) to as many; others stay torch's
+    (under autocast in float32 where the processor has no convolution in half precision, for which torch's takes many
+    times as long).
     ``state_dict`` keys and values are those of ``model``, which itself is left as it is. Give it channels-last images
     for best speed. Works on any network of ``nn.Conv2d`` modules, such as torchvision's.
 
@@ -86,6 +108,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in frozen.modules():
         if is_replaced(module):
             module.__class__ = FrozenConv2d  # same state; only forward differs
+        elif type(module) is nn.Conv2d:
+            module.__class__ = _OtherConv2d
     return frozen
 
 

@@ -107,6 +107,23 @@ def test_autocast_casts_as_torch_does():
     torch.testing.assert_close(found.float(), truth.float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_convolutions_under_autocast(dtype):
+    """In half precision they round as torch's do, whether the processor can convolve it or not."""
+    net = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.Conv2d(12, 4, 1, stride=2, bias=False))
+    frozen, x = freeze(net), torch.randn(2, 8, 9, 9, requires_grad=True)
+    assert frozen.state_dict().keys() == net.state_dict().keys()
+    with torch.autocast("cpu", dtype):
+        found = frozen(x)
+    assert found.dtype == dtype
+    (gradient,) = torch.autograd.grad(found.float().square().sum(), x)
+    truth = net(x)
+    (expected,) = torch.autograd.grad(truth.square().sum(), x)
+    for half, whole in ((found, truth), (gradient, expected)):
+        assert (half.float() - whole).norm() <= 0.02 * whole.norm()
+    torch.testing.assert_close(frozen(x), truth)
+
+
 def test_compiled_and_in_inference_mode():
     net = network(torch.float32)
     frozen, x = freeze(net), torch.randn(1, 3, 16, 16)
