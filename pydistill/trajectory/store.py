@@ -15,21 +15,21 @@ state never overwrites that of the epoch before, what the append started from is
 from __future__ import annotations
 
 import math
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pydistill._atomic import PathLike, check_replaceable, replacing, sync
+from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._mapped_file import MappedFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.replay_buffers import check_replay_buffers, read_replay_buffer, write_replay_buffer
 
-__all__ = ["ExpertStore", "Trajectories", "as_trajectories"]
+__all__ = ["ExpertStore"]
 
 _PAGE = 4096
 _ENTRY = np.dtype([(name, "<u4") for name in ("row", "state", "first", "count", "check")])
@@ -306,25 +306,18 @@ class ExpertStore(MappedFile):
         if not paths:
             raise ValueError("paths: expected a replay buffer or more, got none")
         check_replaceable(path, overwrite)
-        parameters, counts, snapshots = _parameters_of(net), [], None
-        for each in paths:
-            buffer = _load_replay_buffer(each)
-            snapshots = len(buffer[0]) if snapshots is None else snapshots
-            _check_replay_buffer(each, buffer, parameters, snapshots)
-            counts.append(len(buffer))
-        sizes = {"experts": sum(counts), "epochs": snapshots - 1}
+        found, snapshots = check_replay_buffers(paths, _parameters_of(net))
+        sizes = {"experts": found, "epochs": snapshots - 1}
         options = {"replay_buffers": [each.name for each in paths]}
         with (
             replacing(path, "import") as partial,
             cls.create(partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True) as store,
         ):
             first = 0
-            for each, count in zip(paths, counts, strict=True):
-                buffer = _load_replay_buffer(each)
-                for epoch in range(snapshots):
-                    rows = [torch.cat([tensor.reshape(-1) for tensor in expert[epoch]]) for expert in buffer]
-                    store.append(range(first, first + count), epoch, torch.stack(rows))
-                first += count
+            for each in paths:
+                for epoch, theta in enumerate(read_replay_buffer(each)):
+                    store.append(range(first, first + len(theta)), epoch, theta)
+                first += len(theta)
         return cls(path)
 
     def export_replay_buffer(self, path: PathLike, experts: range | None = None, *, overwrite: bool = False) -> None:
@@ -334,17 +327,11 @@ class ExpertStore(MappedFile):
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
             IndexError, ValueError: as of `row`.
         """
-        path, sizes = Path(path), [math.prod(shape) for _, shape in self.parameters]
+        path = Path(path)
         check_replaceable(path, overwrite)
-        buffer = []
-        for expert in range(len(self)) if experts is None else experts:
-            rows = (self.row(expert, epoch).split(sizes) for epoch in range(self.epochs + 1))
-            buffer.append(
-                [[p.view(shape).clone() for p, (_, shape) in zip(row, self.parameters, strict=True)] for row in rows]
-            )
-        with replacing(path) as partial, partial.open("wb") as file:
-            torch.save(buffer, file)
-            sync(file)
+        chosen = range(len(self)) if experts is None else experts
+        rows = ((self.row(expert, epoch) for epoch in range(self.epochs + 1)) for expert in chosen)
+        write_replay_buffer(path, rows, self.parameters)
 
     def __repr__(self) -> str:
         experts, snapshots, numel = self.shape
@@ -394,50 +381,6 @@ class ExpertStore(MappedFile):
                 raise ValueError(f"{self.path}: expert {expert} lacks epoch {epoch - 1}, {epoch} comes after it")
 
 
-class Trajectories(Protocol):
-    """What trajectory matching needs of experts."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(experts, epochs + 1, P)``."""
-
-    @property
-    def completed(self) -> list[int]:
-        """How many whole epochs each expert has."""
-
-    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
-        """The parameters ``[P]`` at ``epoch`` and ``epoch + length``."""
-
-
-class _InMemory:
-    """A tensor ``[experts, epochs + 1, P]`` as `Trajectories`."""
-
-    def __init__(self, trajectories: Tensor):
-        self.trajectories = trajectories
-        self.shape = tuple(trajectories.shape)
-        self.completed = [self.shape[1] - 1] * self.shape[0]
-
-    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
-        return self.trajectories[expert, epoch], self.trajectories[expert, epoch + length]
-
-
-def as_trajectories(experts: Tensor | Trajectories, net: nn.Module, epochs: int) -> Trajectories:
-    """Experts to draw segments from: a store, a tensor ``[experts, epochs + 1, P]``, or what behaves like a store.
-
-    Raises:
-        ValueError: they do not fit ``net``, or one of them has fewer than ``epochs`` whole epochs.
-    """
-    numel = FlatModule(net).numel
-    if isinstance(experts, ExpertStore):
-        experts.check_fits(net)
-    if len(experts.shape) != 3 or experts.shape[2] != numel or not experts.shape[0]:
-        raise ValueError(f"experts: expected [E, epochs + 1, {numel}] for this net, got {list(experts.shape)}")
-    found = _InMemory(experts) if isinstance(experts, Tensor) else experts
-    if (least := min(found.completed)) < epochs:
-        raise ValueError(f"experts: expected at least {epochs} epochs of each, got {least}")
-    return found
-
-
 def _complete(table: np.ndarray) -> np.ndarray:
     """Which of the entries ``[epochs + 1, experts]`` count: whole ones, of an append whose entries are all there."""
     experts = np.arange(table.shape[1])
@@ -468,40 +411,3 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-_REPLAY_BUFFER = "a replay buffer: a list of experts, each a list of snapshots, each a list of tensors"
-
-
-def _load_replay_buffer(path: Path) -> list[list[list[Tensor]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected {_REPLAY_BUFFER}; found no file")
-    try:
-        # files of torch before 1.6 are no zip files, and cannot be mapped
-        buffer = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected {_REPLAY_BUFFER}; it is truncated or foreign ({reason})") from error
-    lists = isinstance(buffer, list) and buffer and all(isinstance(expert, list) and expert for expert in buffer)
-    if not lists or not all(isinstance(snapshot, list) for expert in buffer for snapshot in expert):
-        raise ValueError(f"{path}: expected {_REPLAY_BUFFER}; got something else")
-    return buffer
-
-
-def _check_replay_buffer(
-    path: Path, buffer: list[list[list[Tensor]]], parameters: list[tuple[str, tuple[int, ...]]], snapshots: int
-) -> None:
-    if snapshots < 2:
-        raise ValueError(f"{path}: expected experts of at least 2 snapshots, got {snapshots}")
-    for i, expert in enumerate(buffer):
-        if len(expert) != snapshots:
-            raise ValueError(f"{path}: expert {i}: expected {snapshots} snapshots as the first has, got {len(expert)}")
-        for t, snapshot in enumerate(expert):
-            place = f"{path}: expert {i}, snapshot {t}"
-            if len(snapshot) != len(parameters):
-                raise ValueError(f"{place}: expected {len(parameters)} tensors as net has, got {len(snapshot)}")
-            for (name, shape), tensor in zip(parameters, snapshot, strict=True):
-                if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.shape != shape:
-                    is_tensor = isinstance(tensor, Tensor)
-                    got = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
-                    raise ValueError(f"{place}: {name}: expected torch.float32 {list(shape)}, got {got}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from pydistill import ExpertStore, _atomic
 from pydistill.nn import ConvNet
-from pydistill.trajectory.store import as_trajectories
+from pydistill.trajectory import as_trajectories
 
 E, EPOCHS = 4, 3
 
