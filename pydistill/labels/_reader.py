@@ -1,8 +1,7 @@
 """The file of a `SoftLabelStore`, as data-loader workers read it: NumPy and `_host`, and no torch.
 
-The file has a fixed size from its creation on, and is sparse until labels arrive. All integers are little-endian::
+A `MappedFile`. All integers are little-endian::
 
-    prefix    magic, version, length and crc32 of the header
     header    JSON: sizes, format, temperature, which images, and what the maker says about them
     table     [epochs, blocks] entries: crc32 of a block's images and of its rows, number of rows, a check of these
     blocks    [epochs, blocks], each at a multiple of 64 bytes: images uint32 [batch_size], rows [batch_size, row_bytes]
@@ -14,26 +13,19 @@ that lacks at most the block under way, and writing that one again makes the fil
 
 from __future__ import annotations
 
-import json
-import mmap
-import os
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pydistill import _host
+from pydistill._mapped_file import MappedFile, check_of, round_up
 
-MAGIC, VERSION = b"PYDLABEL", 1
-PREFIX = struct.Struct("<8sIII")  # magic, version, length and crc32 of the header
 ENTRY = np.dtype([(name, "<u4") for name in ("images", "rows", "count", "check")])
 FORMATS = ("fp16", "bf16", "topk", "topk8")
 
 Format = Literal["fp16", "bf16", "topk", "topk8"]
-PathLike = str | os.PathLike[str]
 
 
 def _count(value: Any) -> bool:
@@ -71,56 +63,21 @@ class RowLayout:
 
     @property
     def row_bytes(self) -> int:
-        return -(-(self.label_bytes + self.record_bytes) // 2) * 2
+        return round_up(self.label_bytes + self.record_bytes, 2)
 
 
-class LabelReader:
+class LabelReader(MappedFile):
     """A label file, read through a memory map; `SoftLabelStore` is what users open.
 
     The checksums of a block are verified the first time that an object reads from it. Pickled, it is opened again.
     """
 
-    def __init__(self, path: PathLike, *, writable: bool = False):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: expected a label store, found no file")
-        self._file = self.path.open("r+b" if writable else "rb")
-        self._writable, self._map = writable, None
-        try:
-            if writable:
-                self._lock()
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+    _kind, _magic, _version, _fields = "a label store", b"PYDLABEL", 1, _HEADER
 
     def _open(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        prefix = self._file.read(PREFIX.size)
-        magic, version, length, checksum = PREFIX.unpack(prefix.ljust(PREFIX.size, b"\0"))
-        if magic != MAGIC:
-            got = f"{size} bytes that start with {prefix[:8].hex(' ') or 'nothing'}"
-            raise ValueError(f"{self.path}: expected a label store, which starts with {MAGIC.hex(' ')}; got {got}")
-        if version != VERSION:
-            newer = ", which a newer pydistill reads" if version > VERSION else ""
-            raise ValueError(f"{self.path}: expected a label store of version {VERSION}, got {version}{newer}")
-        text = self._file.read(min(length, size))
-        if len(text) != length:
-            raise ValueError(f"{self.path}: expected a header of {length} bytes, it is truncated to {len(text)}")
-        if (found := _host.crc32(text)) != checksum:
-            raise ValueError(f"{self.path}: its header is damaged: expected crc32 {checksum}, got {found}")
-        header = json.loads(text)
-        for name, is_right in _HEADER.items():
-            if not is_right(header.get(name, ...)):
-                raise ValueError(f"{self.path}: its header has no right {name}, got {header.get(name)!r}")
-        self._set_sizes(header, len(text))
-        if size != self._size:
-            what = "truncated" if size < self._size else "longer than it says"
-            raise ValueError(f"{self.path}: expected {self._size} bytes as its header says, it is {what}: {size}")
-        self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+        super()._open()
         grid = (self.epochs, self.blocks)
-        table = np.frombuffer(self._map, ENTRY, self.epochs * self.blocks, self._table_at)
-        self._table = table.reshape(grid).copy()
+        self._table = np.ndarray(grid, ENTRY, self._map, self._table_at).copy()
         here = {"buffer": self._map, "offset": self._blocks_at}
         over = (self.blocks * self._block_bytes, self._block_bytes)
         self._ids = np.ndarray((*grid, self.batch_size), "<u4", **here, strides=(*over, 4))
@@ -132,18 +89,18 @@ class LabelReader:
         self._verified = np.zeros(grid, bool)
         self._places: dict[int, np.ndarray] = {}
 
-    def _set_sizes(self, header: dict[str, Any], header_bytes: int) -> None:
-        self.header = header
+    def _layout(self, start: int) -> None:
+        header = self.header
         names = ("num_images", "num_classes", "epochs", "batch_size", "blocks", "format", "k", "temperature", "target")
         for name in (*names, "record_bytes", "metadata"):
             setattr(self, name, header[name])
         fields = ("num_classes", "format", "k", "step", "target", "temperature", "record_bytes")
         self.layout = RowLayout(**{name: header[name] for name in fields})
         self.images = np.concatenate([np.arange(*run) for run in header["images"]])  # int64, ascending
-        self._table_at = _multiple(PREFIX.size + header_bytes, 64)
-        self._blocks_at = _multiple(self._table_at + self.epochs * self.blocks * ENTRY.itemsize, 4096)
-        self._ids_bytes = _multiple(4 * self.batch_size, 64)
-        self._block_bytes = self._ids_bytes + _multiple(self.batch_size * self.layout.row_bytes, 64)
+        self._table_at = round_up(start, 64)
+        self._blocks_at = round_up(self._table_at + self.epochs * self.blocks * ENTRY.itemsize, 4096)
+        self._ids_bytes = round_up(4 * self.batch_size, 64)
+        self._block_bytes = self._ids_bytes + round_up(self.batch_size * self.layout.row_bytes, 64)
         self._size = self._blocks_at + self.epochs * self.blocks * self._block_bytes
 
     def holds(self, epoch: int, block: int) -> bool:
@@ -233,10 +190,7 @@ class LabelReader:
 
     def close(self) -> None:
         self._ids = self._rows = None  # they hold the map
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        self._file.close()
+        super().close()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._writable:
@@ -288,27 +242,3 @@ class LabelReader:
     def _check_epoch(self, epoch: int) -> None:
         if not 0 <= epoch < self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs - 1}, got {epoch}")
-
-    def _check_open(self) -> None:
-        if self._map is None:
-            raise ValueError(f"{self.path}: the store is closed")
-
-    def _lock(self) -> None:
-        """Until the file is closed, or the process dies."""
-        if os.name != "posix":
-            return
-        import fcntl
-
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{self.path}: expected a store that nobody writes to, another process does") from error
-
-
-def check_of(entries: np.ndarray) -> np.ndarray:
-    """What tells an entry from one that is missing or half written."""
-    return ~(entries["images"] ^ entries["rows"] ^ entries["count"])
-
-
-def _multiple(size: int, of: int) -> int:
-    return -(-size // of) * of

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
-from pydistill.data import put_in_place
-from pydistill.labels._reader import Format, PathLike
+from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill.labels._reader import Format
 from pydistill.labels.records import CROP_BYTES, crop_record
 from pydistill.labels.store import SoftLabelStore
 
@@ -61,15 +61,14 @@ def import_fkd(
         ValueError: a file is truncated, foreign, or does not fit the first; names it. No store is made then.
     """
     folder, path = Path(folder), Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
+    check_replaceable(path, overwrite)
     epochs, batches = _count(folder, "epoch_{}"), _count(folder / "epoch_0", "batch_{}.tar")
     first, last = (_load(folder / "epoch_0" / f"batch_{b}.tar") for b in (0, batches - 1))
     (batch_size, num_classes), rest = first[-1].shape, len(last[-1])
     num_images = batch_size * (batches - 1) + rest
-    partial = path.with_name(f".{path.name}.import")
-    try:
-        with SoftLabelStore.create(
+    with (
+        replacing(path, "import") as partial,
+        SoftLabelStore.create(
             partial,
             num_images=num_images,
             num_classes=num_classes,
@@ -81,23 +80,21 @@ def import_fkd(
             batch_size=batch_size,
             metadata={**(metadata or {}), "imported": "fkd", "seed": None if order is not None else seed},
             overwrite=True,
-        ) as store:
-            for epoch, images in enumerate(_orders(num_images, epochs, seed) if order is None else order):
-                here = folder / f"epoch_{epoch}"
-                if (found := _count(here, "batch_{}.tar")) != batches:
-                    raise ValueError(f"{here}: expected {batches} batches as epoch_0 has, got {found}")
-                for batch in range(batches):
-                    file = here / f"batch_{batch}.tar"
-                    ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
-                    logits, records = _convert(file, len(ids), num_classes, image_size, out_size)
-                    try:
-                        store.write(epoch, ids, logits, records)
-                    except ValueError as error:
-                        raise ValueError(f"{file}: {error}") from error
-            store.check_complete()
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        ) as store,
+    ):
+        for epoch, images in enumerate(_orders(num_images, epochs, seed) if order is None else order):
+            here = folder / f"epoch_{epoch}"
+            if (found := _count(here, "batch_{}.tar")) != batches:
+                raise ValueError(f"{here}: expected {batches} batches as epoch_0 has, got {found}")
+            for batch in range(batches):
+                file = here / f"batch_{batch}.tar"
+                ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
+                logits, records = _convert(file, len(ids), num_classes, image_size, out_size)
+                try:
+                    store.write(epoch, ids, logits, records)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from error
+        store.check_complete()
     return SoftLabelStore(path)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pydistill import _host
-from pydistill.data import put_in_place
-from pydistill.labels._reader import ENTRY, FORMATS, MAGIC, PREFIX, VERSION, Format, LabelReader, PathLike, check_of
+from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill._mapped_file import check_of
+from pydistill.labels._reader import ENTRY, FORMATS, Format, LabelReader
 from pydistill.labels.records import pack
 from pydistill.labels.soft_labels import SoftLabels
 
@@ -144,28 +144,10 @@ class SoftLabelStore(LabelReader):
             "images": shard,
             "metadata": dict(metadata or {}),
         }
-        cls._make(Path(path), header, overwrite)
+        path = Path(path)
+        check_replaceable(path, overwrite)
+        cls._make(path, header)
         return cls(path, writable=True)
-
-    @classmethod
-    def _make(cls, path: Path, header: dict[str, Any], overwrite: bool) -> None:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
-        text = json.dumps(header, allow_nan=False).encode()
-        sizes = cls.__new__(cls)
-        sizes._set_sizes(header, len(text))
-        # one name for all attempts, so that those which were killed leave one file at most
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(PREFIX.pack(MAGIC, VERSION, len(text), _host.crc32(text)) + text)
-                file.truncate(sizes._size)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
 
     def write(
         self,
@@ -190,8 +172,7 @@ class SoftLabelStore(LabelReader):
             ValueError: the store is open for reading only, an argument is not as said, or a label is not finite, no
                 distribution, or too large for float16. Nothing is written then.
         """
-        if not self._writable:
-            raise ValueError(f"{self.path}: the store is open for reading only")
+        self._check_writable()
         self._check_epoch(epoch)
         ids = self._check_images(epoch, np.asarray(images))
         rows = np.zeros((len(ids), self.layout.row_bytes), np.uint8)
@@ -239,35 +220,22 @@ class SoftLabelStore(LabelReader):
         path, shards = Path(path), []
         if not paths:
             raise ValueError("paths: expected a shard or more, got none")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
-        partial = path.with_name(f".{path.name}.merge")
-        try:
+        check_replaceable(path, overwrite)
+        with ExitStack() as opened, replacing(path, "merge") as partial:
             for each in paths:
-                shards.append(cls(each))
+                shards.append(opened.enter_context(cls(each)))
                 _check_alike(shards[0], shards[-1])
                 shards[-1].verify()
             images = np.unique(np.concatenate([shard.images for shard in shards]))
             parts = [_parts(shards, epoch, images) for epoch in range(shards[0].epochs)]
             blocks = max(map(len, parts))
-            cls._make(partial, {**shards[0].header, "blocks": blocks, "images": _runs(images)}, overwrite=True)
+            cls._make(partial, {**shards[0].header, "blocks": blocks, "images": _runs(images)})
             with cls(partial, writable=True) as store:
                 for epoch, blocks_of_epoch in enumerate(parts):
                     for shard, block in blocks_of_epoch:
                         count = shard._count(epoch, block)
                         store._append(epoch, shard._ids[epoch, block, :count], shard._rows[epoch, block, :count])
-            put_in_place(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-            for shard in shards:
-                shard.close()
         return cls(path)
-
-    def __enter__(self) -> SoftLabelStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         form = f"{self.format}, k={self.k}" if self.k else self.format
@@ -344,14 +312,6 @@ class SoftLabelStore(LabelReader):
             got = f"{given.dtype} {list(given.shape)}"
             raise ValueError(f"records: expected uint8 [{n}, {self.record_bytes}], got {got}")
         return given
-
-    def _write(self, at: int, data: bytes) -> None:
-        self._file.seek(at)
-        self._file.write(data)
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def _shard(images: Sequence[int] | np.ndarray | None, num_images: int) -> list[list[int]]:

@@ -19,8 +19,9 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
+from pydistill._atomic import PathLike
 from pydistill.trajectory.flat import FlatModule
-from pydistill.trajectory.store import ExpertStore, PathLike, StoreDtype
+from pydistill.trajectory.store import ExpertStore, StoreDtype
 from pydistill.trajectory.students import trains_at_once
 from pydistill.trajectory.train import DivergedError, Schedule, schedule_factors, train_students
 

@@ -1,8 +1,7 @@
 """Expert trajectories in one memory-mapped file.
 
-The file has a fixed size from its creation on, and is sparse until rows arrive. All integers are little-endian::
+A `MappedFile`. All integers are little-endian::
 
-    prefix    magic, version, length and crc32 of the header
     header    JSON: sizes, layout of the parameters, architecture, data set, training options
     table     [epochs + 1, experts] entries: checksums of a row and its state, the append that wrote them
     rows      [experts, epochs + 1, P] in float32 or bfloat16, each at a multiple of 4096 bytes
@@ -15,29 +14,23 @@ state never overwrites that of the epoch before, what the append started from is
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
-import os
-import struct
-import sys
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pydistill.data import put_in_place
+from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill._mapped_file import MappedFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.replay_buffers import check_replay_buffers, read_replay_buffer, write_replay_buffer
 
-__all__ = ["ExpertStore", "Trajectories", "as_trajectories"]
+__all__ = ["ExpertStore"]
 
-MAGIC, VERSION = b"PYDEXPRT", 1
-_PREFIX = struct.Struct("<8sIII")  # magic, version, length and crc32 of the header
 _PAGE = 4096
 _ENTRY = np.dtype([(name, "<u4") for name in ("row", "state", "first", "count", "check")])
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,10 +47,9 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what each field has to be
 }
 
 StoreDtype = Literal["fp32", "bf16"]
-PathLike = str | os.PathLike[str]
 
 
-class ExpertStore:
+class ExpertStore(MappedFile):
     """Trajectories of experts, ``[experts, epochs + 1, P]``; snapshot 0 is the initialisation.
 
     Reading maps the file and touches only the rows asked for. The checksum of a row is verified the first time that an
@@ -82,50 +74,15 @@ class ExpertStore:
         ValueError: the file is truncated, foreign, damaged in its header, of a newer version, or being written.
     """
 
-    def __init__(self, path: PathLike, *, writable: bool = False):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: expected an expert store, found no file")
-        self._file = self.path.open("r+b" if writable else "rb")
-        self._writable, self._map = writable, None
-        try:
-            if writable:
-                self._lock()
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+    _kind, _magic, _version, _fields = "an expert store", b"PYDEXPRT", 1, _HEADER
 
     def _open(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        prefix = self._file.read(_PREFIX.size)
-        magic, version, length, checksum = _PREFIX.unpack(prefix.ljust(_PREFIX.size, b"\0"))
-        if magic != MAGIC:
-            got = f"{size} bytes that start with {prefix[:8].hex(' ') or 'nothing'}"
-            raise ValueError(f"{self.path}: expected an expert store, which starts with {MAGIC.hex(' ')}; got {got}")
-        if version != VERSION:
-            newer = ", which a newer pydistill reads" if version > VERSION else ""
-            raise ValueError(f"{self.path}: expected an expert store of version {VERSION}, got {version}{newer}")
-        text = self._file.read(min(length, size))
-        if len(text) != length:
-            raise ValueError(f"{self.path}: expected a header of {length} bytes, it is truncated to {len(text)}")
-        if zlib.crc32(text) != checksum:
-            raise ValueError(f"{self.path}: its header is damaged: expected crc32 {checksum}, got {zlib.crc32(text)}")
-        self.header: dict[str, Any] = json.loads(text)
-        for name, is_right in _HEADER.items():
-            if not is_right(self.header.get(name, ...)):
-                raise ValueError(f"{self.path}: its header has no right {name}, got {self.header.get(name)!r}")
-        self._layout(_PREFIX.size + length)
-        if size != self._size:
-            what = "truncated" if size < self._size else "longer than it says"
-            raise ValueError(f"{self.path}: expected {self._size} bytes as its header says, it is {what}: {size}")
-        self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
-        table = np.frombuffer(self._map, _ENTRY, (self.epochs + 1) * len(self), self._table_at)
-        self._table = table.reshape(self.epochs + 1, len(self)).copy()
+        super()._open()
+        self._table = np.ndarray((self.epochs + 1, len(self)), _ENTRY, self._map, self._table_at).copy()
         self._complete = _complete(self._table)
         self._verified: set[tuple[int, int]] = set()
 
-    def _layout(self, header_bytes: int) -> None:
+    def _layout(self, start: int) -> None:
         header = self.header
         self.epochs, self.dtype = header["epochs"], header["dtype"]
         self.architecture, self.dataset, self.data_crc32 = (
@@ -136,7 +93,7 @@ class ExpertStore:
         self._numel = sum(math.prod(shape) for _, shape in self.parameters)
         self._row_bytes = self._numel * _DTYPES[self.dtype].itemsize
         self._state_bytes = self._numel * 4 * len(self.state_names)
-        self._table_at = _pages(header_bytes)
+        self._table_at = _pages(start)
         self._rows_at = _pages(self._table_at + len(self) * (self.epochs + 1) * _ENTRY.itemsize)
         self._states_at = self._rows_at + len(self) * (self.epochs + 1) * _pages(self._row_bytes)
         self._size = self._states_at + len(self) * 2 * _pages(self._state_bytes)
@@ -176,8 +133,7 @@ class ExpertStore:
         _check_counts(experts=experts, epochs=epochs)
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected 'fp32' or 'bf16', got {dtype!r}")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
+        check_replaceable(path, overwrite)
         header = {
             "experts": experts,
             "epochs": epochs,
@@ -189,22 +145,7 @@ class ExpertStore:
             "data_crc32": data_crc32,
             "options": dict(options or {}),
         }
-        text = json.dumps(header, allow_nan=False).encode()
-        store = cls.__new__(cls)
-        store.header = header
-        store._layout(_PREFIX.size + len(text))
-        # one name for all attempts, so that those which were killed leave one file at most
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(_PREFIX.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
-                file.truncate(store._size)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        cls._make(path, header)
         return cls(path, writable=True)
 
     def __len__(self) -> int:
@@ -308,7 +249,7 @@ class ExpertStore:
             if self.state_names:
                 self._write(self._state_at(expert, epoch), kept)
         self._sync()
-        entries["check"] = _check(entries)
+        entries["check"] = check_of(entries)
         self._write(at, entries.tobytes())
         self._sync()
         self._table[epoch, here] = entries
@@ -364,32 +305,19 @@ class ExpertStore:
         path, paths = Path(path), [Path(each) for each in paths]
         if not paths:
             raise ValueError("paths: expected a replay buffer or more, got none")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
-        parameters, counts, snapshots = _parameters_of(net), [], None
-        for each in paths:
-            buffer = _load_replay_buffer(each)
-            snapshots = len(buffer[0]) if snapshots is None else snapshots
-            _check_replay_buffer(each, buffer, parameters, snapshots)
-            counts.append(len(buffer))
-        partial = path.with_name(f".{path.name}.import")
-        sizes = {"experts": sum(counts), "epochs": snapshots - 1}
+        check_replaceable(path, overwrite)
+        found, snapshots = check_replay_buffers(paths, _parameters_of(net))
+        sizes = {"experts": found, "epochs": snapshots - 1}
         options = {"replay_buffers": [each.name for each in paths]}
-        try:
-            with cls.create(
-                partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True
-            ) as store:
-                first = 0
-                for each, count in zip(paths, counts, strict=True):
-                    buffer = _load_replay_buffer(each)
-                    for epoch in range(snapshots):
-                        rows = [torch.cat([tensor.reshape(-1) for tensor in expert[epoch]]) for expert in buffer]
-                        store.append(range(first, first + count), epoch, torch.stack(rows))
-                    first += count
-            put_in_place(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with (
+            replacing(path, "import") as partial,
+            cls.create(partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True) as store,
+        ):
+            first = 0
+            for each in paths:
+                for epoch, theta in enumerate(read_replay_buffer(each)):
+                    store.append(range(first, first + len(theta)), epoch, theta)
+                first += len(theta)
         return cls(path)
 
     def export_replay_buffer(self, path: PathLike, experts: range | None = None, *, overwrite: bool = False) -> None:
@@ -399,37 +327,11 @@ class ExpertStore:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
             IndexError, ValueError: as of `row`.
         """
-        path, sizes = Path(path), [math.prod(shape) for _, shape in self.parameters]
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")
-        buffer = []
-        for expert in range(len(self)) if experts is None else experts:
-            rows = (self.row(expert, epoch).split(sizes) for epoch in range(self.epochs + 1))
-            buffer.append(
-                [[p.view(shape).clone() for p, (_, shape) in zip(row, self.parameters, strict=True)] for row in rows]
-            )
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(buffer, file)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-    def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        self._file.close()
-
-    def __enter__(self) -> ExpertStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        path = Path(path)
+        check_replaceable(path, overwrite)
+        chosen = range(len(self)) if experts is None else experts
+        rows = ((self.row(expert, epoch) for epoch in range(self.epochs + 1)) for expert in chosen)
+        write_replay_buffer(path, rows, self.parameters)
 
     def __repr__(self) -> str:
         experts, snapshots, numel = self.shape
@@ -442,28 +344,8 @@ class ExpertStore:
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
     def _read(self, at: int, count: int) -> memoryview:
-        if self._map is None:
-            raise ValueError(f"{self.path}: the store is closed")
+        self._check_open()
         return memoryview(self._map)[at : at + count]
-
-    def _write(self, at: int, data: bytes | memoryview) -> None:
-        self._file.seek(at)
-        self._file.write(data)
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _lock(self) -> None:
-        """Until the file is closed, or the process dies."""
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{self.path}: expected a store that nobody writes to, another process does") from error
 
     def _check_place(self, expert: int, epoch: int) -> None:
         if not 0 <= expert < len(self):
@@ -480,8 +362,7 @@ class ExpertStore:
             )
 
     def _check_append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor]) -> None:
-        if not self._writable:
-            raise ValueError(f"{self.path}: the store is open for reading only")
+        self._check_writable()
         if not isinstance(experts, range) or experts.step != 1 or not len(experts):
             raise ValueError(f"experts: expected a range of consecutive ones, got {experts!r}")
         shape = (len(experts), self._numel)
@@ -500,56 +381,12 @@ class ExpertStore:
                 raise ValueError(f"{self.path}: expert {expert} lacks epoch {epoch - 1}, {epoch} comes after it")
 
 
-class Trajectories(Protocol):
-    """What trajectory matching needs of experts."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(experts, epochs + 1, P)``."""
-
-    @property
-    def completed(self) -> list[int]:
-        """How many whole epochs each expert has."""
-
-    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
-        """The parameters ``[P]`` at ``epoch`` and ``epoch + length``."""
-
-
-class _InMemory:
-    """A tensor ``[experts, epochs + 1, P]`` as `Trajectories`."""
-
-    def __init__(self, trajectories: Tensor):
-        self.trajectories = trajectories
-        self.shape = tuple(trajectories.shape)
-        self.completed = [self.shape[1] - 1] * self.shape[0]
-
-    def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
-        return self.trajectories[expert, epoch], self.trajectories[expert, epoch + length]
-
-
-def as_trajectories(experts: Tensor | Trajectories, net: nn.Module, epochs: int) -> Trajectories:
-    """Experts to draw segments from: a store, a tensor ``[experts, epochs + 1, P]``, or what behaves like a store.
-
-    Raises:
-        ValueError: they do not fit ``net``, or one of them has fewer than ``epochs`` whole epochs.
-    """
-    numel = FlatModule(net).numel
-    if isinstance(experts, ExpertStore):
-        experts.check_fits(net)
-    if len(experts.shape) != 3 or experts.shape[2] != numel or not experts.shape[0]:
-        raise ValueError(f"experts: expected [E, epochs + 1, {numel}] for this net, got {list(experts.shape)}")
-    found = _InMemory(experts) if isinstance(experts, Tensor) else experts
-    if (least := min(found.completed)) < epochs:
-        raise ValueError(f"experts: expected at least {epochs} epochs of each, got {least}")
-    return found
-
-
 def _complete(table: np.ndarray) -> np.ndarray:
     """Which of the entries ``[epochs + 1, experts]`` count: whole ones, of an append whose entries are all there."""
     experts = np.arange(table.shape[1])
     first = table["first"].astype(np.int64)
     end = first + table["count"]
-    whole = (table["check"] == _check(table)) & (first <= experts) & (experts < end) & (end <= len(experts))
+    whole = (table["check"] == check_of(table)) & (first <= experts) & (experts < end) & (end <= len(experts))
     before = np.zeros((table.shape[0], len(experts) + 1), np.int64)
     whole.cumsum(1, out=before[:, 1:])
     first, end = (np.where(whole, each, 0) for each in (first, end))
@@ -557,13 +394,8 @@ def _complete(table: np.ndarray) -> np.ndarray:
     return whole & (there == end - first)
 
 
-def _check(entries: np.ndarray) -> np.ndarray:
-    """What tells an entry from one that is missing or half written."""
-    return ~(entries["row"] ^ entries["state"] ^ entries["first"] ^ entries["count"])
-
-
 def _pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
+    return round_up(size, _PAGE)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -579,40 +411,3 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-_REPLAY_BUFFER = "a replay buffer: a list of experts, each a list of snapshots, each a list of tensors"
-
-
-def _load_replay_buffer(path: Path) -> list[list[list[Tensor]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected {_REPLAY_BUFFER}; found no file")
-    try:
-        # files of torch before 1.6 are no zip files, and cannot be mapped
-        buffer = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected {_REPLAY_BUFFER}; it is truncated or foreign ({reason})") from error
-    lists = isinstance(buffer, list) and buffer and all(isinstance(expert, list) and expert for expert in buffer)
-    if not lists or not all(isinstance(snapshot, list) for expert in buffer for snapshot in expert):
-        raise ValueError(f"{path}: expected {_REPLAY_BUFFER}; got something else")
-    return buffer
-
-
-def _check_replay_buffer(
-    path: Path, buffer: list[list[list[Tensor]]], parameters: list[tuple[str, tuple[int, ...]]], snapshots: int
-) -> None:
-    if snapshots < 2:
-        raise ValueError(f"{path}: expected experts of at least 2 snapshots, got {snapshots}")
-    for i, expert in enumerate(buffer):
-        if len(expert) != snapshots:
-            raise ValueError(f"{path}: expert {i}: expected {snapshots} snapshots as the first has, got {len(expert)}")
-        for t, snapshot in enumerate(expert):
-            place = f"{path}: expert {i}, snapshot {t}"
-            if len(snapshot) != len(parameters):
-                raise ValueError(f"{place}: expected {len(parameters)} tensors as net has, got {len(snapshot)}")
-            for (name, shape), tensor in zip(parameters, snapshot, strict=True):
-                if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.shape != shape:
-                    is_tensor = isinstance(tensor, Tensor)
-                    got = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
-                    raise ValueError(f"{place}: {name}: expected torch.float32 {list(shape)}, got {got}")

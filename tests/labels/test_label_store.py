@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pydistill import _atomic
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.labels import CROP_BYTES, SoftLabelStore
-from pydistill.labels import store as store_module
 from pydistill.labels._reader import FORMATS
 
 N, C, EPOCHS, BATCH, RECORD = 25, 12, 3, 8, 5
@@ -201,10 +201,11 @@ def test_a_damaged_block_is_named_and_the_others_stay(filled, what):
         assert np.array_equal(store.read(2, ids).records.numpy(), records(2, ids))
 
 
-def test_a_damaged_entry_makes_its_block_missing_and_it_can_be_written_again(filled):
+@pytest.mark.parametrize("field", range(4))
+def test_a_damaged_entry_makes_its_block_missing_and_it_can_be_written_again(filled, field):
     whole = filled.read_bytes()
     with SoftLabelStore(filled) as store:
-        flip(filled, store._table_at + 16 * (1 * store.blocks + 2))
+        flip(filled, store._table_at + 16 * (1 * store.blocks + 2) + 4 * field)
     ids = batches(1)[2]
     with SoftLabelStore(filled, writable=True) as store:
         assert (store.completed, store.holds(1, 2), store.missing(1).tolist()) == (1, False, sorted(ids))
@@ -362,7 +363,7 @@ def test_nothing_is_overwritten_unasked(filled, monkeypatch):
     with pytest.raises(FileExistsError, match="it exists already, and is replaced with overwrite=True only"):
         create(filled)
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "put_in_place", lambda *paths: (_ for _ in ()).throw(KilledError))
+        patch.setattr(_atomic, "put_in_place", lambda *paths: (_ for _ in ()).throw(KilledError))
         with pytest.raises(KilledError):
             create(filled, overwrite=True)
     assert filled.read_bytes() == whole

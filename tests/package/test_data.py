@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pydistill import data
-from pydistill.data import DistilledSet, load, renormalise, write_atomic
+from pydistill.data import DistilledSet, distilled, load, renormalise, write_atomic
+from pydistill.data.loading import FASHION_MNIST_ROOT
 from pydistill.whitening import ZCA
 
 
@@ -70,7 +71,7 @@ def test_fashion_mnist_from_idx_files(tmp_path, suffix):
     np.testing.assert_allclose(found.std.numpy(), [pixels.std()], rtol=1e-6)
 
 
-@pytest.mark.skipif(not data.FASHION_MNIST_ROOT.is_dir(), reason="Debian's Fashion-MNIST is not installed")
+@pytest.mark.skipif(not FASHION_MNIST_ROOT.is_dir(), reason="Debian's Fashion-MNIST is not installed")
 def test_fashion_mnist_where_debian_puts_it():
     found = load("fashion-mnist")
     assert found.train_images.shape == (60000, 1, 28, 28)
@@ -427,14 +428,13 @@ def test_an_export_takes_the_place_of_another_only_when_told(tmp_path):
 
 def test_an_overwriting_export_that_is_cut_off_leaves_no_description_of_other_tensors(tmp_path, monkeypatch):
     distilled_set("probs").export(tmp_path)
-    real = data.write_atomic
 
     def fail(path, content):
         if path.name == "labels.pt":
             raise OSError("no space left on device")
-        real(path, content)
+        write_atomic(path, content)
 
-    monkeypatch.setattr(data, "write_atomic", fail)
+    monkeypatch.setattr(distilled, "write_atomic", fail)
     with pytest.raises(OSError, match="no space left"):
         distilled_set("logits").export(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="mean, std: expected"):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pydistill import ExpertStore
+from pydistill import ExpertStore, _atomic
 from pydistill.nn import ConvNet
-from pydistill.trajectory import store as store_module
-from pydistill.trajectory.store import as_trajectories
+from pydistill.trajectory import as_trajectories
 
 E, EPOCHS = 4, 3
 
@@ -118,9 +117,10 @@ def test_a_damaged_row_is_named_and_the_others_stay(filled):
         assert torch.equal(store.row(1, 3), trajectories()[1, 3])
 
 
-def test_a_damaged_entry_makes_its_append_missing(filled):
+@pytest.mark.parametrize("field", range(5))
+def test_a_damaged_entry_makes_its_append_missing(filled, field):
     with ExpertStore(filled) as store:
-        at = store._table_at + (2 * E + 1) * 20
+        at = store._table_at + (2 * E + 1) * 20 + 4 * field
     damaged = bytearray(filled.read_bytes())
     damaged[at] ^= 1
     filled.write_bytes(damaged)
@@ -376,7 +376,7 @@ def test_a_creation_that_is_cut_off_leaves_the_old_file(filled, monkeypatch):
     def killed(source, target):
         raise KilledError
 
-    monkeypatch.setattr(store_module, "put_in_place", killed)
+    monkeypatch.setattr(_atomic, "put_in_place", killed)
     with pytest.raises(KilledError):
         create(filled, overwrite=True)
     assert filled.read_bytes() == whole

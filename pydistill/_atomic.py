@@ -1,0 +1,73 @@
+"""Atomic writes: whoever reads, and whatever crashes, finds the old file or the new one whole. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+__all__ = ["PathLike", "check_replaceable", "put_in_place", "replacing", "sync", "write_atomic"]
+
+PathLike = str | os.PathLike[str]
+
+
+def write_atomic(path: PathLike, data: bytes) -> None:
+    """Writes ``data`` to ``path`` so that a reader, or a crash at any moment, sees the old file or the new one whole.
+
+    The bytes go to a temporary file in the same folder, are synced to the disk, and are renamed over ``path``.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            sync(file)
+        # mkstemp makes files private; a result should be as readable as any other file of this user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        put_in_place(Path(temporary), path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing(path: Path, ending: str = "partial") -> Iterator[Path]:
+    """Names a file that the block writes and syncs, and that takes the place of ``path`` unless the block raises.
+
+    The name is the same for all attempts, so that those which were killed leave one file at most.
+    """
+    partial = path.with_name(f".{path.name}.{ending}")
+    try:
+        yield partial
+        put_in_place(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Renames a file that has been synced over another in the same folder; lasting when it returns."""
+    os.replace(source, target)
+    if os.name == "posix":
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Has on the disk what was written to ``file``."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """FileExistsError for a file at ``path`` that nothing said to overwrite."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")

@@ -1,0 +1,150 @@
+"""Files of a fixed size that are written in place and read through a memory map. Needs no torch: workers import it.
+
+All kinds start alike, with little-endian integers, and are sparse until they are written to::
+
+    prefix    magic, version, length and crc32 of the header
+    header    JSON
+    ...       what the kind lays out
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pydistill._atomic import PathLike, replacing, sync
+
+__all__ = ["MappedFile", "check_of", "round_up"]
+
+_PREFIX = struct.Struct("<8sIII")
+_File = TypeVar("_File", bound="MappedFile")
+
+
+class MappedFile:
+    """A file of some kind. The kind is a subclass, which sets the names below, defines `_layout` and extends `_open`.
+
+    Attributes:
+        path: the file.
+        header: what its header says.
+    """
+
+    _kind: str  # with its article
+    _magic: bytes  # 8 of them
+    _version: int
+    _fields: Mapping[str, Callable[[Any], bool]]  # what each field of the header has to be
+    _size: int  # of the file in bytes, which `_layout` sets
+
+    path: Path
+    header: dict[str, Any]
+
+    def __init__(self, path: PathLike, *, writable: bool = False):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: expected {self._kind}, found no file")
+        self._file = self.path.open("r+b" if writable else "rb")
+        self._writable, self._map = writable, None
+        try:
+            if writable:
+                self._lock()
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Checks prefix, header and size, and maps the file."""
+        size = os.fstat(self._file.fileno()).st_size
+        prefix = self._file.read(_PREFIX.size)
+        magic, version, length, checksum = _PREFIX.unpack(prefix.ljust(_PREFIX.size, b"\0"))
+        if magic != self._magic:
+            got = f"{size} bytes that start with {prefix[:8].hex(' ') or 'nothing'}"
+            raise ValueError(f"{self.path}: expected {self._kind}, which starts with {self._magic.hex(' ')}; got {got}")
+        if version != self._version:
+            newer = ", which a newer pydistill reads" if version > self._version else ""
+            raise ValueError(f"{self.path}: expected {self._kind} of version {self._version}, got {version}{newer}")
+        text = self._file.read(min(length, size))
+        if len(text) != length:
+            raise ValueError(f"{self.path}: expected a header of {length} bytes, it is truncated to {len(text)}")
+        if zlib.crc32(text) != checksum:
+            raise ValueError(f"{self.path}: its header is damaged: expected crc32 {checksum}, got {zlib.crc32(text)}")
+        self.header = json.loads(text)
+        for name, is_right in self._fields.items():
+            if not is_right(self.header.get(name, ...)):
+                raise ValueError(f"{self.path}: its header has no right {name}, got {self.header.get(name)!r}")
+        self._layout(_PREFIX.size + length)
+        if size != self._size:
+            what = "truncated" if size < self._size else "longer than it says"
+            raise ValueError(f"{self.path}: expected {self._size} bytes as its header says, it is {what}: {size}")
+        self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+
+    def _layout(self, start: int) -> None:
+        """Takes `_size` and all places from the header, behind which the file goes on at ``start``."""
+        raise NotImplementedError
+
+    @classmethod
+    def _make(cls, path: Path, header: dict[str, Any]) -> None:
+        """Makes an empty file, atomically, in the place of one that is there."""
+        text = json.dumps(header, allow_nan=False).encode()
+        sizes = cls.__new__(cls)
+        sizes.header = header
+        sizes._layout(_PREFIX.size + len(text))
+        with replacing(path) as partial, partial.open("wb") as file:
+            file.write(_PREFIX.pack(cls._magic, cls._version, len(text), zlib.crc32(text)) + text)
+            file.truncate(sizes._size)
+            sync(file)
+
+    def close(self) -> None:
+        """Closes the file, which cannot be read from then on; a second time it does nothing."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        self._file.close()
+
+    def __enter__(self: _File) -> _File:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write(self, at: int, data: bytes | memoryview) -> None:
+        self._file.seek(at)
+        self._file.write(data)
+
+    def _sync(self) -> None:
+        sync(self._file)
+
+    def _lock(self) -> None:
+        """Until the file is closed, or the process dies."""
+        if os.name != "posix":
+            return
+        import fcntl
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path}: expected a store that nobody writes to, another process does") from error
+
+    def _check_open(self) -> None:
+        if self._map is None:
+            raise ValueError(f"{self.path}: the store is closed")
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise ValueError(f"{self.path}: the store is open for reading only")
+
+
+def check_of(entries: np.ndarray) -> np.ndarray:
+    """What the last field of table entries has to be: it tells one from another that is missing or half written."""
+    return ~np.bitwise_xor.reduce([entries[name] for name in entries.dtype.names[:-1]])
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,130 @@
+"""A labelled image set in memory, in the form in which every distillation method takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pydistill.whitening import ZCA
+
+__all__ = ["Dataset", "normalised_dataset"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled image set in memory, normalised per channel with the mean and deviation of its training images.
+
+    Attributes:
+        name: which set it is, one of `DATASETS` when it comes from `load`.
+        train_images: float32 ``[N, C, H, W]``, ``(pixel - mean) / std`` with pixels in ``[0, 1]``.
+        train_labels: int64 ``[N]`` in ``[0, K)``.
+        test_images: float32 ``[M, C, H, W]``, normalised with the *training* mean and deviation.
+        test_labels: int64 ``[M]``.
+        class_names: ``K`` names, in label order.
+        mean: float32 ``[C]``, of the training pixels in ``[0, 1]``.
+        std: float32 ``[C]``.
+        zca: what the images are whitened by, as pixels, after which mean is zero and std one; or None.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+    zca: ZCA | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.train_images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height of an image in pixels; the sets read here are square."""
+        return self.train_images.shape[2]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same set with its images and labels on ``device``."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images of the set's space as pixels, ``[..., C, H, W]``."""
+        if self.zca is not None:
+            return self.zca.to(images.device).inverse(images)
+        return images * self.std.to(images)[:, None, None] + self.mean.to(images)[:, None, None]
+
+    def whitened(self, eps: float = 0.1) -> Dataset:
+        """The same set whitened by a `pydistill.whitening.ZCA` that is fitted on the pixels of its training images.
+
+        Raises:
+            ValueError: the set is whitened already, or as `ZCA.fit` does.
+        """
+        if self.zca is not None:
+            raise ValueError(f"{self.name}: expected a set that is not whitened yet")
+        train = self.pixels(self.train_images)
+        zca = ZCA.fit(train, eps)
+        return replace(
+            self,
+            train_images=zca(train),
+            test_images=zca(self.pixels(self.test_images)),
+            mean=torch.zeros_like(self.mean),
+            std=torch.ones_like(self.std),
+            zca=zca.to("cpu"),
+        )
+
+    def sample(
+        self, ipc: int, generator: torch.Generator | None = None, preferred: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws ``ipc`` real training images of each class without replacement.
+
+        Args:
+            ipc: images per class, at least 1.
+            generator: a CPU generator; the global one by default.
+            preferred: bool ``[N]``, training images that are taken before any other of their class.
+
+        Returns:
+            Images ``[K * ipc, C, H, W]`` (a copy), classes in order, and their labels ``[K * ipc]``.
+
+        Raises:
+            ValueError: ``ipc`` is below 1, or a class has fewer training images than ``ipc``.
+        """
+        if ipc < 1:
+            raise ValueError(f"ipc: expected at least 1 image per class, got {ipc}")
+        chosen = []
+        for label, name in enumerate(self.class_names):
+            members = (self.train_labels == label).nonzero()[:, 0]
+            if len(members) < ipc:
+                raise ValueError(f"ipc: expected at most {len(members)}, the training images of {name!r}, got {ipc}")
+            order = members[torch.randperm(len(members), generator=generator).to(members.device)]
+            if preferred is not None:
+                order = torch.cat([order[preferred[order]], order[~preferred[order]]])
+            chosen.append(order[:ipc])
+        index = torch.cat(chosen)
+        return self.train_images[index].clone(), self.train_labels[index].clone()
+
+
+def normalised_dataset(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: Sequence[str],
+) -> Dataset:
+    """Builds the data set from float32 pixels in [0, 1], [N, C, H, W], and int64 labels."""
+    pixels = train[0]
+    mean = pixels.mean(dim=(0, 2, 3), dtype=torch.float64)
+    # Two passes over one channel at a time: the variance needs no second copy of the set.
+    std = torch.stack([pixels[:, c].double().sub_(mean[c]).square_().mean().sqrt() for c in range(pixels.shape[1])])
+    mean, std = mean.float(), std.clamp_min(1e-6).float()
+    for images in (train[0], test[0]):
+        images.sub_(mean[:, None, None]).div_(std[:, None, None])
+    return Dataset(name, train[0], train[1], test[0], test[1], tuple(class_names), mean, std)

@@ -1,0 +1,153 @@
+"""Data sets read whole from the files in which they are distributed."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pydistill.data.cifar import load_cifar10, load_cifar100
+from pydistill.data.dataset import Dataset, normalised_dataset
+
+__all__ = ["DATASETS", "load"]
+
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "image-folder")
+FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+FASHION_MNIST_CLASSES = (
+    "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+
+def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: int | None = None) -> Dataset:
+    """Loads a data set into memory.
+
+    Args:
+        name: ``"digits"`` (scikit-learn's 8x8 digits, enlarged bilinearly to 16x16; every fifth image of each class is
+            a test image), ``"fashion-mnist"`` (the four IDX files, gzipped or not), ``"cifar10"`` and ``"cifar100"``
+            (the python batches) or ``"image-folder"`` (``root/train/<class>/*`` and ``root/test`` or ``root/val``,
+            read by torchvision).
+        root: the folder with the files. For Fashion-MNIST the default is where Debian's package puts it; digits take
+            none; the other two need one.
+        image_size: height and width in pixels to which an image folder's pictures are resized and cropped (default
+            32), or to which the digits are enlarged (default 16); the other sets have a size of their own.
+
+    Raises:
+        ValueError: an unknown name, an argument that the set does not take, or a truncated or foreign file, named
+            with what was expected in it.
+        FileNotFoundError: a missing folder or file.
+        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
+    if image_size is not None and name not in ("digits", "image-folder"):
+        raise ValueError(f"image_size: expected none, {name} has a size of its own, got {image_size}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    if name == "digits":
+        if root is not None:
+            raise ValueError(f"root: expected none, digits come with scikit-learn, got {str(root)!r}")
+        return _load_digits(image_size or 16)
+    if root is None and name != "fashion-mnist":
+        raise ValueError(f"root: expected the folder that holds the files of {name}, got None")
+    folder = Path(root) if root is not None else FASHION_MNIST_ROOT
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root: expected the folder that holds the files of {name}, found none at {folder}")
+    if name == "fashion-mnist":
+        return _load_fashion_mnist(folder)
+    if name == "cifar10":
+        return load_cifar10(folder)
+    if name == "cifar100":
+        return load_cifar100(folder)
+    return _load_image_folder(folder, image_size or 32)
+
+
+def _load_digits(image_size: int) -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise RuntimeError("digits need scikit-learn, which is not installed: pip install 'pydistill[demo]'") from error
+    raw = load_digits()
+    images = torch.from_numpy(np.ascontiguousarray(raw.images, dtype=np.float32))[:, None] / 16  # [1797, 1, 8, 8]
+    images = torch.nn.functional.interpolate(images, size=image_size, mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(np.ascontiguousarray(raw.target, dtype=np.int64))
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        is_test[(labels == label).nonzero()[::5, 0]] = True
+    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return normalised_dataset("digits", train, test, [str(digit) for digit in range(10)])
+
+
+def _load_fashion_mnist(folder: Path) -> Dataset:
+    parts = []
+    for prefix in ("train", "t10k"):
+        pixels = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+        labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+        if pixels.shape[1:] != (28, 28):
+            raise ValueError(f"{folder}: expected {prefix} images of 28x28, got {pixels.shape[1]}x{pixels.shape[2]}")
+        if len(pixels) != len(labels):
+            raise ValueError(f"{folder}: expected {len(pixels)} {prefix} labels as images, got {len(labels)}")
+        if labels.max() > 9:
+            raise ValueError(f"{folder}: expected {prefix} labels in 0..9, got {labels.max()}")
+        images = torch.from_numpy(pixels.astype(np.float32))[:, None].div_(255)
+        parts.append((images, torch.from_numpy(labels.astype(np.int64))))
+    return normalised_dataset("fashion-mnist", parts[0], parts[1], FASHION_MNIST_CLASSES)
+
+
+def _read_idx(folder: Path, stem: str, dims: int) -> np.ndarray:
+    """Reads an IDX file of bytes: two zero bytes, the type 0x08, the rank, the sizes in big-endian int32, the data."""
+    plain = folder / stem
+    path = plain if plain.exists() else folder / f"{stem}.gz"
+    if not path.exists():
+        raise FileNotFoundError(f"{plain} or {path.name}: expected an IDX file of {dims} dimensions, found none")
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: expected a whole gzip file, it is truncated or foreign ({error})") from error
+    header = 4 + 4 * dims
+    magic = bytes((0, 0, 8, dims))
+    if len(raw) < header or raw[:4] != magic:
+        raise ValueError(
+            f"{path}: expected an IDX file of bytes in {dims} dimensions, which starts with {magic.hex(' ')}; "
+            f"got {len(raw)} bytes that start with {raw[:4].hex(' ') or 'nothing'}"
+        )
+    shape = struct.unpack(f">{dims}i", raw[4:header])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if min(shape) < 1 or len(raw) - header != expected:
+        raise ValueError(
+            f"{path}: expected {'x'.join(map(str, shape))} = {expected} bytes of data as its header says, "
+            f"got {len(raw) - header}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _load_image_folder(folder: Path, image_size: int) -> Dataset:
+    try:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise RuntimeError("image-folder needs torchvision, which is not installed: pip install torchvision") from error
+    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    if not (folder / "train").is_dir() or not tests:
+        raise FileNotFoundError(f"root: expected train/<class>/* and test/<class>/* (or val) in {folder}")
+    to_pixels = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), *to_pixels])
+    parts, classes = [], []
+    for part in (folder / "train", tests[0]):
+        try:
+            pictures = ImageFolder(str(part), transform)
+            loaded = [picture for picture, _ in pictures]
+        except (OSError, SyntaxError) as error:  # pillow raises either for a file that is not a whole picture
+            raise ValueError(f"{part}: expected a folder of pictures for each class: {error}") from error
+        parts.append((torch.stack(loaded), torch.tensor(pictures.targets, dtype=torch.int64)))
+        classes.append(pictures.classes)
+    if classes[0] != classes[1]:
+        differing = sorted(set(classes[0]) ^ set(classes[1]))
+        raise ValueError(f"root: expected the same classes for training and test in {folder}, {differing} differ")
+    return normalised_dataset("image-folder", parts[0], parts[1], classes[0])
