@@ -79,14 +79,79 @@ PYDISTILL_INLINE T largest(int64_t K, const T* x) {
   return max;
 }
 
+// x where it is between the bounds; NaN stays.
+PYDISTILL_INLINE Register<float> bounded(Register<float> x, Register<float> least, Register<float> most) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xFFFF, most, _mm512_maskz_max_ps(0xFFFF, least, x));
+#elif defined(__AVX2__)
+  return _mm256_min_ps(most, _mm256_max_ps(least, x));
+#else
+  x = x < least ? least : x;
+  return x > most ? most : x;
+#endif
+}
+
+// exp_lane of all lanes. The registers go through it side by side: a step of one alone would wait for the step before.
+template <int P>
+PYDISTILL_INLINE void exp_lanes(Register<float> (&x)[P]) {
+  using R = Register<float>;
+  typedef int32_t Bits __attribute__((vector_size(kRegisterBytes)));
+  const R least = R{} - 104.0f, most = R{} + 89.0f, magic = R{} + 12582912.0f;
+  R r[P], y[P];
+  Bits whole[P];
+#define PYDISTILL_EACH _Pragma("GCC unroll 8") for (int i = 0; i < P; ++i)
+  PYDISTILL_EACH x[i] = bounded(x[i], least, most);
+  PYDISTILL_EACH y[i] = x[i] * 1.44269504f + magic;
+  PYDISTILL_EACH whole[i] = (Bits)y[i] - (Bits)magic;
+  PYDISTILL_EACH y[i] = y[i] - magic;
+  PYDISTILL_EACH r[i] = (x[i] - y[i] * 0.693359375f) + y[i] * 2.12194440e-4f;
+  PYDISTILL_EACH y[i] = R{} + 1.9875691500e-4f;
+  constexpr float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                    5.0000001201e-1f};
+  for (const float c : coefficients) PYDISTILL_EACH y[i] = y[i] * r[i] + c;
+  PYDISTILL_EACH y[i] = (y[i] * (r[i] * r[i]) + r[i]) + 1.0f;
+  PYDISTILL_EACH {
+    const Bits half = whole[i] >> 1;
+    x[i] = y[i] * (R)((half + 127) << 23) * (R)((whole[i] - half + 127) << 23);
+  }
+#undef PYDISTILL_EACH
+}
+
+// x becomes x scale - shift, and e its exponential.
+template <class T>
+void exp_row(int64_t K, T scale, T shift, T* x, T* e) {
+  int64_t k = 0;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int L = Registers<T>::lanes, P = 2;
+    const auto step = [&]<int N>(Register<T>(&z)[N]) PYDISTILL_LAMBDA {
+      for (int i = 0; i < N; ++i) {
+        z[i] = load_register(x + k + i * L) * scale - shift;
+        *reinterpret_cast<typename Registers<T>::Unaligned*>(x + k + i * L) = z[i];
+      }
+      exp_lanes(z);
+      for (int i = 0; i < N; ++i) *reinterpret_cast<typename Registers<T>::Unaligned*>(e + k + i * L) = z[i];
+      k += N * L;
+    };
+    while (k + P * L <= K) {
+      Register<T> z[P];
+      step(z);
+    }
+    while (k + L <= K) {
+      Register<T> z[1];
+      step(z);
+    }
+  }
+  for (; k < K; ++k) {
+    x[k] = x[k] * scale - shift;
+    e[k] = exp_lane(x[k]);
+  }
+}
+
 // p = softmax(x). x loses its maximum; what is returned is the logarithm of the sum of exp(x) after that.
 template <class T>
 T softmax(int64_t K, T* x, T* p) {
   const T max = largest(K, x);  // a NaN comes back with the sum
-  for (int64_t k = 0; k < K; ++k) {
-    x[k] -= max;
-    p[k] = exp_lane(x[k]);
-  }
+  exp_row(K, T(1), max, x, p);
   const T total = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return p[k]; });
   for (int64_t k = 0; k < K; ++k) p[k] /= total;
   return log_lane(total);

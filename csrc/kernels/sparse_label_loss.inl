@@ -19,10 +19,7 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   // As few passes over the row as there can be: z less its maximum, q = exp(z), and the sums of both.
   load_row(call.scalar, call.logits, n, C, z);
   const T cold = T(1 / call.T), high = largest(C, z) * cold;  // rounding keeps the order
-  for (int64_t c = 0; c < C; ++c) {
-    z[c] = z[c] * cold - high;
-    q[c] = exp_lane(z[c]);
-  }
+  exp_row(C, cold, high, z, q);
   const T total = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return q[c]; });
   const T log_sum = log_lane(total);
 
@@ -79,12 +76,15 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   if (call.loss) static_cast<T*>(call.loss)[n] = valid ? static_cast<T>(scale * loss) : nan;
   if (!call.grad_logits) return;
   const T share = s / total;
-  for (int64_t c = 0; c < C; ++c) z[c] = factor * (share * q[c] - u);
+  // of the type that is computed in, the row is written once
+  const bool same = call.scalar == (sizeof(T) == 8 ? Scalar::f64 : Scalar::f32);
+  T* const gradient = same ? static_cast<T*>(call.grad_logits) + n * C : z;
+  for (int64_t c = 0; c < C; ++c) gradient[c] = factor * (share * q[c] - u);
   if (valid)
-    for (int64_t j = 0; j < k; ++j) z[index(j)] = factor * (share * q[index(j)] - p[j]);
+    for (int64_t j = 0; j < k; ++j) gradient[index(j)] = factor * (share * q[index(j)] - p[j]);
   else
-    for (int64_t c = 0; c < C; ++c) z[c] = nan;
-  store_row(call.scalar, z, n, C, call.grad_logits);
+    for (int64_t c = 0; c < C; ++c) gradient[c] = nan;
+  if (!same) store_row(call.scalar, z, n, C, call.grad_logits);
 }
 
 }  // namespace
