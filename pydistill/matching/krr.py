@@ -59,7 +59,6 @@ def krr_loss(
 def krr_loss(
     f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor, *, return_info: Literal[True], **options: Any
 ) -> tuple[Tensor, KRRInfo]: ...
-@torch.compiler.disable
 def krr_loss(
     f_real: Tensor,
     f_syn: Tensor,
@@ -125,9 +124,15 @@ def krr_loss(
     scale = 1 / (B * q) if reduction == "mean" else 1.0
     plan = _Plan(form, float(lam), trace_detach, bias, scale, chunk or _REAL_ROWS, needs)
     found: list[KRRInfo] = []
-    with torch.autocast(f_real.device.type, enabled=False):
-        loss = _KRR.apply(*inputs.values(), plan, found)[0]
+    # not as a decorator, which would import the whole compiler with this module
+    apply = torch.compiler.disable(_apply) if torch.compiler.is_dynamo_compiling() else _apply
+    loss = apply(*inputs.values(), plan, found)
     return (loss, found[0]) if return_info else loss
+
+
+def _apply(*args: Any) -> Tensor:
+    with torch.autocast(args[0].device.type, enabled=False):
+        return _KRR.apply(*args)[0]
 
 
 class _Plan(NamedTuple):
