@@ -48,6 +48,13 @@ void store_row(Scalar scalar, const T* from, int64_t n, int64_t K, void* rows) {
   }
 }
 
+template <class T>
+PYDISTILL_INLINE T sum_in_pairs(T (&part)[16]) {
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
 // In sixteen partial sums, then over them in pairs.
 template <class T, class Term>
 PYDISTILL_INLINE T sum(int64_t K, Term term) {
@@ -56,9 +63,7 @@ PYDISTILL_INLINE T sum(int64_t K, Term term) {
   for (; k + 16 <= K; k += 16)
     for (int i = 0; i < 16; ++i) part[i] += term(k + i);
   for (int i = 0; k < K; ++k, ++i) part[i] += term(k);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  return sum_in_pairs(part);
 }
 
 // The largest of x; a NaN is passed over. No order of going through it gives another.
@@ -117,42 +122,48 @@ PYDISTILL_INLINE void exp_lanes(Register<float> (&x)[P]) {
 #undef PYDISTILL_EACH
 }
 
-// x becomes x scale - shift, and e its exponential.
+// e = exp(x scale - shift), and the argument in z unless that is null; x may be z. Returns what `sum` makes of e.
 template <class T>
-void exp_row(int64_t K, T scale, T shift, T* x, T* e) {
+T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
+  T part[16] = {};
   int64_t k = 0;
   if constexpr (sizeof(T) == 4) {
-    constexpr int L = Registers<T>::lanes, P = 2;
-    const auto step = [&]<int N>(Register<T>(&z)[N]) PYDISTILL_LAMBDA {
+    using Unaligned = typename Registers<T>::Unaligned;
+    constexpr int L = Registers<T>::lanes, sums = 16 / L, P = sums > 2 ? sums : 2;
+    Register<T> total[sums] = {};
+    const auto step = [&]<int N>(Register<T>(&v)[N]) PYDISTILL_LAMBDA {
+#pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
-        z[i] = load_register(x + k + i * L) * scale - shift;
-        *reinterpret_cast<typename Registers<T>::Unaligned*>(x + k + i * L) = z[i];
+        v[i] = load_register(x + k + i * L) * scale - shift;
+        if (z) *reinterpret_cast<Unaligned*>(z + k + i * L) = v[i];
       }
-      exp_lanes(z);
-      for (int i = 0; i < N; ++i) *reinterpret_cast<typename Registers<T>::Unaligned*>(e + k + i * L) = z[i];
+      exp_lanes(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        *reinterpret_cast<Unaligned*>(e + k + i * L) = v[i];
+        total[i % sums] += v[i];
+      }
       k += N * L;
     };
-    while (k + P * L <= K) {
-      Register<T> z[P];
-      step(z);
-    }
-    while (k + L <= K) {
-      Register<T> z[1];
-      step(z);
-    }
+    Register<T> several[P], few[sums];
+    while (k + P * L <= K) step(several);
+    while (k + 16 <= K) step(few);
+    __builtin_memcpy(part, total, sizeof(part));
   }
-  for (; k < K; ++k) {
-    x[k] = x[k] * scale - shift;
-    e[k] = exp_lane(x[k]);
+  for (int i = 0; k < K; ++k, i = (i + 1) % 16) {
+    const T v = x[k] * scale - shift;
+    if (z) z[k] = v;
+    e[k] = exp_lane(v);
+    part[i] += e[k];
   }
+  return sum_in_pairs(part);
 }
 
 // p = softmax(x). x loses its maximum; what is returned is the logarithm of the sum of exp(x) after that.
 template <class T>
 T softmax(int64_t K, T* x, T* p) {
   const T max = largest(K, x);  // a NaN comes back with the sum
-  exp_row(K, T(1), max, x, p);
-  const T total = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return p[k]; });
+  const T total = exp_row(K, T(1), max, x, x, p);
   for (int64_t k = 0; k < K; ++k) p[k] /= total;
   return log_lane(total);
 }

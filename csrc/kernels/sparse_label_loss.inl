@@ -11,16 +11,23 @@ using Tail = Call::Tail;
 template <class T>
 void run_row(const Call& call, int64_t n, T* scratch) {
   const int64_t C = call.C, k = call.k;
-  T *const z = scratch, *const q = z + C, *const p = q + C;
+  T *const p = scratch + 2 * C, *const marks = p + C;
   const auto index = [&](int64_t j) PYDISTILL_LAMBDA {
     return static_cast<const int64_t*>(call.indices.data)[n * call.indices.row + j * call.indices.column];
   };
 
-  // As few passes over the row as there can be: z less its maximum, q = exp(z), and the sums of both.
-  load_row(call.scalar, call.logits, n, C, z);
-  const T cold = T(1 / call.T), high = largest(C, z) * cold;  // rounding keeps the order
-  exp_row(C, cold, high, z, q);
-  const T total = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return q[c]; });
+  // As few passes over the row as there can be: where it is stored as it is computed, neither it nor its gradient is
+  // copied. q = exp(z) with z = x / T less its maximum, of which rounding keeps the order.
+  const bool same = call.scalar == (sizeof(T) == 8 ? Scalar::f64 : Scalar::f32);
+  const T* x = scratch;
+  if (same && call.logits.column == 1)
+    x = static_cast<const T*>(call.logits.data) + n * call.logits.row;
+  else
+    load_row(call.scalar, call.logits, n, C, scratch);
+  T* const q = same && call.grad_logits ? static_cast<T*>(call.grad_logits) + n * C : scratch + C;
+  const T cold = T(1 / call.T), high = largest(C, x) * cold;
+  const auto z = [&](int64_t c) PYDISTILL_LAMBDA { return x[c] * cold - high; };
+  const T total = exp_row<T>(C, cold, high, x, nullptr, q);
   const T log_sum = log_lane(total);
 
   const int64_t first = n * call.values.row, next = call.values.column;
@@ -50,13 +57,13 @@ void run_row(const Call& call, int64_t n, T* scratch) {
       valid = false;
       break;
     }
-    const T log_q = z[c] - log_sum;
+    const T log_q = z(c) - log_sum;
     if (p[j] != 0) stored += p[j] * ((call.entropy ? log_lane(p[j]) : T(0)) - log_q);
     beside += log_q;
   }
   double loss = stored;
   if (u != 0) {
-    const double others = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return z[c] - log_sum; }) - beside;
+    const double others = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return z(c) - log_sum; }) - beside;
     loss += u * ((call.entropy ? static_cast<double>(C - k) * log_lane(u) : 0.0) - others);
   }
   const T nan = T(__builtin_nanf(""));
@@ -64,27 +71,23 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   T factor = scale * cold;
   if (call.grad.data) factor *= static_cast<const T*>(call.grad.data)[n * call.grad.row];
 
-  // z turns into marks of the classes that were met: no other has room for them
-  if (valid) {
-    for (int64_t c = 0; c < C; ++c) z[c] = 0;
-    for (int64_t j = 0; j < k; ++j) {
-      T& mark = z[index(j)];
-      valid = valid && mark == 0;
-      mark = 1;
-    }
+  for (int64_t c = 0; valid && c < C; ++c) marks[c] = 0;
+  for (int64_t j = 0; valid && j < k; ++j) {
+    T& mark = marks[index(j)];
+    valid = mark == 0;
+    mark = 1;
   }
   if (call.loss) static_cast<T*>(call.loss)[n] = valid ? static_cast<T>(scale * loss) : nan;
   if (!call.grad_logits) return;
   const T share = s / total;
-  // of the type that is computed in, the row is written once
-  const bool same = call.scalar == (sizeof(T) == 8 ? Scalar::f64 : Scalar::f32);
-  T* const gradient = same ? static_cast<T*>(call.grad_logits) + n * C : z;
-  for (int64_t c = 0; c < C; ++c) gradient[c] = factor * (share * q[c] - u);
-  if (valid)
-    for (int64_t j = 0; j < k; ++j) gradient[index(j)] = factor * (share * q[index(j)] - p[j]);
-  else
-    for (int64_t c = 0; c < C; ++c) gradient[c] = nan;
-  if (!same) store_row(call.scalar, z, n, C, call.grad_logits);
+  if (valid) {
+    for (int64_t j = 0; j < k; ++j) p[j] = factor * (share * q[index(j)] - p[j]);
+    for (int64_t c = 0; c < C; ++c) q[c] = factor * (share * q[c] - u);
+    for (int64_t j = 0; j < k; ++j) q[index(j)] = p[j];
+  } else {
+    for (int64_t c = 0; c < C; ++c) q[c] = nan;
+  }
+  if (!same) store_row(call.scalar, q, n, C, call.grad_logits);
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ void run(const Call& call) {
   SparseLabelLossKernel* const kernel = best_of(kernels);
   const int64_t grain = std::max<int64_t>(1, 4096 / call.C);  // rows that are worth a thread's while
   torch::stable::parallel_for(0, call.N, grain, [&](int64_t begin, int64_t end) {
-    kernel(call, begin, end, scratch(3 * call.C * (call.scalar == Scalar::f64 ? sizeof(double) : sizeof(float))));
+    kernel(call, begin, end, scratch(4 * call.C * (call.scalar == Scalar::f64 ? sizeof(double) : sizeof(float))));
   });
 }
 
