@@ -485,21 +485,27 @@ def test_a_relabelling_killed_at_random_moments_ends_in_the_same_file(filled, pa
     os.waitpid(relabel(tmp_path / "timed"), 0)
     seconds = time.perf_counter() - start
     filled.unlink()
-    random, killed, held = np.random.default_rng(0), 0, []
-    while not held or held[-1] < EPOCHS * 4:
-        process = relabel(path)
-        time.sleep(float(random.uniform(0, seconds / 3)))
-        os.kill(process, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        killed += status != 0
-        if path.exists():
-            with SoftLabelStore(path) as store:
-                store.verify()
-                held.append(sum(store.holds(epoch, block) for epoch in range(EPOCHS) for block in range(4)))
+    random = np.random.default_rng(0)
+    for _ in range(5):  # where the machine was busy when the time was taken, a run may get through before it is killed
+        path.unlink(missing_ok=True)
+        killed, held = 0, []
+        while not held or held[-1] < EPOCHS * 4:
+            process = relabel(path)
+            time.sleep(float(random.uniform(0, seconds / 3)))
+            os.kill(process, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            assert status in (0, -signal.SIGKILL)
+            killed += status != 0
+            if path.exists():
+                with SoftLabelStore(path) as store:
+                    store.verify()
+                    held.append(sum(store.holds(epoch, block) for epoch in range(EPOCHS) for block in range(4)))
+        assert held == sorted(held)  # what was once there stays
+        assert path.read_bytes() == whole
+        if killed >= 2:
+            break
+        seconds /= 4
     assert killed >= 2
-    assert held == sorted(held)  # what was once there stays
-    assert path.read_bytes() == whole
 
 
 def test_shards_are_merged(path, tmp_path):
