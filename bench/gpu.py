@@ -325,8 +325,8 @@ def step_compiled(problem: Step, mode: str = "default") -> Callable[[], Tensors]
 
 def step_ours(problem: Step, graphs: bool = False) -> Callable[[], Tensors]:
     from pydistill.ops import _convnet_step_layers as layers
-    from pydistill.ops._convnet_shape import ConvNetShape
     from pydistill.ops._convnet_step_graph import StepGraphs
+    from pydistill.reference.convnet_shape import ConvNetShape
 
     config = problem.config
     size, padding = config["image_size"], 3 if config["channels"] == 1 else 1

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pydistill.ops import _convnet_step_layers as layers
-from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops._convnet_step_layers import LabelKind, Precision
+from pydistill.reference.convnet_shape import ConvNetShape
 
 # torch captures on a stream of its own; what libraries set up at their first calls must have happened before
 _WARM_UP = 3

@@ -26,8 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops.instance_norm_relu_avg_pool import FORMS
+from pydistill.reference.convnet_shape import ConvNetShape
 
 LabelKind = Literal["hard", "logits", "probs"]
 Precision = Literal["fp32", "tf32", "bf16"]

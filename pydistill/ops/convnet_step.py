@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pydistill import reference
 from pydistill.ops import _convnet_step_layers as layers
-from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._operator import choose_backend
 from pydistill.ops.attention_map import AXES, Axis, check_power
+from pydistill.reference.convnet_shape import ConvNetShape
 
 __all__ = [
     "BACKENDS",

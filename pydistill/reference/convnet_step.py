@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill.reference.attention_map import attention_map
-
-if TYPE_CHECKING:
-    from pydistill.ops import ConvNetShape
+from pydistill.reference.convnet_shape import ConvNetShape
 
 Axis = Literal["spatial", "channel", "both"]
 

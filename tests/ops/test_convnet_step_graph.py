@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pydistill.ops._convnet_shape import ConvNetShape
 from pydistill.ops._convnet_step_graph import StepGraphs, _Captured
+from pydistill.reference.convnet_shape import ConvNetShape
 
 
 def test_cpu_tensors_are_refused_and_cuda_is_left_alone(monkeypatch):

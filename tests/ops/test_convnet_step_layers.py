@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pydistill.nn import ConvNet
 from pydistill.ops import _convnet_step_layers as layers
-from pydistill.ops._convnet_shape import ConvNetShape
+from pydistill.reference.convnet_shape import ConvNetShape
 from pydistill.trajectory.flat import FlatModule
 
 KINDS = ("hard", "logits", "probs")
