@@ -1,7 +1,7 @@
 // A greedy graph cut, as the CPU body receives it.
 //
-// Sample j stands for the vector g_j = a_j (x) [e_j, 1] of length 1: e_j are its embeddings, a_j its factors divided by
-// both lengths; without factors it is e_j alone, divided by its length. With M the sum of the picks' vectors, the gain
+// Sample j stands for the vector g_j = a_j (x) [e_j, 1] of length 1: e_j are its embeddings, a_j its factors times the
+// sample's scale; without factors it is e_j alone, times the scale. With M the sum of the picks' vectors, the gain
 // of j is, but for what all samples have in common,
 //
 //   gain_j = lam / 2 sum over i of g_i . g_j - g_j . M
@@ -13,7 +13,7 @@
 //
 // The directions are the rows of sum g_i, a group of neighbouring rows each: all picks lie mostly in them.
 //
-// The forms, in this order: `scale` makes the weights a_j, `total` sums all vectors into `moved`, `pass` takes what
+// The forms, in this order: `scale` makes the scales, `total` sums all vectors into `moved`, `pass` takes what
 // has `moved` off all gains, `pick` picks until the next pass is wanted. Sums are in float64.
 #pragma once
 
@@ -38,7 +38,7 @@ struct GraphCutGreedy {
   const void* embeddings = nullptr;  // [N][d]
   const void* factors = nullptr;     // [N][C] or absent
 
-  double* weights = nullptr;   // [N][C]
+  double* scale = nullptr;     // [N]
   double* moved = nullptr;     // [C][d + 1], the last column for the 1
   double* gain = nullptr;      // [N], exact at the last pass; minus infinity for what is picked
   double* estimate = nullptr;  // [N], with what is known of the move since then

@@ -80,19 +80,12 @@ class Greedy {
         embeddings(static_cast<const S*>(call.embeddings)),
         factors(static_cast<const S*>(call.factors)) {}
 
-  // Lengths of samples [begin, end).
+  // One over the lengths of samples [begin, end).
   void scale(int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       double square = squared(embeddings + j * d, d);
-      double* const weights = call.weights + j * C;
-      if (!factors) {
-        weights[0] = square > 0 ? 1 / __builtin_sqrt(square) : 0;
-        continue;
-      }
-      const S* const b = factors + j * C;
-      square = (square + 1) * squared(b, C);
-      const double scale = square > 0 ? 1 / __builtin_sqrt(square) : 0;
-      for (int64_t c = 0; c < C; ++c) weights[c] = b[c] * scale;
+      if (factors) square = (square + 1) * squared(factors + j * C, C);
+      call.scale[j] = square > 0 ? 1 / __builtin_sqrt(square) : 0;
     }
   }
 
@@ -115,8 +108,8 @@ class Greedy {
         for (int64_t c = 0; c < C; ++c) {
           double* const sum = call.moved + c * width + first;
           for (int64_t r = 0; r < here; ++r) {
-            const double weight = call.weights[(j + r) * C + c];
-            for (int64_t i = 0; i < count; ++i) sum[i] += weight * x[r][i];
+            const double w = weight(j + r, c);
+            for (int64_t i = 0; i < count; ++i) sum[i] += w * x[r][i];
           }
         }
       }
@@ -177,6 +170,7 @@ class Greedy {
   const S *const embeddings, *const factors;
 
   double one() const { return factors ? 1 : 0; }
+  double weight(int64_t j, int64_t c) const { return factors ? factors[j * C + c] * call.scale[j] : call.scale[j]; }
   const double* moved_of(int64_t g) const { return call.moved + g * call.rows_of_direction() * width; }
   int64_t rows_of(int64_t g) const {
     const int64_t rows = call.rows_of_direction(), left = C - g * rows;
@@ -231,7 +225,7 @@ class Greedy {
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kColumns; ++i) {
         const double with_one = out[r][i] + one() * call.moved[(c + i) * width + d];
-        along[r][(c + i) / call.rows_of_direction()] += call.weights[samples[r] * C + c + i] * with_one;
+        along[r][(c + i) / call.rows_of_direction()] += weight(samples[r], c + i) * with_one;
       }
   }
 
@@ -265,10 +259,10 @@ class Greedy {
     call.picks[call.picked++] = pick;
     const S* const row = embeddings + pick * d;
     for (int64_t c = 0; c < C; ++c) {
-      const double weight = call.weights[pick * C + c];
+      const double w = weight(pick, c);
       double* const moved = call.moved + c * width;
-      for (int64_t i = 0; i < d; ++i) moved[i] += weight * row[i];
-      moved[d] += weight * one();
+      for (int64_t i = 0; i < d; ++i) moved[i] += w * row[i];
+      moved[d] += w * one();
     }
     constexpr int64_t block = 512;  // of estimates stay in the nearest cache for all directions
     double of_pick[Call::kMaxDirections];

@@ -37,11 +37,12 @@ Tensor graph_cut_greedy(const Tensor& embeddings, const std::optional<Tensor>& f
   Tensor near = empty_vector(embeddings, ScalarType::Long, call.N);
   call.near = near.mutable_data_ptr<int64_t>();
   const auto doubles = [&](int64_t count) { return empty_vector(embeddings, ScalarType::Double, count); };
-  Tensor weights = doubles(call.N * call.C), moved = doubles(call.C * (call.d + 1)),
-         along = doubles(call.directions() * call.N), of_samples = doubles(4 * call.N);
-  call.weights = weights.mutable_data_ptr<double>(), call.moved = moved.mutable_data_ptr<double>();
+  Tensor moved = doubles(call.C * (call.d + 1)), along = doubles(call.directions() * call.N),
+         of_samples = doubles(5 * call.N);
+  call.moved = moved.mutable_data_ptr<double>();
   call.along = along.mutable_data_ptr<double>(), call.gain = of_samples.mutable_data_ptr<double>();
   call.estimate = call.gain + call.N, call.outside = call.estimate + call.N, call.exact = call.outside + call.N;
+  call.scale = call.exact + call.N;
 
   static constexpr GraphCutGreedyKernel* kernels[] = {graph_cut_greedy_base, graph_cut_greedy_avx2,
                                                       graph_cut_greedy_avx512};

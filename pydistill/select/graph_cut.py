@@ -21,8 +21,8 @@ def graph_cut_greedy(
         gain(j) = lam * s[D][:, j].sum() - 2 * s[S][:, j].sum();      S.append(gain.argmax())
 
     The picks are those of that loop over the whole matrix s, which is never formed: memory is O(N d). A pick takes
-    one pass over N numbers, or N C with factors, and O(d), or O(C d), for each sample that bounds leave in question;
-    embeddings without any structure leave so many that it takes O(N d).
+    one pass over N numbers, up to 16 N with factors, and O(d), or O(C d), for each sample that bounds leave in
+    question; embeddings without any structure leave so many that it takes O(N d).
 
     Gains are float64; those less than 1e-9 apart are ties, and the lowest index wins. So the picks do not depend on the
     number of threads or the instruction set, unless two gains differ by 1e-9 to within float64's rounding. The work is
