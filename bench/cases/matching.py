@@ -60,17 +60,6 @@ def _gradient_check(
                 yield Check(name, "bf16 loss, relative error", relative_error(output[i], truth), 0.05)
 
 
-def _gradient_must_show(medians: Medians, config: Config) -> Iterator[Check]:
-    found = {provider: value for (_, _, provider), value in medians.items()}
-    if "pydistill" not in found:
-        return
-    yield Check("pydistill", "speed-up over eager", found["eager"] / found["pydistill"], 3.5, at_least=True)
-    peers = [found[name] for name in ("compiled", "compiled-vmap") if name in found]
-    if peers:
-        speedup = min(peers) / found["pydistill"]
-        yield Check("pydistill", "speed-up over the better compiled step", speedup, 1.3, at_least=True)
-
-
 GRADIENT_MATCHING_STEP = Case(
     name="gradient_matching_step",
     metric="time of an outer step",
@@ -89,7 +78,7 @@ GRADIENT_MATCHING_STEP = Case(
     points=_gradient_points,
     gate=_gradient_gate,
     check=_gradient_check,
-    must_show=_gradient_must_show,
+    must_show=partial(step_must_show, {("pydistill", "eager"): 3.5, ("pydistill", "compiled*"): 1.3}),
     brief={"batch_real": 64},
     brief_providers=("eager", "compiled", "pydistill"),
 )
@@ -216,17 +205,6 @@ def _mmd_check(
             yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
 
 
-def _mmd_must_show(medians: Medians, config: Config) -> Iterator[Check]:
-    found = {provider: value for (_, _, provider), value in medians.items()}
-    if "pydistill" not in found:
-        return
-    yield Check("pydistill", "speed-up over the cube", found["cube"] / found["pydistill"], 3.0, at_least=True)
-    compiled = [found[name] for name in ("compiled", "compiled-cdist") if name in found]
-    if compiled:
-        speedup = min(compiled) / found["pydistill"]
-        yield Check("pydistill", "speed-up over the better compiled form", speedup, 1.3, at_least=True)
-
-
 MMD = Case(
     name="mmd",
     metric="time, forward and backward",
@@ -245,7 +223,7 @@ MMD = Case(
     points=_mmd_points,
     gate=_mmd_gate,
     check=_mmd_check,
-    must_show=_mmd_must_show,
+    must_show=partial(step_must_show, {("pydistill", "cube"): 3.0, ("pydistill", "compiled*"): 1.3}),
     brief_providers=("cube", "cdist", "pydistill"),
 )
 

@@ -318,17 +318,6 @@ def _training_check(
             yield Check(name, f"float32 {what}, relative error", relative_error(output[i], truth), bound)
 
 
-def _training_must_show(medians: Medians, config: Config) -> Iterator[Check]:
-    found = {provider: value for (_, _, provider), value in medians.items()}
-    if "pydistill" not in found:
-        return
-    yield Check("pydistill", "speed-up over eager", found["eager"] / found["pydistill"], 3.0, at_least=True)
-    compiled = [found[name] for name in ("compiled", "compiled-vmap") if name in found]
-    if compiled:
-        speedup = min(compiled) / found["pydistill"]
-        yield Check("pydistill", "speed-up over the better compiled loop", speedup, 1.2, at_least=True)
-
-
 TRAIN_STUDENTS = Case(
     name="train_students",
     metric="time per epoch of all students",
@@ -347,7 +336,7 @@ TRAIN_STUDENTS = Case(
     points=_training_points,
     gate=_training_gate,
     check=_training_check,
-    must_show=_training_must_show,
+    must_show=partial(step_must_show, {("pydistill", "eager"): 3.0, ("pydistill", "compiled*"): 1.2}),
     brief_providers=("eager", "compiled", "pydistill"),
 )
 

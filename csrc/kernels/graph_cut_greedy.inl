@@ -136,7 +136,7 @@ class Greedy {
           }
           if (first) {
             call.gain[j] = 0.5 * call.lam * (static_cast<double>(N) + sum);
-            call.outside[j] = inside < 1 ? __builtin_sqrt(1 - inside) : 0;
+            call.outside[j] = length_beside(1, inside);
           } else {
             call.gain[j] -= sum;
           }
@@ -151,9 +151,9 @@ class Greedy {
     take(first_from(call.gain, largest(call.gain, N) - Call::kTie), along_moved);
     int64_t read = 0;
     while (call.picked < call.budget) {
-      double square = squared(call.moved, C * width);
-      for (int64_t g = 0; g < directions; ++g) square -= along_moved[g] * along_moved[g];
-      const double radius = square > 0 ? __builtin_sqrt(square) : 0;
+      double inside = 0;
+      for (int64_t g = 0; g < directions; ++g) inside += along_moved[g] * along_moved[g];
+      const double radius = length_beside(squared(call.moved, C * width), inside);
       call.near[0] = first_from(call.estimate, largest(call.estimate, N));
       make_exact(1);
       const int64_t count = find_near(radius, call.exact[0] - 2 * Call::kTie);
@@ -169,6 +169,11 @@ class Greedy {
   const int64_t N, d, C, width, directions;
   const S *const embeddings, *const factors;
 
+  // Of a vector whose square is `whole`, the length beside what has the square `inside`: no less for their rounding.
+  static double length_beside(double whole, double inside) {
+    const double square = whole - inside;
+    return __builtin_sqrt((square > 0 ? square : 0) + 1e-14 * whole);
+  }
   double one() const { return factors ? 1 : 0; }
   double weight(int64_t j, int64_t c) const { return factors ? factors[j * C + c] * call.scale[j] : call.scale[j]; }
   const double* moved_of(int64_t g) const { return call.moved + g * call.rows_of_direction() * width; }

@@ -66,16 +66,18 @@ class _OtherConv2d(nn.Conv2d):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         half = torch.get_autocast_dtype("cpu")
-        if _HAS_CONVOLUTION[half]():
+        if _has_convolution(half):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.to(half).to(self.weight.dtype)).to(half)
 
 
-_HAS_CONVOLUTION = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
+def _has_convolution(dtype: torch.dtype) -> bool:
+    """Whether this processor, and this build of torch, convolve in a half precision."""
+    if not torch.backends.mkldnn.is_available():  # whose operators are not even there
+        return False
+    library = torch.ops.mkldnn
+    return (library._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported)()
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -108,8 +108,11 @@ def test_autocast_casts_as_torch_does():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_convolutions_under_autocast(dtype):
-    """In half precision they round as torch's do, whether the processor can convolve it or not."""
+@pytest.mark.parametrize("with_library", [True, False])
+def test_other_convolutions_under_autocast(dtype, with_library, monkeypatch):
+    """In half precision they round as torch's do, whether processor and build can convolve it or not."""
+    if not with_library:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     net = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.Conv2d(12, 4, 1, stride=2, bias=False))
     frozen, x = freeze(net), torch.randn(2, 8, 9, 9, requires_grad=True)
     assert frozen.state_dict().keys() == net.state_dict().keys()

@@ -50,6 +50,18 @@ def test_without_structure():
     assert graph_cut_greedy(x, 400).tolist() == graph_cut_greedy(x, 400, backend="reference").tolist()
 
 
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_samples_within_the_directions(with_factors):
+    """All but a few lie in them to rounding: what is left beside them, of samples and of the move, must not be lost."""
+    generator = torch.Generator().manual_seed(0)
+    line = torch.randn(24, generator=generator, dtype=torch.float64)
+    x = line * (1 + torch.rand(600, 1, generator=generator, dtype=torch.float64))
+    x[::100] += 1e-4 * torch.randn(6, 24, generator=generator, dtype=torch.float64)
+    b = torch.eye(3, dtype=torch.float64)[torch.arange(600) % 3] if with_factors else None
+    want = graph_cut_greedy(x, 80, factors=b, backend="reference")
+    assert graph_cut_greedy(x, 80, factors=b).tolist() == want.tolist()
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.3, 5.0])
 def test_weights_of_the_whole(lam):
     x, b = samples(300, 20, 5)
