@@ -15,9 +15,11 @@
 
 namespace pydistill {
 
-enum class Isa : int { base, avx2, avx512, amx };  // amx: avx512 and bf16 matrix tiles
-inline constexpr int kIsas = 4;
-inline constexpr const char* kIsaNames[kIsas] = {"base", "avx2", "avx512", "amx"};
+// Each has what stands before it. avx512_bf16: sums of products of pairs, of bf16 and of 16-bit integers (VNNI); amx:
+// bf16 matrix tiles.
+enum class Isa : int { base, avx2, avx512, avx512_bf16, amx };
+inline constexpr int kIsas = 5;
+inline constexpr const char* kIsaNames[kIsas] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // Whether bf16 matrix tiles can be used: the processor has them and Linux grants this process their registers.
 inline bool amx_granted() {
@@ -26,8 +28,7 @@ inline bool amx_granted() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if ((d & bf16) == 0 || (d & tile) == 0) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512_BF16
-  constexpr long request_permission = 0x1023, tile_data = 18;                          // of arch_prctl
+  constexpr long request_permission = 0x1023, tile_data = 18;  // of arch_prctl
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
@@ -41,7 +42,9 @@ inline bool supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   if (isa == Isa::avx512) return avx512;
-  if (isa == Isa::amx) return avx512 && amx_granted();
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::avx512_bf16) return pairs;
+  if (isa == Isa::amx) return pairs && amx_granted();
 #endif
   return isa == Isa::base;
 }
@@ -55,7 +58,8 @@ inline Isa isa() {
           if (supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
           throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) + ": this processor does not have it");
         }
-      throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) + ": expected base, avx2, avx512 or amx");
+      throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) +
+                               ": expected base, avx2, avx512, avx512_bf16 or amx");
     }
     int best = kIsas - 1;
     while (!supported(static_cast<Isa>(best))) --best;

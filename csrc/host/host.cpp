@@ -25,6 +25,7 @@ PYBIND11_MODULE(_host, m) {
       "that were compiled (empty: built without CUDA).");
   m.def(
       "isa", [] { return pydistill::kIsaNames[static_cast<int>(pydistill::isa())]; },
-      "The CPU instruction set that kernels run with: base, avx2, avx512 or amx (PYDISTILL_ISA overrides).");
+      "The CPU instruction set that kernels run with: base, avx2, avx512, avx512_bf16 or amx (PYDISTILL_ISA "
+      "overrides).");
   pydistill::bind_soft_labels(m);
 }

@@ -11,27 +11,6 @@ namespace {
 
 constexpr int kPoints = Winograd::kPoints;
 
-// Up to a register of neighbouring channels; lanes without one are zero on the way in and left out on the way back.
-template <class T, class S>
-PYDISTILL_INLINE void take(const S* from, int64_t count, T* to) {
-  constexpr int lanes = Registers<T>::lanes;
-  if (count >= lanes) {
-    for (int i = 0; i < lanes; ++i) to[i] = widen(from[i]);
-  } else {
-    for (int i = 0; i < lanes; ++i) to[i] = i < count ? widen(from[i]) : T(0);
-  }
-}
-
-template <class T, class S>
-PYDISTILL_INLINE void give(const T* from, int64_t count, S* to) {
-  constexpr int lanes = Registers<T>::lanes;
-  if (count >= lanes) {
-    for (int i = 0; i < lanes; ++i) narrow(from[i], to[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
-  }
-}
-
 // winograd.h's points give F(3x3, 4x4) as well: filters of four taps leave three outputs of a tile.
 template <class T>
 PYDISTILL_INLINE void output_of_four_taps(const Register<T> (&m)[6], Register<T> (&y)[3]) {
@@ -41,10 +20,22 @@ PYDISTILL_INLINE void output_of_four_taps(const Register<T> (&m)[6], Register<T>
   y[2] = fused<T>(sum_a, T(Winograd::a2), fused<T>(sum_b, T(Winograd::b2), m[5]));
 }
 
-template <class T, class S, int SIDE>
+PYDISTILL_INLINE float register_sum(Register<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float sum = 0;
+  for (int i = 0; i < Registers<float>::lanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+// P: what is multiplied, numbers of T or pairs of 16-bit integers.
+template <class T, class S, class P, int SIDE>
 class Convolution {
   using R = Register<T>;
-  static constexpr int L = Lanes<T>::count, kLanes = Registers<T>::lanes;
+  static constexpr int L = Lanes<P>::count, kLanes = Registers<T>::lanes;
+  static constexpr bool kPaired = __is_same(P, int32_t);
 
  public:
   Convolution(const FrozenConv2d& call, void* scratch)
@@ -56,8 +47,15 @@ class Convolution {
         row(call.inputs() * L),
         input_plane(call.input_plane() * L),
         product_plane(call.product_plane() * L),
-        inputs(static_cast<T*>(scratch)),
-        products(inputs + kPoints * input_plane) {}
+        tile_plane(call.tile_plane() * L),
+        filter_plane(call.outputs() * call.filter_rows() * L),
+        inputs(static_cast<P*>(scratch)),
+        products(inputs + kPoints * input_plane),
+        factors(reinterpret_cast<float*>(products + kPoints * product_plane)),
+        floats(factors + call.chunk * kFactors) {
+    if constexpr (kPaired)  // channels that there are not
+      for (int64_t i = 0; i < kPoints * tile_plane; ++i) floats[i] = 0;
+  }
 
   void run(int64_t begin, int64_t end) {
     const int64_t parts = call.parts();
@@ -69,20 +67,25 @@ class Convolution {
       if (chunk != transformed) transform_inputs();
       transformed = chunk;
       const int64_t groups = outputs - group < call.part ? outputs - group : call.part;
-      for (int64_t p = 0; p < kPoints; ++p) {
-        const T* filter = static_cast<const T*>(call.filters) + (p * outputs + group) * C * L;
-        multiply<T>(count, C, groups, {inputs + p * input_plane, row, 1}, {filter, L, C * L, false},
+      for (int64_t p = 0; p < kPoints; ++p)
+        multiply<P>(count, call.depth(), groups, {inputs + p * input_plane, row, 1},
+                    {filter(p, group) + (kPaired ? L : 0), L, call.filter_rows() * L, false},
                     {products + p * product_plane, call.part * L, L, false});
-      }
       transform_outputs(group, groups);
     }
   }
 
  private:
+  static constexpr int64_t kFactors = FrozenConv2d::kFactors * 16;
   const FrozenConv2d& call;
-  const int64_t H, W, C, K, row, input_plane, product_plane;
-  T *const inputs, *const products;
+  const int64_t H, W, C, K, row, input_plane, product_plane, tile_plane, filter_plane;
+  P *const inputs, *const products;
+  float *const factors, *const floats;  // where kPaired
   int64_t first = 0, count = 0;
+
+  const P* filter(int64_t point, int64_t vector) const {
+    return static_cast<const P*>(call.filters) + (point * call.outputs() + vector) * call.filter_rows() * L;
+  }
 
   struct Tile {
     int64_t n, h, w;  // of its output's first position
@@ -98,34 +101,81 @@ class Convolution {
       const S* image = static_cast<const S*>(call.x) + at.n * H * W * C;
       const int64_t top = at.h - call.before, left = at.w - call.before;
       const bool inside = top >= 0 && left >= 0 && top + 6 <= H && left + 6 <= W;
-      for (int64_t c = 0; c < row; c += kLanes) {
-        T* const to = inputs + t * row + c;
-        if (inside && c + kLanes <= C) {
-          transform_input(image + (top * W + left) * C + c, W * C, C, to);
-          continue;
-        }
-        alignas(64) T patch[36 * kLanes];
-        for (int64_t i = 0; i < 6; ++i)
-          for (int64_t j = 0; j < 6; ++j) {
+      T* to;
+      int64_t plane;
+      if constexpr (kPaired)
+        to = floats, plane = tile_plane;
+      else
+        to = inputs + t * row, plane = input_plane;
+      for (int64_t c = 0; c < (kPaired ? C : row); c += kLanes) {
+        const S* const corner = image + (top * W + left) * C + c;
+        const auto whole = [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(corner + (i * W + j) * C); };
+        const auto part = [&](int i, int j)
+                              PYDISTILL_LAMBDA { return widened_register<T>(corner + (i * W + j) * C, C - c); };
+        if (inside && c + kLanes <= C)
+          transform_input(to + c, plane, whole);
+        else if (inside && c < C)
+          transform_input(to + c, plane, part);
+        else
+          transform_input(to + c, plane, [&](int i, int j) PYDISTILL_LAMBDA {
             const int64_t h = top + i, w = left + j;
-            const bool there = h >= 0 && h < H && w >= 0 && w < W;
-            take(there ? image + (h * W + w) * C + c : image, there ? C - c : 0, patch + (i * 6 + j) * kLanes);
-          }
-        transform_input(patch, 6 * kLanes, kLanes, to);
+            if (h < 0 || h >= H || w < 0 || w >= W || c >= C) return R{};
+            return c + kLanes <= C ? whole(i, j) : part(i, j);
+          });
       }
+      if constexpr (kPaired) scale(t);
     }
   }
 
-  template <class From>
-  PYDISTILL_INLINE void transform_input(const From* from, int64_t from_h, int64_t from_w, T* to) const {
+  template <class Pixel>
+  PYDISTILL_INLINE static void transform_input(T* to, int64_t plane, Pixel pixel) {
     R x[6][6], v[6][6];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i)
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) x[i][j] = widened_register<T>(from + i * from_h + j * from_w);
+      for (int j = 0; j < 6; ++j) x[i][j] = pixel(i, j);
     both_ways<T, 6, 6>(Winograd::input<T>, x, v);
 #pragma GCC unroll 36
-    for (int p = 0; p < kPoints; ++p) *reinterpret_cast<R*>(to + p * input_plane) = v[p / 6][p % 6];
+    for (int p = 0; p < kPoints; ++p) *reinterpret_cast<R*>(to + p * plane) = v[p / 6][p % 6];
+  }
+
+  // The tile in `floats` as 16-bit integers, every point's channels scaled to one norm; tile t's factors undo it.
+  PYDISTILL_INLINE void scale(int64_t t) {
+    const float norm_of_rounding = 0.5f * sqrt_lane(static_cast<float>(2 * call.depth()));
+    const float norm = (kLeftNorm - norm_of_rounding) * (1 - 0x1p-12f);  // sums of squares are rounded, too
+    float* const undo = factors + t * kFactors;
+    alignas(64) float by[kFactors] = {};
+    for (int p = 0; p < kPoints; ++p) {
+      const float* const from = floats + p * tile_plane;
+      Register<float> even{}, odd{};
+      for (int64_t c = 0; c < C; c += 2 * kLanes) {
+        const Register<float> low = load_register(from + c), high = load_register(from + c + kLanes);
+        even = multiply_add(low, low, even), odd = multiply_add(high, high, odd);
+      }
+      by[p] = register_sum(even + odd);
+      if (!(by[p] > 1e-30f && by[p] < 1e30f)) by[p] = -1;
+    }
+    for (int p = 0; p < kFactors; ++p) {
+      undo[p] = sqrt_lane(by[p]) * (1 / norm);
+      by[p] = 1 / undo[p];
+    }
+    for (int p = 0; p < kPoints; ++p) {
+      const float* const from = floats + p * tile_plane;
+      if (!(undo[p] == undo[p])) scale_outside_of_float(from, norm, by[p], undo[p]);
+      const Register<float> factor = splat(by + p);
+      int16_t* const to = reinterpret_cast<int16_t*>(inputs + p * input_plane + t * row);
+      for (int64_t c = 0; c < C; c += 2 * kLanes)
+        store_rounded_registers(to + c, load_register(from + c) * factor, load_register(from + c + kLanes) * factor);
+    }
+  }
+
+  // Where squares are no normal floats: all zero, very small or large, or not finite, which makes NaN of the tile.
+  __attribute__((noinline)) void scale_outside_of_float(const float* from, float norm, float& by, float& undo) const {
+    double squares = 0;
+    for (int64_t c = 0; c < C; ++c) squares += static_cast<double>(from[c]) * from[c];
+    const double own = sqrt_lane(squares), factor = norm / own;
+    by = own > 0 && squares - squares == 0 ? static_cast<float>(factor < 1e38 ? factor : 1e38) : 0;
+    undo = by > 0 ? 1 / by : static_cast<float>(squares - squares);
   }
 
   __attribute__((noinline)) void transform_outputs(int64_t group, int64_t groups) {
@@ -134,26 +184,40 @@ class Convolution {
       S* const image = static_cast<S*>(call.y) + at.n * H * W * K;
       const bool inside = at.h + SIDE <= H && at.w + SIDE <= W;
       for (int64_t k = 0; k < groups * L; k += kLanes) {
-        const T* const from = products + t * call.part * L + k;
+        const P* const from = products + t * call.part * L + k;
+        const P* const undo = filter(0, group + k / L) + k % L;
         const int64_t channel = group * L + k;
-        if (inside && channel + kLanes <= K) {
-          transform_output(from, image + (at.h * W + at.w) * K + channel, W * K, K);
-          continue;
-        }
-        alignas(64) T patch[SIDE * SIDE * kLanes];
-        transform_output(from, patch, SIDE * kLanes, kLanes);
-        for (int64_t i = 0; i < SIDE && at.h + i < H; ++i)
-          for (int64_t j = 0; j < SIDE && at.w + j < W; ++j)
-            give(patch + (i * SIDE + j) * kLanes, K - channel, image + ((at.h + i) * W + at.w + j) * K + channel);
+        S* const corner = image + (at.h * W + at.w) * K + channel;
+        if (inside && channel + kLanes <= K)
+          transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+            store_narrowed_register<T>(corner + (i * W + j) * K, y);
+          });
+        else
+          transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+            if (at.h + i >= H || at.w + j >= W) return;
+            if (channel + kLanes <= K)
+              store_narrowed_register<T>(corner + (i * W + j) * K, y);
+            else if (channel < K)
+              store_narrowed_register<T>(corner + (i * W + j) * K, y, K - channel);
+          });
       }
     }
   }
 
-  template <class To>
-  PYDISTILL_INLINE void transform_output(const T* from, To* to, int64_t to_h, int64_t to_w) const {
+  template <class Put>
+  PYDISTILL_INLINE void transform_output(const P* from, int64_t t, const P* filter_factors, Put put) const {
     R m[6][6], y[SIDE][SIDE];
 #pragma GCC unroll 36
-    for (int p = 0; p < kPoints; ++p) m[p / 6][p % 6] = *reinterpret_cast<const R*>(from + p * product_plane);
+    for (int p = 0; p < kPoints; ++p) {
+      const Register<P> product = *reinterpret_cast<const Register<P>*>(from + p * product_plane);
+      if constexpr (kPaired) {
+        const float* const of_filter = reinterpret_cast<const float*>(filter_factors + p * filter_plane);
+        m[p / 6][p % 6] =
+            __builtin_convertvector(product, R) * splat(factors + t * kFactors + p) * load_register(of_filter);
+      } else {
+        m[p / 6][p % 6] = product;
+      }
+    }
     if constexpr (SIDE == 4)
       both_ways<T, 6, 4>(Winograd::output<T>, m, y);
     else
@@ -161,25 +225,25 @@ class Convolution {
 #pragma GCC unroll 4
     for (int i = 0; i < SIDE; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < SIDE; ++j) store_narrowed_register<T>(to + i * to_h + j * to_w, y[i][j]);
+      for (int j = 0; j < SIDE; ++j) put(i, j, y[i][j]);
   }
 };
 
-template <class T, class S>
+template <class T, class S, class P>
 void run(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
   if (call.taps == 3)
-    Convolution<T, S, 4>(call, scratch).run(begin, end);
+    Convolution<T, S, P, 4>(call, scratch).run(begin, end);
   else
-    Convolution<T, S, 3>(call, scratch).run(begin, end);
+    Convolution<T, S, P, 3>(call, scratch).run(begin, end);
 }
 
 }  // namespace
 
 void PYDISTILL_KERNEL(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.scalar == Scalar::f64) run<double, double>(call, begin, end, scratch);
-  if (call.scalar == Scalar::f32) run<float, float>(call, begin, end, scratch);
-  if (call.scalar == Scalar::bf16) run<float, Bf16>(call, begin, end, scratch);
-  if (call.scalar == Scalar::f16) run<float, F16>(call, begin, end, scratch);
+  if (call.scalar == Scalar::f64) run<double, double, double>(call, begin, end, scratch);
+  if (call.scalar == Scalar::f32) run<float, float, float>(call, begin, end, scratch);
+  if (call.scalar == Scalar::bf16) run<float, Bf16, int32_t>(call, begin, end, scratch);
+  if (call.scalar == Scalar::f16) run<float, F16, float>(call, begin, end, scratch);
 }
 
 }  // namespace pydistill

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu_vocabulary.h"
+#include "int16_pairs.h"
 
 namespace pydistill {
 namespace {

@@ -16,8 +16,10 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p) {
     return load_register(p);
   } else {
 #if defined(__AVX512F__)
-    if constexpr (__is_same(S, F16))
-      return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (__is_same(S, F16)) return _mm512_maskz_cvtph_ps(0xFFFF, halves);
+    if constexpr (__is_same(S, Bf16))  // the compiler's own conversion goes by two registers
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 #elif defined(__F16C__)
     if constexpr (__is_same(S, F16)) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
@@ -50,19 +52,64 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v) {
       return;
     }
 #endif
+#if defined(__AVX512BF16__)
+    if constexpr (__is_same(S, Bf16)) {  // it takes numbers below 2^-126 for zero
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+      return;
+    }
+#endif
     constexpr int lanes = Registers<T>::lanes;
     if constexpr (__is_same(S, Bf16)) {
       const Register<T> rounded = rounded_to_bf16(v);
       FloatBits bits;
       __builtin_memcpy(&bits, &rounded, sizeof(v));
       bits = v == v ? bits >> 16 : FloatBits{} + 0x7FC0u;
+#if defined(__AVX512F__)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
+#else
       *reinterpret_cast<HalfBits*>(p) = __builtin_convertvector(bits, HalfBits);
+#endif
       return;
     }
     T each[lanes];
     __builtin_memcpy(each, &v, sizeof(v));
     for (int i = 0; i < lanes; ++i) narrow(each[i], p[i]);
   }
+}
+
+// The same of `count` elements, fewer than a register's lanes: other lanes are zero on the way in and left out on the
+// way back, and no other memory is touched.
+template <class T, class S>
+PYDISTILL_INLINE Register<T> widened_register(const S* p, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << count) - 1;
+  if constexpr (__is_same(S, float)) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  if constexpr (__is_same(S, double)) return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  if constexpr (sizeof(S) == 2) {
+    alignas(32) S each[16];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(each),
+                       _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), reinterpret_cast<const void*>(p)));
+    return widened_register<T>(each);
+  }
+#endif
+  T each[Registers<T>::lanes] = {};
+  for (int64_t i = 0; i < count; ++i) each[i] = widen(p[i]);
+  return load_register(each);
+}
+
+template <class T, class S>
+PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v, int64_t count) {
+  alignas(kRegisterBytes) S each[Registers<T>::lanes];
+  store_narrowed_register<T>(each, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) {
+    const uint32_t mask = (uint32_t{1} << count) - 1;
+    _mm256_mask_storeu_epi16(reinterpret_cast<void*>(p), static_cast<__mmask16>(mask),
+                             _mm256_load_si256(reinterpret_cast<const __m256i*>(each)));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) p[i] = each[i];
 }
 
 }  // namespace

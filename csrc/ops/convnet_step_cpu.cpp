@@ -19,7 +19,7 @@ using Form = ConvNetStep::Form;
 
 const ConvNetStepKernel& kernel() {
   static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
-                                                         &convnet_step_amx};
+                                                         &convnet_step_avx512, &convnet_step_amx};
   return *best_of(kernels);
 }
 

@@ -10,7 +10,7 @@
 namespace pydistill {
 
 using FrozenConv2dKernel = void(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch);
-FrozenConv2dKernel frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512;
+FrozenConv2dKernel frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512, frozen_conv2d_avx512_bf16;
 
 namespace {
 
@@ -20,12 +20,13 @@ using torch::headeronly::MemoryFormat;
 void check_filters(const Tensor& t, const char* name, int64_t from, int64_t to, const FrozenConv2d& call,
                    const Tensor& x) {
   const int64_t vectors = (to + call.lanes() - 1) / call.lanes();
-  const int64_t shape[] = {36, vectors, from, call.lanes()};
+  const int64_t rows = call.paired() ? 1 + from / 2 : from, numbers = call.paired() ? 2 * call.lanes() : call.lanes();
+  const int64_t shape[] = {36, vectors, rows, numbers};
   bool fits = t.dim() == 4 && t.is_contiguous();
   for (int i = 0; fits && i < 4; ++i) fits = t.sizes()[i] == shape[i];
-  check(fits, name, ": expected contiguous [36, ", vectors, ", ", from, ", ", call.lanes(), "]");
-  check(t.scalar_type() == compute_type(call.scalar) && t.device() == x.device(), name,
-        ": expected float32 (float64 for float64) on the device of x");
+  check(fits, name, ": expected contiguous [36, ", vectors, ", ", rows, ", ", numbers, "]");
+  check(t.scalar_type() == (call.paired() ? ScalarType::Short : compute_type(call.scalar)) && t.device() == x.device(),
+        name, ": expected float32 (float64 for float64, int16 for bfloat16) on the device of x");
 }
 
 Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoint, int64_t taps, int64_t before) {
@@ -38,7 +39,8 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   call.taps = taps, call.before = before;
   check(call.C > 0 && call.H > 0 && call.W > 0, "x: expected channels and pixels");
   check(adjoint.dim() == 4, "adjoint: expected [36, vectors, K, lanes], got ", adjoint.dim(), " dimensions");
-  call.K = adjoint.sizes()[2];
+  call.K = call.paired() ? 2 * (adjoint.sizes()[2] - 1) : adjoint.sizes()[2];
+  check(!call.paired() || call.C % 2 == 0, "x: expected an even number of channels in bfloat16");
   check_filters(filters, "filters", call.C, call.K, call, x);
   check_filters(adjoint, "adjoint", call.K, call.C, call, x);
 
@@ -55,7 +57,8 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   call.chunk = std::min<int64_t>(call.tiles(), call.C <= 128 ? 30 : 66);
   call.part = std::min<int64_t>(call.outputs(), 8);
   while (call.part > 1 && call.units() < int64_t{torch::stable::get_num_threads()}) call.part = (call.part + 1) / 2;
-  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512};
+  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
+                                                    frozen_conv2d_avx512_bf16};
   FrozenConv2dKernel* const kernel = best_of(kernels);
   torch::stable::parallel_for(
       0, call.units(), 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end, scratch(call.scratch_bytes())); });

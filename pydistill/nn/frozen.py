@@ -18,10 +18,10 @@ class FrozenConv2d(nn.Conv2d):
 
     It has 3x3 filters with stride 1 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
     On the CPU the filters are transformed once, on first use and again whenever the weight was written to (not where
-    that went through ``.data``, which torch does not count) or changed its dtype; they take eight times the memory of
-    the weight and are neither parameters nor in the ``state_dict``. On other devices it is torch's own convolution
-    (cuDNN on CUDA). The output is in channels-last memory. Under autocast the input is cast as ``nn.Conv2d`` casts it;
-    the arithmetic is in float32 with the weight as it is.
+    that went through ``.data``, which torch does not count), or for inputs of another dtype; they take eight times the
+    memory of the weight (half as much for bfloat16 inputs) and are neither parameters nor in the ``state_dict``. On
+    other devices it is torch's own convolution (cuDNN on CUDA). The output is in channels-last memory. Under autocast
+    the input is cast as ``nn.Conv2d`` casts it; the weight is not rounded.
 
     Raises:
         ValueError: in forward, where the weight requires a gradient (there is none), or the input does not fit.
@@ -29,19 +29,19 @@ class FrozenConv2d(nn.Conv2d):
 
     _transformed: tuple[Any, FrozenFilters] | None = None  # what they were made of, and the filters
 
-    def filters(self) -> FrozenFilters:
-        """The transformed filters, made where they are not there yet."""
+    def filters(self, dtype: torch.dtype | None = None) -> FrozenFilters:
+        """The transformed filters for inputs of ``dtype`` (the weight's by default), made if not there yet."""
         weight = self.weight
         if weight.requires_grad:
             raise ValueError(
                 "weight: expected frozen filters, got a parameter that requires a gradient; there is none, "
                 "so freeze it (requires_grad_(False)) or use nn.Conv2d"
             )
-        made_of = (weight.data_ptr(), weight._version, weight.dtype)
+        made_of = (weight.data_ptr(), weight._version, weight.dtype, dtype or weight.dtype)
         if self._transformed is None or self._transformed[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():
                 # what is kept shares the weight's memory: no later weight can lie at the same address
-                self._transformed = (made_of, frozen_filters(weight.detach()))
+                self._transformed = (made_of, frozen_filters(weight.detach(), dtype))
         return self._transformed[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class FrozenConv2d(nn.Conv2d):
             x = x.to(torch.get_autocast_dtype("cpu"))
         elif not torch.is_autocast_enabled("cpu") and x.dtype != self.weight.dtype:
             raise ValueError(f"x: expected {self.weight.dtype} as the weight, got {x.dtype}")
-        y = frozen_conv2d(x, self.filters())
+        y = frozen_conv2d(x, self.filters(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,8 +22,10 @@ class FrozenFilters(NamedTuple):
     """Filters of `frozen_conv2d`, transformed for both directions; made by `frozen_filters`.
 
     ``weight`` as it was; ``forward`` ``[36, ceil(K / L), C, L]`` and ``adjoint`` ``[36, ceil(C / L), K, L]`` with
-    vectors of 64 bytes of output channels: L is 16 in float32, 8 in float64. Together they take eight times the memory
-    of the weight. For 7x7 taps C is four times that of the weight.
+    vectors of 64 bytes of output channels: L is 16 in float32, 8 in float64. For bfloat16 they are int16,
+    ``[36, ceil(K / 16), 1 + C / 2, 32]`` and so on with an even C and K: rows of pairs of input channels, and before
+    them the 16 float32 factors, by their bits, that undo each output channel's scaling. Together they take eight times
+    the memory of the weight in their dtype. For 7x7 taps C is four times that of the weight.
     """
 
     weight: Tensor
@@ -36,20 +38,29 @@ def frozen_filters(weight: Tensor, dtype: torch.dtype | None = None) -> FrozenFi
 
     Args:
         weight: ``[K, C, 3, 3]`` or ``[K, C, 7, 7]``, float32, float64, bfloat16 or float16, without a gradient.
-        dtype: of the arithmetic, float32 or float64; by default float64 for float64 and float32 for all others.
+        dtype: of the images that they are for, by default that of the weight. float32 and float16 share float32
+            filters; bfloat16 has 16-bit integers.
 
     Raises:
         TypeError: no tensor, or an unsupported dtype.
         ValueError: another shape, or a weight that requires a gradient.
     """
     _check_weight(weight)
-    if dtype is None:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+    form = _form(weight.dtype if dtype is None else dtype, "dtype")
     taps = weight if weight.shape[2] == 3 else _by_cells(weight)
+    if form == torch.int16:
+        taps = F.pad(taps, (0, 0, 0, 0, 0, taps.shape[1] % 2, 0, taps.shape[0] % 2))
     turned = taps.flip(2, 3).transpose(0, 1)  # the adjoint is the convolution with these
-    return FrozenFilters(weight, _transformed(taps, dtype), _transformed(turned, dtype))
+    return FrozenFilters(weight, _transformed(taps, form), _transformed(turned, form))
+
+
+def _form(dtype: torch.dtype, name: str) -> torch.dtype:
+    """What the filters for images of ``dtype`` are kept in."""
+    forms = {torch.float64: torch.float64, torch.bfloat16: torch.int16}
+    forms |= dict.fromkeys((torch.float32, torch.float16), torch.float32)
+    if dtype not in forms:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype}")
+    return forms[dtype]
 
 
 def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = "auto") -> Tensor:
@@ -64,9 +75,10 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
 
     Args:
         x: ``[N, C, H, W]``, C, H, W >= 1; float32, float64, bfloat16 or float16, any strides; channels-last is read
-            as it is, other layouts are copied first. All arithmetic is in float32 (float64 for float64).
-        filters: of `frozen_filters`, in the dtype of the arithmetic; or the weight itself, which is then transformed
-            in every call.
+            as it is, other layouts are copied first. Arithmetic is in float32 (float64 for float64); for bfloat16 the
+            products, between float32 transforms, are exact ones of 16-bit integers, twice as many in the same time.
+        filters: of `frozen_filters`, for the dtype of x; or the weight itself, which is then transformed in every
+            call.
         backend: "auto" (the device's kernel), "reference" (plain torch, any device) or "cpu".
 
     Returns:
@@ -74,8 +86,9 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
         of x, in channels-last memory ("reference": as torch's convolution gives it). Equal bits over thread counts;
         instruction sets differ in the last bits, for products are fused where the processor can. The float32 error is
         within four times that of a direct convolution in L2 and, for 3x3 taps, in the largest element (about five times
-        there for 7x7). What is not finite in x makes NaN of every tile that sees it:
-        4x4 outputs, 3x3 for 7x7 taps.
+        there for 7x7). In bfloat16, where the weight is not rounded, the error is below that of a direct convolution
+        of bfloat16 weights. What is not finite in x makes NaN of every tile that sees it: 4x4 outputs, 3x3 for 7x7
+        taps.
 
     Raises:
         TypeError: an argument is no tensor or has an unsupported dtype.
@@ -86,8 +99,7 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
     _check_weight(weight)
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    form = _form(x.dtype, "x")
     if x.dim() != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
         raise ValueError(f"x: expected [N, {weight.shape[1]}, H, W] with H, W >= 1, got shape {list(x.shape)}")
     if x.device != weight.device:
@@ -95,22 +107,24 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
     chosen = choose_backend("frozen_conv2d", backend, x.device, BACKENDS)
     if chosen == "reference":
         return reference.frozen_conv2d(x, weight)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(filters, FrozenFilters):
-        filters = frozen_filters(weight, dtype)
-    elif filters.forward.dtype != dtype:
-        raise ValueError(f"filters: expected {dtype} for x in {x.dtype}, got {filters.forward.dtype}")
-    if weight.shape[2] == 3:
-        return _forward(x, filters.forward, filters.adjoint, 3, 1)
-    even = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # the outputs are as many either way
-    return _forward(F.pixel_unshuffle(even, 2), filters.forward, filters.adjoint, 4, 2)
+        filters = frozen_filters(weight, x.dtype)
+    elif filters.forward.dtype != form:
+        raise ValueError(f"filters: expected {form} for x in {x.dtype}, got {filters.forward.dtype}")
+    taps, before = (3, 1) if weight.shape[2] == 3 else (4, 2)
+    if taps == 4:
+        even = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # the outputs are as many either way
+        x = F.pixel_unshuffle(even, 2)
+    elif form == torch.int16 and x.shape[1] % 2:
+        x = F.pad(x, (0, 0, 0, 0, 0, 1))
+    y = _forward(x, filters.forward, filters.adjoint, taps, before)
+    return y if y.shape[1] == weight.shape[0] else y[:, :-1].contiguous(memory_format=torch.channels_last)
 
 
 def _check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected float32, float64, bfloat16 or float16, got {weight.dtype}")
+    _form(weight.dtype, "weight")
     if weight.dim() != 4 or weight.shape[2:] not in ((3, 3), (7, 7)) or 0 in weight.shape:
         raise ValueError(
             f"weight: expected [K, C, 3, 3] or [K, C, 7, 7] with K, C >= 1, got shape {list(weight.shape)}"
@@ -129,8 +143,8 @@ def _by_cells(weight: Tensor) -> Tensor:
     return even.view(K, C, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(K, 4 * C, 4, 4)
 
 
-def _transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """G w G^T in float64, as [36, ceil(K / L), C, L]."""
+def _transformed(weight: Tensor, form: torch.dtype) -> Tensor:
+    """G w G^T in float64, as FrozenFilters has it."""
     K, C, taps, _ = weight.shape
     a, b = _POINTS
     of_a, of_b = 1 / (2 * a**2 * (a**2 - b**2)), 1 / (2 * b**2 * (b**2 - a**2))
@@ -139,18 +153,35 @@ def _transformed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     rows.append([0.0] * (taps - 1) + [1.0])  # infinity
     g = torch.tensor(rows, dtype=torch.float64, device=weight.device)  # [6, taps]
     both = torch.kron(g, g)  # [36, taps * taps]
-    lanes = _VECTOR // dtype.itemsize
+    lanes = 16 if form == torch.int16 else _VECTOR // form.itemsize
     vectors = -(-K // lanes)
-    out = torch.zeros((36, vectors * lanes, C), dtype=dtype, device=weight.device)
+    out = torch.zeros((36, vectors * lanes, C), dtype=form, device=weight.device)
+    factors = torch.ones((36, vectors * lanes), dtype=torch.float32, device=weight.device)
     of_taps = weight.reshape(K * C, taps * taps).double().t()
     for point in range(36):  # one at a time: all of them in float64 would take 8 times the weight again
-        out[point, :K] = (both[point] @ of_taps).view(K, C)
-    return out.view(36, vectors, lanes, C).transpose(2, 3).contiguous()
+        filters = (both[point] @ of_taps).view(K, C)
+        if form == torch.int16:
+            scale = _scale(filters)
+            factors[point, :K] = 1 / scale  # NaN where a filter is not finite
+            filters = (filters * scale[:, None]).round().nan_to_num(0.0)
+        out[point, :K] = filters
+    if form != torch.int16:
+        return out.view(36, vectors, lanes, C).transpose(2, 3).contiguous()
+    pairs = out.view(36, vectors, lanes, C // 2, 2).transpose(2, 3).flatten(3)
+    return torch.cat([factors.view(36, vectors, 1, lanes).view(torch.int16), pairs], 2)
+
+
+def _scale(filters: Tensor) -> Tensor:
+    """For each row what makes 16-bit integers of it, with the norm that csrc/kernels/int16_pairs.h allows."""
+    norm, largest = filters.norm(dim=1), filters.abs().amax(1)
+    rounding = 0.5 * filters.shape[1] ** 0.5
+    scale = torch.minimum((65535 - rounding) / norm, 32767 / largest)
+    return torch.where(norm == 0, 1.0, torch.where(norm.isfinite(), scale, torch.nan))
 
 
 def _fake(x: Tensor, forward: Tensor, adjoint: Tensor, taps: int, before: int) -> Tensor:
-    shape = (x.shape[0], adjoint.shape[2], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    K = 2 * (adjoint.shape[2] - 1) if adjoint.dtype == torch.int16 else adjoint.shape[2]
+    return torch.empty((x.shape[0], K, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _vmap(info: Any, in_dims: tuple, x: Tensor, forward: Tensor, adjoint: Tensor, *options: int) -> tuple[Tensor, int]:

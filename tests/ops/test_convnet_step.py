@@ -223,7 +223,7 @@ torch.save([_host.isa(), *found], sys.argv[1])
 
 def test_instruction_sets_agree(tmp_path):
     """Each that this machine has; bf16 on matrix tiles against bf16 emulated by rounding."""
-    names = ("base", "avx2", "avx512", "amx")
+    names = ("base", "avx2", "avx512", "avx512_bf16", "amx")
     results = {}
     for isa in names[: names.index(_host.isa()) + 1]:
         path = tmp_path / isa

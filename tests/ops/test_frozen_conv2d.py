@@ -109,11 +109,74 @@ def test_float32_error_is_within_four_times_that_of_a_direct_convolution(taps, c
         assert (a - t).abs().max() <= (6 if taps == 7 else 4) * (b - t).abs().max()
 
 
+def of_bf16(convolve, x):
+    """A convolution of bfloat16 images, and its gradient to them."""
+    x = x.bfloat16().requires_grad_()
+    y = convolve(x)
+    grad = torch.sin(torch.arange(y.numel()).view_as(y) * 1.7).bfloat16()
+    return y.detach(), torch.autograd.grad(y, x, grad.to(y.dtype))[0]
+
+
+def exact(w, x):
+    """In float64, of what the images are in bfloat16."""
+    geometry = {"stride": 2, "padding": 3} if w.shape[2] == 7 else {"padding": 1}
+    return of_bf16(lambda x: F.conv2d(x.double(), w.double(), **geometry), x)
+
+
+@pytest.mark.parametrize(
+    ("taps", "channels", "size"), [(3, 5, 9), (3, 64, 16), (3, 128, 12), (3, 256, 14), (3, 512, 7), (7, 3, 40)]
+)
+def test_bfloat16_error_is_below_that_of_a_direct_convolution(taps, channels, size):
+    (x,) = images(2, channels, size, size)(torch.float32)
+    w = weight(64 if taps == 7 else channels, channels, torch.float32, taps)
+    geometry = {"stride": 2, "padding": 3} if taps == 7 else {"padding": 1}
+    for image in (x, x.relu(), x + 3):  # sums of one sign are the largest
+        truth = exact(w, image)
+        direct = of_bf16(lambda x: F.conv2d(x.float(), w.bfloat16().float(), **geometry).bfloat16(), image)
+        for a, b, t in zip(of_bf16(lambda x: frozen_conv2d(x, w), image), direct, truth, strict=True):
+            assert relative_error(a, t) <= relative_error(b, t)
+
+
+def test_bfloat16_sums_do_not_overflow():
+    """Where every product has one sign, and where one channel holds everything."""
+    ones = torch.ones(1, 512, 7, 7)
+    alone = torch.zeros(1, 512, 7, 7)
+    alone[:, 17] = 3
+    for x in (ones, 1000 * ones, alone, -alone):
+        for w in (
+            torch.ones(32, 512, 3, 3),
+            torch.randn(32, 512, 3, 3).abs(),
+            alone[0, :, :3, :3].expand(32, -1, -1, -1),
+        ):
+            truth, _ = exact(w, x)
+            assert relative_error(frozen_conv2d(x.bfloat16(), w), truth) < 4e-3
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e-12, 1e12, 1e25])
+def test_bfloat16_is_scaled_to_images_of_any_size(size):
+    x, w = images(1, 34, 9, 9)(torch.float32)[0], weight(8, 34, torch.float32)
+    x[:, :, :4] = 0
+    (truth, _), found = exact(w, x * size), frozen_conv2d((x * size).bfloat16(), w)
+    assert relative_error(found.double() / size, truth / size) < 4e-3
+    assert found[:, :, :3].eq(0).all()  # a tile of zeros
+
+
+def test_bfloat16_filters_are_scaled_one_by_one():
+    x, w = images(1, 34, 9, 9)(torch.float32)[0], weight(8, 34, torch.float32)
+    w *= torch.tensor([1e-20, 1e-6, 0, 1, 1, 1e4, 1e10, float("nan")])[:, None, None, None]
+    (truth, _), found = exact(w, x), frozen_conv2d(x.bfloat16(), w)
+    for k in (0, 1, 3, 4, 5, 6):
+        assert relative_error(found[:, k], truth[:, k]) < 4e-3
+    assert found[:, 2].eq(0).all()
+    assert found[:, 7].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_in_its_tiles(poison):
-    (x,) = images(2, 20, 13, 13)(torch.float32)
+def test_what_is_not_finite_stays_in_its_tiles(poison, dtype):
+    (x,) = images(2, 20, 13, 13)(dtype)
     x[1, 3, 4, 6] = poison
-    w = weight(18, 20, torch.float32)
+    w = weight(18, 20, dtype)
     found, truth = frozen_conv2d(x, w), reference.frozen_conv2d(x, w)
     assert not found[~truth.isfinite()].isfinite().any()
     # rows 4 and 6 are seen by the tiles of rows 0 to 7 and 4 to 7, one more each way where the position is at an edge
@@ -121,13 +184,15 @@ def test_what_is_not_finite_stays_in_its_tiles(poison):
     spoilt[0:8, 4:8] = True
     assert found[0].isfinite().all()
     assert found[1][:, ~spoilt].isfinite().all()
-    torch.testing.assert_close(found[1][:, ~spoilt], truth[1][:, ~spoilt], rtol=0, atol=1e-5)
+    atol = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[1][:, ~spoilt], truth[1][:, ~spoilt], rtol=0, atol=atol)
 
 
-def test_output_is_channels_last_whatever_the_input():
-    w = weight(6, 5, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_is_channels_last_whatever_the_input(dtype):
+    w = weight(7, 5, dtype)
     for layout in ("channels-last", "NCHW", "slice", "expanded"):
-        (x,) = images(2, 5, 7, 4, layout)(torch.float32)
+        (x,) = images(2, 5, 7, 4, layout)(dtype)
         assert frozen_conv2d(x, w).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -150,8 +215,9 @@ def test_third_derivative():
     )
 
 
-def test_threads_share_chunks_and_parts_with_equal_bits():
-    x, w = images(3, 33, 30, 30)(torch.float32)[0], frozen_filters(weight(200, 33, torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_chunks_and_parts_with_equal_bits(dtype):
+    x, w = images(3, 34, 30, 30)(dtype)[0], frozen_filters(weight(200, 34, dtype))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5, 16):
@@ -174,10 +240,12 @@ truth = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
 print(float((frozen_conv2d(x, w) - truth).norm() / truth.norm()))
 print(float((frozen_conv2d(x.double(), w.double()) - truth).norm() / truth.norm()))
 print(float((frozen_conv2d(x.half(), w.half()) - truth).norm() / truth.norm()))
+truth = torch.nn.functional.conv2d(x.bfloat16().double(), w.double(), padding=1)
+print(float((frozen_conv2d(x.bfloat16(), w) - truth).norm() / truth.norm()))
 """
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets_agree_to_rounding(isa):
     run = subprocess.run(
         [sys.executable, "-c", COMPARE], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
@@ -185,19 +253,23 @@ def test_instruction_sets_agree_to_rounding(isa):
     if run.returncode and "this processor does not have it" in run.stderr:
         pytest.skip(f"no {isa} here")
     assert run.returncode == 0, run.stderr
-    name, single, double, half = run.stdout.split()
+    name, single, double, half, bf16 = run.stdout.split()
     assert name == isa
     assert float(single) < 2e-6
     assert float(double) < 2e-15 * 5
     assert float(half) < 1e-3
+    assert float(bf16) < 2e-3
 
 
 def test_filters_are_made_of_any_dtype():
     w = weight(4, 3, torch.bfloat16)
-    assert frozen_filters(w).forward.dtype == torch.float32
+    assert frozen_filters(w).forward.dtype == torch.int16
     assert frozen_filters(w, torch.float64).forward.dtype == torch.float64
-    assert frozen_filters(w).forward.shape == (36, 1, 3, 16)
+    assert frozen_filters(w, torch.float16).forward.dtype == torch.float32
+    assert frozen_filters(w, torch.float32).forward.shape == (36, 1, 3, 16)
     assert frozen_filters(w, torch.float64).adjoint.shape == (36, 1, 4, 8)
+    assert frozen_filters(w).forward.shape == (36, 1, 1 + 2, 32)  # three channels and one of zeros
+    assert frozen_filters(weight(18, 3, torch.bfloat16)).adjoint.shape == (36, 1, 1 + 9, 32)
 
 
 X, W = torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)
@@ -218,6 +290,7 @@ X, W = torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)
         (X, W.clone().requires_grad_(), ValueError, "weight: expected frozen filters, got .* requires a gradient"),
         (X.double(), frozen_filters(W), ValueError, "filters: expected torch.float64 for x in torch.float64"),
         (X, frozen_filters(W, torch.float64), ValueError, "filters: expected torch.float32 for x in torch.float32"),
+        (X.bfloat16(), frozen_filters(W), ValueError, "filters: expected torch.int16 for x in torch.bfloat16"),
         (X.to("meta"), W, ValueError, "x: expected device cpu as the filters, got meta"),
     ],
 )
@@ -227,13 +300,17 @@ def test_messages(x, filters, error, message):
 
 
 def test_filters_messages():
-    with pytest.raises(TypeError, match=r"dtype: expected float32 or float64, got torch.bfloat16"):
-        frozen_filters(W, torch.bfloat16)
+    with pytest.raises(TypeError, match=r"dtype: expected float32, .*, got torch.int16"):
+        frozen_filters(W, torch.int16)
 
 
 def test_direct_calls_are_checked_too():
-    made = frozen_filters(W)
+    made, pairs = frozen_filters(W), frozen_filters(W.bfloat16())
     for args in (
+        (X.bfloat16(), pairs.forward, pairs.adjoint, 3, 1),  # three channels
+        (X[:, :2].bfloat16(), made.forward, made.adjoint, 3, 1),
+        (X[:, :2].bfloat16(), pairs.forward[:, :, :, :16].contiguous(), pairs.adjoint, 3, 1),
+        (X[:, :2], pairs.forward, pairs.adjoint, 3, 1),
         (X[0], made.forward, made.adjoint, 3, 1),
         (X[:, :2], made.forward, made.adjoint, 3, 1),
         (X, made.adjoint, made.forward, 3, 1),

@@ -198,7 +198,7 @@ def test_instruction_sets_agree_bitwise():
 def test_unknown_instruction_set_is_refused():
     result = run_with_isa("sse9")
     assert result.returncode != 0
-    assert "PYDISTILL_ISA=sse9: expected base, avx2, avx512 or amx" in result.stderr
+    assert "PYDISTILL_ISA=sse9: expected base, avx2, avx512, avx512_bf16 or amx" in result.stderr
 
 
 X, W, B = torch.randn(2, 3, 4, 4), torch.ones(3), torch.zeros(3)
