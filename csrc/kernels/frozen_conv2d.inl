@@ -20,13 +20,28 @@ PYDISTILL_INLINE void output_of_four_taps(const Register<T> (&m)[6], Register<T>
   y[2] = fused<T>(sum_a, T(Winograd::a2), fused<T>(sum_b, T(Winograd::b2), m[5]));
 }
 
-PYDISTILL_INLINE float register_sum(Register<float> v) {
+// The sum over the lanes of each of 16 registers.
+PYDISTILL_INLINE void lane_sums(const Register<float> (&v)[16], float* to) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
+  Register<float> pairs[8], fours[4], halves[2];  // of registers, in every quarter; then over quarters
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  const auto over_quarters = [](Register<float> a, Register<float> b) PYDISTILL_LAMBDA -> Register<float> {
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
+  };
+  for (int i = 0; i < 2; ++i) halves[i] = over_quarters(fours[2 * i], fours[2 * i + 1]);
+  *reinterpret_cast<Registers<float>::Unaligned*>(to) = over_quarters(halves[0], halves[1]);
 #else
-  float sum = 0;
-  for (int i = 0; i < Registers<float>::lanes; ++i) sum += v[i];
-  return sum;
+  for (int i = 0; i < 16; ++i) {
+    to[i] = 0;
+    for (int lane = 0; lane < Registers<float>::lanes; ++lane) to[i] += v[i][lane];
+  }
 #endif
 }
 
@@ -109,9 +124,11 @@ class Convolution {
         to = inputs + t * row, plane = input_plane;
       for (int64_t c = 0; c < (kPaired ? C : row); c += kLanes) {
         const S* const corner = image + (top * W + left) * C + c;
-        const auto whole = [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(corner + (i * W + j) * C); };
+        const int64_t down = W * C, right = C;  // not read again after every store
+        const auto whole = [&](int i, int j)
+                               PYDISTILL_LAMBDA { return widened_register<T>(corner + i * down + j * right); };
         const auto part = [&](int i, int j)
-                              PYDISTILL_LAMBDA { return widened_register<T>(corner + (i * W + j) * C, C - c); };
+                              PYDISTILL_LAMBDA { return widened_register<T>(corner + i * down + j * right, C - c); };
         if (inside && c + kLanes <= C)
           transform_input(to + c, plane, whole);
         else if (inside && c < C)
@@ -145,18 +162,21 @@ class Convolution {
     const float norm = (kLeftNorm - norm_of_rounding) * (1 - 0x1p-12f);  // sums of squares are rounded, too
     float* const undo = factors + t * kFactors;
     alignas(64) float by[kFactors] = {};
-    for (int p = 0; p < kPoints; ++p) {
-      const float* const from = floats + p * tile_plane;
-      Register<float> even{}, odd{};
-      for (int64_t c = 0; c < C; c += 2 * kLanes) {
-        const Register<float> low = load_register(from + c), high = load_register(from + c + kLanes);
-        even = multiply_add(low, low, even), odd = multiply_add(high, high, odd);
+    for (int first_point = 0; first_point < kFactors; first_point += 16) {
+      Register<float> squares[16];
+      for (int i = 0; i < 16; ++i) {
+        const float* const from = floats + (first_point + i) * tile_plane;
+        Register<float> even{}, odd{};
+        for (int64_t c = 0; c < C && first_point + i < kPoints; c += 2 * kLanes) {
+          const Register<float> low = load_register(from + c), high = load_register(from + c + kLanes);
+          even = multiply_add(low, low, even), odd = multiply_add(high, high, odd);
+        }
+        squares[i] = even + odd;
       }
-      by[p] = register_sum(even + odd);
-      if (!(by[p] > 1e-30f && by[p] < 1e30f)) by[p] = -1;
+      lane_sums(squares, by + first_point);
     }
     for (int p = 0; p < kFactors; ++p) {
-      undo[p] = sqrt_lane(by[p]) * (1 / norm);
+      undo[p] = by[p] > 1e-30f && by[p] < 1e30f ? sqrt_lane(by[p]) * (1 / norm) : __builtin_nanf("");
       by[p] = 1 / undo[p];
     }
     for (int p = 0; p < kPoints; ++p) {
@@ -188,17 +208,18 @@ class Convolution {
         const P* const undo = filter(0, group + k / L) + k % L;
         const int64_t channel = group * L + k;
         S* const corner = image + (at.h * W + at.w) * K + channel;
+        const int64_t down = W * K, right = K;
         if (inside && channel + kLanes <= K)
           transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
-            store_narrowed_register<T>(corner + (i * W + j) * K, y);
+            store_narrowed_register<T>(corner + i * down + j * right, y);
           });
         else
           transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
             if (at.h + i >= H || at.w + j >= W) return;
             if (channel + kLanes <= K)
-              store_narrowed_register<T>(corner + (i * W + j) * K, y);
+              store_narrowed_register<T>(corner + i * down + j * right, y);
             else if (channel < K)
-              store_narrowed_register<T>(corner + (i * W + j) * K, y, K - channel);
+              store_narrowed_register<T>(corner + i * down + j * right, y, K - channel);
           });
       }
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -91,7 +92,7 @@ class BNStatMatcher:
         self.layers = tuple(found)
         self.fused: dict[str, str] = {}
         self._weights = dict(zip(found.values(), weights, strict=True))
-        self._options = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
+        self._options = (w_mean, w_var, {"reduction": reduction, "unbiased": unbiased})
         self._terms: list[Tensor] | None = None  # of the last forward; None before the first
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         self._replaced: list[nn.Module] = []
@@ -112,10 +113,8 @@ class BNStatMatcher:
         """
         if not self._terms:
             raise RuntimeError("loss: expected a forward of the model with a BatchNorm in it, got none since attaching")
-        total = self._terms[0]
-        for term in self._terms[1:]:
-            total = total + term.to(total.device)
-        return total
+        device = self._terms[0].device
+        return torch.stack([term.to(device) for term in self._terms]).sum()
 
     def remove(self) -> None:
         """Give the model back as it was, ``requires_grad`` included. A second call does nothing."""
@@ -148,10 +147,13 @@ class BNStatMatcher:
 
     def _match(self, bn: nn.Module, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         bn._check_input_dim(x)
-        y, loss = bn_match_forward(x, bn, relu=relu, residual=residual, **self._options)
+        (w_mean, w_var, options), weight = self._options, self._weights[bn]
+        y, loss = bn_match_forward(
+            x, bn, relu=relu, residual=residual, w_mean=weight * w_mean, w_var=weight * w_var, **options
+        )
         if self._terms is None:
             self._terms = []
-        self._terms.append(self._weights[bn] * loss)
+        self._terms.append(loss)
         return y
 
 

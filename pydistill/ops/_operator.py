@@ -12,6 +12,7 @@ formulas (fake, vjp, jvp, vmap) `Operator` builds everything the framework asks 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,12 +84,18 @@ class Operator:
             ]
             return jvp(ctx.saved_tensors, ctx.options, *filled)
 
+        def forward(*args: Any) -> Any:
+            return self.raw(*args)
+
+        # autograd.Function.apply asks for it in every call, and finding it out takes 20 microseconds
+        forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+
         self.function = type(
             name,
             (torch.autograd.Function,),
             {
                 "generate_vmap_rule": True,
-                "forward": staticmethod(lambda *args: self.raw(*args)),
+                "forward": staticmethod(forward),
                 "setup_context": staticmethod(setup_context),
                 "backward": staticmethod(backward),
                 "jvp": staticmethod(forward_derivative),
