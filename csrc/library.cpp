@@ -123,6 +123,14 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // adjoint, which is of the same kind.
   m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint, int taps, int before) -> Tensor");
 
+  // Beside the largest of every window its number in the window, uint8; gather picks what the numbers say out of x, and
+  // backward is its adjoint.
+  m.def("max_pool2d(Tensor x, int kernel, int stride, int padding) -> (Tensor, Tensor)");
+  m.def("max_pool2d_gather(Tensor x, Tensor which, int kernel, int stride, int padding) -> Tensor");
+  m.def(
+      "max_pool2d_backward(Tensor grad, Tensor which, int height, int width, int kernel, int stride, int padding)"
+      " -> Tensor");
+
   // The picks [budget] of a greedy graph cut of samples with embeddings [N, d] and factors [N, C].
   m.def("graph_cut_greedy(Tensor embeddings, Tensor? factors, float lam, int budget) -> Tensor");
 }

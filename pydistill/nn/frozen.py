@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters
+from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters, max_pool2d
+from pydistill.ops.max_pool2d import MAX_KERNEL
 
 MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer than the products that are saved
 
@@ -72,6 +73,32 @@ class _OtherConv2d(nn.Conv2d):
             return super().forward(x.to(half).to(self.weight.dtype)).to(half)
 
 
+class _MaxPool2d(nn.MaxPool2d):
+    """torch's max pooling of batches of images, on `pydistill.ops.max_pool2d` on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dim() != 4 or not x.is_floating_point():
+            return super().forward(x)
+        return max_pool2d(x, *(_side(value) for value in (self.kernel_size, self.stride, self.padding)))
+
+
+def _side(value: Any) -> int | None:
+    """Of a square, given as torch's modules take it; None of what is no square."""
+    sides = set(value) if isinstance(value, (tuple, list)) else {value}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if type(side) is int else None
+
+
+def _is_pooled(module: nn.Module) -> bool:
+    """Whether `_MaxPool2d` can stand in this module's place."""
+    if type(module) is not nn.MaxPool2d or _side(module.dilation) != 1 or module.ceil_mode or module.return_indices:
+        return False
+    kernel, stride, padding = (_side(value) for value in (module.kernel_size, module.stride, module.padding))
+    if kernel is None or stride is None or padding is None:
+        return False
+    return 1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= 2 * padding <= kernel
+
+
 def _has_convolution(dtype: torch.dtype) -> bool:
     """Whether this processor, and this build of torch, convolve in a half precision."""
     if not torch.backends.mkldnn.is_available():  # whose operators are not even there
@@ -87,7 +114,8 @@ def freeze(model: nn.Module) -> nn.Module:
     ``nn.Conv2d`` with stride 1, padding 1, no groups and no dilation, and at least `MIN_CHANNELS` channels in and out,
     becomes a `FrozenConv2d`, and so does a ResNet's 7x7 stem (stride 2, padding 3) to as many; others stay torch's
     (under autocast in float32 where the processor has no convolution in half precision, for which torch's takes many
-    times as long).
+    times as long). Every ``nn.MaxPool2d`` with square windows of at most 15 a side, no dilation, ``ceil_mode`` or
+    indices pools on `pydistill.ops.max_pool2d`, with equal bits.
     ``state_dict`` keys and values are those of ``model``, which itself is left as it is. Give it channels-last images
     for best speed. Works on any network of ``nn.Conv2d`` modules, such as torchvision's.
 
@@ -112,6 +140,8 @@ def freeze(model: nn.Module) -> nn.Module:
             module.__class__ = FrozenConv2d  # same state; only forward differs
         elif type(module) is nn.Conv2d:
             module.__class__ = _OtherConv2d
+        elif _is_pooled(module):
+            module.__class__ = _MaxPool2d
     return frozen
 
 

@@ -17,6 +17,7 @@ from pydistill.ops.frozen_conv2d import FrozenFilters, frozen_conv2d, frozen_fil
 from pydistill.ops.graph_cut_greedy import graph_cut_greedy
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.ops.kd_divergence import kd_divergence
+from pydistill.ops.max_pool2d import max_pool2d
 from pydistill.ops.multi_crop import multi_crop
 from pydistill.ops.row_products import row_products
 from pydistill.ops.soft_cross_entropy import soft_cross_entropy
@@ -41,6 +42,7 @@ __all__ = [
     "graph_cut_greedy",
     "instance_norm_relu_avg_pool",
     "kd_divergence",
+    "max_pool2d",
     "multi_crop",
     "row_products",
     "soft_cross_entropy",

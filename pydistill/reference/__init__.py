@@ -10,6 +10,7 @@ from pydistill.reference.graph_cut_greedy import graph_cut_greedy
 from pydistill.reference.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.reference.kd_divergence import kd_divergence
 from pydistill.reference.krr_loss import krr_loss
+from pydistill.reference.max_pool2d import max_pool2d
 from pydistill.reference.mmd import mmd
 from pydistill.reference.multi_crop import multi_crop
 from pydistill.reference.row_products import row_products
@@ -32,6 +33,7 @@ __all__ = [
     "instance_norm_relu_avg_pool",
     "kd_divergence",
     "krr_loss",
+    "max_pool2d",
     "mmd",
     "multi_crop",
     "row_products",

@@ -139,6 +139,36 @@ def test_compiled_and_in_inference_mode():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_pooling_is_replaced_where_it_is_the_same():
+    plain = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 2)), nn.MaxPool2d(3, (1, 1), [1, 1])]
+
+    class Own(nn.MaxPool2d):
+        pass
+
+    others = [
+        nn.MaxPool2d((2, 3)),
+        nn.MaxPool2d(3, (2, 1)),
+        nn.MaxPool2d(2, dilation=2),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.MaxPool2d(16),
+        Own(2),
+    ]
+    frozen = freeze(nn.ModuleList(plain + others))
+    kinds = [type(module).__name__ for module in frozen]
+    assert kinds == ["_MaxPool2d"] * len(plain) + ["MaxPool2d"] * (len(others) - 1) + ["Own"]
+    x = torch.randn(2, 20, 11, 10)
+    for module, truth in zip(frozen, plain, strict=False):
+        for found, expected in zip(gradient(module, x), gradient(truth, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert torch.equal(module(x), truth(x))
+        assert torch.equal(module(x[0]), truth(x[0]))  # of one image
+        assert torch.equal(module((9 * x).long()), truth((9 * x).long()))
+        with torch.autocast("cpu", torch.bfloat16):
+            for given in (x, x.bfloat16()):
+                assert module(given).dtype == truth(given).dtype
+
+
 def test_refusals():
     with pytest.raises(TypeError, match=r"model: expected an nn.Module, got int"):
         freeze(3)

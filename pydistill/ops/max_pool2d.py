@@ -1,0 +1,140 @@
+"""Max pooling in channels-last memory, with one byte an output for the way back: torch's indices take as much memory as
+what a ResNet's stem pools in bfloat16, and its gradient is filled with zeros before anything is added to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydistill import reference
+from pydistill.ops._operator import Operator, choose_backend
+
+BACKENDS = ("reference", "cpu")
+
+MAX_KERNEL = 15  # a byte numbers the elements of a window
+
+
+def max_pool2d(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1, *, backend: str = "auto") -> Tensor:
+    """Equivalent to ``F.max_pool2d(x, kernel_size, stride, padding)``, by default a ResNet's pooling.
+
+    Of equal elements the first in its window wins, and NaN wins over all numbers, as in torch. Differentiable to any
+    order: linear in x for given winners, in the forward pass and on the way back.
+
+    Args:
+        x: ``[N, C, H, W]``, C >= 1 and H, W >= max(1, kernel_size - 2 padding); float32, float64, bfloat16 or float16,
+            any strides; channels-last is read as it is, other layouts are copied first.
+        kernel_size: side of the windows, 1 to 15.
+        stride: from one window to the next, at least 1.
+        padding: positions around x that windows may cover and that never win; 0 to half of ``kernel_size``.
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device) or "cpu".
+
+    Returns:
+        ``[N, C, floor((H + 2 padding - kernel_size) / stride) + 1, ...]`` in the dtype of x and, whatever its layout,
+        in channels-last memory ("reference": in that of x). Equal to torch's in every bit. A gradient's terms are
+        summed in float32 (float64 for float64) and rounded once; equal bits over thread counts and instruction sets.
+
+    Raises:
+        TypeError: x is no tensor or of another dtype, or a size is no int.
+        ValueError: x has no four dimensions, or a size is out of its range.
+        NotImplementedError: the backend cannot run here.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+    if not 1 <= kernel_size <= MAX_KERNEL:
+        raise ValueError(f"kernel_size: expected 1 to {MAX_KERNEL}, got {kernel_size}")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
+    if not 0 <= 2 * padding <= kernel_size:
+        raise ValueError(f"padding: expected 0 to {kernel_size // 2}, half of kernel_size, got {padding}")
+    least = max(1, kernel_size - 2 * padding)
+    if x.dim() != 4 or x.shape[1] == 0 or min(x.shape[2:]) < least:
+        raise ValueError(f"x: expected [N, C, H, W] with C >= 1 and H, W >= {least}, got shape {list(x.shape)}")
+    if choose_backend("max_pool2d", backend, x.device, BACKENDS) == "reference":
+        return reference.max_pool2d(x, kernel_size, stride, padding)
+    return _forward(x, kernel_size, stride, padding)[0]
+
+
+# In every formula below: `saved` are the operator's tensors, `options` its other arguments, and the last three of those
+# are (kernel, stride, padding).
+
+
+def _images(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _pooled(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[int, ...]:
+    return (*x.shape[:2], *((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:]))
+
+
+def _forward_fake(x: Tensor, *options: int) -> tuple[Tensor, Tensor]:
+    shape = _pooled(x, *options)
+    return _images(shape, x, x.dtype), _images(shape, x, torch.uint8)
+
+
+def _gather_fake(x: Tensor, which: Tensor, *options: int) -> Tensor:
+    return _images(_pooled(x, *options), x, x.dtype)
+
+
+def _backward_fake(grad: Tensor, which: Tensor, height: int, width: int, *options: int) -> Tensor:
+    return _images((*grad.shape[:2], height, width), grad, grad.dtype)
+
+
+def _forward_vjp(saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, _: Any) -> tuple:
+    x, which = saved
+    return (None if grad is None else _backward(grad, which, *x.shape[2:], *options),)
+
+
+def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, *rest: Any) -> tuple:
+    x = saved[0]  # what was kept is not there in forward mode
+    return _gather(x_t, _forward(x, *options)[1], *options), None
+
+
+def _batch_into_images(op: Any, tensors: int) -> Any:
+    """The vmap rule: images are independent, so a batch dimension becomes more of them."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        B = info.batch_size
+        folded = (
+            (arg.expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)).flatten(0, 1)
+            for arg, dim in zip(args[:tensors], in_dims, strict=False)
+        )
+        found = op(*folded, *args[tensors:])
+        if isinstance(found, Tensor):
+            return found.unflatten(0, (B, -1)), 0
+        return tuple(out.unflatten(0, (B, -1)) for out in found), (0, 0)
+
+    return rule
+
+
+_forward = Operator(
+    "max_pool2d",
+    tensors=1,
+    fake=_forward_fake,
+    vjp=_forward_vjp,
+    jvp=_forward_jvp,
+    vmap=_batch_into_images(lambda *args: _forward.raw(*args), 1),
+    kept=1,
+)
+_gather = Operator(
+    "max_pool2d_gather",
+    tensors=2,
+    fake=_gather_fake,
+    vjp=lambda saved, options, grad: (_backward(grad, saved[1], *saved[0].shape[2:], *options), None),
+    jvp=lambda saved, options, x_t, *rest: _gather(x_t, saved[1], *options),
+    vmap=_batch_into_images(lambda *args: _gather.raw(*args), 2),
+)
+_backward = Operator(
+    "max_pool2d_backward",
+    tensors=2,
+    fake=_backward_fake,
+    vjp=lambda saved, options, grad: (_gather(grad, saved[1], *options[2:]), None),
+    jvp=lambda saved, options, grad_t, *rest: _backward(grad_t, saved[1], *options),
+    vmap=_batch_into_images(lambda *args: _backward.raw(*args), 2),
+)
