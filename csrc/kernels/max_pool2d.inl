@@ -20,132 +20,207 @@ struct Choices {
   PYDISTILL_INLINE void add(int64_t offset, int64_t number) { at[count++] = {offset, static_cast<int32_t>(number)}; }
 };
 
-template <class T>
-struct Numbered;
-template <>
-struct Numbered<float> {
-  typedef int32_t Integer;
-};
-template <>
-struct Numbered<double> {
-  typedef int64_t Integer;
+// Neighbouring channels that are worked on together: `parts` times a Value, with a Number for each lane. A single one,
+// for what is left over:
+template <class T, class S>
+struct One {
+  static constexpr int parts = 1, lanes = 1;
+  typedef T Value;
+  typedef int32_t Number;
+
+  PYDISTILL_INLINE static void load(const S* p, Value (&v)[1]) { v[0] = widen(*p); }
+  PYDISTILL_INLINE static void store(S* p, const Value (&v)[1]) { narrow(v[0], *p); }
+  PYDISTILL_INLINE static void load(const uint8_t* p, Number (&n)[1]) { n[0] = *p; }
+  PYDISTILL_INLINE static void store(uint8_t* p, const Number (&n)[1]) { *p = static_cast<uint8_t>(n[0]); }
 };
 
-// A number for each lane of V, which is a register of T, or T itself; bytes in memory. What the compiler makes of its
-// own conversions between them goes lane by lane, on AVX2 for double still.
-template <class V, class T>
-struct Numbers {
-  typedef typename Numbered<T>::Integer Type __attribute__((vector_size(sizeof(V))));
-  typedef uint8_t Bytes __attribute__((vector_size(sizeof(V) / sizeof(T))));
+// A register of them. The compiler converts between bytes and wider lanes one by one where it is not told how; for
+// double only AVX-512 is.
+template <class T, class S>
+struct Whole {
+  static constexpr int parts = 1, lanes = Registers<T>::lanes;
+  typedef Register<T> Value;
+  typedef decltype(Value{} > Value{}) Number;
+  typedef uint8_t Bytes __attribute__((vector_size(lanes)));
 
-  PYDISTILL_INLINE static Type load(const uint8_t* p) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-      return reinterpret_cast<Type>(
-          _mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    } else {
-      return reinterpret_cast<Type>(
-          _mm512_maskz_cvtepu8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-    }
-#elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4)
-      return reinterpret_cast<Type>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__SSE2__)
-    if constexpr (sizeof(T) == 4) {
-      int whole;
-      __builtin_memcpy(&whole, p, sizeof(whole));
-      const __m128i low = _mm_unpacklo_epi8(_mm_cvtsi32_si128(whole), _mm_setzero_si128());
-      return reinterpret_cast<Type>(_mm_unpacklo_epi16(low, _mm_setzero_si128()));
-    }
-#endif
+  PYDISTILL_INLINE static void load(const S* p, Value (&v)[1]) { v[0] = widened_register<T>(p); }
+  PYDISTILL_INLINE static void store(S* p, const Value (&v)[1]) { store_narrowed_register<T>(p, v[0]); }
+
+  PYDISTILL_INLINE static void load(const uint8_t* p, Number (&n)[1]) {
     Bytes bytes;
-    __builtin_memcpy(&bytes, p, sizeof(bytes));
-    return __builtin_convertvector(bytes, Type);
-  }
-  PYDISTILL_INLINE static void store(uint8_t* p, Type numbers) {
+    __builtin_memcpy(&bytes, p, lanes);
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                       _mm512_maskz_cvtepi32_epi8(0xFFFF, reinterpret_cast<__m512i>(numbers)));
-    else
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
-                       _mm512_maskz_cvtepi64_epi8(0xFF, reinterpret_cast<__m512i>(numbers)));
+    const __m128i low = lanes == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                    : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    n[0] = reinterpret_cast<Number>(lanes == 16 ? _mm512_maskz_cvtepu8_epi32(0xFFFF, low)
+                                                : _mm512_maskz_cvtepu8_epi64(0xFF, low));
     return;
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) {
-      const __m256i all = reinterpret_cast<__m256i>(numbers);
+    if constexpr (lanes == 8) {
+      n[0] = reinterpret_cast<Number>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+      return;
+    }
+#elif defined(__SSE2__)
+    if constexpr (lanes == 4) {
+      int all;
+      __builtin_memcpy(&all, p, 4);
+      const __m128i pairs = _mm_unpacklo_epi8(_mm_cvtsi32_si128(all), _mm_setzero_si128());
+      n[0] = reinterpret_cast<Number>(_mm_unpacklo_epi16(pairs, _mm_setzero_si128()));
+      return;
+    }
+#endif
+    n[0] = __builtin_convertvector(bytes, Number);
+  }
+
+  PYDISTILL_INLINE static void store(uint8_t* p, const Number (&n)[1]) {
+#if defined(__AVX512F__)
+    const __m512i all = reinterpret_cast<__m512i>(n[0]);
+    const __m128i low = lanes == 16 ? _mm512_maskz_cvtepi32_epi8(0xFFFF, all) : _mm512_maskz_cvtepi64_epi8(0xFF, all);
+    __builtin_memcpy(p, &low, lanes);
+    return;
+#elif defined(__AVX2__)
+    if constexpr (lanes == 8) {
+      const __m256i all = reinterpret_cast<__m256i>(n[0]);
       const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
       return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
     }
 #elif defined(__SSE2__)
-    if constexpr (sizeof(T) == 4) {
-      const __m128i pairs = _mm_packs_epi32(reinterpret_cast<__m128i>(numbers), reinterpret_cast<__m128i>(numbers));
-      const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
-      __builtin_memcpy(p, &bytes, sizeof(bytes));
+    if constexpr (lanes == 4) {
+      const __m128i pairs = _mm_packs_epi32(reinterpret_cast<__m128i>(n[0]), reinterpret_cast<__m128i>(n[0]));
+      const __m128i low = _mm_packus_epi16(pairs, pairs);
+      __builtin_memcpy(p, &low, 4);
       return;
     }
 #endif
-    const Bytes bytes = __builtin_convertvector(numbers, Bytes);
-    __builtin_memcpy(p, &bytes, sizeof(bytes));
-  }
-  PYDISTILL_INLINE static Type all(int32_t number) { return Type{} + number; }
-};
-template <class T>
-struct Numbers<T, T> {
-  typedef int32_t Type;
-  PYDISTILL_INLINE static Type load(const uint8_t* p) { return *p; }
-  PYDISTILL_INLINE static void store(uint8_t* p, Type number) { *p = static_cast<uint8_t>(number); }
-  PYDISTILL_INLINE static Type all(int32_t number) { return number; }
-};
-
-// What is done with the lanes at one position and the K choices that they have; K is 0 where it is not known when
-// compiling.
-template <class T, class S>
-struct Lanewise {
-  template <class V, int K>
-  PYDISTILL_INLINE static void pool(const Choices& choices, const S* from, S* to, uint8_t* which) {
-    using Number = Numbers<V, T>;
-    const int count = K ? K : choices.count;
-    V best = load_lanes<V, T>(from + choices.at[0].offset);
-    auto number = Number::all(choices.at[0].number);
-#pragma GCC unroll 9
-    for (int i = 1; i < count; ++i) {
-      const V v = load_lanes<V, T>(from + choices.at[i].offset);
-      const auto wins = (v > best) | (v != v);  // of equals the first, of NaN the last: as in torch
-      best = wins ? v : best;
-      number = wins ? Number::all(choices.at[i].number) : number;
-    }
-    store_lanes<V, T>(to, best);
-    Number::store(which, number);
-  }
-
-  template <class V, int K>
-  PYDISTILL_INLINE static void pick(const Choices& choices, const S* from, S* to, const uint8_t* which) {
-    using Number = Numbers<V, T>;
-    const int count = K ? K : choices.count;
-    const auto number = Number::load(which);
-    V found{};
-#pragma GCC unroll 9
-    for (int i = 0; i < count; ++i) {
-      const auto named = number == Number::all(choices.at[i].number);
-      found = named ? load_lanes<V, T>(from + choices.at[i].offset) : found;
-    }
-    store_lanes<V, T>(to, found);
-  }
-
-  template <class V, int K>
-  PYDISTILL_INLINE static void scatter(const Choices& choices, const S* from, S* to, const uint8_t* which) {
-    using Number = Numbers<V, T>;
-    const int count = K ? K : choices.count;
-    V sum{};
-#pragma GCC unroll 9
-    for (int i = 0; i < count; ++i) {
-      const auto named = Number::load(which + choices.at[i].offset) == Number::all(choices.at[i].number);
-      sum += named ? load_lanes<V, T>(from + choices.at[i].offset) : V{};
-    }
-    store_lanes<V, T>(to, sum);
+    const Bytes bytes = __builtin_convertvector(n[0], Bytes);
+    __builtin_memcpy(p, &bytes, lanes);
   }
 };
+
+#if defined(__SSE2__)
+// A register of pairs of bfloat16, as those on even and on odd places: neither to widen nor to narrow does a lane move.
+struct Pairs {
+  static constexpr int parts = 2, lanes = 2 * Registers<float>::lanes;
+  typedef Register<float> Value;
+  typedef decltype(Value{} > Value{}) Number;
+  typedef FloatBits Unaligned __attribute__((aligned(1)));
+  typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes)));
+
+  PYDISTILL_INLINE static void load(const Bf16* p, Value (&v)[2]) { split(*reinterpret_cast<const Unaligned*>(p), v); }
+  PYDISTILL_INLINE static void split(FloatBits both, Value (&v)[2]) {
+    v[0] = reinterpret_cast<Value>(both << 16);
+    v[1] = reinterpret_cast<Value>(both & 0xFFFF0000u);
+  }
+  PYDISTILL_INLINE static void store(Bf16* p, const Value (&v)[2]) {
+    *reinterpret_cast<Unaligned*>(p) = rounded(v[0]) >> 16 | (rounded(v[1]) & 0xFFFF0000u);
+  }
+  PYDISTILL_INLINE static FloatBits rounded(Value v) {  // in the upper half; the lower one is anything
+    const FloatBits bits = reinterpret_cast<FloatBits>(v);
+    return v == v ? bits + 0x7FFFu + ((bits >> 16) & 1u) : FloatBits{} + 0x7FC00000u;
+  }
+
+  PYDISTILL_INLINE static Halves halves(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Halves>(
+        _mm512_maskz_cvtepu8_epi16(~__mmask32{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Halves>(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    return reinterpret_cast<Halves>(
+        _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_setzero_si128()));
+#endif
+  }
+  PYDISTILL_INLINE static void load(const uint8_t* p, Number (&n)[2]) {
+    const FloatBits both = reinterpret_cast<FloatBits>(halves(p));
+    n[0] = reinterpret_cast<Number>(both & 0xFFFFu);
+    n[1] = reinterpret_cast<Number>(both >> 16);
+  }
+  PYDISTILL_INLINE static void load_named(const Bf16* p, const uint8_t* which, int32_t number, Value (&v)[2]) {
+    const Halves all = reinterpret_cast<Halves>(FloatBits(*reinterpret_cast<const Unaligned*>(p)));
+    const Halves named = halves(which) == static_cast<uint16_t>(number) ? all : Halves{};
+    split(reinterpret_cast<FloatBits>(named), v);
+  }
+  PYDISTILL_INLINE static void store(uint8_t* p, const Number (&n)[2]) {
+    const Number both = n[0] | n[1] << 16;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtepi16_epi8(~__mmask32{}, reinterpret_cast<__m512i>(both)));
+#elif defined(__AVX2__)
+    const __m256i all = reinterpret_cast<__m256i>(both);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#else
+    const __m128i all = reinterpret_cast<__m128i>(both);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(all, all));
+#endif
+  }
+};
+#endif
+
+// Lanes of another number than the wanted one become zero.
+template <class Group, class S>
+PYDISTILL_INLINE void load_named(const S* p, const uint8_t* which, int32_t number, typename Group::Value (&v)[1]) {
+  typename Group::Number numbers[1];
+  Group::load(p, v);
+  Group::load(which, numbers);
+  v[0] = numbers[0] == number ? v[0] : typename Group::Value{};
+}
+#if defined(__SSE2__)
+template <class Group>
+PYDISTILL_INLINE void load_named(const Bf16* p, const uint8_t* which, int32_t number, Register<float> (&v)[2]) {
+  Group::load_named(p, which, number, v);
+}
+#endif
+
+// What is done with a group of channels at one position.
+
+template <class Group, class S>
+PYDISTILL_INLINE void pool(const Choice* choices, int count, const S* from, S* to, uint8_t* which) {
+  typename Group::Value best[Group::parts], v[Group::parts];
+  typename Group::Number number[Group::parts];
+  Group::load(from + choices[0].offset, best);
+#pragma GCC unroll 2
+  for (int part = 0; part < Group::parts; ++part) number[part] = typename Group::Number{} + choices[0].number;
+#pragma GCC unroll 9
+  for (int i = 1; i < count; ++i) {
+    Group::load(from + choices[i].offset, v);
+#pragma GCC unroll 2
+    for (int part = 0; part < Group::parts; ++part) {
+      const auto wins = (v[part] > best[part]) | (v[part] != v[part]);  // the first of equals, the last NaN
+      best[part] = wins ? v[part] : best[part];
+      number[part] = wins ? typename Group::Number{} + choices[i].number : number[part];
+    }
+  }
+  Group::store(to, best);
+  Group::store(which, number);
+}
+
+template <class Group, class S>
+PYDISTILL_INLINE void pick(const Choice* choices, int count, const S* from, S* to, const uint8_t* which) {
+  typename Group::Value found[Group::parts] = {}, v[Group::parts];
+  typename Group::Number number[Group::parts];
+  Group::load(which, number);
+#pragma GCC unroll 9
+  for (int i = 0; i < count; ++i) {
+    Group::load(from + choices[i].offset, v);
+#pragma GCC unroll 2
+    for (int part = 0; part < Group::parts; ++part)
+      found[part] = number[part] == choices[i].number ? v[part] : found[part];
+  }
+  Group::store(to, found);
+}
+
+template <class Group, class S>
+PYDISTILL_INLINE void scatter(const Choice* choices, int count, const S* from, S* to, const uint8_t* which) {
+  typename Group::Value sum[Group::parts] = {}, v[Group::parts];
+#pragma GCC unroll 9
+  for (int i = 0; i < count; ++i) {
+    load_named<Group>(from + choices[i].offset, which + choices[i].offset, choices[i].number, v);
+#pragma GCC unroll 2
+    for (int part = 0; part < Group::parts; ++part) sum[part] += v[part];
+  }
+  Group::store(to, sum);
+}
 
 template <class T, class S, MaxPool2d::Pass PASS>
 struct Pooling {
@@ -153,7 +228,8 @@ struct Pooling {
   const MaxPool2d& call;
   const int64_t C = call.C, H = call.H, W = call.W, rows = call.rows(), columns = call.columns();
   const int64_t kernel = call.kernel, stride = call.stride, padding = call.padding;
-  Choices choices;
+  const int64_t apart = stride < W ? stride : W;  // columns of one phase
+  Choices choices{};
 
   void run(int64_t begin, int64_t end) {
     const S* const from = static_cast<const S*>(call.from);
@@ -169,59 +245,99 @@ struct Pooling {
     }
   }
 
-  // A row of windows. All but the outer ones have the same elements.
+  // A row of windows, in runs of those that have the same elements: all but the outer ones.
   void windows(int64_t p, const S* image, S* to, uint8_t* which) {
     const int64_t top = p * stride - padding, i_begin = top < 0 ? -top : 0, i_end = H - top < kernel ? H - top : kernel;
-    for (int64_t q = 0, seen_begin = 0, seen_end = 0; q < columns; ++q) {
-      const int64_t left = q * stride - padding;
-      const int64_t j_begin = left < 0 ? -left : 0, j_end = W - left < kernel ? W - left : kernel;
-      if (j_begin != seen_begin || j_end != seen_end) {
-        seen_begin = j_begin, seen_end = j_end;
-        choices.count = 0;
-        for (int64_t i = i_begin; i < i_end; ++i)
-          for (int64_t j = j_begin; j < j_end; ++j) choices.add(((i - i_begin) * W + j - j_begin) * C, i * kernel + j);
-      }
-      channels(image + ((top + i_begin) * W + left + j_begin) * C, to + q * C, which + q * C);
-    }
-  }
-
-  // A row of what was pooled. Windows come in their own order, and so do the terms of the sums.
-  void positions(int64_t h, const S* image, S* to, uint8_t* which) {
-    const int64_t outside = h + padding - kernel;  // where windows begin that end above the row
-    const int64_t p_begin = outside < 0 ? 0 : outside / stride + 1;
-    const int64_t last = (h + padding) / stride, p_end = last < rows ? last + 1 : rows;
-    for (int64_t w = 0, q_begin = 0, q_end = 0; w < W; ++w) {
-      while (q_end < columns && q_end * stride <= w + padding) ++q_end;
-      while (q_begin < q_end && q_begin * stride + kernel <= w + padding) ++q_begin;
+    for (int64_t q = 0, run = 1; q < columns; q += run) {
+      const int64_t left = q * stride - padding, j_begin = first_column(q), j_end = last_column(q);
+      run = 1;
+      while (q + run < columns && first_column(q + run) == j_begin && last_column(q + run) == j_end) ++run;
       choices.count = 0;
-      for (int64_t p = p_begin; p < p_end; ++p)
-        for (int64_t q = q_begin; q < q_end; ++q)
-          choices.add((p * columns + q) * C, (h + padding - p * stride) * kernel + w + padding - q * stride);
-      channels(image, to + w * C, which);
+      for (int64_t i = i_begin; i < i_end; ++i)
+        for (int64_t j = j_begin; j < j_end; ++j) choices.add(((i - i_begin) * W + j - j_begin) * C, i * kernel + j);
+      choose(image + ((top + i_begin) * W + left + j_begin) * C, to + q * C, which + q * C, run);
     }
   }
 
-  PYDISTILL_INLINE void channels(const S* from, S* to, uint8_t* which) {
-    if (choices.count == 1) return channels_of<1>(from, to, which);
-    if (choices.count == 2) return channels_of<2>(from, to, which);
-    if (choices.count == 4) return channels_of<4>(from, to, which);
-    if (choices.count == 9) return channels_of<9>(from, to, which);
-    channels_of<0>(from, to, which);
+  PYDISTILL_INLINE int64_t first_column(int64_t q) const {
+    const int64_t left = q * stride - padding;
+    return left < 0 ? -left : 0;
+  }
+  PYDISTILL_INLINE int64_t last_column(int64_t q) const {
+    const int64_t left = q * stride - padding;
+    return W - left < kernel ? W - left : kernel;
+  }
+
+  // A row of what was pooled. Positions a stride apart are covered by the same windows, counted from their own, and so
+  // they come together. Windows are in their own order, and so are the terms of the sums.
+  void positions(int64_t h, const S* image, S* to, uint8_t* which) {
+    const int64_t p_last = (h + padding) / stride, p_first = p_last - covering(h) + 1;
+    const int64_t p_begin = p_first < 0 ? 0 : p_first, p_end = p_last < rows ? p_last + 1 : rows;
+    for (int64_t phase = 0; phase < apart; ++phase) {
+      int64_t last = (phase + padding) / stride;  // window that covers w, were there as many
+      const int64_t count = covering(phase);
+      for (int64_t w = phase, run = 1; w < W; w += run * apart, last += run) {
+        const int64_t q_begin = first_window(last, count), q_end = end_of_windows(last);
+        run = 1;
+        while (w + run * apart < W && first_window(last + run, count) == q_begin + run &&
+               end_of_windows(last + run) == q_end + run)
+          ++run;
+        choices.count = 0;
+        for (int64_t p = p_begin; p < p_end; ++p)
+          for (int64_t q = q_begin; q < q_end; ++q)
+            choices.add(((p - p_begin) * columns + q - q_begin) * C,
+                        (h + padding - p * stride) * kernel + w + padding - q * stride);
+        const int64_t corner = choices.count ? (p_begin * columns + q_begin) * C : 0;
+        choose(image + corner, to + w * C, which + corner, run);
+      }
+    }
+  }
+
+  // How many windows cover a row or column, were there some beyond every edge.
+  PYDISTILL_INLINE int64_t covering(int64_t at) const {
+    const int64_t number = (at + padding) % stride;  // in the last of them
+    return number < kernel ? (kernel - 1 - number) / stride + 1 : 0;
+  }
+  PYDISTILL_INLINE int64_t first_window(int64_t last, int64_t count) const {
+    return last - count + 1 < 0 ? 0 : last - count + 1;
+  }
+  PYDISTILL_INLINE int64_t end_of_windows(int64_t last) const { return last < columns ? last + 1 : columns; }
+
+  PYDISTILL_INLINE void choose(const S* from, S* to, uint8_t* which, int64_t run) const {
+    if (choices.count == 1) return choose_of<1>(from, to, which, run);
+    if (choices.count == 2) return choose_of<2>(from, to, which, run);
+    if (choices.count == 4) return choose_of<4>(from, to, which, run);
+    if (choices.count == 9) return choose_of<9>(from, to, which, run);
+    choose_of<0>(from, to, which, run);
   }
 
   template <int K>
-  __attribute__((noinline)) void channels_of(const S* from, S* to, uint8_t* which) {
-    constexpr int L = Registers<T>::lanes;
-    int64_t c = 0;
-    for (; c + L <= C; c += L) step<Register<T>, K>(from + c, to + c, which + c);
-    for (; c < C; ++c) step<T, K>(from + c, to + c, which + c);
+  __attribute__((noinline)) void choose_of(const S* from, S* to, uint8_t* which, int64_t run) const {
+    Choice own[K ? K : 1];  // bytes that are written could be part of the others, for all that the compiler knows
+    for (int i = 0; i < K; ++i) own[i] = choices.at[i];
+    const Choice* const all = K ? own : choices.at;
+    const int count = K ? K : choices.count;
+    for (; run > 0; --run) {
+      int64_t c = 0;
+#if defined(__SSE2__)
+      if constexpr (__is_same(S, Bf16)) groups<Pairs>(c, all, count, from, to, which);
+#endif
+      groups<Whole<T, S>>(c, all, count, from, to, which);
+      groups<One<T, S>>(c, all, count, from, to, which);
+      from += PASS == Pass::scatter ? C : stride * C;
+      to += PASS == Pass::scatter ? apart * C : C;
+      which += C;
+    }
   }
 
-  template <class V, int K>
-  PYDISTILL_INLINE void step(const S* from, S* to, uint8_t* which) {
-    if constexpr (PASS == Pass::pool) Lanewise<T, S>::template pool<V, K>(choices, from, to, which);
-    if constexpr (PASS == Pass::pick) Lanewise<T, S>::template pick<V, K>(choices, from, to, which);
-    if constexpr (PASS == Pass::scatter) Lanewise<T, S>::template scatter<V, K>(choices, from, to, which);
+  template <class Group>
+  PYDISTILL_INLINE void groups(int64_t& c, const Choice* choices, int count, const S* from, S* to,
+                               uint8_t* which) const {
+    for (; c + Group::lanes <= C; c += Group::lanes) {
+      if constexpr (PASS == Pass::pool) pool<Group>(choices, count, from + c, to + c, which + c);
+      if constexpr (PASS == Pass::pick) pick<Group>(choices, count, from + c, to + c, which + c);
+      if constexpr (PASS == Pass::scatter) scatter<Group>(choices, count, from + c, to + c, which + c);
+    }
   }
 };
 
