@@ -14,6 +14,23 @@ using Planes = Call::Planes;
 
 constexpr int64_t kPanel = 256;  // channels of a unit of work
 
+// V is a register of T, or T itself for what is left over: both are computed alike.
+template <class V, class T, class S>
+PYDISTILL_INLINE V load_lanes(const S* p) {
+  if constexpr (sizeof(V) == sizeof(T))
+    return widen(*p);
+  else
+    return widened_register<T>(p);
+}
+
+template <class V, class T, class S>
+PYDISTILL_INLINE void store_lanes(S* p, V v) {
+  if constexpr (sizeof(V) == sizeof(T))
+    narrow(v, *p);
+  else
+    store_narrowed_register<T>(p, v);
+}
+
 template <class V>
 PYDISTILL_INLINE V opened(V argument, V value) {  // zero where the ReLU is shut; it lets NaN through, as in torch
   return argument <= V{} ? V{} : value;

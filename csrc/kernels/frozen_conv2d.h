@@ -8,8 +8,8 @@
 // For bf16 the products are of 16-bit integers, in pairs of input channels (int16_pairs.h): each tile's and each
 // filter's channels at a point are scaled to the largest norm that no sum overflows with. Of the 15 bits that this
 // leaves, a sum over 512 channels uses 11 for an input of average size: rounding at the 36 points, which the transform
-// back magnifies five times, stays below that of the output to bf16. Factors in bf16 would be as fast, and wrong by 1
-// %.
+// back magnifies five times, stays below that of the output to bf16. Factors in bf16 would be as fast, and wrong by a
+// hundredth.
 #pragma once
 
 #include <cstdint>

@@ -25,12 +25,7 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p) {
 #endif
     constexpr int lanes = Registers<T>::lanes;
     if constexpr (__is_same(S, Bf16)) {
-#if defined(__AVX512F__)  // of this conversion the compiler makes two halves
-      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      const FloatBits bits = reinterpret_cast<FloatBits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, halves)) << 16;
-#else
       const FloatBits bits = __builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), FloatBits) << 16;
-#endif
       Register<T> v;
       __builtin_memcpy(&v, &bits, sizeof(v));
       return v;
@@ -115,23 +110,6 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v, int64_t count
   }
 #endif
   for (int64_t i = 0; i < count; ++i) p[i] = each[i];
-}
-
-// Either for V, which is a register of T, or T itself for what is left over: both are computed alike.
-template <class V, class T, class S>
-PYDISTILL_INLINE V load_lanes(const S* p) {
-  if constexpr (sizeof(V) == sizeof(T))
-    return widen(*p);
-  else
-    return widened_register<T>(p);
-}
-
-template <class V, class T, class S>
-PYDISTILL_INLINE void store_lanes(S* p, V v) {
-  if constexpr (sizeof(V) == sizeof(T))
-    narrow(v, *p);
-  else
-    store_narrowed_register<T>(p, v);
 }
 
 }  // namespace

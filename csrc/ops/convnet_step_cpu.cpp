@@ -18,6 +18,7 @@ namespace {
 using Form = ConvNetStep::Form;
 
 const ConvNetStepKernel& kernel() {
+  // avx512_bf16 has none of its own
   static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
                                                          &convnet_step_avx512, &convnet_step_amx};
   return *best_of(kernels);
