@@ -102,6 +102,10 @@ PYDISTILL_INLINE R multiply_add(R a, R b, R c) {
 }
 #endif
 
+// Loads and stores stay on their side of it. Of a long unrolled body GCC gathers all loads at the front and then runs
+// out of registers.
+PYDISTILL_INLINE void in_order() { asm volatile("" ::: "memory"); }
+
 template <class T>
 PYDISTILL_INLINE Register<T> load_register(const T* p) {
   return *reinterpret_cast<const typename Registers<T>::Unaligned*>(p);

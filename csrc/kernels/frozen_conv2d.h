@@ -55,7 +55,7 @@ struct FrozenConv2d {
   static constexpr int64_t kFactors = 3;                   // vectors of a tile's 36 factors
   int64_t scratch_bytes() const {
     const int64_t scaled = paired() ? 36 * tile_plane() + kFactors * chunk : 0;
-    return 64 * (36 * (input_plane() + product_plane()) + scaled);
+    return 64 * (36 * (input_plane() + product_plane()) + scaled) + 8 * C;
   }
 };
 

@@ -67,9 +67,9 @@ class Convolution {
         inputs(static_cast<P*>(scratch)),
         products(inputs + kPoints * input_plane),
         factors(reinterpret_cast<float*>(products + kPoints * product_plane)),
-        floats(factors + call.chunk * kFactors) {
-    if constexpr (kPaired)  // channels that there are not
-      for (int64_t i = 0; i < kPoints * tile_plane; ++i) floats[i] = 0;
+        floats(factors + call.chunk * kFactors),
+        zeros(reinterpret_cast<S*>(kPaired ? floats + kPoints * tile_plane : factors)) {
+    for (int64_t i = 0; i < C; ++i) zeros[i] = S{};
   }
 
   void run(int64_t begin, int64_t end) {
@@ -96,6 +96,7 @@ class Convolution {
   const int64_t H, W, C, K, row, input_plane, product_plane, tile_plane, filter_plane;
   P *const inputs, *const products;
   float *const factors, *const floats;  // where kPaired
+  S* const zeros;                       // a pixel outside of the image
   int64_t first = 0, count = 0;
 
   const P* filter(int64_t point, int64_t vector) const {
@@ -115,87 +116,130 @@ class Convolution {
       const Tile at = tile(first + t);
       const S* image = static_cast<const S*>(call.x) + at.n * H * W * C;
       const int64_t top = at.h - call.before, left = at.w - call.before;
-      const bool inside = top >= 0 && left >= 0 && top + 6 <= H && left + 6 <= W;
-      T* to;
-      int64_t plane;
-      if constexpr (kPaired)
-        to = floats, plane = tile_plane;
-      else
-        to = inputs + t * row, plane = input_plane;
-      for (int64_t c = 0; c < (kPaired ? C : row); c += kLanes) {
-        const S* const corner = image + (top * W + left) * C + c;
-        const int64_t down = W * C, right = C;  // not read again after every store
-        const auto whole = [&](int i, int j)
-                               PYDISTILL_LAMBDA { return widened_register<T>(corner + i * down + j * right); };
-        const auto part = [&](int i, int j)
-                              PYDISTILL_LAMBDA { return widened_register<T>(corner + i * down + j * right, C - c); };
-        if (inside && c + kLanes <= C)
-          transform_input(to + c, plane, whole);
-        else if (inside && c < C)
-          transform_input(to + c, plane, part);
-        else
-          transform_input(to + c, plane, [&](int i, int j) PYDISTILL_LAMBDA {
-            const int64_t h = top + i, w = left + j;
-            if (h < 0 || h >= H || w < 0 || w >= W || c >= C) return R{};
-            return c + kLanes <= C ? whole(i, j) : part(i, j);
-          });
+      const S* pixels[6][6];
+      for (int i = 0; i < 6; ++i)
+        for (int j = 0; j < 6; ++j) {
+          const int64_t h = top + i, w = left + j;
+          pixels[i][j] = h < 0 || h >= H || w < 0 || w >= W ? zeros : image + (h * W + w) * C;
+        }
+      int64_t c = 0;
+      if constexpr (kPaired) {
+        for (; c + 2 * kLanes <= C; c += 2 * kLanes)
+          transform_pairs(floats + c, [&](int i, int j) PYDISTILL_LAMBDA { return load_bf16_pairs(pixels[i][j] + c); });
+        const int64_t rest = C - c;
+        if (C <= kLanes)
+          transform_input(floats, tile_plane,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j], rest); });
+        else if (rest)
+          transform_pairs(floats + c,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return load_bf16_pairs(pixels[i][j] + c, rest); });
+        scale(t);
+      } else {
+        T* const to = inputs + t * row;
+        for (; c + kLanes <= C; c += kLanes)
+          transform_input(to + c, input_plane,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j] + c); });
+        const int64_t rest = C - c;
+        if (rest)
+          transform_input(to + c, input_plane,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j] + c, rest); });
       }
-      if constexpr (kPaired) scale(t);
     }
+  }
+
+  // Neighbouring channels as those on even and on odd places: no lane moves on the way to pairs of integers.
+  template <class Pixels>
+  PYDISTILL_INLINE void transform_pairs(float* to, Pixels pixels) {
+    transform_input(to, tile_plane, [&](int i, int j) PYDISTILL_LAMBDA { return even_of_pairs(pixels(i, j)); });
+    transform_input(to + kLanes, tile_plane, [&](int i, int j) PYDISTILL_LAMBDA { return odd_of_pairs(pixels(i, j)); });
   }
 
   template <class Pixel>
   PYDISTILL_INLINE static void transform_input(T* to, int64_t plane, Pixel pixel) {
-    R x[6][6], v[6][6];
+    R half[6][6];
 #pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i)
+    for (int j = 0; j < 6; ++j) {
+      R column[6], out[6];
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) x[i][j] = pixel(i, j);
-    both_ways<T, 6, 6>(Winograd::input<T>, x, v);
-#pragma GCC unroll 36
-    for (int p = 0; p < kPoints; ++p) *reinterpret_cast<R*>(to + p * plane) = v[p / 6][p % 6];
+      for (int i = 0; i < 6; ++i) column[i] = pixel(i, j);
+      Winograd::input<T>(column, out);
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) half[i][j] = out[i];
+      in_order();
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      R out[6];
+      Winograd::input<T>(half[i], out);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) *reinterpret_cast<R*>(to + (6 * i + j) * plane) = out[j];
+      in_order();
+    }
   }
 
   // The tile in `floats` as 16-bit integers, every point's channels scaled to one norm; tile t's factors undo it.
   PYDISTILL_INLINE void scale(int64_t t) {
+    const int64_t registers = C <= kLanes ? 1 : (C + 2 * kLanes - 1) / (2 * kLanes) * 2;
+    if (registers == 1) return scale<1>(t, 1);
+    if (registers == 2) return scale<2>(t, 2);
+    if (registers == 4) return scale<4>(t, 4);
+    scale<0>(t, registers);
+  }
+
+  template <int REGISTERS>  // 0: any even number
+  PYDISTILL_INLINE void scale(int64_t t, int64_t registers) {
+    if constexpr (REGISTERS != 0) registers = REGISTERS;
     const float norm_of_rounding = 0.5f * sqrt_lane(static_cast<float>(2 * call.depth()));
     const float norm = (kLeftNorm - norm_of_rounding) * (1 - 0x1p-12f);  // sums of squares are rounded, too
     float* const undo = factors + t * kFactors;
+    const int64_t plane = tile_plane;
     alignas(64) float by[kFactors] = {};
     for (int first_point = 0; first_point < kFactors; first_point += 16) {
-      Register<float> squares[16];
+      R squares[16] = {};
+#pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        const float* const from = floats + (first_point + i) * tile_plane;
-        Register<float> even{}, odd{};
-        for (int64_t c = 0; c < C && first_point + i < kPoints; c += 2 * kLanes) {
-          const Register<float> low = load_register(from + c), high = load_register(from + c + kLanes);
-          even = multiply_add(low, low, even), odd = multiply_add(high, high, odd);
+        if (first_point + i >= kPoints) break;
+        const float* const from = floats + (first_point + i) * plane;
+        R sum[2] = {};
+#pragma GCC unroll 4
+        for (int64_t q = 0; q < registers; ++q) {
+          const R v = load_register(from + q * kLanes);
+          sum[q % 2] = multiply_add(v, v, sum[q % 2]);
         }
-        squares[i] = even + odd;
+        squares[i] = sum[0] + sum[1];
       }
       lane_sums(squares, by + first_point);
     }
-    for (int p = 0; p < kFactors; ++p) {
-      undo[p] = by[p] > 1e-30f && by[p] < 1e30f ? sqrt_lane(by[p]) * (1 / norm) : __builtin_nanf("");
-      by[p] = 1 / undo[p];
-    }
-    for (int p = 0; p < kPoints; ++p) {
-      const float* const from = floats + p * tile_plane;
-      if (!(undo[p] == undo[p])) scale_outside_of_float(from, norm, by[p], undo[p]);
-      const Register<float> factor = splat(by + p);
-      int16_t* const to = reinterpret_cast<int16_t*>(inputs + p * input_plane + t * row);
-      for (int64_t c = 0; c < C; c += 2 * kLanes)
-        store_rounded_registers(to + c, load_register(from + c) * factor, load_register(from + c + kLanes) * factor);
+    int outside = 0;
+    for (int p = 0; p < kPoints; ++p) outside |= !(by[p] > 1e-30f) | !(by[p] < 1e30f);
+    for (int p = 0; p < kFactors; ++p) undo[p] = sqrt_lane(by[p]) * (1 / norm);
+    for (int p = 0; p < kFactors; ++p) by[p] = 1 / undo[p];
+    if (outside) scale_outside_of_float(registers * kLanes, norm, by, undo);
+    int32_t* to = inputs + t * row;
+    const float* from = floats;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPoints; ++p, from += plane, to += input_plane) {
+      const R factor = splat(by + p);
+      if constexpr (REGISTERS == 1)
+        store_rounded_register(reinterpret_cast<int16_t*>(to), load_register(from) * factor);
+      else
+#pragma GCC unroll 2
+        for (int64_t q = 0; q < registers; q += 2)
+          *reinterpret_cast<Register<int32_t>*>(to + q / 2 * kLanes) =
+              rounded_pairs(load_register(from + q * kLanes) * factor, load_register(from + (q + 1) * kLanes) * factor);
     }
   }
 
   // Where squares are no normal floats: all zero, very small or large, or not finite, which makes NaN of the tile.
-  __attribute__((noinline)) void scale_outside_of_float(const float* from, float norm, float& by, float& undo) const {
-    double squares = 0;
-    for (int64_t c = 0; c < C; ++c) squares += static_cast<double>(from[c]) * from[c];
-    const double own = sqrt_lane(squares), factor = norm / own;
-    by = own > 0 && squares - squares == 0 ? static_cast<float>(factor < 1e38 ? factor : 1e38) : 0;
-    undo = by > 0 ? 1 / by : static_cast<float>(squares - squares);
+  __attribute__((noinline)) void scale_outside_of_float(int64_t lanes, float norm, float* by, float* undo) const {
+    for (int p = 0; p < kPoints; ++p) {
+      const float* const from = floats + p * tile_plane;
+      double squares = 0;
+      for (int64_t c = 0; c < lanes; ++c) squares += static_cast<double>(from[c]) * from[c];
+      const double own = sqrt_lane(squares), factor = norm / own;
+      by[p] = own > 0 && squares - squares == 0 ? static_cast<float>(factor < 1e38 ? factor : 1e38) : 0;
+      undo[p] = by[p] > 0 ? 1 / by[p] : static_cast<float>(squares - squares);
+    }
   }
 
   __attribute__((noinline)) void transform_outputs(int64_t group, int64_t groups) {
@@ -227,26 +271,42 @@ class Convolution {
 
   template <class Put>
   PYDISTILL_INLINE void transform_output(const P* from, int64_t t, const P* filter_factors, Put put) const {
-    R m[6][6], y[SIDE][SIDE];
-#pragma GCC unroll 36
-    for (int p = 0; p < kPoints; ++p) {
-      const Register<P> product = *reinterpret_cast<const Register<P>*>(from + p * product_plane);
-      if constexpr (kPaired) {
-        const float* const of_filter = reinterpret_cast<const float*>(filter_factors + p * filter_plane);
-        m[p / 6][p % 6] =
-            __builtin_convertvector(product, R) * splat(factors + t * kFactors + p) * load_register(of_filter);
-      } else {
-        m[p / 6][p % 6] = product;
+    R half[SIDE][6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      R column[6], out[SIDE];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        const int p = 6 * i + j;
+        const Register<P> product = *reinterpret_cast<const Register<P>*>(from + p * product_plane);
+        if constexpr (kPaired) {
+          const float* const of_filter = reinterpret_cast<const float*>(filter_factors + p * filter_plane);
+          column[i] =
+              __builtin_convertvector(product, R) * splat(factors + t * kFactors + p) * load_register(of_filter);
+        } else {
+          column[i] = product;
+        }
       }
+      output(column, out);
+#pragma GCC unroll 4
+      for (int i = 0; i < SIDE; ++i) half[i][j] = out[i];
+      in_order();
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < SIDE; ++i) {
+      R out[SIDE];
+      output(half[i], out);
+#pragma GCC unroll 4
+      for (int j = 0; j < SIDE; ++j) put(i, j, out[j]);
+      in_order();
+    }
+  }
+
+  PYDISTILL_INLINE static void output(const R (&m)[6], R (&y)[SIDE]) {
     if constexpr (SIDE == 4)
-      both_ways<T, 6, 4>(Winograd::output<T>, m, y);
+      Winograd::output<T>(m, y);
     else
-      both_ways<T, 6, 3>(output_of_four_taps<T>, m, y);
-#pragma GCC unroll 4
-    for (int i = 0; i < SIDE; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < SIDE; ++j) put(i, j, y[i][j]);
+      output_of_four_taps<T>(m, y);
   }
 };
 

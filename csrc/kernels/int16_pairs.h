@@ -36,25 +36,32 @@ PYDISTILL_INLINE Register<int32_t> multiply_add(Register<int32_t> a, Register<in
 }
 #endif
 
-// Two registers of floats within +-32767, rounded to nearest even, as neighbouring int16.
-PYDISTILL_INLINE void store_rounded_registers(int16_t* to, Register<float> low, Register<float> high) {
+PYDISTILL_INLINE Register<int32_t> rounded_to_integers(Register<float> v) {  // to nearest even; NaN to an even number
 #if defined(__AVX512F__)
-  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing goes by quarters of a register
-  const __m512i packed = _mm512_packs_epi32(_mm512_cvtps_epi32((__m512)low), _mm512_cvtps_epi32((__m512)high));
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, packed));
+  return (Register<int32_t>)_mm512_cvtps_epi32((__m512)v);
 #elif defined(__AVX2__)
-  const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)low), _mm256_cvtps_epi32((__m256)high));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xD8));
+  return (Register<int32_t>)_mm256_cvtps_epi32((__m256)v);
 #elif defined(__SSE2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_packs_epi32(_mm_cvtps_epi32((__m128)low), _mm_cvtps_epi32((__m128)high)));
+  return (Register<int32_t>)_mm_cvtps_epi32((__m128)v);
 #else
-  constexpr int lanes = Registers<float>::lanes;
-  for (int i = 0; i < lanes; ++i) {
-    to[i] = low[i] == low[i] ? static_cast<int16_t>(__builtin_rintf(low[i])) : int16_t{0};
-    to[lanes + i] = high[i] == high[i] ? static_cast<int16_t>(__builtin_rintf(high[i])) : int16_t{0};
-  }
+  Register<int32_t> rounded;
+  for (int i = 0; i < Registers<float>::lanes; ++i)
+    rounded[i] = v[i] == v[i] ? static_cast<int32_t>(__builtin_rintf(v[i])) : 0;
+  return rounded;
 #endif
+}
+
+// Neighbouring floats within +-32767, rounded; and pairs of them that come as even and odd ones.
+PYDISTILL_INLINE void store_rounded_register(int16_t* to, Register<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)rounded_to_integers(v)));
+#else
+  typedef int16_t Halves __attribute__((vector_size(kRegisterBytes / 2), aligned(2)));
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded_to_integers(v), Halves);
+#endif
+}
+PYDISTILL_INLINE Register<int32_t> rounded_pairs(Register<float> even, Register<float> odd) {
+  return (rounded_to_integers(even) & 0xFFFF) | (rounded_to_integers(odd) << 16);
 }
 
 }  // namespace

@@ -9,6 +9,14 @@ namespace {
 typedef uint32_t FloatBits __attribute__((vector_size(kRegisterBytes)));
 typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2), aligned(2)));
 
+#if defined(__AVX512F__)
+template <class S>
+PYDISTILL_INLINE __m512 widened_halves(__m256i halves) {
+  if constexpr (__is_same(S, F16)) return _mm512_maskz_cvtph_ps(0xFFFF, halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));  // the compiler takes two registers
+}
+#endif
+
 // A register of neighbouring elements of storage type S, and back; lanes are what widen and narrow make of them.
 template <class T, class S>
 PYDISTILL_INLINE Register<T> widened_register(const S* p) {
@@ -16,10 +24,7 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p) {
     return load_register(p);
   } else {
 #if defined(__AVX512F__)
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (__is_same(S, F16)) return _mm512_maskz_cvtph_ps(0xFFFF, halves);
-    if constexpr (__is_same(S, Bf16))  // the compiler's own conversion goes by two registers
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    return widened_halves<S>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
     if constexpr (__is_same(S, F16)) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
@@ -85,12 +90,7 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p, int64_t count) {
   const uint32_t mask = (uint32_t{1} << count) - 1;
   if constexpr (__is_same(S, float)) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
   if constexpr (__is_same(S, double)) return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
-  if constexpr (sizeof(S) == 2) {
-    alignas(32) S each[16];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(each),
-                       _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), reinterpret_cast<const void*>(p)));
-    return widened_register<T>(each);
-  }
+  if constexpr (sizeof(S) == 2) return widened_halves<S>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
 #endif
   T each[Registers<T>::lanes] = {};
   for (int64_t i = 0; i < count; ++i) each[i] = widen(p[i]);
@@ -111,6 +111,24 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v, int64_t count
 #endif
   for (int64_t i = 0; i < count; ++i) p[i] = each[i];
 }
+
+// Neighbouring pairs of bfloat16, in memory's order; `count` elements of them, the others zero. Each pair's elements as
+// float: neither has to move to another lane.
+PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p) {
+  typedef FloatBits Unaligned __attribute__((aligned(2)));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p, int64_t count) {
+#if defined(__AVX512BW__)
+  return (FloatBits)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+#else
+  Bf16 each[2 * Registers<float>::lanes] = {};
+  for (int64_t i = 0; i < count; ++i) each[i] = p[i];
+  return load_bf16_pairs(each);
+#endif
+}
+PYDISTILL_INLINE Register<float> even_of_pairs(FloatBits pairs) { return (Register<float>)(pairs << 16); }
+PYDISTILL_INLINE Register<float> odd_of_pairs(FloatBits pairs) { return (Register<float>)(pairs & 0xFFFF0000u); }
 
 }  // namespace
 }  // namespace pydistill
