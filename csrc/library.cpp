@@ -97,6 +97,15 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "bn_stat_match_backward(Tensor? grad_y, Tensor grad_statistics, Tensor x, Tensor? residual, Tensor? scale,"
       " Tensor? shift, Tensor mean, bool relu) -> (Tensor, Tensor)");
 
+  // The same with a max pooling behind it, of images in channels-last memory: pooled images, statistics, the numbers of
+  // what won in its window, uint8, and the mean.
+  m.def(
+      "bn_match_pool(Tensor x, Tensor scale, Tensor shift, bool relu, int kernel, int stride, int padding)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_match_pool_backward(Tensor grad_y, Tensor grad_statistics, Tensor x, Tensor which, Tensor scale,"
+      " Tensor shift, Tensor mean, bool relu, int kernel, int stride, int padding) -> Tensor");
+
   // Losses of rows of student logits; the second of what forward gives is their gradient, [N, 0] unless `keep`.
   m.def(
       "kd_divergence(Tensor student, Tensor? target, Tensor? labels, int kind, bool probs, float T, float scale,"

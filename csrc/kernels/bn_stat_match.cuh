@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(threads, std::is_same_v<A, double> ? 2 : 4) me
   const int64_t of_sample = tiles_of_sample(call);
   const double last = static_cast<double>(call.P - (of_sample - 1) * call.tile);
   const double full = static_cast<double>(call.tile), inverse_of_full = 1 / full, inverse_of_last = 1 / last;
-  const double count = static_cast<double>(call.N * call.P);
+  const double count = static_cast<double>(call.M);
   // A sample's tiles go to the lanes: to divide by the number of samples' tiles takes registers.
   const auto each_tile = [&](auto body) {
     for (int64_t n = 0; n < call.N; ++n)
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(threads) backward_kernel(const Call call, cons
   const int64_t i = element % inner, j = element / inner % outer, n = element / inner / outer;
   const int64_t c = by_rows ? i : j, p = by_rows ? j : i;
 
-  const A count = static_cast<A>(call.N * call.P), x = widen(global_load(at<T>(call.x, n, c, p)));
+  const A count = static_cast<A>(call.M), x = widen(global_load(at<T>(call.x, n, c, p)));
   const A* const grads = static_cast<const A*>(call.grad_statistics);
   A grad = global_load(grads + c) / count +
            2 * global_load(grads + call.C + c) / count * (x - global_load(static_cast<const A*>(call.mean) + c));

@@ -19,6 +19,7 @@ namespace pydistill {
 
 struct BnStatMatch {
   enum class Pass : int { tiles, merge, backward };
+  static constexpr int64_t kPanel = 256;  // channels of a unit of work on the CPU: of a tile, or in the merge
 
   // [N, C, P]: base pointer and strides in elements; a null `data` means "absent".
   struct Planes {
@@ -30,6 +31,7 @@ struct BnStatMatch {
   Scalar scalar = Scalar::f32;  // of the [N, C, P] tensors; what is per channel is double for f64, else float
   bool relu = false;
   int64_t N = 0, C = 0, P = 0;
+  int64_t M = 0;     // elements a channel: N P, or those of the call that this is a part of
   int64_t tile = 0;  // positions in one
 
   Planes x, residual, y;
@@ -45,5 +47,7 @@ struct BnStatMatch {
   int64_t tiles_of_sample() const { return (P + tile - 1) / tile; }
   int64_t tiles() const { return N * tiles_of_sample(); }
 };
+
+using BnStatMatchKernel = void(const BnStatMatch& call, int64_t begin, int64_t end);
 
 }  // namespace pydistill

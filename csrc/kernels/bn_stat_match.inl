@@ -12,7 +12,7 @@ namespace {
 using Call = BnStatMatch;
 using Planes = Call::Planes;
 
-constexpr int64_t kPanel = 256;  // channels of a unit of work
+constexpr int64_t kPanel = Call::kPanel;
 
 // V is a register of T, or T itself for what is left over: both are computed alike.
 template <class V, class T, class S>
@@ -243,7 +243,7 @@ void run_tile(const Call& call, const Tile& tile, int64_t index) {
   }
   T level[kPanel], slope[kPanel];
   const T* const of_mean = channels<T>(call.grad_statistics);
-  const T count = static_cast<T>(call.N * call.P);
+  const T count = static_cast<T>(call.M);
   for (int64_t c = tile.first_channel; c < tile.last_channel; ++c) {
     level[c - tile.first_channel] = of_mean[c] / count;
     slope[c - tile.first_channel] = T(2) * of_mean[call.C + c] / count;
@@ -269,7 +269,7 @@ template <class T>
 void merge_panel(const Call& call, int64_t first_channel, int64_t last_channel) {
   const int64_t C = call.C, tiles = call.tiles(), of_sample = call.tiles_of_sample();
   const int64_t last = call.P - (of_sample - 1) * call.tile;  // positions in a sample's last tile
-  const double count = static_cast<double>(call.N * call.P);
+  const double count = static_cast<double>(call.M);
   double mean[kPanel] = {}, squares[kPanel] = {};
   const auto each_tile = [&](auto body) PYDISTILL_LAMBDA {
     for (int64_t t = 0; t < tiles; ++t) {

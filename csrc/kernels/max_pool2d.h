@@ -21,6 +21,7 @@ struct MaxPool2d {
   const void* from = nullptr;  // [N][H][W][C]; in scatter [N][rows][columns][C]
   void* to = nullptr;          // [N][rows][columns][C]; in scatter [N][H][W][C]
   uint8_t* which = nullptr;    // [N][rows][columns][C]; written in pool only
+  int64_t first_row = 0;       // of H, where N is one and memory holds what the asked units need, and nothing above it
 
   int64_t rows() const { return pooled(H); }
   int64_t columns() const { return pooled(W); }
@@ -30,5 +31,7 @@ struct MaxPool2d {
  private:
   int64_t pooled(int64_t size) const { return (size - kernel + 2 * padding) / stride + 1; }
 };
+
+using MaxPool2dKernel = void(const MaxPool2d& call, int64_t begin, int64_t end);
 
 }  // namespace pydistill

@@ -237,7 +237,7 @@ struct Pooling {
     for (int64_t unit = begin; unit < end; ++unit) {
       if constexpr (PASS == Pass::scatter) {
         const int64_t image = unit / H * rows * columns * C;
-        positions(unit % H, from + image, to + unit * W * C, call.which + image);
+        positions(unit % H, from + image, to + (unit - call.first_row) * W * C, call.which + image);
       } else {
         const int64_t row = unit * columns * C;
         windows(unit % rows, from + unit / rows * H * W * C, to + row, call.which + row);
@@ -255,7 +255,7 @@ struct Pooling {
       choices.count = 0;
       for (int64_t i = i_begin; i < i_end; ++i)
         for (int64_t j = j_begin; j < j_end; ++j) choices.add(((i - i_begin) * W + j - j_begin) * C, i * kernel + j);
-      choose(image + ((top + i_begin) * W + left + j_begin) * C, to + q * C, which + q * C, run);
+      choose(image + ((top + i_begin - call.first_row) * W + left + j_begin) * C, to + q * C, which + q * C, run);
     }
   }
 

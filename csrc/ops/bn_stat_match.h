@@ -15,6 +15,22 @@
 
 namespace pydistill {
 
+inline const void* per_channel(const BnStatMatch& call, const Tensor& t, int64_t dim, const char* name,
+                               const Tensor& x) {
+  check(t.dim() == dim + 1 && t.sizes()[dim] == call.C && t.is_contiguous(), name, ": expected ", call.C,
+        " channels, contiguous");
+  check(t.scalar_type() == compute_type(call.scalar), name, ": expected ",
+        call.scalar == Scalar::f64 ? "float64" : "float32");
+  check(t.device() == x.device(), name, ": expected the device of x");
+  return t.const_data_ptr();
+}
+
+inline const void* of_statistics(const BnStatMatch& call, const Tensor& t, const Tensor& x) {
+  check(t.dim() == 2 && t.sizes()[0] == 2 && t.is_contiguous(), "grad_statistics: expected [2, ", call.C,
+        "], contiguous");
+  return per_channel(call, t, 1, "grad_statistics", x);
+}
+
 template <class Backend>
 struct BnStatMatchOps {
   using Call = BnStatMatch;
@@ -48,9 +64,7 @@ struct BnStatMatchOps {
     call.pass = Pass::backward;
     check(!grad_y || scale, "grad_y: expected none without a scale");
     if (grad_y) call.grad_y = planes(call, *grad_y, "grad_y", x);
-    check(grad_statistics.dim() == 2 && grad_statistics.sizes()[0] == 2 && grad_statistics.is_contiguous(),
-          "grad_statistics: expected [2, ", call.C, "], contiguous");
-    call.grad_statistics = per_channel(call, grad_statistics, 1, "grad_statistics", x);
+    call.grad_statistics = of_statistics(call, grad_statistics, x);
     call.mean = per_channel(call, mean, 0, "mean", x);
     Tensor grad_x = empty_planes(x);
     call.grad_x = planes_of(grad_x);
@@ -70,6 +84,7 @@ struct BnStatMatchOps {
     call.relu = relu;
     call.N = x.sizes()[0], call.C = x.sizes()[1], call.P = x.sizes()[2];
     check(call.N > 0 && call.C > 0 && call.P > 0, "x: expected at least one element");
+    call.M = call.N * call.P;
     call.x = planes_of(x);
     check(scale.has_value() == shift.has_value(), "shift: expected together with scale");
     check(scale || !residual, "residual: expected none without a scale");
@@ -92,15 +107,6 @@ struct BnStatMatchOps {
     check(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
     check(t.device() == x.device(), name, ": expected the device of x");
     return planes_of(t);
-  }
-
-  static const void* per_channel(const Call& call, const Tensor& t, int64_t dim, const char* name, const Tensor& x) {
-    check(t.dim() == dim + 1 && t.sizes()[dim] == call.C && t.is_contiguous(), name, ": expected ", call.C,
-          " channels, contiguous");
-    check(t.scalar_type() == compute_type(call.scalar), name, ": expected ",
-          call.scalar == Scalar::f64 ? "float64" : "float32");
-    check(t.device() == x.device(), name, ": expected the device of x");
-    return t.const_data_ptr();
   }
 
   // Uninitialised, of x's shape: channels neighbours where they are in x, positions else.

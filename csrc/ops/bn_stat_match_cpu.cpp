@@ -8,7 +8,6 @@
 
 namespace pydistill {
 
-using BnStatMatchKernel = void(const BnStatMatch& call, int64_t begin, int64_t end);
 BnStatMatchKernel bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512;
 
 namespace {
@@ -23,10 +22,10 @@ struct Cpu {
   static void run(const BnStatMatch& call, const Tensor&) {
     static constexpr BnStatMatchKernel* kernels[] = {bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512};
     BnStatMatchKernel* const kernel = best_of(kernels);
-    const int64_t panels = (call.C + 255) / 256;  // kPanel of the kernel
+    const int64_t panels = (call.C + BnStatMatch::kPanel - 1) / BnStatMatch::kPanel;
     const bool merge = call.pass == BnStatMatch::Pass::merge;
     const int64_t units = merge ? panels : panels * call.tiles();
-    const int64_t elements = std::min<int64_t>(call.C, 256) * std::min(call.tile, call.P);  // of a unit
+    const int64_t elements = std::min(call.C, BnStatMatch::kPanel) * std::min(call.tile, call.P);  // of a unit
     const int64_t grain = merge ? 1 : std::max<int64_t>(1, 32768 / elements);  // units worth a thread's while
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   }

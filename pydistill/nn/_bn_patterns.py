@@ -1,4 +1,4 @@
-"""Finds, in one module's own forward, BatchNorms whose output a ReLU takes, directly or behind a sum.
+"""Finds, in one module's own forward, BatchNorms whose output a ReLU takes, directly or behind a sum, and max poolings.
 
 The forward is traced with all children as leaves, so that a module called by it is called as before, hooks included.
 """
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pydistill.nn.frozen import pooling_of
+
 
 class _Shallow(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -21,11 +23,13 @@ class _Shallow(fx.Tracer):
 
 
 def fused(
-    module: nn.Module, make: Callable[[nn.Module], nn.Module]
+    module: nn.Module, make: Callable[..., nn.Module]
 ) -> tuple[fx.GraphModule, list[tuple[nn.Module, str]]] | None:
-    """``module`` with the BatchNorms fused, and for each of them "relu" or "add, relu"; None where there are none.
+    """``module`` with the BatchNorms fused, and for each of them "relu", "add, relu" or "relu, max pool"; None where
+    there are none.
 
-    ``make(bn)`` is called with the input, and the other summand if there is one, and includes the ReLU.
+    ``make(bn, pool)`` is called with the input, and the other summand if there is one, and includes the ReLU; and the
+    pooling, with its kernel, stride and padding, where ``pool`` is not None.
     """
     if not any(isinstance(child, _BatchNorm) for child in module.children()):
         return None
@@ -44,15 +48,19 @@ def fused(
             after = _only_user(after)
         if after is None or not _is_relu(after, children):
             continue
+        taken_in = [after, *_between(after, node), node]  # in the order in which nobody uses them any more
+        pool = None
+        behind = _only_user(after) if summand is None else None
+        if behind is not None and (pool := _pooling(behind, children)) is not None:
+            taken_in.insert(0, behind)
         name = f"{node.target.replace('.', '_')}_matched_{len(found)}"
-        children[name] = make(bn)
-        with graph.inserting_before(after):
+        children[name] = make(bn, pool)
+        with graph.inserting_before(taken_in[0]):
             new = graph.call_module(name, node.args if summand is None else (*node.args, summand))
-        middle = after.all_input_nodes[0]
-        after.replace_all_uses_with(new)
-        for old in dict.fromkeys((after, middle, node)):  # in the order in which nobody uses them any more
+        taken_in[0].replace_all_uses_with(new)
+        for old in taken_in:
             graph.erase_node(old)
-        found.append((bn, "relu" if summand is None else "add, relu"))
+        found.append((bn, "relu, max pool" if pool else "relu" if summand is None else "add, relu"))
     if not found:
         return None
     used = {node.target for node in graph.nodes if node.op == "call_module"}
@@ -97,6 +105,18 @@ def _other_summand(node: fx.Node, one: fx.Node) -> fx.Node | None:
     if a is one:
         return b
     return None if in_place else a  # in place of the other summand, others may look at the sum
+
+
+def _between(relu: fx.Node, bn: fx.Node) -> list[fx.Node]:
+    """The sum, where there is one."""
+    return [node for node in relu.all_input_nodes if node is not bn]
+
+
+def _pooling(node: fx.Node, children: dict[str, Any]) -> tuple[int, int, int] | None:
+    child = children[node.target] if node.op == "call_module" else None
+    if child is None or _has_hooks(child) or len(node.args) != 1 or node.kwargs:
+        return None
+    return pooling_of(child)
 
 
 def _is_relu(node: fx.Node, children: dict[str, Any]) -> bool:

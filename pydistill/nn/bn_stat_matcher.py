@@ -21,9 +21,10 @@ class BNStatMatcher:
     The model is frozen (``requires_grad_(False)``) and its BatchNorms run on `pydistill.bn_match_forward`, which reads
     the input once for output and statistics and keeps no copy of it. Where a module's own ``forward`` shows that a
     BatchNorm's output goes to a ReLU and nowhere else, or to a sum that does (torchvision's ``bn1`` and ``bn2``, an
-    ``nn.Sequential``), that is done in the same pass; `fused` tells where. Hooks on the modules so taken in would not
-    be called: BatchNorms and ReLUs that have some when the matcher is attached are left alone. Everything else about
-    the model stays as it is, and `remove` restores it::
+    ``nn.Sequential``), that is done in the same pass, and so is a max pooling of square windows behind the ReLU of a
+    BatchNorm alone (a ResNet's stem); `fused` tells where. Hooks on the modules so taken in would not be called: those
+    that have some when the matcher is attached are left alone. Everything else about the model stays as it is, and
+    `remove` restores it::
 
         model.eval()
         with BNStatMatcher(model, first=10.0) as matcher:  # or matcher.remove() at the end
@@ -48,7 +49,7 @@ class BNStatMatcher:
 
     Attributes:
         layers: the names of the BatchNorms, in order.
-        fused: of those fused with what follows, by name, "relu" or "add, relu".
+        fused: of those fused with what follows, by name, "relu", "add, relu" or "relu, max pool".
 
     Raises:
         TypeError: ``model`` is no module.
@@ -145,12 +146,10 @@ class BNStatMatcher:
             self._replace(module, graph.forward)
             self.fused |= {names[bn]: what for bn, what in fusions}
 
-    def _match(self, bn: nn.Module, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def _match(self, bn: nn.Module, x: Tensor, **fused: Any) -> Tensor:
         bn._check_input_dim(x)
         (w_mean, w_var, options), weight = self._options, self._weights[bn]
-        y, loss = bn_match_forward(
-            x, bn, relu=relu, residual=residual, w_mean=weight * w_mean, w_var=weight * w_var, **options
-        )
+        y, loss = bn_match_forward(x, bn, w_mean=weight * w_mean, w_var=weight * w_var, **fused, **options)
         if self._terms is None:
             self._terms = []
         self._terms.append(loss)
@@ -158,15 +157,16 @@ class BNStatMatcher:
 
 
 class _Fused(nn.Module):
-    """A BatchNorm of a matched model with the ReLU behind it, and what is added between them."""
+    """A BatchNorm of a matched model with the ReLU behind it, and what is added between them or pools it."""
 
-    def __init__(self, matcher: BNStatMatcher, bn: nn.Module):
+    def __init__(self, matcher: BNStatMatcher, bn: nn.Module, pool: tuple[int, int, int] | None):
         super().__init__()
         self.run = partial(matcher._match, bn)  # holds the BatchNorm without being its parent
+        self.pool = pool
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         if summand is None:
-            return self.run(x, relu=True)
+            return self.run(x, relu=True, pool=self.pool)
         if summand.shape == x.shape and summand.dtype == x.dtype:
             return self.run(x, relu=True, residual=summand)
         return (self.run(x) + summand).relu()  # it is broadcast, or of another precision

@@ -82,21 +82,23 @@ class _MaxPool2d(nn.MaxPool2d):
         return max_pool2d(x, *(_side(value) for value in (self.kernel_size, self.stride, self.padding)))
 
 
+def pooling_of(module: nn.Module) -> tuple[int, int, int] | None:
+    """Kernel, stride and padding of a max pooling that `pydistill.ops.max_pool2d` does; None of any other module."""
+    if type(module) not in (nn.MaxPool2d, _MaxPool2d) or module.ceil_mode or module.return_indices:
+        return None
+    sizes = [_side(value) for value in (module.kernel_size, module.stride, module.padding, module.dilation)]
+    if None in sizes:
+        return None
+    kernel, stride, padding, dilation = sizes
+    fits = 1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= 2 * padding <= kernel and dilation == 1
+    return (kernel, stride, padding) if fits else None
+
+
 def _side(value: Any) -> int | None:
     """Of a square, given as torch's modules take it; None of what is no square."""
     sides = set(value) if isinstance(value, (tuple, list)) else {value}
     side = sides.pop() if len(sides) == 1 else None
     return side if type(side) is int else None
-
-
-def _is_pooled(module: nn.Module) -> bool:
-    """Whether `_MaxPool2d` can stand in this module's place."""
-    if type(module) is not nn.MaxPool2d or _side(module.dilation) != 1 or module.ceil_mode or module.return_indices:
-        return False
-    kernel, stride, padding = (_side(value) for value in (module.kernel_size, module.stride, module.padding))
-    if kernel is None or stride is None or padding is None:
-        return False
-    return 1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= 2 * padding <= kernel
 
 
 def _has_convolution(dtype: torch.dtype) -> bool:
@@ -140,7 +142,7 @@ def freeze(model: nn.Module) -> nn.Module:
             module.__class__ = FrozenConv2d  # same state; only forward differs
         elif type(module) is nn.Conv2d:
             module.__class__ = _OtherConv2d
-        elif _is_pooled(module):
+        elif pooling_of(module) is not None:
             module.__class__ = _MaxPool2d
     return frozen
 

@@ -44,6 +44,14 @@ def max_pool2d(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    check_pooling(x, kernel_size, stride, padding)
+    if choose_backend("max_pool2d", backend, x.device, BACKENDS) == "reference":
+        return reference.max_pool2d(x, kernel_size, stride, padding)
+    return _forward(x, kernel_size, stride, padding)[0]
+
+
+def check_pooling(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
+    """Raise unless these sizes can pool x, which has a dtype that they fit."""
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -56,44 +64,41 @@ def max_pool2d(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 
     least = max(1, kernel_size - 2 * padding)
     if x.dim() != 4 or x.shape[1] == 0 or min(x.shape[2:]) < least:
         raise ValueError(f"x: expected [N, C, H, W] with C >= 1 and H, W >= {least}, got shape {list(x.shape)}")
-    if choose_backend("max_pool2d", backend, x.device, BACKENDS) == "reference":
-        return reference.max_pool2d(x, kernel_size, stride, padding)
-    return _forward(x, kernel_size, stride, padding)[0]
 
 
 # In every formula below: `saved` are the operator's tensors, `options` its other arguments, and the last three of those
 # are (kernel, stride, padding).
 
 
-def _images(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_images(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _pooled(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[int, ...]:
+def pooled_shape(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[int, ...]:
     return (*x.shape[:2], *((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:]))
 
 
 def _forward_fake(x: Tensor, *options: int) -> tuple[Tensor, Tensor]:
-    shape = _pooled(x, *options)
-    return _images(shape, x, x.dtype), _images(shape, x, torch.uint8)
+    shape = pooled_shape(x, *options)
+    return empty_images(shape, x, x.dtype), empty_images(shape, x, torch.uint8)
 
 
 def _gather_fake(x: Tensor, which: Tensor, *options: int) -> Tensor:
-    return _images(_pooled(x, *options), x, x.dtype)
+    return empty_images(pooled_shape(x, *options), x, x.dtype)
 
 
 def _backward_fake(grad: Tensor, which: Tensor, height: int, width: int, *options: int) -> Tensor:
-    return _images((*grad.shape[:2], height, width), grad, grad.dtype)
+    return empty_images((*grad.shape[:2], height, width), grad, grad.dtype)
 
 
 def _forward_vjp(saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, _: Any) -> tuple:
     x, which = saved
-    return (None if grad is None else _backward(grad, which, *x.shape[2:], *options),)
+    return (None if grad is None else scatter(grad, which, *x.shape[2:], *options),)
 
 
 def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, *rest: Any) -> tuple:
     x = saved[0]  # what was kept is not there in forward mode
-    return _gather(x_t, _forward(x, *options)[1], *options), None
+    return gather(x_t, _forward(x, *options)[1], *options), None
 
 
 def _batch_into_images(op: Any, tensors: int) -> Any:
@@ -122,19 +127,19 @@ _forward = Operator(
     vmap=_batch_into_images(lambda *args: _forward.raw(*args), 1),
     kept=1,
 )
-_gather = Operator(
+gather = Operator(
     "max_pool2d_gather",
     tensors=2,
     fake=_gather_fake,
-    vjp=lambda saved, options, grad: (_backward(grad, saved[1], *saved[0].shape[2:], *options), None),
-    jvp=lambda saved, options, x_t, *rest: _gather(x_t, saved[1], *options),
-    vmap=_batch_into_images(lambda *args: _gather.raw(*args), 2),
+    vjp=lambda saved, options, grad: (scatter(grad, saved[1], *saved[0].shape[2:], *options), None),
+    jvp=lambda saved, options, x_t, *rest: gather(x_t, saved[1], *options),
+    vmap=_batch_into_images(lambda *args: gather.raw(*args), 2),
 )
-_backward = Operator(
+scatter = Operator(
     "max_pool2d_backward",
     tensors=2,
     fake=_backward_fake,
-    vjp=lambda saved, options, grad: (_gather(grad, saved[1], *options[2:]), None),
-    jvp=lambda saved, options, grad_t, *rest: _backward(grad_t, saved[1], *options),
-    vmap=_batch_into_images(lambda *args: _backward.raw(*args), 2),
+    vjp=lambda saved, options, grad: (gather(grad, saved[1], *options[2:]), None),
+    jvp=lambda saved, options, grad_t, *rest: scatter(grad_t, saved[1], *options),
+    vmap=_batch_into_images(lambda *args: scatter.raw(*args), 2),
 )

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Reduction = Literal["norm", "sq"]
@@ -32,12 +33,13 @@ def bn_match_forward(
     *,
     relu: bool = False,
     residual: Tensor | None = None,
+    pool: tuple[int, int, int] | None = None,
     w_mean: float = 1.0,
     w_var: float = 1.0,
     reduction: Reduction = "norm",
     unbiased: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``relu(bn(x) + residual)`` with the running statistics, and `bn_stat_match` of x against them."""
+    """``pool(relu(bn(x) + residual))`` with the running statistics, and `bn_stat_match` of x against them."""
     shape = (-1, *(1 for _ in x.shape[2:]))
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = (bn.running_var + bn.eps).rsqrt()
@@ -47,4 +49,5 @@ def bn_match_forward(
     y = y.to(wide) if residual is None else y.to(wide) + residual.to(wide)
     match = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
     loss = bn_stat_match(x, bn.running_mean, bn.running_var, **match)
-    return (y.relu() if relu else y).to(x.dtype), loss
+    y = (y.relu() if relu else y).to(x.dtype)
+    return y if pool is None else F.max_pool2d(y, *pool), loss
