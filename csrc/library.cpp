@@ -127,9 +127,9 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "sparse_label_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor values, float T, int tail,"
       " float step, bool entropy, float scale) -> Tensor");
 
-  // A convolution whose output is as large as its input, with 3 or 4 taps a side, `before` of them above and left of
-  // the position; `filters` and `adjoint` are transformed filters [36, vectors, channels, lanes] of it and of its
-  // adjoint, which is of the same kind.
+  // A convolution with 3 taps a side or, of cells of 2x2 pixels, 4, `before` of them above and left of the position:
+  // two where x has the cells, one where the output has. `filters` and `adjoint` are transformed filters [36, vectors,
+  // channels, lanes] of it and of its adjoint, which is of the same kind.
   m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint, int taps, int before) -> Tensor");
 
   // Beside the largest of every window its number in the window, uint8; gather picks what the numbers say out of x, and

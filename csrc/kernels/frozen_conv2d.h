@@ -5,6 +5,10 @@
 // with zeros around x. The adjoint is of the same kind, with `taps - 1 - before`. The filters come transformed: for
 // each of the 36 points a matrix [C][K], cut into vectors of 64 bytes of output channels.
 //
+// Four taps are those of a 7x7 convolution with stride 2, whose positions are cells of 2x2 pixels: x (with two taps
+// before the position) or y (in the adjoint, with one) is an image of twice the height and width and a quarter of the
+// channels, and a cell's channels are its pixels' in their order.
+//
 // For bf16 the products are of 16-bit integers, in pairs of input channels (int16_pairs.h): each tile's and each
 // filter's channels at a point are scaled to the largest norm that no sum overflows with. Of the 15 bits that this
 // leaves, a sum over 512 channels uses 11 for an input of average size: rounding at the 36 points, which the transform
@@ -22,16 +26,18 @@ struct FrozenConv2d {
   Scalar scalar = Scalar::f32;  // of x and y
   int64_t N = 0, C = 0, K = 0, H = 0, W = 0;
   int64_t taps = 3, before = 1;
-  const void* x = nullptr;  // [N][H][W][C]
+  const void* x = nullptr;  // [N][H][W][C], or cells
   // [36][vectors][C][lanes] of double for f64, else float; for bf16 [36][vectors][1 + C / 2][lanes] of int16 pairs,
   // of which the first row holds float factors that undo the scaling. Zero where there is no channel.
   const void* filters = nullptr;
-  void* y = nullptr;  // [N][H][W][K]
+  void* y = nullptr;  // [N][H][W][K], or cells
 
   // A unit of work is `part` vectors of output channels of a chunk of `chunk` tiles; the units of a chunk are
   // neighbours, so that a thread transforms its inputs once.
   int64_t chunk = 1, part = 1;
 
+  bool of_cells() const { return taps == 4 && before == 2; }  // x
+  bool to_cells() const { return taps == 4 && before == 1; }  // y
   bool paired() const { return scalar == Scalar::bf16; }
   int64_t bytes() const { return scalar == Scalar::f64 ? 8 : 4; }  // of a number, or a pair, in filters
   int64_t lanes() const { return 64 / bytes(); }

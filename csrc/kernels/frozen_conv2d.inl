@@ -116,12 +116,14 @@ class Convolution {
       const Tile at = tile(first + t);
       const S* image = static_cast<const S*>(call.x) + at.n * H * W * C;
       const int64_t top = at.h - call.before, left = at.w - call.before;
+      if (call.of_cells()) {
+        transform_cells(t, image, top, left);
+        continue;
+      }
       const S* pixels[6][6];
       for (int i = 0; i < 6; ++i)
-        for (int j = 0; j < 6; ++j) {
-          const int64_t h = top + i, w = left + j;
-          pixels[i][j] = h < 0 || h >= H || w < 0 || w >= W ? zeros : image + (h * W + w) * C;
-        }
+        for (int j = 0; j < 6; ++j)
+          pixels[i][j] = inside(top + i, left + j) ? image + ((top + i) * W + left + j) * C : zeros;
       int64_t c = 0;
       if constexpr (kPaired) {
         for (; c + 2 * kLanes <= C; c += 2 * kLanes)
@@ -146,6 +148,34 @@ class Convolution {
       }
     }
   }
+
+  // A cell's channels lie in two rows of the image.
+  __attribute__((noinline)) void transform_cells(int64_t t, const S* image, int64_t top, int64_t left) {
+    const S *upper[6][6], *lower[6][6];
+    for (int i = 0; i < 6; ++i)
+      for (int j = 0; j < 6; ++j) {
+        const bool there = inside(top + i, left + j);
+        upper[i][j] = there ? image + (top + i) * W * C + (left + j) * (C / 2) : zeros;
+        lower[i][j] = there ? upper[i][j] + W * (C / 2) : zeros;
+      }
+    const int64_t half = C / 2;
+    T* const to = kPaired ? reinterpret_cast<T*>(floats) : reinterpret_cast<T*>(inputs + t * row);
+    const int64_t plane = kPaired ? tile_plane : input_plane;
+    if (!kPaired || C <= kLanes)
+      for (int64_t c = 0; c < C; c += kLanes)
+        transform_input(to + c, plane, [&](int i, int j) PYDISTILL_LAMBDA {
+          return widened_halves_register<T>(upper[i][j], lower[i][j], half, c);
+        });
+    if constexpr (kPaired) {
+      for (int64_t c = 0; c < C && C > kLanes; c += 2 * kLanes)
+        transform_pairs(floats + c, [&](int i, int j) PYDISTILL_LAMBDA {
+          return load_bf16_pairs(upper[i][j], lower[i][j], half, c);
+        });
+      scale(t);
+    }
+  }
+
+  PYDISTILL_INLINE bool inside(int64_t h, int64_t w) const { return h >= 0 && h < H && w >= 0 && w < W; }
 
   // Neighbouring channels as those on even and on odd places: no lane moves on the way to pairs of integers.
   template <class Pixels>
@@ -246,14 +276,18 @@ class Convolution {
     for (int64_t t = 0; t < count; ++t) {
       const Tile at = tile(first + t);
       S* const image = static_cast<S*>(call.y) + at.n * H * W * K;
-      const bool inside = at.h + SIDE <= H && at.w + SIDE <= W;
+      const bool whole = at.h + SIDE <= H && at.w + SIDE <= W;
       for (int64_t k = 0; k < groups * L; k += kLanes) {
         const P* const from = products + t * call.part * L + k;
         const P* const undo = filter(0, group + k / L) + k % L;
         const int64_t channel = group * L + k;
+        if (call.to_cells()) {
+          put_cells(image, at, from, t, undo, channel);
+          continue;
+        }
         S* const corner = image + (at.h * W + at.w) * K + channel;
         const int64_t down = W * K, right = K;
-        if (inside && channel + kLanes <= K)
+        if (whole && channel + kLanes <= K)
           transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
             store_narrowed_register<T>(corner + i * down + j * right, y);
           });
@@ -267,6 +301,16 @@ class Convolution {
           });
       }
     }
+  }
+
+  __attribute__((noinline)) void put_cells(S* image, Tile at, const P* from, int64_t t, const P* undo,
+                                           int64_t channel) const {
+    const int64_t half = K / 2;
+    transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+      if (at.h + i >= H || at.w + j >= W) return;
+      S* const upper = image + (at.h + i) * W * K + (at.w + j) * half;
+      store_narrowed_halves_register<T>(upper, upper + W * half, half, channel, y);
+    });
   }
 
   template <class Put>

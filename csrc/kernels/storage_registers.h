@@ -130,5 +130,55 @@ PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p, int64_t count) {
 PYDISTILL_INLINE Register<float> even_of_pairs(FloatBits pairs) { return (Register<float>)(pairs << 16); }
 PYDISTILL_INLINE Register<float> odd_of_pairs(FloatBits pairs) { return (Register<float>)(pairs & 0xFFFF0000u); }
 
+// What lies in two places, `half` elements in each: the register of those from c on, or of their pairs; zero where
+// there are no more, and left out on the way back.
+PYDISTILL_INLINE uint32_t lowest_bits(int64_t count) {
+  return count <= 0 ? 0 : count >= 32 ? ~uint32_t{0} : (uint32_t{1} << count) - 1;
+}
+
+template <class T, class S>
+PYDISTILL_INLINE Register<T> widened_halves_register(const S* first, const S* second, int64_t half, int64_t c) {
+#if defined(__AVX512BW__)
+  const uint32_t low = lowest_bits(half - c), high = lowest_bits(2 * half - c) & ~low;
+  const __mmask16 in_first = static_cast<__mmask16>(low), in_second = static_cast<__mmask16>(high);
+  first += c, second += c - half;
+  if constexpr (__is_same(S, float))
+    return _mm512_mask_loadu_ps(_mm512_maskz_loadu_ps(in_first, first), in_second, second);
+  if constexpr (__is_same(S, double))
+    return _mm512_mask_loadu_pd(_mm512_maskz_loadu_pd(static_cast<__mmask8>(low), first), static_cast<__mmask8>(high),
+                                second);
+  if constexpr (sizeof(S) == 2)
+    return widened_halves<S>(_mm256_mask_loadu_epi16(_mm256_maskz_loadu_epi16(in_first, first), in_second, second));
+#endif
+  T each[Registers<T>::lanes] = {};
+  for (int64_t i = 0; i < Registers<T>::lanes && c + i < 2 * half; ++i)
+    each[i] = widen(c + i < half ? first[c + i] : second[c + i - half]);
+  return load_register(each);
+}
+
+PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* first, const Bf16* second, int64_t half, int64_t c) {
+  Bf16 each[2 * Registers<float>::lanes] = {};
+  for (int64_t i = 0; i < 2 * Registers<float>::lanes && c + i < 2 * half; ++i)
+    each[i] = c + i < half ? first[c + i] : second[c + i - half];
+  return load_bf16_pairs(each);
+}
+
+template <class T, class S>
+PYDISTILL_INLINE void store_narrowed_halves_register(S* first, S* second, int64_t half, int64_t c, Register<T> v) {
+  alignas(kRegisterBytes) S each[Registers<T>::lanes];
+  store_narrowed_register<T>(each, v);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(S) == 2) {
+    const uint32_t low = lowest_bits(half - c), high = lowest_bits(2 * half - c) & ~low;
+    const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(each));
+    _mm256_mask_storeu_epi16(first + c, static_cast<__mmask16>(low), all);
+    _mm256_mask_storeu_epi16(second + c - half, static_cast<__mmask16>(high), all);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < Registers<T>::lanes && c + i < 2 * half; ++i)
+    (c + i < half ? first[c + i] : second[c + i - half]) = each[i];
+}
+
 }  // namespace
 }  // namespace pydistill

@@ -34,18 +34,24 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   FrozenConv2d call;
   call.scalar = scalar_of(x, "x");
   call.N = x.sizes()[0], call.C = x.sizes()[1], call.H = x.sizes()[2], call.W = x.sizes()[3];
-  check((taps == 3 || taps == 4) && before >= 0 && before < taps,
-        "taps: expected 3 or 4 a side, fewer of them before the position, got ", taps, " and ", before);
+  check((taps == 3 && before == 1) || (taps == 4 && (before == 1 || before == 2)),
+        "taps: expected 3 a side with 1 before the position, or 4 with 1 or 2, got ", taps, " and ", before);
   call.taps = taps, call.before = before;
+  if (call.of_cells()) {
+    check(call.H % 2 == 0 && call.W % 2 == 0, "x: expected an even height and width, got ", call.H, " x ", call.W);
+    call.C *= 4, call.H /= 2, call.W /= 2;
+  }
   check(call.C > 0 && call.H > 0 && call.W > 0, "x: expected channels and pixels");
   check(adjoint.dim() == 4, "adjoint: expected [36, vectors, K, lanes], got ", adjoint.dim(), " dimensions");
   call.K = call.paired() ? 2 * (adjoint.sizes()[2] - 1) : adjoint.sizes()[2];
   check(!call.paired() || call.C % 2 == 0, "x: expected an even number of channels in bfloat16");
+  check(!call.to_cells() || call.K % 4 == 0, "filters: expected cells of 2x2 pixels, got ", call.K, " channels");
   check_filters(filters, "filters", call.C, call.K, call, x);
   check_filters(adjoint, "adjoint", call.K, call.C, call, x);
 
   const Tensor from = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-  const int64_t shape[] = {call.N, call.K, call.H, call.W};
+  const int64_t cell = call.to_cells() ? 2 : 1,
+                shape[] = {call.N, call.K / (cell * cell), cell * call.H, cell * call.W};
   Tensor y = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), x.scalar_type(), std::nullopt,
                                   x.device(), std::nullopt, MemoryFormat::ChannelsLast);
   if (call.N == 0) return y;

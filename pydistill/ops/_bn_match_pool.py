@@ -37,7 +37,7 @@ def _backward_fake(grad_y: Tensor, grad_statistics: Tensor, x: Tensor, *rest: An
 
 
 def _planes(images: Tensor) -> Tensor:
-    return images.flatten(2)  # [N, C, P]
+    return images.reshape(*images.shape[:2], -1)  # [N, C, P]
 
 
 def _forward_vjp(

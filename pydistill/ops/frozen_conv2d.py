@@ -113,8 +113,8 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
         raise ValueError(f"filters: expected {form} for x in {x.dtype}, got {filters.forward.dtype}")
     taps, before = (3, 1) if weight.shape[2] == 3 else (4, 2)
     if taps == 4:
-        even = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # the outputs are as many either way
-        x = F.pixel_unshuffle(even, 2)
+        if x.shape[2] % 2 or x.shape[3] % 2:  # the outputs are as many either way
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
     elif form == torch.int16 and x.shape[1] % 2:
         x = F.pad(x, (0, 0, 0, 0, 0, 1))
     y = _forward(x, filters.forward, filters.adjoint, taps, before)
@@ -137,10 +137,10 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _by_cells(weight: Tensor) -> Tensor:
-    """``[K, C, 7, 7]`` of stride 2 and padding 3 as ``[K, 4 C, 4, 4]`` on `F.pixel_unshuffle`'s cells, two before."""
+    """``[K, C, 7, 7]`` of stride 2 and padding 3 as ``[K, 4 C, 4, 4]`` on cells of 2x2 pixels, two before."""
     K, C = weight.shape[:2]
     even = F.pad(weight, (1, 0, 1, 0))  # rows of 8 taps begin 4 pixels before the position
-    return even.view(K, C, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(K, 4 * C, 4, 4)
+    return even.view(K, C, 4, 2, 4, 2).permute(0, 3, 5, 1, 2, 4).reshape(K, 4 * C, 4, 4)
 
 
 def _transformed(weight: Tensor, form: torch.dtype) -> Tensor:
@@ -181,7 +181,11 @@ def _scale(filters: Tensor) -> Tensor:
 
 def _fake(x: Tensor, forward: Tensor, adjoint: Tensor, taps: int, before: int) -> Tensor:
     K = 2 * (adjoint.shape[2] - 1) if adjoint.dtype == torch.int16 else adjoint.shape[2]
-    return torch.empty((x.shape[0], K, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    N, _, H, W = x.shape
+    shape = (N, K, H, W)
+    if taps == 4:  # of cells, or to them
+        shape = (N, K, H // 2, W // 2) if before == 2 else (N, K // 4, 2 * H, 2 * W)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _vmap(info: Any, in_dims: tuple, x: Tensor, forward: Tensor, adjoint: Tensor, *options: int) -> tuple[Tensor, int]:

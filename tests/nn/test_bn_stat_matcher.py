@@ -78,7 +78,25 @@ def residual_net():
     )
 
 
+class Stem(nn.Module):
+    """As torchvision's ResNets begin; then poolings that are no part of a pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, bias=False)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(6) for _ in range(3))
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.wide, self.flat = nn.MaxPool2d(2, 1, dilation=2), nn.MaxPool2d((2, 1), 1)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv(x))))
+        x = self.wide(self.relu(self.bn2(x)))
+        y = self.relu(self.bn3(x))
+        return self.flat(y) + y[:, :, 1:]
+
+
 MODELS = {
+    "stem": (Stem, (2, 3, 13, 12), ["bn1", "bn2", "bn3"]),
     "residual": (residual_net, (2, 3, 9, 9), ["1", "3.bn1", "3.bn2", "4.bn1", "4.bn2"]),
     "odd": (Odd, (2, 3, 5, 5), []),
     "dynamic": (Dynamic, (5, 4), []),

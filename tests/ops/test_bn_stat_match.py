@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pydistill import bn_match_forward, bn_stat_match, reference
+from pydistill.ops import max_pool2d
 from pydistill.testing import CHECKS, Case, assert_close, check_op
 
 OPS = torch.ops.pydistill
@@ -49,7 +50,12 @@ def raw_calls(x, mean, var, **options):
     scale, shift = scale.clone().requires_grad_(), shift.clone().requires_grad_()
     grads = torch.randn(2, x.shape[1], dtype=x.dtype, requires_grad=True)
     kept = planes.detach().mean((0, 2))
+    images = planes.detach()[..., None]  # a column
+    *_, which, _ = OPS.bn_match_pool(images, scale.detach(), shift.detach(), True, 2, 1, 1)
+    pooled = torch.randn(which.shape, dtype=x.dtype, requires_grad=True)
     return [
+        (OPS.bn_match_pool.default, (images.clone().requires_grad_(), scale, shift, True, 2, 1, 1)),
+        (OPS.bn_match_pool_backward.default, (pooled, grads, images, which, scale, shift, kept, True, 2, 1, 1)),
         (OPS.bn_stat_match.default, (planes, None, None, None, False)),
         (OPS.bn_stat_match.default, (planes, like, scale, shift, True)),
         (OPS.bn_stat_match_backward.default, (None, grads, planes, None, None, None, kept, False)),
@@ -105,6 +111,16 @@ FUSED = [
         (True, True, "channels_last"),
     )
 ]
+POOLED = [  # in half precision, where rounding decides who wins: test_pooling_in_bands...
+    Case(
+        f"relu={relu} {pool} {layout}", tensors((2, 9, 7, 6), layout, 2), {"relu": relu, "pool": pool}, (torch.float32,)
+    )
+    for relu, pool, layout in (
+        (True, (3, 2, 1), "channels_last"),
+        (False, (2, 3, 0), "dense"),
+        (True, (3, 1, 1), "slice"),
+    )
+]
 
 
 @pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("opcheck", "compile")])
@@ -120,7 +136,7 @@ def test_with_the_compiler(case, check):
 
 
 @pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("opcheck", "compile")])
-@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FUSED + POOLED, ids=lambda case: case.name)
 def test_fused_matrix(case, check):
     check_op(fused, fused_plain, [case], checks=[check])
 
@@ -148,6 +164,53 @@ def test_fused_compiles():
 def test_partial_tiles(shape, layout):
     make = tensors((*shape, 1), layout, 2, True)
     check_op(fused, fused_plain, [Case("tiles", make, {"relu": True}, order=1)], checks=["values", "repeats"])
+
+
+# 192 KiB of rows at a time, but as many rows as a window has; more rows than the windows see, and fewer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    [
+        ((3, 64, 50, 112), (3, 2, 1)),
+        ((2, 5, 37, 29), (3, 2, 1)),
+        ((2, 130, 41, 190), (3, 2, 1)),
+        ((1, 300, 50, 90), (2, 3, 0)),
+        ((2, 33, 30, 800), (5, 1, 2)),
+        ((2, 1, 700, 150), (3, 3, 1)),
+        ((1, 40, 16, 2000), (4, 7, 1)),
+    ],
+    ids=str,
+)
+def test_pooling_in_bands_is_one_operator_after_the_other(shape, pool, dtype):
+    generator = torch.Generator().manual_seed(sum(shape))
+    bn = nn.BatchNorm2d(shape[1]).eval().requires_grad_(False)
+    for values in (bn.running_mean, bn.weight, bn.bias):
+        values.normal_(generator=generator)
+    bn = bn.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def results(y, loss):
+        grad = torch.sin(torch.arange(y.numel()) * 1.7).view_as(y).to(dtype)
+        return y, loss, torch.autograd.grad((y.double() * grad).sum() + loss.double(), x)[0]
+
+    y, loss, d_x = results(*bn_match_forward(x, bn, relu=True, pool=pool))
+    between, between_loss = bn_match_forward(x, bn, relu=True)
+    apart, apart_loss, apart_d_x = results(max_pool2d(between, *pool), between_loss)
+    assert torch.equal(y, apart)
+    torch.testing.assert_close(loss, apart_loss, rtol=1e-5, atol=1e-6)
+    # sums are of other tiles: the part of the statistics may differ in its last bits
+    torch.testing.assert_close(d_x, apart_d_x, rtol=2e-2 if d_x.element_size() == 2 else 1e-5, atol=1e-6)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert d_x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pooling_keeps_the_input_and_the_winners_only():
+    bn = nn.BatchNorm2d(64).eval().requires_grad_(False)
+    x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, _ = bn_match_forward(x, bn, relu=True, pool=(3, 2, 1))
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None and t.numel() > 200]
+    assert [(t.data_ptr() == x.data_ptr(), t.dtype) for t in saved] == [(True, x.dtype), (False, torch.uint8)]
+    assert saved[1].shape == y.shape
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
@@ -222,7 +285,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x, r = (t.to(dtype).contiguous(memory_format=format).requires_grad_() for t in pair)
         y, loss = pydistill.bn_match_forward(x, bn, relu=True, residual=r)
         grads = torch.autograd.grad((y.float().square().sum() + loss), (x, r))
-        for t in (y, loss, *grads):
+        p, p_loss = pydistill.bn_match_forward(x, bn, relu=True, pool=(3, 2, 1))
+        grads += torch.autograd.grad((p.float().square().sum() + p_loss), x)
+        for t in (y, loss, p, p_loss, *grads):
             digest.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -280,8 +345,32 @@ X, MEAN, VAR = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
             lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), residual=X[:1]),
         ),
         (TypeError, "residual: expected a tensor", lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), residual=1.0)),
+        (
+            ValueError,
+            "pool: expected None with a residual",
+            lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), residual=X, pool=(3, 2, 1)),
+        ),
+        (TypeError, r"pool: expected \(kernel_size", lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), pool=3)),
+        (ValueError, "padding: expected 0 to 1", lambda: bn_match_forward(X, nn.BatchNorm2d(3).eval(), pool=(3, 2, 2))),
+        (
+            ValueError,
+            r"x: expected \[N, C, H, W\]",
+            lambda: bn_match_forward(X[..., 0], nn.BatchNorm1d(3).eval(), pool=(3, 2, 1)),
+        ),
     ],
 )
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_direct_calls_of_the_pooled_form_are_checked_too():
+    scale, shift, mean = torch.ones(3, 3).unbind()
+    y, statistics, which, _ = OPS.bn_match_pool(X, scale, shift, True, 3, 2, 1)
+    for args in ((X[0], scale, shift), (X[:0], scale, shift), (X, scale[:2], shift), (X, scale, shift.double())):
+        with pytest.raises(RuntimeError, match=r"(x|scale|shift): expected"):
+            OPS.bn_match_pool(*args, True, 3, 2, 1)
+    good = (y, statistics, X, which, scale, shift, mean)
+    for at, wrong in ((0, y[..., :1]), (0, y.double()), (1, statistics[0]), (3, which.float()), (3, which[:1]), (6, y)):
+        with pytest.raises(RuntimeError, match=r"(grad_y|grad_statistics|which|mean): expected"):
+            OPS.bn_match_pool_backward(*good[:at], wrong, *good[at + 1 :], True, 3, 2, 1)

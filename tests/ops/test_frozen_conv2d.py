@@ -31,7 +31,7 @@ def plain(x, filters):
 def raw_calls(x, filters):
     made = frozen_filters(filters)
     if filters.shape[2] == 7:
-        return [(OP, (torch.randn(2, 4 * x.shape[1], 4, 5, dtype=x.dtype, requires_grad=True), *made[1:], 4, 2))]
+        return [(OP, (torch.randn(2, x.shape[1], 8, 10, dtype=x.dtype, requires_grad=True), *made[1:], 4, 2))]
     return [(OP, (x, made.forward, made.adjoint, 3, 1))]
 
 
@@ -315,7 +315,9 @@ def test_direct_calls_are_checked_too():
         (X[:, :2], made.forward, made.adjoint, 3, 1),
         (X, made.adjoint, made.forward, 3, 1),
         (X, made.forward, made.adjoint, 5, 1),
-        (X, made.forward, made.adjoint, 3, 3),
+        (X, made.forward, made.adjoint, 3, 2),
+        (X[:, :, :3], *frozen_filters(torch.ones(4, 3, 7, 7))[1:], 4, 2),  # half a cell
+        (X, made.forward, made.adjoint, 4, 1),  # three channels, of no cells
         (X, made.forward[:35], made.adjoint, 3, 1),
         (X, made.forward.double(), made.adjoint, 3, 1),
         (X, made.forward, made.adjoint[0], 3, 1),
