@@ -51,6 +51,8 @@ class Convolution {
   using R = Register<T>;
   static constexpr int L = Lanes<P>::count, kLanes = Registers<T>::lanes;
   static constexpr bool kPaired = __is_same(P, int32_t);
+  // Terms of one sum: of sums of sums less is lost in rounding than of a long one. Integers lose nothing.
+  static constexpr int64_t kDepth = kPaired ? int64_t{1} << 30 : 64;
 
  public:
   Convolution(const FrozenConv2d& call, void* scratch)
@@ -82,10 +84,13 @@ class Convolution {
       if (chunk != transformed) transform_inputs();
       transformed = chunk;
       const int64_t groups = outputs - group < call.part ? outputs - group : call.part;
-      for (int64_t p = 0; p < kPoints; ++p)
-        multiply<P>(count, call.depth(), groups, {inputs + p * input_plane, row, 1},
-                    {filter(p, group) + (kPaired ? L : 0), L, call.filter_rows() * L, false},
-                    {products + p * product_plane, call.part * L, L, false});
+      for (int64_t p = 0; p < kPoints; ++p) {
+        const P* const factors_of_point = filter(p, group) + (kPaired ? L : 0);
+        for (int64_t d = 0, depth = call.depth(); d < depth; d += kDepth)
+          multiply<P>(count, depth - d < kDepth ? depth - d : kDepth, groups, {inputs + p * input_plane + d, row, 1},
+                      {factors_of_point + d * L, L, call.filter_rows() * L, false},
+                      {products + p * product_plane, call.part * L, L, d > 0});
+      }
       transform_outputs(group, groups);
     }
   }

@@ -67,10 +67,7 @@ __attribute__((noinline)) void product_tile(int64_t depth, Left<T> left, Right<T
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C * per; ++c)
-      sum[r][c] =
-          out.add ? *reinterpret_cast<const Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes)
-                  : Reg{};
+    for (int c = 0; c < C * per; ++c) sum[r][c] = Reg{};
   const T* b = right.data;
   const T* a = left.data;
   for (int64_t d = 0; d < depth; ++d, b += right.row, a += left.depth) {
@@ -88,8 +85,10 @@ __attribute__((noinline)) void product_tile(int64_t depth, Left<T> left, Right<T
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C * per; ++c)
-      *reinterpret_cast<Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes) = sum[r][c];
+    for (int c = 0; c < C * per; ++c) {
+      Unaligned& to = *reinterpret_cast<Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes);
+      to = out.add ? to + sum[r][c] : sum[r][c];
+    }
 }
 
 template <class T, int C>
