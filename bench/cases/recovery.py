@@ -195,11 +195,13 @@ def _frozen_gate(make: Callable[..., Any], truth: Provider, case: Case, config: 
 
 
 def _frozen_check(case: Case, point: Point, problem: resnet.Layer, outputs: dict[str, Any]) -> Iterator[Check]:
-    """Against float64: four times a direct convolution's error in float32."""
+    """Against float64: four times the error in float32 of torch's eager convolution. Of torch's own in other layouts,
+    which the float64 gate has seen, some are further off than that."""
     for i, truth in enumerate(resnet.layer_in_torch(problem.to(torch.float64))()):
         bound = 4 * relative_error(outputs[case.baseline][i], truth)
-        for name, values in outputs.items():
-            yield Check(name, f"{point.x}, output {i}, relative error", relative_error(values[i], truth), bound)
+        if "pydistill" in outputs:
+            error = relative_error(outputs["pydistill"][i], truth)
+            yield Check("pydistill", f"{point.x}, output {i}, relative error", error, bound)
 
 
 def _frozen_must_show(medians: Medians, config: Config) -> Iterator[Check]:
