@@ -169,12 +169,12 @@ class Convolution {
     if (!kPaired || C <= kLanes)
       for (int64_t c = 0; c < C; c += kLanes)
         transform_input(to + c, plane, [&](int i, int j) PYDISTILL_LAMBDA {
-          return widened_halves_register<T>(upper[i][j], lower[i][j], half, c);
+          return widened_register_of_two<T>(upper[i][j], lower[i][j], half, c);
         });
     if constexpr (kPaired) {
       for (int64_t c = 0; c < C && C > kLanes; c += 2 * kLanes)
         transform_pairs(floats + c, [&](int i, int j) PYDISTILL_LAMBDA {
-          return load_bf16_pairs(upper[i][j], lower[i][j], half, c);
+          return load_bf16_pairs_of_two(upper[i][j], lower[i][j], half, c);
         });
       scale(t);
     }
@@ -314,7 +314,7 @@ class Convolution {
     transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
       if (at.h + i >= H || at.w + j >= W) return;
       S* const upper = image + (at.h + i) * W * K + (at.w + j) * half;
-      store_narrowed_halves_register<T>(upper, upper + W * half, half, channel, y);
+      store_narrowed_register_to_two<T>(upper, upper + W * half, half, channel, y);
     });
   }
 

@@ -36,7 +36,8 @@ PYDISTILL_INLINE Register<int32_t> multiply_add(Register<int32_t> a, Register<in
 }
 #endif
 
-PYDISTILL_INLINE Register<int32_t> rounded_to_integers(Register<float> v) {  // to nearest even; NaN to an even number
+PYDISTILL_INLINE Register<int32_t> rounded_to_integers(
+    Register<float> v) {  // to nearest even; NaN to what has zero in its lower half
 #if defined(__AVX512F__)
   return (Register<int32_t>)_mm512_cvtps_epi32((__m512)v);
 #elif defined(__AVX2__)

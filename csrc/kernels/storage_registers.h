@@ -11,7 +11,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2), aligne
 
 #if defined(__AVX512F__)
 template <class S>
-PYDISTILL_INLINE __m512 widened_halves(__m256i halves) {
+PYDISTILL_INLINE __m512 widened_lanes(__m256i halves) {
   if constexpr (__is_same(S, F16)) return _mm512_maskz_cvtph_ps(0xFFFF, halves);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));  // the compiler takes two registers
 }
@@ -24,7 +24,7 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p) {
     return load_register(p);
   } else {
 #if defined(__AVX512F__)
-    return widened_halves<S>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return widened_lanes<S>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
     if constexpr (__is_same(S, F16)) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
@@ -90,7 +90,7 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p, int64_t count) {
   const uint32_t mask = (uint32_t{1} << count) - 1;
   if constexpr (__is_same(S, float)) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
   if constexpr (__is_same(S, double)) return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
-  if constexpr (sizeof(S) == 2) return widened_halves<S>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+  if constexpr (sizeof(S) == 2) return widened_lanes<S>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
 #endif
   T each[Registers<T>::lanes] = {};
   for (int64_t i = 0; i < count; ++i) each[i] = widen(p[i]);
@@ -137,7 +137,7 @@ PYDISTILL_INLINE uint32_t lowest_bits(int64_t count) {
 }
 
 template <class T, class S>
-PYDISTILL_INLINE Register<T> widened_halves_register(const S* first, const S* second, int64_t half, int64_t c) {
+PYDISTILL_INLINE Register<T> widened_register_of_two(const S* first, const S* second, int64_t half, int64_t c) {
 #if defined(__AVX512BW__)
   const uint32_t low = lowest_bits(half - c), high = lowest_bits(2 * half - c) & ~low;
   const __mmask16 in_first = static_cast<__mmask16>(low), in_second = static_cast<__mmask16>(high);
@@ -148,7 +148,7 @@ PYDISTILL_INLINE Register<T> widened_halves_register(const S* first, const S* se
     return _mm512_mask_loadu_pd(_mm512_maskz_loadu_pd(static_cast<__mmask8>(low), first), static_cast<__mmask8>(high),
                                 second);
   if constexpr (sizeof(S) == 2)
-    return widened_halves<S>(_mm256_mask_loadu_epi16(_mm256_maskz_loadu_epi16(in_first, first), in_second, second));
+    return widened_lanes<S>(_mm256_mask_loadu_epi16(_mm256_maskz_loadu_epi16(in_first, first), in_second, second));
 #endif
   T each[Registers<T>::lanes] = {};
   for (int64_t i = 0; i < Registers<T>::lanes && c + i < 2 * half; ++i)
@@ -156,7 +156,7 @@ PYDISTILL_INLINE Register<T> widened_halves_register(const S* first, const S* se
   return load_register(each);
 }
 
-PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* first, const Bf16* second, int64_t half, int64_t c) {
+PYDISTILL_INLINE FloatBits load_bf16_pairs_of_two(const Bf16* first, const Bf16* second, int64_t half, int64_t c) {
   Bf16 each[2 * Registers<float>::lanes] = {};
   for (int64_t i = 0; i < 2 * Registers<float>::lanes && c + i < 2 * half; ++i)
     each[i] = c + i < half ? first[c + i] : second[c + i - half];
@@ -164,7 +164,7 @@ PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* first, const Bf16* second
 }
 
 template <class T, class S>
-PYDISTILL_INLINE void store_narrowed_halves_register(S* first, S* second, int64_t half, int64_t c, Register<T> v) {
+PYDISTILL_INLINE void store_narrowed_register_to_two(S* first, S* second, int64_t half, int64_t c, Register<T> v) {
   alignas(kRegisterBytes) S each[Registers<T>::lanes];
   store_narrowed_register<T>(each, v);
 #if defined(__AVX512BW__)

@@ -45,10 +45,11 @@ class BnMatchPool {
       const int64_t first = windows_within(begin), last = windows_within(end);
       const int64_t seen = first * pool.stride - pool.padding;  // the first row of it
       const int64_t top = first < last ? std::clamp<int64_t>(seen, 0, begin) : begin;
-      const int64_t above = (begin - top) * image_row, all = (end - top) * image_row;
-      char* const rows = static_cast<char*>(scratch(all + tile_bytes));
-      if (top < begin) normalise(n, top, begin, rows, rows + all);  // whose sums another band counts
-      normalise(n, begin, end, rows + above,
+      const int64_t sums_bytes = (tile_bytes + 63) / 64 * 64;
+      char* const sums = static_cast<char*>(scratch(sums_bytes + (end - top) * image_row));
+      char* const rows = sums + sums_bytes;
+      if (top < begin) normalise(n, top, begin, rows, sums);  // another band counts these
+      normalise(n, begin, end, rows + (begin - top) * image_row,
                 static_cast<char*>(bn.partial) + (n * bn.tiles_of_sample() + begin / band) * tile_bytes);
       MaxPool2d part = image_of_pool(n);
       part.from = rows, part.to = static_cast<char*>(pool.to) + n * pooled() * element;

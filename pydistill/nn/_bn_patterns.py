@@ -23,7 +23,7 @@ class _Shallow(fx.Tracer):
 
 
 def fused(
-    module: nn.Module, make: Callable[..., nn.Module]
+    module: nn.Module, make: Callable[[nn.Module, tuple[int, int, int] | None], nn.Module]
 ) -> tuple[fx.GraphModule, list[tuple[nn.Module, str]]] | None:
     """``module`` with the BatchNorms fused, and for each of them "relu", "add, relu" or "relu, max pool"; None where
     there are none.
