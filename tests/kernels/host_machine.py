@@ -100,7 +100,7 @@ class BnStatMatch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("pass_", "scalar")),
         ("relu", ctypes.c_bool),
-        *((name, ctypes.c_int64) for name in (*"NCP", "tile")),
+        *((name, ctypes.c_int64) for name in (*"NCPM", "tile")),
         *((name, Planes) for name in ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")),
         *((name, ctypes.c_void_p) for name in ("scale", "shift", "mean", "grad_statistics")),
         *((name, ctypes.c_void_p) for name in ("partial", "statistics", "kept_mean")),
@@ -241,7 +241,7 @@ class HostMachine:
     ) -> None:
         """Runs the pass "tiles", "merge" or "backward" on tensors named as in BnStatMatch, outputs included."""
         number = ("tiles", "merge", "backward").index(name)
-        call = BnStatMatch(number, SCALARS.index(x.dtype), relu, *x.shape, tile, Planes.of(x))
+        call = BnStatMatch(number, SCALARS.index(x.dtype), relu, *x.shape, x.shape[0] * x.shape[2], tile, Planes.of(x))
         for field, tensor in tensors.items():
             is_planes = isinstance(getattr(call, field), Planes)
             setattr(call, field, Planes.of(tensor) if is_planes else None if tensor is None else tensor.data_ptr())
