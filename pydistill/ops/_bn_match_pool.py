@@ -87,9 +87,8 @@ def _backward_vjp(saved: tuple, options: tuple, u: Tensor) -> tuple:
 
 def _backward_jvp(saved: tuple, options: tuple, *tangents: Tensor) -> Tensor:
     x, which = saved[2:4]
-    grad_y_t, grad_statistics_t, x_t, _, scale_t, shift_t, mean_t = tangents
-    tangents, _ = _through_images((grad_y_t, grad_statistics_t, x_t, which, scale_t, shift_t, mean_t), options)
-    return backward_jvp(*_through_images(saved, options), *tangents)[0].view(x.shape)
+    of_planes, _ = _through_images((*tangents[:3], which, *tangents[4:]), options)
+    return backward_jvp(*_through_images(saved, options), *of_planes)[0].view(x.shape)
 
 
 def _backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
