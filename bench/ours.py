@@ -349,7 +349,7 @@ def frozen_layer(layer: resnet.Layer) -> resnet.Thunk:
     from pydistill.ops import frozen_conv2d, frozen_filters
 
     layer = layer.to(memory_format=torch.channels_last)
-    filters = frozen_filters(layer.weight)
+    filters = frozen_filters(layer.weight, stride=layer.stride)
     return resnet.differentiated(lambda x: frozen_conv2d(x, filters), layer)
 
 

@@ -173,14 +173,14 @@ SRE2L_RECOVER_STEP = Case(
 
 
 def _frozen_points(case: Case, config: Config) -> list[Point]:
-    """By the layer's channels and side; the stem has three channels."""
+    """By the layer's channels and side; the stem has three channels, and "/2" is a stride of two."""
     return [
         Point(
-            f"{before}x{size}",
-            partial(resnet.make_layer, config["batch"], before, width, size, taps),
+            f"{before}x{size}" + ("/2" if taps == 3 and stride == 2 else ""),
+            partial(resnet.make_layer, config["batch"], before, width, size, taps, stride),
             tuple(case.providers),
         )
-        for before, width, size, taps in config["layers"]
+        for before, width, size, taps, stride in config["layers"]
     ]
 
 
@@ -195,10 +195,12 @@ def _frozen_gate(make: Callable[..., Any], truth: Provider, case: Case, config: 
 
 
 def _frozen_check(case: Case, point: Point, problem: resnet.Layer, outputs: dict[str, Any]) -> Iterator[Check]:
-    """Against float64: four times the error in float32 of torch's eager convolution. Of torch's own in other layouts,
-    which the float64 gate has seen, some are further off than that."""
+    """Against float64: four times the error in float32 of torch's eager convolution, seven for the gradient of 3x3 taps
+    with stride 2, whose direct sums are short. Of torch's own in other layouts, which the float64 gate has seen, some
+    are further off than that."""
+    short = problem.weight.shape[2] == 3 and problem.stride == 2
     for i, truth in enumerate(resnet.layer_in_torch(problem.to(torch.float64))()):
-        bound = 4 * relative_error(outputs[case.baseline][i], truth)
+        bound = (7 if short and i == 1 else 4) * relative_error(outputs[case.baseline][i], truth)
         if "pydistill" in outputs:
             error = relative_error(outputs["pydistill"][i], truth)
             yield Check("pydistill", f"{point.x}, output {i}, relative error", error, bound)
@@ -228,11 +230,24 @@ FROZEN_CONV2D = Case(
     },
     full={
         "batch": 16,
-        "layers": ((3, 64, 224, 7), (64, 64, 56, 3), (128, 128, 28, 3), (256, 256, 14, 3), (512, 512, 7, 3)),
+        "layers": (
+            (3, 64, 224, 7, 2),
+            (64, 64, 56, 3, 1),
+            (64, 128, 56, 3, 2),
+            (128, 128, 28, 3, 1),
+            (128, 256, 28, 3, 2),
+            (256, 256, 14, 3, 1),
+            (512, 512, 7, 3, 1),
+        ),
         "times": {"64x56": 4, "128x28": 3, "256x14": 3, "512x7": 3},
-        "gate": ((2, 5, 19, 9, 3), (2, 3, 18, 15, 7)),
+        "gate": ((2, 5, 19, 9, 3, 1), (2, 5, 19, 9, 3, 2), (2, 3, 18, 15, 7, 2)),
     },
-    quick={"batch": 2, "layers": ((3, 16, 20, 7), (16, 16, 9, 3)), "gate": ((1, 3, 5, 6, 3),), "times": {}},
+    quick={
+        "batch": 2,
+        "layers": ((3, 16, 20, 7, 2), (16, 16, 9, 3, 1), (16, 20, 9, 3, 2)),
+        "gate": ((1, 3, 5, 6, 3, 1),),
+        "times": {},
+    },
     repeats=5,
     points=_frozen_points,
     gate=partial(_frozen_gate, resnet.make_layer, resnet.layer_in_torch),

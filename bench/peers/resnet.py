@@ -76,23 +76,26 @@ class Layer:
     """A convolution of the network with constant weights, and a cotangent: what is wanted is (y, gradient of x)."""
 
     x: Tensor
-    weight: Tensor  # 3x3 with stride 1 and padding 1, or the stem: 7x7 with stride 2 and padding 3
+    weight: Tensor  # 3x3, or the stem's 7x7; padded to keep the size
     grad: Tensor
+    stride: int
 
     @property
     def geometry(self) -> dict[str, int]:
-        return {"stride": 2, "padding": 3} if self.weight.shape[2] == 7 else {"stride": 1, "padding": 1}
+        return {"stride": self.stride, "padding": self.weight.shape[2] // 2}
 
     def to(self, *arguments: Any, **options: Any) -> Layer:
-        return Layer(*(t.to(*arguments, **options) for t in (self.x, self.weight, self.grad)))
+        return Layer(*(t.to(*arguments, **options) for t in (self.x, self.weight, self.grad)), self.stride)
 
 
-def make_layer(batch: int, before: int, width: int, size: int, taps: int, dtype: torch.dtype = torch.float32) -> Layer:
+def make_layer(
+    batch: int, before: int, width: int, size: int, taps: int, stride: int, dtype: torch.dtype = torch.float32
+) -> Layer:
     generator = torch.Generator().manual_seed(0)
-    after = size if taps == 3 else (size + 1) // 2
+    after = -(-size // stride)
     shapes = (batch, before, size, size), (width, before, taps, taps), (batch, width, after, after)
     x, weight, grad = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
-    return Layer(x, weight / (taps * before**0.5), grad)
+    return Layer(x, weight / (taps * before**0.5), grad, stride)
 
 
 Thunk = Callable[[], tuple[Tensor, ...]]

@@ -36,8 +36,8 @@ struct FrozenConv2d {
   // neighbours, so that a thread transforms its inputs once.
   int64_t chunk = 1, part = 1;
 
-  bool of_cells() const { return taps == 4 && before == 2; }  // x
-  bool to_cells() const { return taps == 4 && before == 1; }  // y
+  bool of_cells() const { return taps != 3 && before == taps / 2; }      // x
+  bool to_cells() const { return taps != 3 && before == taps / 2 - 1; }  // y
   bool paired() const { return scalar == Scalar::bf16; }
   int64_t bytes() const { return scalar == Scalar::f64 ? 8 : 4; }  // of a number, or a pair, in filters
   int64_t lanes() const { return 64 / bytes(); }
@@ -61,7 +61,7 @@ struct FrozenConv2d {
   static constexpr int64_t kFactors = 3;                   // vectors of a tile's 36 factors
   int64_t scratch_bytes() const {
     const int64_t scaled = paired() ? 36 * tile_plane() + kFactors * chunk : 0;
-    return 64 * (36 * (input_plane() + product_plane()) + scaled) + 8 * C;
+    return 64 * (36 * (input_plane() + product_plane()) + scaled) + 8 * (chunk + C);
   }
 };
 

@@ -2,23 +2,14 @@
 // to [36][tiles][C]; then, for some output channels at a time, 36 matrix products and the transform back.
 #include "cpu_vocabulary.h"
 #include "frozen_conv2d.h"
+#include "frozen_conv2d_points.h"
 #include "matrix_product.h"
 #include "storage_registers.h"
-#include "winograd.h"
 
 namespace pydistill {
 namespace {
 
 constexpr int kPoints = Winograd::kPoints;
-
-// winograd.h's points give F(3x3, 4x4) as well: filters of four taps leave three outputs of a tile.
-template <class T>
-PYDISTILL_INLINE void output_of_four_taps(const Register<T> (&m)[6], Register<T> (&y)[3]) {
-  const Register<T> sum_a = m[1] + m[2], sum_b = m[3] + m[4], odd_a = m[1] - m[2], odd_b = m[3] - m[4];
-  y[0] = m[0] + sum_a + sum_b;
-  y[1] = fused<T>(odd_a, T(Winograd::a), odd_b * T(Winograd::b));
-  y[2] = fused<T>(sum_a, T(Winograd::a2), fused<T>(sum_b, T(Winograd::b2), m[5]));
-}
 
 // The sum over the lanes of each of 16 registers.
 PYDISTILL_INLINE void lane_sums(const Register<float> (&v)[16], float* to) {
@@ -70,7 +61,10 @@ class Convolution {
         products(inputs + kPoints * input_plane),
         factors(reinterpret_cast<float*>(products + kPoints * product_plane)),
         floats(factors + call.chunk * kFactors),
-        zeros(reinterpret_cast<S*>(kPaired ? floats + kPoints * tile_plane : factors)) {
+        order(reinterpret_cast<int64_t*>(kPaired ? floats + kPoints * tile_plane : factors)),
+        zeros(reinterpret_cast<S*>(order + call.chunk)),
+        below(points_of_last(H)),
+        right(points_of_last(W)) {
     for (int64_t i = 0; i < C; ++i) zeros[i] = S{};
   }
 
@@ -81,17 +75,14 @@ class Convolution {
       const int64_t chunk = unit / parts, group = unit % parts * call.part, outputs = call.outputs();
       first = chunk * call.chunk;
       count = call.tiles() - first < call.chunk ? call.tiles() - first : call.chunk;
-      if (chunk != transformed) transform_inputs();
+      if (chunk != transformed) {
+        sort_tiles();
+        whole() ? transform_inputs<false>() : transform_inputs<true>();
+      }
       transformed = chunk;
       const int64_t groups = outputs - group < call.part ? outputs - group : call.part;
-      for (int64_t p = 0; p < kPoints; ++p) {
-        const P* const factors_of_point = filter(p, group) + (kPaired ? L : 0);
-        for (int64_t d = 0, depth = call.depth(); d < depth; d += kDepth)
-          multiply<P>(count, depth - d < kDepth ? depth - d : kDepth, groups, {inputs + p * input_plane + d, row, 1},
-                      {factors_of_point + d * L, L, call.filter_rows() * L, false},
-                      {products + p * product_plane, call.part * L, L, d > 0});
-      }
-      transform_outputs(group, groups);
+      for (int64_t p = 0; p < kPoints; ++p) multiply_point(p, group, groups);
+      whole() ? transform_outputs<false>(group, groups) : transform_outputs<true>(group, groups);
     }
   }
 
@@ -101,8 +92,85 @@ class Convolution {
   const int64_t H, W, C, K, row, input_plane, product_plane, tile_plane, filter_plane;
   P *const inputs, *const products;
   float *const factors, *const floats;  // where kPaired
+  int64_t* const order;                 // of a chunk's tiles
   S* const zeros;                       // a pixel outside of the image
   int64_t first = 0, count = 0;
+
+  // How many points an image's last row and last column of tiles take. A chunk's tiles come in this order: those of the
+  // last row, those of neither, those of the last column, corners. So the tiles that have a point are a range,
+  // whichever point it is. `ends` are those of the first three.
+  const int below, right;
+  int64_t ends[3] = {};
+
+  int points_of_last(int64_t size) const { return points_for(size % SIDE ? size % SIDE : SIDE, call.taps); }
+  bool whole() const { return below == 6 && right == 6; }
+  int points_down(int64_t h) const { return h + SIDE > H ? below : 6; }
+  int points_across(int64_t w) const { return w + SIDE > W ? right : 6; }
+
+  void sort_tiles() {
+    int64_t sorted = 0;
+    for (int kind = 0; kind < 4; ++kind) {
+      for (int64_t t = first; t < first + count; ++t) {
+        const Tile at = tile(t);
+        const bool last_row = points_down(at.h) < 6, last_column = points_across(at.w) < 6;
+        if (kind == (last_column ? (last_row ? 3 : 2) : (last_row ? 0 : 1))) order[sorted++] = t;
+      }
+      if (kind < 3) ends[kind] = sorted;
+    }
+  }
+
+  // A stride of two leaves one of three taps to every other row of pixels and two to those between. Of one tap, the
+  // transform is zero at one point: nothing is multiplied there. Channels, or pairs or vectors of them, come by phases:
+  // even rows' even columns and odd ones, odd rows' even ones and odd ones.
+  static bool is_zero(int64_t p, int64_t phase, int64_t point) {
+    return (p / 6 == point && phase < 2) || (p % 6 == point && phase % 2 == 0);
+  }
+  int64_t depth_of_phase() const {  // 0: not of these
+    return SIDE == 5 && call.of_cells() && C % (kPaired ? 8 : 4) == 0 ? call.depth() / 4 : 0;
+  }
+  int64_t vectors_of_phase() const { return SIDE == 5 && call.to_cells() && K % (4 * L) == 0 ? K / (4 * L) : 0; }
+
+  void multiply_point(int64_t p, int64_t group, int64_t groups) {
+    const bool of_rows = is_left_out(below, p / 6), of_columns = is_left_out(right, p % 6);
+    const int64_t from = of_rows ? ends[0] : 0, to = of_columns ? ends[1] : of_rows ? ends[2] : count;
+    P* const out = products + p * product_plane + from * call.part * L;
+    if (const int64_t phase = vectors_of_phase()) {
+      for (int64_t v = 0, end; v < groups; v = end) {
+        const bool zero = is_zero(p, (group + v) / phase, 5);
+        end = v;
+        do end = ((group + end) / phase + 1) * phase - group;
+        while (end < groups && is_zero(p, (group + end) / phase, 5) == zero);
+        if (end > groups) end = groups;
+        if (!zero) multiply_depths(p, group + v, end - v, from, to, 0, call.depth(), out + v * L, false);
+        for (int64_t t = 0; t < to - from && zero; ++t)
+          for (int64_t i = v * L; i < end * L; i += Registers<P>::lanes)
+            *reinterpret_cast<Register<P>*>(out + t * call.part * L + i) = Register<P>{};
+      }
+    } else if (const int64_t phase = depth_of_phase()) {
+      bool add = false;
+      for (int64_t d = 0, end; d < call.depth(); d = end) {
+        const bool zero = is_zero(p, d / phase, 0);
+        end = d;
+        do end += phase;
+        while (end < call.depth() && is_zero(p, end / phase, 0) == zero);
+        if (zero) continue;
+        multiply_depths(p, group, groups, from, to, d, end, out, add);
+        add = true;
+      }
+    } else {
+      multiply_depths(p, group, groups, from, to, 0, call.depth(), out, false);
+    }
+  }
+
+  // At point p: of tiles [from, to), vectors [first_vector, + vectors) of output channels, of input channels [d, end).
+  void multiply_depths(int64_t p, int64_t first_vector, int64_t vectors, int64_t from, int64_t to, int64_t d,
+                       int64_t end, P* out, bool add) const {
+    const P* const factors_of_point = filter(p, first_vector) + (kPaired ? L : 0);
+    for (; d < end; d += kDepth, add = true)
+      multiply<P>(to - from, end - d < kDepth ? end - d : kDepth, vectors,
+                  {inputs + p * input_plane + from * row + d, row, 1},
+                  {factors_of_point + d * L, L, call.filter_rows() * L, false}, {out, call.part * L, L, add});
+  }
 
   const P* filter(int64_t point, int64_t vector) const {
     return static_cast<const P*>(call.filters) + (point * call.outputs() + vector) * call.filter_rows() * L;
@@ -116,13 +184,15 @@ class Convolution {
     return {t / plane, t % plane / columns * SIDE, t % columns * SIDE};
   }
 
+  template <bool EDGES>
   __attribute__((noinline)) void transform_inputs() {
     for (int64_t t = 0; t < count; ++t) {
-      const Tile at = tile(first + t);
+      const Tile at = tile(order[t]);
+      const int down = EDGES ? points_down(at.h) : 6, across = EDGES ? points_across(at.w) : 6;
       const S* image = static_cast<const S*>(call.x) + at.n * H * W * C;
       const int64_t top = at.h - call.before, left = at.w - call.before;
       if (call.of_cells()) {
-        transform_cells(t, image, top, left);
+        transform_cells<EDGES>(t, image, top, left, down, across);
         continue;
       }
       const S* pixels[6][6];
@@ -132,50 +202,68 @@ class Convolution {
       int64_t c = 0;
       if constexpr (kPaired) {
         for (; c + 2 * kLanes <= C; c += 2 * kLanes)
-          transform_pairs(floats + c, [&](int i, int j) PYDISTILL_LAMBDA { return load_bf16_pairs(pixels[i][j] + c); });
+          transform_pairs(down, across, floats + c,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return load_bf16_pairs(pixels[i][j] + c); });
         const int64_t rest = C - c;
         if (C <= kLanes)
-          transform_input(floats, tile_plane,
+          transform_input(down, across, floats, tile_plane,
                           [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j], rest); });
         else if (rest)
-          transform_pairs(floats + c,
+          transform_pairs(down, across, floats + c,
                           [&](int i, int j) PYDISTILL_LAMBDA { return load_bf16_pairs(pixels[i][j] + c, rest); });
         scale(t);
       } else {
         T* const to = inputs + t * row;
         for (; c + kLanes <= C; c += kLanes)
-          transform_input(to + c, input_plane,
+          transform_input(down, across, to + c, input_plane,
                           [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j] + c); });
         const int64_t rest = C - c;
         if (rest)
-          transform_input(to + c, input_plane,
+          transform_input(down, across, to + c, input_plane,
                           [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j] + c, rest); });
       }
     }
   }
 
   // A cell's channels lie in two rows of the image.
-  __attribute__((noinline)) void transform_cells(int64_t t, const S* image, int64_t top, int64_t left) {
-    const S *upper[6][6], *lower[6][6];
+  template <bool EDGES>
+  __attribute__((noinline)) void transform_cells(int64_t t, const S* image, int64_t top, int64_t left, int points_down,
+                                                 int points_across) {
+    const int down = EDGES ? points_down : 6, across = EDGES ? points_across : 6;
+    const int64_t half = C / 2;
+    const S* rows[2][6][6];
     for (int i = 0; i < 6; ++i)
       for (int j = 0; j < 6; ++j) {
         const bool there = inside(top + i, left + j);
-        upper[i][j] = there ? image + (top + i) * W * C + (left + j) * (C / 2) : zeros;
-        lower[i][j] = there ? upper[i][j] + W * (C / 2) : zeros;
+        rows[0][i][j] = there ? image + (top + i) * W * C + (left + j) * half : zeros;
+        rows[1][i][j] = there ? rows[0][i][j] + W * half : zeros;
       }
-    const int64_t half = C / 2;
     T* const to = kPaired ? reinterpret_cast<T*>(floats) : reinterpret_cast<T*>(inputs + t * row);
     const int64_t plane = kPaired ? tile_plane : input_plane;
     if (!kPaired || C <= kLanes)
-      for (int64_t c = 0; c < C; c += kLanes)
-        transform_input(to + c, plane, [&](int i, int j) PYDISTILL_LAMBDA {
-          return widened_register_of_two<T>(upper[i][j], lower[i][j], half, c);
-        });
+      for (int64_t c = 0; c < C; c += kLanes) {
+        const int64_t of_row = c % half;
+        const auto& pixels = rows[c / half];
+        if (of_row + kLanes <= half)
+          transform_input(down, across, to + c, plane,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return widened_register<T>(pixels[i][j] + of_row); });
+        else
+          transform_input(down, across, to + c, plane, [&](int i, int j) PYDISTILL_LAMBDA {
+            return widened_register_of_two<T>(rows[0][i][j], rows[1][i][j], half, c);
+          });
+      }
     if constexpr (kPaired) {
-      for (int64_t c = 0; c < C && C > kLanes; c += 2 * kLanes)
-        transform_pairs(floats + c, [&](int i, int j) PYDISTILL_LAMBDA {
-          return load_bf16_pairs_of_two(upper[i][j], lower[i][j], half, c);
-        });
+      for (int64_t c = 0; c < C && C > kLanes; c += 2 * kLanes) {
+        const int64_t of_row = c % half;
+        const auto& pixels = rows[c / half];
+        if (of_row + 2 * kLanes <= half)
+          transform_pairs(down, across, floats + c,
+                          [&](int i, int j) PYDISTILL_LAMBDA { return load_bf16_pairs(pixels[i][j] + of_row); });
+        else
+          transform_pairs(down, across, floats + c, [&](int i, int j) PYDISTILL_LAMBDA {
+            return load_bf16_pairs_of_two(rows[0][i][j], rows[1][i][j], half, c);
+          });
+      }
       scale(t);
     }
   }
@@ -184,20 +272,22 @@ class Convolution {
 
   // Neighbouring channels as those on even and on odd places: no lane moves on the way to pairs of integers.
   template <class Pixels>
-  PYDISTILL_INLINE void transform_pairs(float* to, Pixels pixels) {
-    transform_input(to, tile_plane, [&](int i, int j) PYDISTILL_LAMBDA { return even_of_pairs(pixels(i, j)); });
-    transform_input(to + kLanes, tile_plane, [&](int i, int j) PYDISTILL_LAMBDA { return odd_of_pairs(pixels(i, j)); });
+  PYDISTILL_INLINE void transform_pairs(int down, int across, float* to, Pixels pixels) {
+    transform_input(down, across, to, tile_plane,
+                    [&](int i, int j) PYDISTILL_LAMBDA { return even_of_pairs(pixels(i, j)); });
+    transform_input(down, across, to + kLanes, tile_plane,
+                    [&](int i, int j) PYDISTILL_LAMBDA { return odd_of_pairs(pixels(i, j)); });
   }
 
   template <class Pixel>
-  PYDISTILL_INLINE static void transform_input(T* to, int64_t plane, Pixel pixel) {
+  PYDISTILL_INLINE static void transform_input(int down, int across, T* to, int64_t plane, Pixel pixel) {
     R half[6][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
       R column[6], out[6];
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) column[i] = pixel(i, j);
-      Winograd::input<T>(column, out);
+      input_of_points<T>(down, column, out);
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) half[i][j] = out[i];
       in_order();
@@ -205,7 +295,7 @@ class Convolution {
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) {
       R out[6];
-      Winograd::input<T>(half[i], out);
+      input_of_points<T>(across, half[i], out);
 #pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) *reinterpret_cast<R*>(to + (6 * i + j) * plane) = out[j];
       in_order();
@@ -277,49 +367,62 @@ class Convolution {
     }
   }
 
+  template <bool EDGES>
   __attribute__((noinline)) void transform_outputs(int64_t group, int64_t groups) {
     for (int64_t t = 0; t < count; ++t) {
-      const Tile at = tile(first + t);
+      const Tile at = tile(order[t]);
+      const int down = EDGES ? points_down(at.h) : 6, across = EDGES ? points_across(at.w) : 6;
       S* const image = static_cast<S*>(call.y) + at.n * H * W * K;
-      const bool whole = at.h + SIDE <= H && at.w + SIDE <= W;
+      const bool inner = at.h + SIDE <= H && at.w + SIDE <= W;
       for (int64_t k = 0; k < groups * L; k += kLanes) {
         const P* const from = products + t * call.part * L + k;
         const P* const undo = filter(0, group + k / L) + k % L;
         const int64_t channel = group * L + k;
         if (call.to_cells()) {
-          put_cells(image, at, from, t, undo, channel);
+          put_cells<EDGES>(image, at, down, across, from, t, undo, channel);
           continue;
         }
         S* const corner = image + (at.h * W + at.w) * K + channel;
-        const int64_t down = W * K, right = K;
-        if (whole && channel + kLanes <= K)
-          transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
-            store_narrowed_register<T>(corner + i * down + j * right, y);
+        const int64_t row_below = W * K;
+        if (inner && channel + kLanes <= K)
+          transform_output(down, across, from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+            store_narrowed_register<T>(corner + i * row_below + j * K, y);
           });
         else
-          transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+          transform_output(down, across, from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
             if (at.h + i >= H || at.w + j >= W) return;
             if (channel + kLanes <= K)
-              store_narrowed_register<T>(corner + i * down + j * right, y);
+              store_narrowed_register<T>(corner + i * row_below + j * K, y);
             else if (channel < K)
-              store_narrowed_register<T>(corner + i * down + j * right, y, K - channel);
+              store_narrowed_register<T>(corner + i * row_below + j * K, y, K - channel);
           });
       }
     }
   }
 
-  __attribute__((noinline)) void put_cells(S* image, Tile at, const P* from, int64_t t, const P* undo,
-                                           int64_t channel) const {
-    const int64_t half = K / 2;
-    transform_output(from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
-      if (at.h + i >= H || at.w + j >= W) return;
-      S* const upper = image + (at.h + i) * W * K + (at.w + j) * half;
-      store_narrowed_register_to_two<T>(upper, upper + W * half, half, channel, y);
-    });
+  template <bool EDGES>
+  __attribute__((noinline)) void put_cells(S* image, Tile at, int points_down, int points_across, const P* from,
+                                           int64_t t, const P* undo, int64_t channel) const {
+    const int down = EDGES ? points_down : 6, across = EDGES ? points_across : 6;
+    const int64_t half = K / 2, of_row = channel % half;
+    S* const corner = image + at.h * W * K + at.w * half;
+    if (of_row + kLanes <= half && channel < K) {
+      S* const begin = corner + channel / half * W * half + of_row;
+      transform_output(down, across, from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+        if (at.h + i < H && at.w + j < W) store_narrowed_register<T>(begin + i * W * K + j * half, y);
+      });
+    } else {
+      transform_output(down, across, from, t, undo, [&](int i, int j, R y) PYDISTILL_LAMBDA {
+        if (at.h + i >= H || at.w + j >= W) return;
+        S* const upper = corner + i * W * K + j * half;
+        store_narrowed_register_to_two<T>(upper, upper + W * half, half, channel, y);
+      });
+    }
   }
 
   template <class Put>
-  PYDISTILL_INLINE void transform_output(const P* from, int64_t t, const P* filter_factors, Put put) const {
+  PYDISTILL_INLINE void transform_output(int down, int across, const P* from, int64_t t, const P* filter_factors,
+                                         Put put) const {
     R half[SIDE][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
@@ -336,32 +439,27 @@ class Convolution {
           column[i] = product;
         }
       }
-      output(column, out);
-#pragma GCC unroll 4
+      output_of_points<T, SIDE>(down, column, out);
+#pragma GCC unroll 5
       for (int i = 0; i < SIDE; ++i) half[i][j] = out[i];
       in_order();
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int i = 0; i < SIDE; ++i) {
       R out[SIDE];
-      output(half[i], out);
-#pragma GCC unroll 4
+      output_of_points<T, SIDE>(across, half[i], out);
+#pragma GCC unroll 5
       for (int j = 0; j < SIDE; ++j) put(i, j, out[j]);
       in_order();
     }
-  }
-
-  PYDISTILL_INLINE static void output(const R (&m)[6], R (&y)[SIDE]) {
-    if constexpr (SIDE == 4)
-      Winograd::output<T>(m, y);
-    else
-      output_of_four_taps<T>(m, y);
   }
 };
 
 template <class T, class S, class P>
 void run(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.taps == 3)
+  if (call.taps == 2)
+    Convolution<T, S, P, 5>(call, scratch).run(begin, end);
+  else if (call.taps == 3)
     Convolution<T, S, P, 4>(call, scratch).run(begin, end);
   else
     Convolution<T, S, P, 3>(call, scratch).run(begin, end);

@@ -57,7 +57,7 @@ PYDISTILL_INLINE void store_rounded_register(int16_t* to, Register<float> v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)rounded_to_integers(v)));
 #else
-  typedef int16_t Halves __attribute__((vector_size(kRegisterBytes / 2), aligned(2)));
+  typedef int16_t Halves __attribute__((vector_size(kRegisterBytes / 2), aligned(2), may_alias));
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded_to_integers(v), Halves);
 #endif
 }

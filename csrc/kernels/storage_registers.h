@@ -7,7 +7,7 @@ namespace pydistill {
 namespace {
 
 typedef uint32_t FloatBits __attribute__((vector_size(kRegisterBytes)));
-typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2), aligned(2)));
+typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2), aligned(2), may_alias));
 
 #if defined(__AVX512F__)
 template <class S>
@@ -115,7 +115,7 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v, int64_t count
 // Neighbouring pairs of bfloat16, in memory's order; `count` elements of them, the others zero. Each pair's elements as
 // float: neither has to move to another lane.
 PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p) {
-  typedef FloatBits Unaligned __attribute__((aligned(2)));
+  typedef FloatBits Unaligned __attribute__((aligned(2), may_alias));
   return *reinterpret_cast<const Unaligned*>(p);
 }
 PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p, int64_t count) {
@@ -157,6 +157,10 @@ PYDISTILL_INLINE Register<T> widened_register_of_two(const S* first, const S* se
 }
 
 PYDISTILL_INLINE FloatBits load_bf16_pairs_of_two(const Bf16* first, const Bf16* second, int64_t half, int64_t c) {
+#if defined(__AVX512BW__)
+  const uint32_t low = lowest_bits(half - c), high = lowest_bits(2 * half - c) & ~low;
+  return (FloatBits)_mm512_mask_loadu_epi16(_mm512_maskz_loadu_epi16(low, first + c), high, second + c - half);
+#endif
   Bf16 each[2 * Registers<float>::lanes] = {};
   for (int64_t i = 0; i < 2 * Registers<float>::lanes && c + i < 2 * half; ++i)
     each[i] = c + i < half ? first[c + i] : second[c + i - half];

@@ -34,8 +34,10 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   FrozenConv2d call;
   call.scalar = scalar_of(x, "x");
   call.N = x.sizes()[0], call.C = x.sizes()[1], call.H = x.sizes()[2], call.W = x.sizes()[3];
-  check((taps == 3 && before == 1) || (taps == 4 && (before == 1 || before == 2)),
-        "taps: expected 3 a side with 1 before the position, or 4 with 1 or 2, got ", taps, " and ", before);
+  const bool odd = taps == 3 && before == 1;
+  check(odd || ((taps == 2 || taps == 4) && (before == taps / 2 || before == taps / 2 - 1)),
+        "taps: expected 3 a side with 1 before the position, 4 with 1 or 2, or 2 with 0 or 1, got ", taps, " and ",
+        before);
   call.taps = taps, call.before = before;
   if (call.of_cells()) {
     check(call.H % 2 == 0 && call.W % 2 == 0, "x: expected an even height and width, got ", call.H, " x ", call.W);
@@ -60,9 +62,14 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
 
   // Measured: the second-level cache holds a chunk's tiles where filters are small; where they are not, each reading of
   // them has to serve many tiles. Products take six rows at a time.
+  const int64_t threads = torch::stable::get_num_threads();
   call.chunk = std::min<int64_t>(call.tiles(), call.C <= 128 ? 30 : 66);
   call.part = std::min<int64_t>(call.outputs(), 8);
-  while (call.part > 1 && call.units() < int64_t{torch::stable::get_num_threads()}) call.part = (call.part + 1) / 2;
+  while (call.part > 1 && call.units() < threads) call.part = (call.part + 1) / 2;
+  if (call.chunks() >= threads) {  // as many for every thread
+    const int64_t even = (call.chunks() + threads - 1) / threads * threads;
+    call.chunk = (call.tiles() + even - 1) / even;
+  }
   static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
                                                     frozen_conv2d_avx512_bf16};
   FrozenConv2dKernel* const kernel = best_of(kernels);

@@ -12,15 +12,18 @@ from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters, max_pool
 from pydistill.ops.max_pool2d import MAX_KERNEL
 
 MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer than the products that are saved
+# in times out, with stride 2: the filters of more, which take 32 times the weight's memory, are read for longer
+MAX_STRIDED = 128 * 256
 
 
 class FrozenConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` of constant weights on `pydistill.ops.frozen_conv2d`.
 
-    It has 3x3 filters with stride 1 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
+    It has 3x3 filters with stride 1 or 2 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
     On the CPU the filters are transformed once, on first use and again whenever the weight was written to (not where
     that went through ``.data``, which torch does not count), or for inputs of another dtype; they take eight times the
-    memory of the weight (half as much for bfloat16 inputs) and are neither parameters nor in the ``state_dict``. On
+    memory of the weight, 32 times with stride 2 (half as much for bfloat16 inputs), and are neither parameters nor in
+    the ``state_dict``. On
     other devices it is torch's own convolution (cuDNN on CUDA). The output is in channels-last memory. Under autocast
     the input is cast as ``nn.Conv2d`` casts it; the weight is not rounded.
 
@@ -42,7 +45,7 @@ class FrozenConv2d(nn.Conv2d):
         if self._transformed is None or self._transformed[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():
                 # what is kept shares the weight's memory: no later weight can lie at the same address
-                self._transformed = (made_of, frozen_filters(weight.detach(), dtype))
+                self._transformed = (made_of, frozen_filters(weight.detach(), dtype, stride=self.stride[0]))
         return self._transformed[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +117,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     The copy is in eval mode and in channels-last memory, and none of its parameters takes a gradient. Every 3x3
     ``nn.Conv2d`` with stride 1, padding 1, no groups and no dilation, and at least `MIN_CHANNELS` channels in and out,
-    becomes a `FrozenConv2d`, and so does a ResNet's 7x7 stem (stride 2, padding 3) to as many; others stay torch's
+    becomes a `FrozenConv2d`; so does one with stride 2 whose channels in times out are at most `MAX_STRIDED`, and a
+    ResNet's 7x7 stem (stride 2, padding 3) to as many channels; others stay torch's
     (under autocast in float32 where the processor has no convolution in half precision, for which torch's takes many
     times as long). Every ``nn.MaxPool2d`` with square windows of at most 15 a side, no dilation, ``ceil_mode`` or
     indices pools on `pydistill.ops.max_pool2d`, with equal bits.
@@ -153,7 +157,9 @@ def is_replaced(module: nn.Module) -> bool:
         return False
     if module.dilation != (1, 1) or module.groups != 1:
         return False
-    shape = (module.kernel_size, module.stride, module.padding)
-    if shape == ((7, 7), (2, 2), (3, 3)):
+    if (module.kernel_size, module.stride, module.padding) == ((7, 7), (2, 2), (3, 3)):
         return module.out_channels >= MIN_CHANNELS
-    return shape == ((3, 3), (1, 1), (1, 1)) and min(module.in_channels, module.out_channels) >= MIN_CHANNELS
+    if module.kernel_size != (3, 3) or module.padding != (1, 1) or module.stride not in ((1, 1), (2, 2)):
+        return False
+    C, K = module.in_channels, module.out_channels
+    return min(C, K) >= MIN_CHANNELS and (module.stride == (1, 1) or C * K <= MAX_STRIDED)

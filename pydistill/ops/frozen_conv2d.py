@@ -1,5 +1,6 @@
 """Convolutions whose filters stay as they are: the layers of a frozen evaluation network, and the way back to its
-images. Winograd's F(4x4, 3x3), and F(3x3, 4x4) for a stem of 7x7 taps, with filters that are transformed once."""
+images. Winograd's F(4x4, 3x3), and its relatives on cells of 2x2 pixels where the stride is 2, with filters that are
+transformed once."""
 
 from __future__ import annotations
 
@@ -25,33 +26,37 @@ class FrozenFilters(NamedTuple):
     vectors of 64 bytes of output channels: L is 16 in float32, 8 in float64. For bfloat16 they are int16,
     ``[36, ceil(K / 16), 1 + C / 2, 32]`` and so on with an even C and K: rows of pairs of input channels, and before
     them the 16 float32 factors, by their bits, that undo each output channel's scaling. Together they take eight times
-    the memory of the weight in their dtype. For 7x7 taps C is four times that of the weight.
+    the memory of the weight in their dtype. For a ``stride`` of 2, C is four times that of the weight: then they take
+    32 times its memory for 3x3 taps, six times for 7x7.
     """
 
     weight: Tensor
     forward: Tensor
     adjoint: Tensor
+    stride: int
 
 
-def frozen_filters(weight: Tensor, dtype: torch.dtype | None = None) -> FrozenFilters:
+def frozen_filters(weight: Tensor, dtype: torch.dtype | None = None, *, stride: int | None = None) -> FrozenFilters:
     """Transform the filters of a convolution for `frozen_conv2d` and for its gradient.
 
     Args:
         weight: ``[K, C, 3, 3]`` or ``[K, C, 7, 7]``, float32, float64, bfloat16 or float16, without a gradient.
         dtype: of the images that they are for, by default that of the weight. float32 and float16 share float32
             filters; bfloat16 has 16-bit integers.
+        stride: of the convolution: 1 or 2 for 3x3 taps, 1 by default; 2 for 7x7.
 
     Raises:
         TypeError: no tensor, or an unsupported dtype.
-        ValueError: another shape, or a weight that requires a gradient.
+        ValueError: another shape or stride, or a weight that requires a gradient.
     """
     _check_weight(weight)
+    stride = _stride(weight, stride)
     form = _form(weight.dtype if dtype is None else dtype, "dtype")
-    taps = weight if weight.shape[2] == 3 else _by_cells(weight)
+    taps = weight if stride == 1 else _by_cells(weight)
     if form == torch.int16:
         taps = F.pad(taps, (0, 0, 0, 0, 0, taps.shape[1] % 2, 0, taps.shape[0] % 2))
     turned = taps.flip(2, 3).transpose(0, 1)  # the adjoint is the convolution with these
-    return FrozenFilters(weight, _transformed(taps, form), _transformed(turned, form))
+    return FrozenFilters(weight, _transformed(taps, form), _transformed(turned, form), stride)
 
 
 def _form(dtype: torch.dtype, name: str) -> torch.dtype:
@@ -63,15 +68,17 @@ def _form(dtype: torch.dtype, name: str) -> torch.dtype:
     return forms[dtype]
 
 
-def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = "auto") -> Tensor:
-    """Equivalent to ``F.conv2d(x, weight, padding=1)`` for a constant ``weight`` ``[K, C, 3, 3]`` and, for the stem of
-    a ResNet, to ``F.conv2d(x, weight, stride=2, padding=3)`` for one ``[K, C, 7, 7]``.
+def frozen_conv2d(
+    x: Tensor, filters: FrozenFilters | Tensor, *, stride: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """Equivalent to ``F.conv2d(x, weight, stride=stride, padding=1)`` for a constant ``weight`` ``[K, C, 3, 3]`` and,
+    for the stem of a ResNet, to ``F.conv2d(x, weight, stride=2, padding=3)`` for one ``[K, C, 7, 7]``.
 
     Winograd's F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) with
     filters that were transformed before: a quarter of the products, in the forward pass and in the gradient with
-    respect to x, which is the same operator with turned filters. A 7x7 convolution with stride 2 is one of 4x4 taps on
-    cells of 2x2 pixels, for which the same 36 points serve. Linear in x and differentiable to any order; the filters
-    are constants and have no gradient.
+    respect to x, which is the same operator with turned filters. With stride 2, 7x7 taps are 4x4 and 3x3 taps are 2x2
+    on cells of 2x2 pixels, for which the same 36 points serve: F(3x3, 4x4) and F(5x5, 2x2). Linear in x and
+    differentiable to any order; the filters are constants and have no gradient.
 
     Args:
         x: ``[N, C, H, W]``, C, H, W >= 1; float32, float64, bfloat16 or float16, any strides; channels-last is read
@@ -79,24 +86,32 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
             products, between float32 transforms, are exact ones of 16-bit integers, twice as many in the same time.
         filters: of `frozen_filters`, for the dtype of x; or the weight itself, which is then transformed in every
             call.
+        stride: 1 or 2 for 3x3 taps, 2 for 7x7; by default that of the filters, for a weight 1 or, for 7x7 taps, 2.
         backend: "auto" (the device's kernel), "reference" (plain torch, any device) or "cpu".
 
     Returns:
-        ``[N, K, H, W]``, ``[N, K, ceil(H / 2), ceil(W / 2)]`` for 7x7 taps, in the dtype of x and, whatever the layout
+        ``[N, K, H, W]``, ``[N, K, ceil(H / 2), ceil(W / 2)]`` for stride 2, in the dtype of x and, whatever the layout
         of x, in channels-last memory ("reference": as torch's convolution gives it). Equal bits over thread counts;
         instruction sets differ in the last bits, for products are fused where the processor can. The float32 error is
         within four times that of a direct convolution in L2 and, for 3x3 taps, in the largest element (about five times
-        there for 7x7). In bfloat16, where the weight is not rounded, the error is below that of a direct convolution
-        of bfloat16 weights. What is not finite in x makes NaN of every tile that sees it: 4x4 outputs, 3x3 for 7x7
-        taps.
+        there for 7x7). With 3x3 taps and stride 2 the gradient's, whose direct sums are a quarter as long, is three to
+        seven times (up to nine in the largest element). In bfloat16, where the weight is not rounded, the error is
+        below that of a direct convolution of bfloat16 weights. What is not finite in x makes NaN of every tile that
+        sees it: 4x4 outputs, with stride 2 5x5, or 3x3 for 7x7 taps.
 
     Raises:
         TypeError: an argument is no tensor or has an unsupported dtype.
-        ValueError: shapes, dtypes or devices do not fit, or the weight requires a gradient.
+        ValueError: shapes, strides, dtypes or devices do not fit, or the weight requires a gradient.
         NotImplementedError: the backend cannot run here.
     """
     weight = filters.weight if isinstance(filters, FrozenFilters) else filters
     _check_weight(weight)
+    if isinstance(filters, FrozenFilters):
+        if stride not in (None, filters.stride):
+            raise ValueError(f"stride: expected {filters.stride} as the filters, got {stride}")
+        stride = filters.stride
+    else:
+        stride = _stride(weight, stride)
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     form = _form(x.dtype, "x")
@@ -106,13 +121,13 @@ def frozen_conv2d(x: Tensor, filters: FrozenFilters | Tensor, *, backend: str = 
         raise ValueError(f"x: expected device {weight.device} as the filters, got {x.device}")
     chosen = choose_backend("frozen_conv2d", backend, x.device, BACKENDS)
     if chosen == "reference":
-        return reference.frozen_conv2d(x, weight)
+        return reference.frozen_conv2d(x, weight, stride)
     if not isinstance(filters, FrozenFilters):
-        filters = frozen_filters(weight, x.dtype)
+        filters = frozen_filters(weight, x.dtype, stride=stride)
     elif filters.forward.dtype != form:
         raise ValueError(f"filters: expected {form} for x in {x.dtype}, got {filters.forward.dtype}")
-    taps, before = (3, 1) if weight.shape[2] == 3 else (4, 2)
-    if taps == 4:
+    taps, before = (3, 1) if stride == 1 else _cells(weight)
+    if stride == 2:
         if x.shape[2] % 2 or x.shape[3] % 2:  # the outputs are as many either way
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
     elif form == torch.int16 and x.shape[1] % 2:
@@ -136,11 +151,28 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
+def _stride(weight: Tensor, stride: int | None) -> int:
+    allowed = (1, 2) if weight.shape[2] == 3 else (2,)
+    if stride is None:
+        return allowed[0]
+    if stride not in allowed:
+        raise ValueError(f"stride: expected {' or '.join(map(str, allowed))} for these taps, got {stride!r}")
+    return stride
+
+
+def _cells(weight: Tensor) -> tuple[int, int]:
+    """With stride 2, how many cells of 2x2 pixels a side the taps span, and how many of them are before the position's:
+    (4, 2) for 7x7 taps, (2, 1) for 3x3."""
+    taps = (weight.shape[2] + 1) // 2
+    return taps, taps // 2
+
+
 def _by_cells(weight: Tensor) -> Tensor:
-    """``[K, C, 7, 7]`` of stride 2 and padding 3 as ``[K, 4 C, 4, 4]`` on cells of 2x2 pixels, two before."""
+    """A filter of stride 2 as ``[K, 4 C, taps, taps]`` on cells; a cell's channels are its pixels' in their order."""
     K, C = weight.shape[:2]
-    even = F.pad(weight, (1, 0, 1, 0))  # rows of 8 taps begin 4 pixels before the position
-    return even.view(K, C, 4, 2, 4, 2).permute(0, 3, 5, 1, 2, 4).reshape(K, 4 * C, 4, 4)
+    taps, _ = _cells(weight)
+    even = F.pad(weight, (1, 0, 1, 0))  # begins with a cell
+    return even.view(K, C, taps, 2, taps, 2).permute(0, 3, 5, 1, 2, 4).reshape(K, 4 * C, taps, taps)
 
 
 def _transformed(weight: Tensor, form: torch.dtype) -> Tensor:
@@ -183,8 +215,8 @@ def _fake(x: Tensor, forward: Tensor, adjoint: Tensor, taps: int, before: int) -
     K = 2 * (adjoint.shape[2] - 1) if adjoint.dtype == torch.int16 else adjoint.shape[2]
     N, _, H, W = x.shape
     shape = (N, K, H, W)
-    if taps == 4:  # of cells, or to them
-        shape = (N, K, H // 2, W // 2) if before == 2 else (N, K // 4, 2 * H, 2 * W)
+    if taps != 3:  # of cells, or to them
+        shape = (N, K, H // 2, W // 2) if before == taps // 2 else (N, K // 4, 2 * H, 2 * W)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

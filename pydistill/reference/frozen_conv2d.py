@@ -6,6 +6,5 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def frozen_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    stride, padding = (1, 1) if weight.shape[2] == 3 else (2, 3)
-    return F.conv2d(x, weight.detach().to(x.dtype), stride=stride, padding=padding)
+def frozen_conv2d(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return F.conv2d(x, weight.detach().to(x.dtype), stride=stride, padding=weight.shape[2] // 2)

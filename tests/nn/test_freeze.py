@@ -20,6 +20,8 @@ def network(dtype=torch.float64):
         nn.Conv2d(32, 40, 3, 1, 1),
         nn.ReLU(),
         nn.Conv2d(40, 64, 3, 2, 1),
+        nn.Conv2d(64, 520, 3, 2, 1),
+        nn.Conv2d(520, 64, 1),
         nn.Conv2d(64, 32, 3, padding=1, groups=2),
         nn.Conv2d(32, 32, 3, padding=2, dilation=2),
         nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
@@ -38,7 +40,7 @@ def test_only_what_pays_is_replaced_and_values_stay():
     net = network().train()
     before = copy.deepcopy(net.state_dict())
     frozen = freeze(net)
-    assert [i for i, module in enumerate(frozen) if type(module) is FrozenConv2d] == [0, 3]
+    assert [i for i, module in enumerate(frozen) if type(module) is FrozenConv2d] == [0, 3, 5]
     assert net.training
     assert not frozen.training
     assert all(p.requires_grad for p in net.parameters())

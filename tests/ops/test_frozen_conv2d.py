@@ -20,19 +20,20 @@ def weight(K, C, dtype=torch.float64, taps=3):
     return (torch.randn(K, C, taps, taps, generator=generator, dtype=torch.float64) / (taps * C**0.5)).to(dtype)
 
 
-def ours(x, filters):
-    return frozen_conv2d(x, filters.to(x.dtype))
+def ours(x, filters, stride):
+    return frozen_conv2d(x, filters.to(x.dtype), stride=stride)
 
 
-def plain(x, filters):
-    return reference.frozen_conv2d(x, filters)
+def plain(x, filters, stride):
+    return reference.frozen_conv2d(x, filters, stride)
 
 
-def raw_calls(x, filters):
-    made = frozen_filters(filters)
-    if filters.shape[2] == 7:
-        return [(OP, (torch.randn(2, x.shape[1], 8, 10, dtype=x.dtype, requires_grad=True), *made[1:], 4, 2))]
-    return [(OP, (x, made.forward, made.adjoint, 3, 1))]
+def raw_calls(x, filters, stride):
+    made = frozen_filters(filters, stride=stride)
+    if stride == 2:
+        x = torch.randn(2, x.shape[1], 8, 10, dtype=x.dtype, requires_grad=True)
+    taps, before = {(3, 1): (3, 1), (3, 2): (2, 1), (7, 2): (4, 2)}[filters.shape[2], stride]
+    return [(OP, (x, made.forward, made.adjoint, taps, before))]
 
 
 def images(N, C, H, W, layout="channels-last"):
@@ -52,8 +53,12 @@ def images(N, C, H, W, layout="channels-last"):
     return make
 
 
-def case(name, N, C, K, H, W, layout="channels-last", taps=3, **options):
-    return Case(name, images(N, C, H, W, layout), {"filters": weight(K, C, taps=taps)}, **options)
+def case(name, N, C, K, H, W, layout="channels-last", taps=3, stride=1, **options):
+    return Case(name, images(N, C, H, W, layout), {"filters": weight(K, C, taps=taps), "stride": stride}, **options)
+
+
+def geometry(taps, stride):
+    return {"stride": stride, "padding": taps // 2}
 
 
 # tiles of 4x4, vectors of 16 or 8 channels, products of six rows, chunks of 30 or 66 tiles, parts of 8 vectors
@@ -61,6 +66,7 @@ CASES = [
     case("whole tiles", 2, 16, 16, 8, 8),
     case("partial tiles", 2, 17, 9, 7, 5),
     *(case(f"size {s}", 1, 8, 16, s, s) for s in (3, 5)),
+    case("ends of tiles", 2, 16, 16, 6, 7),
     case("one pixel", 1, 1, 1, 1, 1),
     case("row", 3, 3, 5, 1, 11),
     case("no images", 0, 4, 3, 5, 6),
@@ -70,8 +76,15 @@ CASES = [
     case("chunks", 2, 3, 4, 25, 21),
     # sums of so many products are held to four times torch's error in float32, below
     case("parts", 1, 130, 140, 6, 5, dtypes=(torch.bfloat16,)),
-    case("stem", 2, 3, 17, 16, 14, "NCHW", taps=7),
-    case("odd stem", 1, 2, 3, 7, 9, taps=7),
+    case("stem", 2, 3, 17, 16, 14, "NCHW", taps=7, stride=2),
+    case("odd stem", 1, 2, 3, 7, 9, taps=7, stride=2),
+    case("wide stem", 1, 9, 3, 7, 9, taps=7, stride=2),
+    # tiles of 5x5; vectors of 16 or 8 channels may or may not hold those of one pixel of a cell
+    case("stride 2", 2, 16, 16, 20, 10, stride=2),
+    case("stride 2, ends of tiles", 2, 8, 16, 14, 16, "NCHW", stride=2),
+    case("stride 2, odd", 1, 5, 7, 13, 5, "slice", stride=2),
+    case("stride 2, one pixel", 1, 1, 1, 1, 1, stride=2),
+    case("stride 2, parts", 1, 36, 40, 6, 5, stride=2, dtypes=(torch.bfloat16,)),
 ]
 
 
@@ -87,26 +100,28 @@ def relative_error(value, truth):
 
 
 @pytest.mark.parametrize(
-    ("taps", "channels", "size"), [(3, 64, 16), (3, 128, 12), (3, 256, 14), (3, 512, 7), (7, 3, 40)]
+    ("taps", "stride", "channels", "size"),
+    [(3, 1, 64, 16), (3, 1, 128, 12), (3, 1, 256, 14), (3, 1, 512, 7), (3, 2, 64, 20), (3, 2, 128, 28), (7, 2, 3, 40)],
 )
-def test_float32_error_is_within_four_times_that_of_a_direct_convolution(taps, channels, size):
+def test_float32_error_is_within_a_few_times_that_of_a_direct_convolution(taps, stride, channels, size):
     (x,) = images(2, channels, size, size)(torch.float32)
-    w = weight(64 if taps == 7 else channels, channels, torch.float32, taps)
-    geometry = {"stride": 2, "padding": 3} if taps == 7 else {"padding": 1}
+    w = weight(64 if taps == 7 else stride * channels, channels, torch.float32, taps)
 
     def both(convolve, x):
         x = x.detach().requires_grad_()
         y = convolve(x)
         return y, torch.autograd.grad(y, x, torch.sin(torch.arange(y.numel()).view_as(y) * 1.7).to(y.dtype))[0]
 
-    truth = both(lambda x: F.conv2d(x, w.double(), **geometry), x.double())
-    direct = both(lambda x: F.conv2d(x, w, **geometry), x)
-    filters = frozen_filters(w)
-    for a, b, t in zip(both(lambda x: frozen_conv2d(x, filters), x), direct, truth, strict=True):
-        t = t.detach()
-        assert relative_error(a, t) <= 4 * relative_error(b, t)
-        # tiles of four taps concentrate it in their outer rows
-        assert (a - t).abs().max() <= (6 if taps == 7 else 4) * (b - t).abs().max()
+    truth = both(lambda x: F.conv2d(x, w.double(), **geometry(taps, stride)), x.double())
+    direct = both(lambda x: F.conv2d(x, w, **geometry(taps, stride)), x)
+    filters = frozen_filters(w, stride=stride)
+    found = both(lambda x: frozen_conv2d(x, filters), x)
+    # tiles of four taps concentrate it in their outer rows; a direct gradient of 3x3 taps with stride 2 has sums a
+    # quarter as long as those here
+    norms, largest = {(3, 1): ((4, 4), (4, 4)), (3, 2): ((4, 7), (4, 9)), (7, 2): ((4, 4), (6, 6))}[taps, stride]
+    for i, t in enumerate(t.detach() for t in truth):
+        assert relative_error(found[i], t) <= norms[i] * relative_error(direct[i], t)
+        assert (found[i] - t).abs().max() <= largest[i] * (direct[i] - t).abs().max()
 
 
 def of_bf16(convolve, x):
@@ -117,23 +132,32 @@ def of_bf16(convolve, x):
     return y.detach(), torch.autograd.grad(y, x, grad.to(y.dtype))[0]
 
 
-def exact(w, x):
+def exact(w, x, stride=1):
     """In float64, of what the images are in bfloat16."""
-    geometry = {"stride": 2, "padding": 3} if w.shape[2] == 7 else {"padding": 1}
-    return of_bf16(lambda x: F.conv2d(x.double(), w.double(), **geometry), x)
+    return of_bf16(lambda x: F.conv2d(x.double(), w.double(), **geometry(w.shape[2], stride)), x)
 
 
 @pytest.mark.parametrize(
-    ("taps", "channels", "size"), [(3, 5, 9), (3, 64, 16), (3, 128, 12), (3, 256, 14), (3, 512, 7), (7, 3, 40)]
+    ("taps", "stride", "channels", "size"),
+    [
+        *((3, 1, *sizes) for sizes in ((5, 9), (64, 16), (128, 12), (256, 14), (512, 7))),
+        *((3, 2, *sizes) for sizes in ((5, 9), (64, 20), (128, 28), (256, 14))),
+        *((7, 2, *sizes) for sizes in ((3, 40), (5, 21), (12, 16))),
+    ],
 )
-def test_bfloat16_error_is_below_that_of_a_direct_convolution(taps, channels, size):
+def test_bfloat16_error_is_below_that_of_a_direct_convolution(taps, stride, channels, size):
     (x,) = images(2, channels, size, size)(torch.float32)
-    w = weight(64 if taps == 7 else channels, channels, torch.float32, taps)
-    geometry = {"stride": 2, "padding": 3} if taps == 7 else {"padding": 1}
+    w = weight(64 if taps == 7 else stride * channels, channels, torch.float32, taps)
     for image in (x, x.relu(), x + 3):  # sums of one sign are the largest
-        truth = exact(w, image)
-        direct = of_bf16(lambda x: F.conv2d(x.float(), w.bfloat16().float(), **geometry).bfloat16(), image)
-        for a, b, t in zip(of_bf16(lambda x: frozen_conv2d(x, w), image), direct, truth, strict=True):
+        truth = exact(w, image, stride)
+        rounded = w.bfloat16().float()
+
+        def convolve(x, w=rounded):
+            return F.conv2d(x.float(), w, **geometry(taps, stride)).bfloat16()
+
+        direct = of_bf16(convolve, image)
+        found = of_bf16(lambda x: frozen_conv2d(x, w, stride=stride), image)
+        for a, b, t in zip(found, direct, truth, strict=True):
             assert relative_error(a, t) <= relative_error(b, t)
 
 
@@ -177,7 +201,7 @@ def test_what_is_not_finite_stays_in_its_tiles(poison, dtype):
     (x,) = images(2, 20, 13, 13)(dtype)
     x[1, 3, 4, 6] = poison
     w = weight(18, 20, dtype)
-    found, truth = frozen_conv2d(x, w), reference.frozen_conv2d(x, w)
+    found, truth = frozen_conv2d(x, w), reference.frozen_conv2d(x, w, 1)
     assert not found[~truth.isfinite()].isfinite().any()
     # rows 4 and 6 are seen by the tiles of rows 0 to 7 and 4 to 7, one more each way where the position is at an edge
     spoilt = torch.zeros(13, 13, dtype=torch.bool)
@@ -209,15 +233,16 @@ def test_third_derivative():
 
     torch.testing.assert_close(
         third(lambda x: frozen_conv2d(x, filters)),
-        third(lambda x: reference.frozen_conv2d(x, filters.weight)),
+        third(lambda x: reference.frozen_conv2d(x, filters.weight, 1)),
         rtol=1e-10,
         atol=1e-10,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_share_chunks_and_parts_with_equal_bits(dtype):
-    x, w = images(3, 34, 30, 30)(dtype)[0], frozen_filters(weight(200, 34, dtype))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_threads_share_chunks_and_parts_with_equal_bits(dtype, stride):
+    x, w = images(3, 34, 30, 30)(dtype)[0], frozen_filters(weight(200, 34, dtype), stride=stride)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5, 16):
@@ -236,12 +261,11 @@ generator = torch.Generator().manual_seed(1)
 x = torch.randn(2, 35, 9, 10, generator=generator)
 w = torch.randn(50, 35, 3, 3, generator=generator) / 17
 print(_host.isa())
-truth = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
-print(float((frozen_conv2d(x, w) - truth).norm() / truth.norm()))
-print(float((frozen_conv2d(x.double(), w.double()) - truth).norm() / truth.norm()))
-print(float((frozen_conv2d(x.half(), w.half()) - truth).norm() / truth.norm()))
-truth = torch.nn.functional.conv2d(x.bfloat16().double(), w.double(), padding=1)
-print(float((frozen_conv2d(x.bfloat16(), w) - truth).norm() / truth.norm()))
+for stride in (1, 2):
+    def error(x, w):
+        truth = torch.nn.functional.conv2d(x.double(), w.double(), stride=stride, padding=1)
+        return float((frozen_conv2d(x, w, stride=stride) - truth).norm() / truth.norm())
+    print(error(x, w), error(x.double(), w.double()), error(x.half(), w.half()), error(x.bfloat16(), w))
 """
 
 
@@ -253,12 +277,14 @@ def test_instruction_sets_agree_to_rounding(isa):
     if run.returncode and "this processor does not have it" in run.stderr:
         pytest.skip(f"no {isa} here")
     assert run.returncode == 0, run.stderr
-    name, single, double, half, bf16 = run.stdout.split()
+    name, *errors = run.stdout.split()
     assert name == isa
-    assert float(single) < 2e-6
-    assert float(double) < 2e-15 * 5
-    assert float(half) < 1e-3
-    assert float(bf16) < 2e-3
+    assert len(errors) == 8
+    for single, double, half, bf16 in (errors[:4], errors[4:]):
+        assert float(single) < 2e-6
+        assert float(double) < 2e-15 * 5
+        assert float(half) < 1e-3
+        assert float(bf16) < 2e-3
 
 
 def test_filters_are_made_of_any_dtype():
@@ -270,6 +296,8 @@ def test_filters_are_made_of_any_dtype():
     assert frozen_filters(w, torch.float64).adjoint.shape == (36, 1, 4, 8)
     assert frozen_filters(w).forward.shape == (36, 1, 1 + 2, 32)  # three channels and one of zeros
     assert frozen_filters(weight(18, 3, torch.bfloat16)).adjoint.shape == (36, 1, 1 + 9, 32)
+    assert frozen_filters(w, torch.float32, stride=2).forward.shape == (36, 1, 4 * 3, 16)
+    assert frozen_filters(w, torch.float32, stride=2).adjoint.shape == (36, 1, 4, 16)
 
 
 X, W = torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)
@@ -299,6 +327,23 @@ def test_messages(x, filters, error, message):
         frozen_conv2d(x, filters)
 
 
+@pytest.mark.parametrize(
+    ("filters", "stride", "message"),
+    [
+        (W, 3, "stride: expected 1 or 2 for these taps, got 3"),
+        (torch.ones(2, 3, 7, 7), 1, "stride: expected 2 for these taps, got 1"),
+        (frozen_filters(W), 2, "stride: expected 1 as the filters, got 2"),
+        (frozen_filters(W, stride=2), 1, "stride: expected 2 as the filters, got 1"),
+    ],
+)
+def test_stride_messages(filters, stride, message):
+    with pytest.raises(ValueError, match=message):
+        frozen_conv2d(X, filters, stride=stride)
+    if not isinstance(filters, FrozenFilters):
+        with pytest.raises(ValueError, match=message):
+            frozen_filters(filters, stride=stride)
+
+
 def test_filters_messages():
     with pytest.raises(TypeError, match=r"dtype: expected float32, .*, got torch.int16"):
         frozen_filters(W, torch.int16)
@@ -316,7 +361,8 @@ def test_direct_calls_are_checked_too():
         (X, made.adjoint, made.forward, 3, 1),
         (X, made.forward, made.adjoint, 5, 1),
         (X, made.forward, made.adjoint, 3, 2),
-        (X[:, :, :3], *frozen_filters(torch.ones(4, 3, 7, 7))[1:], 4, 2),  # half a cell
+        (X[:, :, :3], *frozen_filters(torch.ones(4, 3, 7, 7))[1:3], 4, 2),  # half a cell
+        (X, made.forward, made.adjoint, 2, 1),  # filters of no cells
         (X, made.forward, made.adjoint, 4, 1),  # three channels, of no cells
         (X, made.forward[:35], made.adjoint, 3, 1),
         (X, made.forward.double(), made.adjoint, 3, 1),
@@ -330,9 +376,9 @@ def test_direct_calls_are_checked_too():
 
 
 def test_vmap_over_filters_is_refused():
-    made = FrozenFilters(*(t[None].expand(2, *t.shape) for t in frozen_filters(W)))
+    forward, adjoint = (t[None].expand(2, *t.shape) for t in frozen_filters(W)[1:3])
     with pytest.raises(NotImplementedError, match="vmap over filters"):
-        torch.func.vmap(lambda f, a: OP(X, f, a, 3, 1))(made.forward, made.adjoint)
+        torch.func.vmap(lambda f, a: OP(X, f, a, 3, 1))(forward, adjoint)
 
 
 def test_backends():
