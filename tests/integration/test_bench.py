@@ -533,7 +533,7 @@ def test_krr_loss_is_green_and_takes_less_memory(tmp_path: Path) -> None:
 def test_frozen_convolutions_are_green(tmp_path: Path) -> None:
     assert run.main(["frozen_conv2d", "--quick", "--providers", "channels-last,pydistill", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "frozen_conv2d.csv")
-    assert {row["x_value"] for row in rows} == {"3x20", "16x9", "16x9/2"}
+    assert {row["x_value"] for row in rows} == {"3x20", "16x9", "32x11/2"}
     assert {row["provider"] for row in rows} == {"eager", "channels-last", "pydistill"}
 
 
