@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pydistill.nn import _bn_patterns
-from pydistill.ops.bn_stat_match import bn_match_forward, check_frozen
+from pydistill.ops.bn_stat_match import check_frozen, statistics_forward, summed_loss
 from pydistill.reference.bn_stat_match import Reduction
 
 
@@ -93,8 +92,8 @@ class BNStatMatcher:
         self.layers = tuple(found)
         self.fused: dict[str, str] = {}
         self._weights = dict(zip(found.values(), weights, strict=True))
-        self._options = (w_mean, w_var, {"reduction": reduction, "unbiased": unbiased})
-        self._terms: list[Tensor] | None = None  # of the last forward; None before the first
+        self._options = (w_mean, w_var, reduction, unbiased)
+        self._found: list[tuple[nn.Module, Tensor]] | None = None  # in the last forward; None before the first
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         self._replaced: list[nn.Module] = []
         for parameter in self._frozen:
@@ -112,10 +111,12 @@ class BNStatMatcher:
         Raises:
             RuntimeError: the model has not been called yet, or called no BatchNorm.
         """
-        if not self._terms:
+        if not self._found:
             raise RuntimeError("loss: expected a forward of the model with a BatchNorm in it, got none since attaching")
-        device = self._terms[0].device
-        return torch.stack([term.to(device) for term in self._terms]).sum()
+        w_mean, w_var, reduction, _ = self._options
+        norms, statistics = zip(*self._found, strict=True)
+        weights = [(self._weights[bn] * w_mean, self._weights[bn] * w_var) for bn in norms]
+        return summed_loss(statistics, norms, weights, reduction)
 
     def remove(self) -> None:
         """Give the model back as it was, ``requires_grad`` included. A second call does nothing."""
@@ -124,7 +125,7 @@ class BNStatMatcher:
             del module.forward
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._replaced, self._frozen, self._terms = [], [], None
+        self._replaced, self._frozen, self._found = [], [], None
 
     def __enter__(self) -> BNStatMatcher:
         return self
@@ -133,7 +134,7 @@ class BNStatMatcher:
         self.remove()
 
     def _start(self, *_: Any) -> None:
-        self._terms = []
+        self._found = []
 
     def _replace(self, module: nn.Module, forward: Any) -> None:
         module.forward = forward
@@ -146,13 +147,20 @@ class BNStatMatcher:
             self._replace(module, graph.forward)
             self.fused |= {names[bn]: what for bn, what in fusions}
 
-    def _match(self, bn: nn.Module, x: Tensor, **fused: Any) -> Tensor:
+    def _match(
+        self,
+        bn: nn.Module,
+        x: Tensor,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        pool: tuple[int, int, int] | None = None,
+    ) -> Tensor:
         bn._check_input_dim(x)
-        (w_mean, w_var, options), weight = self._options, self._weights[bn]
-        y, loss = bn_match_forward(x, bn, w_mean=weight * w_mean, w_var=weight * w_var, **fused, **options)
-        if self._terms is None:
-            self._terms = []
-        self._terms.append(loss)
+        _, _, reduction, unbiased = self._options
+        y, statistics = statistics_forward(x, bn, relu, residual, pool, reduction, unbiased)
+        if self._found is None:
+            self._found = []
+        self._found.append((bn, statistics))
         return y
 
 

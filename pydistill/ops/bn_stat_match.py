@@ -5,6 +5,8 @@ A kernel leaves mean and variance; what is left from there to the loss are vecto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,14 +67,14 @@ def bn_stat_match(
     """
     _check(x, running_mean, running_var, reduction, unbiased)
     chosen = choose_backend("bn_stat_match", backend, x.device, BACKENDS)
-    weights = (w_mean, w_var, reduction, unbiased)
     if chosen == "reference":
         return reference.bn_stat_match(
             x, running_mean, running_var, w_mean=w_mean, w_var=w_var, reduction=reduction, unbiased=unbiased
         )
     ops = triton if chosen == "triton" else native
     _, statistics, _ = ops.forward(_as_planes(x), None, None, None, False)
-    return _loss(statistics, running_mean, running_var, x.numel() // x.shape[1], weights)
+    statistics = _unbiased(statistics, x) if unbiased else statistics
+    return _loss(statistics, running_mean, running_var, w_mean, w_var, reduction)
 
 
 def bn_match_forward(
@@ -121,6 +123,57 @@ def bn_match_forward(
         ValueError: the BatchNorm is in training mode or tracks no statistics, a shape, device or option does not fit.
         NotImplementedError: the backend cannot run here.
     """
+    if backend == "reference":
+        _check_forward(x, bn, residual, pool, reduction, unbiased)
+        options = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
+        return reference.bn_match_forward(x, bn, relu=relu, residual=residual, pool=pool, **options)
+    y, statistics = statistics_forward(x, bn, relu, residual, pool, reduction, unbiased, backend)
+    return y, _loss(statistics, bn.running_mean, bn.running_var, w_mean, w_var, reduction)
+
+
+def statistics_forward(
+    x: Tensor,
+    bn: nn.Module,
+    relu: bool,
+    residual: Tensor | None,
+    pool: tuple[int, int, int] | None,
+    reduction: str,
+    unbiased: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`bn_match_forward` on a kernel before the distance: ``y``, and means and variances ``[2, C]``."""
+    _check_forward(x, bn, residual, pool, reduction, unbiased)
+    chosen = choose_backend("bn_stat_match", backend, x.device, BACKENDS)
+    affine = _affine(bn, compute_dtype(x))
+    if pool is not None and chosen == "cpu":
+        y, statistics, _, _ = bn_match_pool(x, *affine, relu, *pool)
+    else:
+        ops = triton if chosen == "triton" else native
+        planes = None if residual is None else _as_planes(residual)
+        y, statistics, _ = ops.forward(_as_planes(x), planes, *affine, relu)
+        y = y.view(x.shape)
+        y = y if pool is None else F.max_pool2d(y, *pool)
+    return y, _unbiased(statistics, x) if unbiased else statistics
+
+
+def check_frozen(bn: nn.Module) -> None:
+    """Raise unless ``bn`` is a BatchNorm that normalises by its running statistics."""
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"bn: expected nn.BatchNorm1d, 2d or 3d, got {type(bn).__name__}")
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("bn: expected running statistics to match, got a BatchNorm with track_running_stats=False")
+    if bn.training:
+        raise ValueError("bn: expected a BatchNorm in evaluation mode, got one in training mode; call model.eval()")
+
+
+def _check_forward(
+    x: Tensor,
+    bn: nn.Module,
+    residual: Tensor | None,
+    pool: tuple[int, int, int] | None,
+    reduction: str,
+    unbiased: bool,
+) -> None:
     check_frozen(bn)
     _check(x, bn.running_mean, bn.running_var, reduction, unbiased)
     if residual is not None:
@@ -135,31 +188,6 @@ def bn_match_forward(
         if not isinstance(pool, tuple) or len(pool) != 3:
             raise TypeError(f"pool: expected (kernel_size, stride, padding) or None, got {pool!r}")
         check_pooling(x, *pool)
-    chosen = choose_backend("bn_stat_match", backend, x.device, BACKENDS)
-    weights = (w_mean, w_var, reduction, unbiased)
-    if chosen == "reference":
-        options = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
-        return reference.bn_match_forward(x, bn, relu=relu, residual=residual, pool=pool, **options)
-    affine = _affine(bn, compute_dtype(x))
-    if pool is not None and chosen == "cpu":
-        y, statistics, _, _ = bn_match_pool(x, *affine, relu, *pool)
-    else:
-        ops = triton if chosen == "triton" else native
-        planes = None if residual is None else _as_planes(residual)
-        y, statistics, _ = ops.forward(_as_planes(x), planes, *affine, relu)
-        y = y.view(x.shape)
-        y = y if pool is None else F.max_pool2d(y, *pool)
-    return y, _loss(statistics, bn.running_mean, bn.running_var, x.numel() // x.shape[1], weights)
-
-
-def check_frozen(bn: nn.Module) -> None:
-    """Raise unless ``bn`` is a BatchNorm that normalises by its running statistics."""
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        raise TypeError(f"bn: expected nn.BatchNorm1d, 2d or 3d, got {type(bn).__name__}")
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError("bn: expected running statistics to match, got a BatchNorm with track_running_stats=False")
-    if bn.training:
-        raise ValueError("bn: expected a BatchNorm in evaluation mode, got one in training mode; call model.eval()")
 
 
 def _check(x: Tensor, running_mean: Tensor, running_var: Tensor, reduction: str, unbiased: bool) -> None:
@@ -192,19 +220,37 @@ def _affine(bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = (bn.running_var.to(dtype) + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight.to(dtype)
-    shift = -bn.running_mean.to(dtype) * scale
-    return scale, shift if bn.bias is None else shift + bn.bias.to(dtype)
+    mean = bn.running_mean.to(dtype)
+    return scale, -mean * scale if bn.bias is None else torch.addcmul(bn.bias.to(dtype), mean, scale, value=-1)
 
 
-def _loss(statistics: Tensor, running_mean: Tensor, running_var: Tensor, M: int, weights: tuple) -> Tensor:
-    """In few operations: on twenty layers of a few hundred numbers each takes longer than its arithmetic."""
-    w_mean, w_var, reduction, unbiased = weights
-    if unbiased:
-        statistics = torch.stack([statistics[0], statistics[1] * (M / (M - 1))])
+def _unbiased(statistics: Tensor, x: Tensor) -> Tensor:
+    M = x.numel() // x.shape[1]
+    return torch.stack([statistics[0], statistics[1] * (M / (M - 1))])
+
+
+def _loss(
+    statistics: Tensor, running_mean: Tensor, running_var: Tensor, w_mean: float, w_var: float, reduction: str
+) -> Tensor:
     apart = statistics - torch.stack([running_mean, running_var]).to(statistics.dtype)
     # torch's norm has the gradient zero where it is zero itself
     terms = apart.square().sum(1) if reduction == "sq" else torch.linalg.vector_norm(apart, dim=1)
-    if w_mean == w_var:
-        total = terms.sum()
-        return total if w_mean == 1 else w_mean * total
     return w_mean * terms[0] + w_var * terms[1]
+
+
+def summed_loss(
+    statistics: Sequence[Tensor], norms: Sequence[nn.Module], weights: Sequence[tuple[float, float]], reduction: str
+) -> Tensor:
+    """The weighted sum of `_loss` over layers, in as many operations as of one: on twenty layers of a few hundred
+    numbers each takes longer than its arithmetic."""
+    device, dtype = statistics[0].device, torch.float64
+    means = torch.cat([bn.running_mean.to(device) for bn in norms])
+    variances = torch.cat([bn.running_var.to(device) for bn in norms])
+    apart = torch.cat([each.to(device) for each in statistics], 1).to(dtype) - torch.stack([means, variances])
+    layer = torch.repeat_interleave(torch.tensor([each.shape[1] for each in statistics]))
+    of_layer = F.one_hot(layer, len(norms)).to(device, dtype)
+    terms = apart.square() @ of_layer  # [2, layers]
+    if reduction == "norm":
+        some = terms > 0  # as torch's norm, with the gradient zero where it is zero itself
+        terms = torch.where(some, terms, 1).sqrt() * some
+    return (terms * torch.tensor(weights, dtype=dtype, device=device).t()).sum().to(statistics[0].dtype)
