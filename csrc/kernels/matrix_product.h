@@ -56,67 +56,68 @@ struct Product {
   bool add;  // to what is there, instead of overwriting it
 };
 
+// `tiles` tiles below each other.
 template <class T, int R, int C>
-__attribute__((noinline)) void product_tile(int64_t depth, Left<T> left, Right<T> right, Product<T> out) {
+__attribute__((noinline)) void product_tiles(int64_t tiles, int64_t depth, Left<T> left, Right<T> right,
+                                             Product<T> out) {
   using Reg = typename Registers<T>::Type;
   using Unaligned = typename Registers<T>::Unaligned;
   constexpr int lanes = Registers<T>::lanes, per = Registers<T>::per_vector;
-  Reg sum[R][C * per];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) __builtin_prefetch(out.data + r * out.row + c * out.vector, 1, 3);
+  for (; tiles > 0; --tiles, left.data += R * left.row, out.data += R * out.row) {
+    Reg sum[R][C * per];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) __builtin_prefetch(out.data + r * out.row + c * out.vector, 1, 3);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C * per; ++c) sum[r][c] = Reg{};
-  const T* b = right.data;
-  const T* a = left.data;
-  for (int64_t d = 0; d < depth; ++d, b += right.row, a += left.depth) {
-    Reg column[C * per];
+      for (int c = 0; c < C * per; ++c) sum[r][c] = Reg{};
+    const T* b = right.data;
+    const T* a = left.data;
+    for (int64_t d = 0; d < depth; ++d, b += right.row, a += left.depth) {
+      Reg column[C * per];
 #pragma GCC unroll 8
-    for (int c = 0; c < C * per; ++c)
-      column[c] = *reinterpret_cast<const Unaligned*>(b + c / per * right.vector + c % per * lanes);
+      for (int c = 0; c < C * per; ++c)
+        column[c] = *reinterpret_cast<const Unaligned*>(b + c / per * right.vector + c % per * lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Reg value = splat(a + r * left.row);
+      for (int r = 0; r < R; ++r) {
+        const Reg value = splat(a + r * left.row);
 #pragma GCC unroll 8
-      for (int c = 0; c < C * per; ++c) sum[r][c] = multiply_add(value, column[c], sum[r][c]);
+        for (int c = 0; c < C * per; ++c) sum[r][c] = multiply_add(value, column[c], sum[r][c]);
+      }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C * per; ++c) {
+        Unaligned& to = *reinterpret_cast<Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes);
+        to = out.add ? to + sum[r][c] : sum[r][c];
+      }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C * per; ++c) {
-      Unaligned& to = *reinterpret_cast<Unaligned*>(out.data + r * out.row + c / per * out.vector + c % per * lanes);
-      to = out.add ? to + sum[r][c] : sum[r][c];
-    }
 }
 
 template <class T, int C>
 PYDISTILL_INLINE void product_rows(int64_t rows, int64_t depth, Left<T> left, Right<T> right, Product<T> out) {
-  for (; rows > 0; rows -= kRows) {
-    switch (rows < kRows ? rows : kRows) {
-      case 1:
-        product_tile<T, 1, C>(depth, left, right, out);
-        break;
-      case 2:
-        product_tile<T, 2, C>(depth, left, right, out);
-        break;
+  const int64_t whole = rows / kRows;
+  if (whole) product_tiles<T, kRows, C>(whole, depth, left, right, out);
+  left.data += whole * kRows * left.row;
+  out.data += whole * kRows * out.row;
+  switch (rows % kRows) {
+    case 1:
+      product_tiles<T, 1, C>(1, depth, left, right, out);
+      break;
 #if defined(__AVX2__)
-      case 3:
-        product_tile<T, 3, C>(depth, left, right, out);
-        break;
-      case 4:
-        product_tile<T, 4, C>(depth, left, right, out);
-        break;
-      case 5:
-        product_tile<T, 5, C>(depth, left, right, out);
-        break;
-      default:
-        product_tile<T, 6, C>(depth, left, right, out);
+    case 2:
+      product_tiles<T, 2, C>(1, depth, left, right, out);
+      break;
+    case 3:
+      product_tiles<T, 3, C>(1, depth, left, right, out);
+      break;
+    case 4:
+      product_tiles<T, 4, C>(1, depth, left, right, out);
+      break;
+    case 5:
+      product_tiles<T, 5, C>(1, depth, left, right, out);
 #endif
-    }
-    left.data += kRows * left.row;
-    out.data += kRows * out.row;
   }
 }
 

@@ -41,7 +41,7 @@ class FrozenConv2d(nn.Conv2d):
                 "weight: expected frozen filters, got a parameter that requires a gradient; there is none, "
                 "so freeze it (requires_grad_(False)) or use nn.Conv2d"
             )
-        made_of = (weight.data_ptr(), weight._version, weight.dtype, dtype or weight.dtype)
+        made_of = _identity(weight, dtype or weight.dtype)
         if self._transformed is None or self._transformed[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():
                 # what is kept shares the weight's memory: no later weight can lie at the same address
@@ -62,18 +62,36 @@ class FrozenConv2d(nn.Conv2d):
         return {k: v for k, v in self.__dict__.items() if k != "_transformed"}  # large, and soon made again
 
 
+def _identity(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What something made of a weight for inputs of ``dtype`` was made of; another one once that was written to."""
+    return weight.data_ptr(), weight._version, weight.dtype, dtype
+
+
 class _OtherConv2d(nn.Conv2d):
-    """torch's convolution, under autocast too: where the processor has none in half precision, torch's takes many times
-    as long as in float32, which is then used between the two roundings."""
+    """torch's convolution, under autocast too, where it keeps its rounded weight. Where the processor has none in half
+    precision, torch's takes many times as long as in float32, which is then used between the two roundings."""
+
+    _rounded: tuple[Any, Tensor, Tensor] | None = None  # of what weight, that weight, and what it is rounded to
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         half = torch.get_autocast_dtype("cpu")
-        if _has_convolution(half):
+        if not _has_convolution(half):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.to(half).to(self.weight.dtype)).to(half)
+        if self.weight.requires_grad:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(half).to(self.weight.dtype)).to(half)
+            made_of = _identity(self.weight, half)
+            if self._rounded is None or self._rounded[0] != made_of:
+                with torch.inference_mode(False), torch.no_grad():
+                    # kept beside the weight, so that no later one can lie at the same address
+                    self._rounded = (made_of, self.weight.detach(), self.weight.to(half))
+            return self._conv_forward(x.to(half), self._rounded[2], None if self.bias is None else self.bias.to(half))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_rounded"}
 
 
 class _MaxPool2d(nn.MaxPool2d):
