@@ -86,7 +86,7 @@ inline Tensor empty_image(const Tensor& x, int64_t N, int64_t C, int64_t H, int6
 // of fresh pages, which cost several times the kernel.
 inline Tensor& on_large_pages(Tensor& planes) {
   const int64_t bytes = planes.numel() * static_cast<int64_t>(planes.element_size());
-  if (bytes >= int64_t{8} << 20) advise_large_pages(planes.mutable_data_ptr(), bytes);
+  if (bytes >= int64_t{2} << 20) advise_large_pages(planes.mutable_data_ptr(), bytes);
   return planes;
 }
 

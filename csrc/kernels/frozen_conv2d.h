@@ -1,13 +1,13 @@
 // A convolution whose filters stay and whose output is as large as its input, as the CPU body receives it: Winograd's
-// F(4x4, 3x3) or, with four taps a side, F(3x3, 4x4).
+// F(4x4, 3x3) or, with four or two taps a side, F(3x3, 4x4) or F(5x5, 2x2).
 //
 // y[n, h, w, k] = sum over c, i, j of x[n, h + i - before, w + j - before, c] w[k, c, i, j], in channels-last memory,
 // with zeros around x. The adjoint is of the same kind, with `taps - 1 - before`. The filters come transformed: for
 // each of the 36 points a matrix [C][K], cut into vectors of 64 bytes of output channels.
 //
-// Four taps are those of a 7x7 convolution with stride 2, whose positions are cells of 2x2 pixels: x (with two taps
-// before the position) or y (in the adjoint, with one) is an image of twice the height and width and a quarter of the
-// channels, and a cell's channels are its pixels' in their order.
+// Four taps are those of a 7x7 convolution with stride 2, two those of a 3x3 one. Their positions are cells of 2x2
+// pixels: x (with half of the taps before the position) or y (in the adjoint, with one less) is an image of twice the
+// height and width and a quarter of the channels, and a cell's channels are its pixels' in their order.
 //
 // For bf16 the products are of 16-bit integers, in pairs of input channels (int16_pairs.h): each tile's and each
 // filter's channels at a point are scaled to the largest norm that no sum overflows with. Of the 15 bits that this

@@ -196,9 +196,12 @@ class Convolution {
         continue;
       }
       const S* pixels[6][6];
+      const S* const corner = image + (top * W + left) * C;
+#pragma GCC unroll 6
       for (int i = 0; i < 6; ++i)
+#pragma GCC unroll 6
         for (int j = 0; j < 6; ++j)
-          pixels[i][j] = inside(top + i, left + j) ? image + ((top + i) * W + left + j) * C : zeros;
+          pixels[i][j] = inside(top + i, H) & inside(left + j, W) ? corner + (i * W + j) * C : zeros;
       int64_t c = 0;
       if constexpr (kPaired) {
         for (; c + 2 * kLanes <= C; c += 2 * kLanes)
@@ -232,11 +235,14 @@ class Convolution {
     const int down = EDGES ? points_down : 6, across = EDGES ? points_across : 6;
     const int64_t half = C / 2;
     const S* rows[2][6][6];
+    const S* const corner = image + top * W * C + left * half;
+#pragma GCC unroll 6
     for (int i = 0; i < 6; ++i)
+#pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) {
-        const bool there = inside(top + i, left + j);
-        rows[0][i][j] = there ? image + (top + i) * W * C + (left + j) * half : zeros;
-        rows[1][i][j] = there ? rows[0][i][j] + W * half : zeros;
+        const bool there = inside(top + i, H) & inside(left + j, W);
+        rows[0][i][j] = there ? corner + i * W * C + j * half : zeros;
+        rows[1][i][j] = there ? corner + i * W * C + j * half + W * half : zeros;
       }
     T* const to = kPaired ? reinterpret_cast<T*>(floats) : reinterpret_cast<T*>(inputs + t * row);
     const int64_t plane = kPaired ? tile_plane : input_plane;
@@ -268,7 +274,7 @@ class Convolution {
     }
   }
 
-  PYDISTILL_INLINE bool inside(int64_t h, int64_t w) const { return h >= 0 && h < H && w >= 0 && w < W; }
+  PYDISTILL_INLINE static bool inside(int64_t position, int64_t size) { return position >= 0 && position < size; }
 
   // Neighbouring channels as those on even and on odd places: no lane moves on the way to pairs of integers.
   template <class Pixels>
