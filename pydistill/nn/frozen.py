@@ -22,10 +22,9 @@ class FrozenConv2d(nn.Conv2d):
     It has 3x3 filters with stride 1 or 2 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
     On the CPU the filters are transformed once, on first use and again whenever the weight was written to (not where
     that went through ``.data``, which torch does not count), or for inputs of another dtype; they take eight times the
-    memory of the weight, 32 times with stride 2 (half as much for bfloat16 inputs), and are neither parameters nor in
-    the ``state_dict``. On
-    other devices it is torch's own convolution (cuDNN on CUDA). The output is in channels-last memory. Under autocast
-    the input is cast as ``nn.Conv2d`` casts it; the weight is not rounded.
+    memory of the weight, 32 times for 3x3 with stride 2 (half as much for bfloat16 inputs), and are neither parameters
+    nor in the ``state_dict``. On other devices it is torch's own convolution (cuDNN on CUDA). The output is in
+    channels-last memory. Under autocast the input is cast as ``nn.Conv2d`` casts it; the weight is not rounded.
 
     Raises:
         ValueError: in forward, where the weight requires a gradient (there is none), or the input does not fit.

@@ -247,8 +247,9 @@ def summed_loss(
     means = torch.cat([bn.running_mean.to(device) for bn in norms])
     variances = torch.cat([bn.running_var.to(device) for bn in norms])
     apart = torch.cat([each.to(device) for each in statistics], 1).to(dtype) - torch.stack([means, variances])
-    layer = torch.repeat_interleave(torch.tensor([each.shape[1] for each in statistics]))
-    of_layer = F.one_hot(layer, len(norms)).to(device, dtype)
+    sizes = [each.shape[1] for each in statistics]
+    layer = torch.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))  # waits for no device
+    of_layer = F.one_hot(layer, len(norms)).to(dtype)
     terms = apart.square() @ of_layer  # [2, layers]
     if reduction == "norm":
         some = terms > 0  # as torch's norm, with the gradient zero where it is zero itself

@@ -167,6 +167,21 @@ def test_unfused_and_layer_weights():
                 torch.testing.assert_close(a, b)
 
 
+def test_statistics_that_match_give_zero_and_no_nan():
+    """The norm of zero has the gradient zero; of the other BatchNorm the gradient is there."""
+    net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, affine=False)).eval()
+    net[0].running_mean.fill_(0.5)
+    net[0].running_var.zero_()
+    x = torch.full((2, 3, 4, 4), 0.5, requires_grad=True)
+    with BNStatMatcher(net) as matcher:
+        net(x)
+        loss = matcher.loss()
+        (gradient,) = torch.autograd.grad(loss, x)
+    truth = reference.bn_stat_match(torch.zeros(2, 3, 4, 4), net[1].running_mean, net[1].running_var)
+    torch.testing.assert_close(loss, truth, rtol=0, atol=1e-4)
+    assert gradient.isfinite().all()
+
+
 def test_a_batch_norm_that_is_called_twice_counts_twice():
     bn = nn.BatchNorm1d(4)
     model = nn.Sequential(bn, nn.Tanh(), bn, nn.ReLU()).eval()
