@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 Function = Callable[..., Tensor]
 
@@ -44,7 +45,7 @@ def check_op(
         reference: its definition in plain torch.
         cases: the inputs.
         raw_calls: from ``(*tensors, **options)`` the registered operators behind ``op`` with arguments, for
-            ``torch.library.opcheck``; None leaves that check out.
+            torch's ``opcheck``; None leaves that check out.
         checks: names out of `CHECKS`; all by default.
 
     Raises:
@@ -183,7 +184,7 @@ def _overlaps(tensor: Tensor) -> bool:
 def check_registrations(raw_calls: Callable[..., list[tuple[Any, tuple]]], case: Case) -> None:
     """``opcheck`` of every registered operator: schema, fake kernel, autograd registration, under AOT autograd."""
     for operator, args in raw_calls(*_leaves(case, torch.float64), **case.options):
-        torch.library.opcheck(operator, args)
+        torch_library.opcheck(operator, args)
 
 
 def check_func(op: Function, reference: Function, case: Case) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,26 @@ MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer tha
 MAX_STRIDED = 128 * 256
 
 
-class FrozenConv2d(nn.Conv2d):
+class _KeepingConv2d(nn.Conv2d):
+    """A convolution that keeps what is made of its weight until that is written to."""
+
+    _made: tuple[Any, Tensor, Any] | None = None  # of what, that weight, and what
+
+    def _made_of_weight(self, dtype: torch.dtype, make: Callable[[Tensor], Any]) -> Any:
+        """``make(weight)`` for inputs of ``dtype``, made if not there yet."""
+        weight = self.weight
+        made_of = (weight.data_ptr(), weight._version, weight.dtype, dtype)
+        if self._made is None or self._made[0] != made_of:
+            with torch.inference_mode(False), torch.no_grad():
+                # what is kept shares the weight's memory: no later weight can lie at the same address
+                self._made = (made_of, weight.detach(), make(weight.detach()))
+        return self._made[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_made"}  # large, and soon made again
+
+
+class FrozenConv2d(_KeepingConv2d):
     """An ``nn.Conv2d`` of constant weights on `pydistill.ops.frozen_conv2d`.
 
     It has 3x3 filters with stride 1 or 2 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
@@ -30,8 +51,6 @@ class FrozenConv2d(nn.Conv2d):
         ValueError: in forward, where the weight requires a gradient (there is none), or the input does not fit.
     """
 
-    _transformed: tuple[Any, FrozenFilters] | None = None  # what they were made of, and the filters
-
     def filters(self, dtype: torch.dtype | None = None) -> FrozenFilters:
         """The transformed filters for inputs of ``dtype`` (the weight's by default), made if not there yet."""
         weight = self.weight
@@ -40,12 +59,8 @@ class FrozenConv2d(nn.Conv2d):
                 "weight: expected frozen filters, got a parameter that requires a gradient; there is none, "
                 "so freeze it (requires_grad_(False)) or use nn.Conv2d"
             )
-        made_of = _identity(weight, dtype or weight.dtype)
-        if self._transformed is None or self._transformed[0] != made_of:
-            with torch.inference_mode(False), torch.no_grad():
-                # what is kept shares the weight's memory: no later weight can lie at the same address
-                self._transformed = (made_of, frozen_filters(weight.detach(), dtype, stride=self.stride[0]))
-        return self._transformed[1]
+        wanted = dtype or weight.dtype
+        return self._made_of_weight(wanted, partial(frozen_filters, dtype=wanted, stride=self.stride[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
@@ -57,20 +72,10 @@ class FrozenConv2d(nn.Conv2d):
         y = frozen_conv2d(x, self.filters(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_transformed"}  # large, and soon made again
 
-
-def _identity(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What something made of a weight for inputs of ``dtype`` was made of; another one once that was written to."""
-    return weight.data_ptr(), weight._version, weight.dtype, dtype
-
-
-class _OtherConv2d(nn.Conv2d):
+class _OtherConv2d(_KeepingConv2d):
     """torch's convolution, under autocast too, where it keeps its rounded weight. Where the processor has none in half
     precision, torch's takes many times as long as in float32, which is then used between the two roundings."""
-
-    _rounded: tuple[Any, Tensor, Tensor] | None = None  # of what weight, that weight, and what it is rounded to
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -82,15 +87,8 @@ class _OtherConv2d(nn.Conv2d):
         if self.weight.requires_grad:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            made_of = _identity(self.weight, half)
-            if self._rounded is None or self._rounded[0] != made_of:
-                with torch.inference_mode(False), torch.no_grad():
-                    # kept beside the weight, so that no later one can lie at the same address
-                    self._rounded = (made_of, self.weight.detach(), self.weight.to(half))
-            return self._conv_forward(x.to(half), self._rounded[2], None if self.bias is None else self.bias.to(half))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_rounded"}
+            weight = self._made_of_weight(half, lambda weight: weight.to(half))
+            return self._conv_forward(x.to(half), weight, None if self.bias is None else self.bias.to(half))
 
 
 class _MaxPool2d(nn.MaxPool2d):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import _library
 
@@ -102,15 +103,15 @@ class Operator:
                 "jvp": staticmethod(forward_derivative),
             },
         )
-        torch.library.register_fake(qualified, fake)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-        torch.library.register_vmap(qualified, vmap)
+        torch_library.register_fake(qualified, fake)
+        torch_library.register_autograd(qualified, backward, setup_context=setup_context)
+        torch_library.register_vmap(qualified, vmap)
 
     def __call__(self, *args: Any) -> Any:
         return self.raw(*args) if torch.compiler.is_dynamo_compiling() else self.function.apply(*args)
 
 
-def register_filled(library: torch.library.Library, name: str, fake: Formula, fill: Formula) -> None:
+def register_filled(library: torch_library.Library, name: str, fake: Formula, fill: Formula) -> None:
     """Register ``pydistill::<name>`` once more, in another library: ``fill(fake(*args), *args)`` on every device.
 
     So the native operator's schema holds for both, and what a fake promises is what is allocated.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
@@ -187,7 +188,7 @@ def _fill(form: str) -> Any:
 
 
 # kept for as long as the operators are: torch forgets those of a library that is collected
-_triton_library = torch.library.Library("pydistill_triton", "FRAGMENT")
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "attention_map", _reduce_fake, _fill("reduce"))
 register_filled(_triton_library, "attention_map_adjoint", _adjoint_fake, _fill("adjoint"))
 

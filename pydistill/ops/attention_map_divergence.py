@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
@@ -260,7 +261,7 @@ def _one_by_one(op: Callable[..., tuple], tensors: int) -> Any:
     return rule
 
 
-torch.library.impl("pydistill::attention_map_divergence_scale", "CompositeExplicitAutograd", _scale)
+torch_library.impl("pydistill::attention_map_divergence_scale", "CompositeExplicitAutograd", _scale)
 _scaled = Operator(
     "attention_map_divergence_scale",
     tensors=5,
@@ -336,7 +337,7 @@ def _triton_fill(name: str) -> Callable[..., None]:
     return fill
 
 
-_triton_library = torch.library.Library("pydistill_triton", "FRAGMENT")
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "attention_map_divergence", _forward_fake, _triton_fill("forward"))
 register_filled(_triton_library, "attention_map_divergence_backward", _backward_fake, _triton_fill("backward"))
 

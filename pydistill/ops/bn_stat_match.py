@@ -235,7 +235,7 @@ def _loss(
     apart = statistics - torch.stack([running_mean, running_var]).to(statistics.dtype)
     # torch's norm has the gradient zero where it is zero itself
     terms = apart.square().sum(1) if reduction == "sq" else torch.linalg.vector_norm(apart, dim=1)
-    return w_mean * terms[0] + w_var * terms[1]
+    return w_mean * terms.sum() if w_mean == w_var else w_mean * terms[0] + w_var * terms[1]
 
 
 def summed_loss(

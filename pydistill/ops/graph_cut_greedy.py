@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import choose_backend
@@ -76,5 +77,5 @@ def _vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
 
 
 _raw = torch.ops.pydistill.graph_cut_greedy.default
-torch.library.register_fake("pydistill::graph_cut_greedy", _fake)
-torch.library.register_vmap("pydistill::graph_cut_greedy", _vmap)
+torch_library.register_fake("pydistill::graph_cut_greedy", _fake)
+torch_library.register_vmap("pydistill::graph_cut_greedy", _vmap)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
@@ -249,7 +250,7 @@ def _triton_fill(form: str) -> Any:
 
 
 # kept for as long as the operators are: torch forgets those of a library that is collected
-_triton_library = torch.library.Library("pydistill_triton", "DEF")
+_triton_library = torch_library.Library("pydistill_triton", "DEF")
 for _form, _fake in (
     ("forward", _forward_fake),
     ("backward", _backward_fake),

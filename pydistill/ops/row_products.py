@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
@@ -179,7 +180,7 @@ def _triton_fill(form: str) -> Any:
 
 
 # kept for as long as the operators are: torch forgets those of a library that is collected
-_triton_library = torch.library.Library("pydistill_triton", "FRAGMENT")
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "row_products", _products_fake, _triton_fill("forward"))
 register_filled(_triton_library, "row_products_backward", _backward_fake, _triton_fill("backward"))
 register_filled(_triton_library, "row_products_jvp", _products_fake, _triton_fill("jvp"))

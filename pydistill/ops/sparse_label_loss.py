@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
@@ -233,7 +234,7 @@ def _triton_fill(form: str) -> Any:
 
 
 # kept for as long as the operators are: torch forgets those of a library that is collected
-_triton_library = torch.library.Library("pydistill_triton", "FRAGMENT")
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "sparse_label_loss", _forward_fake, _triton_fill("forward"))
 register_filled(_triton_library, "sparse_label_loss_backward", _backward_fake, _triton_fill("backward"))
 

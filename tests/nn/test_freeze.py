@@ -89,7 +89,7 @@ def test_copies_and_files_do_not_carry_the_filters():
     x = torch.randn(1, 32, 6, 6)
     y = conv(x)
     for other in (copy.deepcopy(conv), torch.load(_saved(conv), weights_only=False)):
-        assert other._transformed is None
+        assert other._made is None
         assert torch.equal(other(x), y)
 
 
