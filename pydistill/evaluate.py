@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.trajectory import FlatModule, train_students
 from pydistill.trajectory.experts import seeded_generator, seeded_net
-from pydistill.trajectory.students import trains_at_once
+from pydistill.trajectory.recognition import trains_at_once
 from pydistill.trajectory.train import EVAL_BATCH
 
 __all__ = ["accuracy", "evaluate", "train_student"]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.students import Batch, ConvNetStudents, Engine, GenericStudents, choose_students
+from pydistill.trajectory.generic import GenericStudents
+from pydistill.trajectory.step import Batch
+from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
 
 __all__ = ["class_gradients"]
 

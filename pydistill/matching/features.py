@@ -15,7 +15,8 @@ from pydistill.ops.attention_map import AXES, check_power
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.students import ConvNetStudents, Engine, GenericStudents, choose_students
+from pydistill.trajectory.generic import GenericStudents
+from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
 
 __all__ = ["Features", "features"]
 

@@ -3,9 +3,9 @@
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.match import trajectory_match
 from pydistill.trajectory.optimizers import Adam
+from pydistill.trajectory.recognition import convnet_shape
 from pydistill.trajectory.smooth import GSAM, Smoothing
 from pydistill.trajectory.store import ExpertStore
-from pydistill.trajectory.students import convnet_shape
 from pydistill.trajectory.train import TrainResult, train_students
 from pydistill.trajectory.trajectories import Trajectories, as_trajectories
 from pydistill.trajectory.unroll import unroll

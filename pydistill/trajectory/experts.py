@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pydistill._atomic import PathLike
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.recognition import trains_at_once
 from pydistill.trajectory.store import ExpertStore, StoreDtype
-from pydistill.trajectory.students import trains_at_once
 from pydistill.trajectory.train import DivergedError, Schedule, schedule_factors, train_students
 
 __all__ = ["data_crc32", "seeded_generator", "seeded_net", "train_experts"]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.optimizers import SGD, Adam, State
-from pydistill.trajectory.students import Adjoint, Batch, ConvNetStudents, Engine, choose_students
+from pydistill.trajectory.step import Adjoint, Batch
+from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
 
 
 @dataclass

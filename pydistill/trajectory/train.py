@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
+from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.inner_loop import (
     check_generators,
     check_lr,
@@ -30,7 +31,8 @@ from pydistill.trajectory.inner_loop import (
     select_rows,
 )
 from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
-from pydistill.trajectory.students import Batch, ConvNetStudents, Descent, Engine, GenericStudents, choose_students
+from pydistill.trajectory.step import Batch, Descent
+from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
 
 __all__ = ["EVAL_BATCH", "DivergedError", "TrainResult", "train_students"]
 

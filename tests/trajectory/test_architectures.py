@@ -8,7 +8,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import pydistill
 from pydistill.nn import MLP, NETS, VGG11, AlexNet, ConvNet, SmallResNet18, ViT, make
-from pydistill.trajectory.students import trains_at_once
+from pydistill.trajectory.recognition import trains_at_once
 
 WITHOUT_CONVNET = [name for name in NETS if name != "convnet"]
 

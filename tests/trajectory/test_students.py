@@ -276,7 +276,7 @@ def test_memory_is_spent_from_the_end():
         runner.plan(least + tapes * size, 10, 2, 5, theta, stored=1000)
         for k in range(10):
             batch = (torch.zeros(5, 3, 10, 10), torch.zeros(5, dtype=torch.int64), False)
-            from pydistill.trajectory.students import Batch
+            from pydistill.trajectory.step import Batch
 
             runner.gradient(theta, Batch(*batch), None, k)
         assert sorted(runner.tapes) == list(range(10 - min(tapes, 10), 10))
