@@ -3,6 +3,7 @@
 // Names: `conv` is a convolution's output before the norm, `pooled` a block's output; _t is the derivative along the
 // direction, grad_ that of the loss, grad_..._t both. Panels are those of cpu_vocabulary.h; channel counts are padded
 // to whole panels, and the padding stays zero all the way: its filters and affine parameters are.
+#include "convnet_block.h"
 #include "convnet_step.h"
 #include "instance_norm_relu_avg_pool_panel.h"
 #include "matrix_product.h"
@@ -88,10 +89,13 @@ struct LayerLayout {
   int64_t in_row, out_row;                // of transformed tiles: a power of two would crowd few cache sets
   int64_t rows, columns, tiles;           // of Winograd tiles
   int64_t filter, filter_t, filter_rest;  // packed [in][out] and [out][in], per point; first layer: [taps][out]
-  int64_t norm;                           // weight, bias [out]
+  int64_t norm, norm_size;                // weight, bias, each [out], of layer norm [panels][positions][L]
+  int64_t bias;                           // the convolution's [out], where the norm does not subtract it
   int64_t tiled_filter;                   // first layer: transformed [panels][points][in][L], in T
-  int64_t sum, sum_norm;                  // a slot's sums: [points][in][out] or [taps][out]; [2][out]
+  int64_t sum, sum_norm, sum_bias;        // a slot's sums: [points][in][out] or [taps][out]; [2][norm_size]; [out]
   int64_t pooled, grad_pooled, conv;      // in the tape
+  int64_t statistics;                     // in the tape: mean and r [2][out], in its tangent mean_t and tilt
+  int64_t means, means_t, sums;           // in the exchange: [2][out], [3][out], [4][out]
 };
 
 template <class T, class A>
@@ -108,6 +112,7 @@ struct Layout {
   int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
+  int64_t exchange, widest;                        // bytes of a slot's; the most channels of a layer
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
   bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
   bool tiled_first;                                // the first convolution runs on Winograd tiles too
@@ -124,8 +129,8 @@ struct Layout {
     tiled_first = A::kTiles == 1 && step.layer[0].in > 1;
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
     phase = tile_columns + Registers<T>::lanes;
-    int64_t operands = 0, values = 0, sums = 0, tapes = 0;
-    tile_elements = padded_panel = positions = 0;
+    int64_t operands = 0, values = 0, sums = 0, tapes = 0, exchanged = 0;
+    tile_elements = padded_panel = positions = widest = 0;
     for (int64_t l = 0; l < depth; ++l) {
       const Step::Layer& from = step.layer[l];
       LayerLayout& to = layer[l];
@@ -138,13 +143,20 @@ struct Layout {
       const int64_t points = l == 0 ? 1 : Winograd::kPoints, weights = points * to.in * to.out;
       to.filter = operands, to.filter_t = operands + weights, operands += 2 * weights;
       to.filter_rest = operands, operands += A::kSplit ? weights : 0;
-      to.norm = values, values += 2 * to.out;
+      to.norm_size = step.norm == Step::Norm::layer ? to.H * to.W * to.out : to.out;
+      to.norm = values, values += 2 * to.norm_size;
+      to.bias = values, values += step.fused() ? 0 : to.out;
       to.tiled_filter = values, values += l == 0 && tiled_first ? Winograd::kPoints * from.in * to.out : 0;
       to.sum = sums, sums += weights;
-      to.sum_norm = sums, sums += 2 * to.out;
+      to.sum_norm = sums, sums += 2 * to.norm_size;
+      to.sum_bias = sums, sums += step.fused() ? 0 : to.out;
       const int64_t out_plane = to.OH * to.OW * to.out;
       to.pooled = tapes, tapes += out_plane;
       to.grad_pooled = tapes, tapes += out_plane;
+      to.statistics = tapes, tapes += step.fused() ? 0 : 2 * to.out;
+      to.means = exchanged, to.means_t = exchanged + 2 * to.out, to.sums = exchanged + 5 * to.out;
+      exchanged += step.over_batch() ? 9 * to.out : 0;
+      widest = larger(widest, to.out);
       to.conv = tapes;
       if (l > 0) {
         tapes += to.H * to.W * to.out;
@@ -159,7 +171,7 @@ struct Layout {
     to_images = backwards && step.form != Step::Form::gradient;
     const int64_t planes = step.chunk * first_stride() * layer[0].out * (step.form == Step::Form::tangent ? 2 : 1);
     const bool taped = step.form == Step::Form::features_backward && step.tape_use == Step::Tape::read;
-    keeps_first = backwards && !taped && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
+    keeps_first = !step.fused() || (backwards && !taped && planes * static_cast<int64_t>(sizeof(T)) <= kKept);
     features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
     head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
     values += 2 * features * classes + classes;
@@ -169,7 +181,8 @@ struct Layout {
     partials = (sum_head_bias + classes) * sizeof(T);
     logits_grad = tapes;
     tape = (tapes + classes) * sizeof(T);
-    stored = tapes * sizeof(typename A::Stored) + classes * sizeof(T);
+    stored = step.fused() ? tapes * sizeof(typename A::Stored) + classes * sizeof(T) : tape;
+    exchange = exchanged * sizeof(T);
   }
 
   // Elements of the first layer's transformed input [rows][points][channels][tile_columns], and of its pixels by phase.
@@ -212,6 +225,7 @@ struct Workspace {
   T *tape, *tape_t;
   Vec<T>*padded, *x, *x_t, *y, *attention;
   Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
+  T *lanes, *combined;                       // of blocks in stages: sums of an image's channels; those of the batch
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
   // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
@@ -221,9 +235,12 @@ struct Workspace {
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
     const bool tangent = step.form == Step::Form::tangent;
     const int64_t positions = round_up(layout.positions, A::kTiles);
-    const bool in_place = step.tape_use != Step::Tape::none && kTapeInPlace<T, A>;
+    const bool in_place =
+        step.over_batch() || (step.tape_use != Step::Tape::none && (kTapeInPlace<T, A> || !step.fused()));
     tape = arena.take<T>(in_place ? 0 : step.chunk * layout.tape / sizeof(T));
-    tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
+    tape_t = arena.take<T>(tangent && !step.over_batch() ? step.chunk * layout.tape / sizeof(T) : 0);
+    lanes = arena.take<T>(step.fused() ? 0 : step.chunk * 4 * layout.widest);
+    combined = arena.take<T>(step.fused() ? 0 : 6 * layout.widest);
     padded = arena.take<Vec<T>>(layout.padded_panel);
     const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups * layout.first_stride()
                                               : Layout<T, A>::kBunch * positions;
@@ -255,6 +272,7 @@ struct Workspace {
 // Takes the images of one slot through the network, a chunk at a time, adding to the slot's sums.
 template <class T, class A>
 class Slot {
+ protected:
   using V = Vec<T>;
   using R = Register<T>;
   using Operand = typename A::Operand;
@@ -265,6 +283,7 @@ class Slot {
       : step(step), layout(step), arena{static_cast<char*>(scratch)}, work(step, layout, arena), e(e) {
     filters = layout.set(step, e, false);
     filters_t = layout.set(step, e, true);
+    tape_t = work.tape_t;
     if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
     scale = step.scale != nullptr ? static_cast<const T*>(step.scale)[e] : T(1);
@@ -304,7 +323,7 @@ class Slot {
     if (begin == end && sums != nullptr) fill(sums, layout.partials / sizeof(T));
   }
 
- private:
+ protected:
   const Step& step;
   const Layout<T, A> layout;
   Arena arena;
@@ -314,8 +333,8 @@ class Slot {
   bool split;         // the primal forward pass takes its factors as sums of two operands
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
-  Operand* columns = nullptr;          // of the first layer's input, for the image at work
-  T *sums = nullptr, *tape = nullptr;  // no sums where step.grad is absent
+  Operand* columns = nullptr;                             // of the first layer's input, for the image at work
+  T *sums = nullptr, *tape = nullptr, *tape_t = nullptr;  // no sums where step.grad is absent
 
   static void fill(T* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = 0;
@@ -771,7 +790,7 @@ class Slot {
       }
   }
 
-  void features_backward() {
+  void embedding_backward() {
     const LayerLayout& at = layout.layer[layout.depth - 1];
     for (int64_t g = 0; g < count; ++g)  // padded channels have no gradient
       fill(panel(tape, g, at.grad_pooled, 0, 0), at.OH * at.OW * at.out_groups);
@@ -779,6 +798,10 @@ class Slot {
       for_embedding([&](int64_t n, int64_t f, T& value) {
         value = static_cast<const T*>(step.features.embedding_grad)[n * step.features.embedding_row + f];
       });
+  }
+
+  void features_backward() {
+    embedding_backward();
     blocks_backward(false);
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
@@ -823,6 +846,11 @@ class Slot {
           forward_panel(l, g, group, conv);
         }
     }
+    head_forward();
+  }
+
+  // From the last block's pooled output: the embedding, the logits, or the loss and its gradient in the logits.
+  void head_forward() {
     if (step.form == Step::Form::features)
       return for_embedding([&](int64_t n, int64_t f, T& value) {
         static_cast<T*>(step.features.embedding)[n * step.features.embedding_row + f] = value;
@@ -931,13 +959,17 @@ class Slot {
     for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   }
 
-  void backward(bool weights) {
+  void head_gradient(bool weights) {
     const T* const logits_grad = at(tape, 0, layout.logits_grad);
     head_backward(tape, logits_grad, filters, false);
     if (weights) {
       head_outer(tape, logits_grad, !fresh);
       head_bias(logits_grad);
     }
+  }
+
+  void backward(bool weights) {
+    head_gradient(weights);
     blocks_backward(weights);
     if (weights) first_backward();
   }
@@ -994,7 +1026,6 @@ class Slot {
   void tangent_forward() {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
-    T* const tape_t = work.tape_t;
     for (int64_t g = 0; g < count; ++g) {
       use_input(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
@@ -1022,6 +1053,10 @@ class Slot {
                                                panel(tape_t, g, at.pooled, group, at.OH * at.OW)});
         }
     }
+    head_tangent();
+  }
+
+  void head_tangent() {
     const int64_t row = layout.tape / sizeof(T);
     const int64_t features = layout.layer[layout.depth - 1].pooled;
     T* const logits_t = at(tape_t, 0, layout.logits_grad);
@@ -1036,8 +1071,7 @@ class Slot {
     }
   }
 
-  void tangent_backward() {
-    T* const tape_t = work.tape_t;
+  void head_tangent_backward() {
     const T* const logits_grad = at(tape, 0, layout.logits_grad);
     const T* const logits_grad_t = at(tape_t, 0, layout.logits_grad);
     head_backward(tape_t, logits_grad_t, filters, false);
@@ -1047,6 +1081,10 @@ class Slot {
       head_outer(tape_t, logits_grad, true);
       head_bias(logits_grad_t);
     }
+  }
+
+  void tangent_backward() {
+    head_tangent_backward();
     for (int64_t l = layout.depth - 1; l > 0; --l) {
       const LayerLayout& at = layout.layer[l];
       for (int64_t g = 0; g < count; ++g)
@@ -1102,6 +1140,14 @@ class Slot {
   }
 };
 
+}  // namespace
+}  // namespace pydistill
+
+#include "convnet_variants.h"
+
+namespace pydistill {
+namespace {
+
 // ---- filters: theta (and the direction) into the packed factors that the products read
 
 template <class T, class A>
@@ -1125,7 +1171,7 @@ class Filters {
     const T* theta = static_cast<const T*>(of_direction ? step.direction : step.theta) + e * step.P;
     void* set = layout.set(step, e, of_direction);
     int64_t part = unit % per_set;
-    if (part == 0) return first(theta, set);
+    if (part == 0) return first(theta, set, of_direction);
     if (part == per_set - 1) return classifier(theta, set);  // at the other end, for another thread
     --part;
     for (int64_t l = 1; l < layout.depth; ++l) {
@@ -1201,7 +1247,7 @@ class Filters {
   }
 
   // The first layer's filters by bunches of panels ([taps][panels] and its transpose), and all norms' parameters.
-  void first(const T* theta, void* set) const {
+  void first(const T* theta, void* set, bool of_direction) const {
     const LayerLayout& at = layout.layer[0];
     const int64_t taps = 9 * step.layer[0].in, out = step.layer[0].out;
     const T* weight = theta + step.layer[0].theta;
@@ -1232,10 +1278,21 @@ class Filters {
     if (layout.tiled_first) tiled(value, layout.values(set) + at.tiled_filter);
     for (int64_t l = 0; l < layout.depth; ++l) {
       const Step::Layer& from = step.layer[l];
-      const T* norm = theta + from.theta + from.out * from.in * 9 + from.out;
-      T* to = layout.values(set) + layout.layer[l].norm;
+      const LayerLayout& to = layout.layer[l];
+      T* norm = layout.values(set) + to.norm;
+      const int64_t each = to.norm_size / to.out;  // positions with parameters of their own
       for (int64_t which = 0; which < 2; ++which)
-        for (int64_t c = 0; c < layout.layer[l].out; ++c) *to++ = c < from.out ? norm[which * from.out + c] : T(0);
+        for (int64_t group = 0; group < to.out_groups; ++group)
+          for (int64_t position = 0; position < each; ++position)
+            for (int64_t c = group * L; c < (group + 1) * L; ++c, ++norm)
+              if (from.affine < 0)
+                *norm = which == 0 && !of_direction ? T(1) : T(0);
+              else
+                *norm = c < from.out ? theta[from.affine + (which * from.out + c) * each + position] : T(0);
+      if (!step.fused())
+        for (int64_t c = 0; c < to.out; ++c)
+          layout.values(set)[to.bias + c] =
+              c < from.out && from.bias >= 0 && !step.subtracts_bias() ? theta[from.bias + c] : T(0);
     }
   }
 
@@ -1336,13 +1393,21 @@ class Reduction {
       }
     for (int64_t l = 0; l < layout.depth; ++l) {
       const Step::Layer& to = step.layer[l];
-      T* const bias = grad + to.theta + to.out * to.in * 9;
-      for (int64_t c = 0; c < to.out; ++c) bias[c] = 0;
-      for (int64_t which = 0; which < 2; ++which)
-        for (int64_t group = 0; group < layout.layer[l].out_groups; ++group) {
-          const V sum = total(e, layout.layer[l].sum_norm + which * layout.layer[l].out + group * L);
-          for (int i = 0; i < L && group * L + i < to.out; ++i) bias[(1 + which) * to.out + group * L + i] = sum[i];
+      const LayerLayout& from = layout.layer[l];
+      if (to.bias >= 0)
+        for (int64_t group = 0; group < from.out_groups; ++group) {
+          const V sum = step.subtracts_bias() ? V{} : total(e, from.sum_bias + group * L);
+          for (int i = 0; i < L && group * L + i < to.out; ++i) grad[to.bias + group * L + i] = sum[i];
         }
+      if (to.affine < 0) continue;
+      const int64_t each = from.norm_size / from.out;
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t group = 0; group < from.out_groups; ++group)
+          for (int64_t position = 0; position < each; ++position) {
+            const V sum = total(e, from.sum_norm + which * from.norm_size + (group * each + position) * L);
+            for (int i = 0; i < L && group * L + i < to.out; ++i)
+              grad[to.affine + (which * to.out + group * L + i) * each + position] = sum[i];
+          }
     }
   }
 
@@ -1382,7 +1447,7 @@ ConvNetStepSizes sizes(const Step& step) {
     const Layout<T, A> layout(step);
     Arena arena{nullptr};
     Workspace<T, A>(step, layout, arena);
-    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.stored};
+    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.stored, layout.exchange, layout.tape};
   });
 }
 
@@ -1399,14 +1464,21 @@ void run_units(const Step& step, int64_t begin, int64_t end) {
   });
 }
 
-void run_slots(const Step& step, int64_t begin, int64_t end, void* scratch) {
+int64_t passes(const Step& step) { return step.fused() ? 1 : Program(step).passes; }
+
+void run_slots(const Step& step, int64_t pass, int64_t begin, int64_t end, void* scratch) {
 #if defined(__AMX_BF16__)
   const TileConfig tiles;
   _tile_loadconfig(&tiles);
 #endif
   with_types(step, [&](auto t, auto a) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      Slot<decltype(t), decltype(a)>(step, unit / step.slots, unit % step.slots, scratch).run();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t e = unit / step.slots, slot = unit % step.slots;
+      if (step.fused())
+        Slot<decltype(t), decltype(a)>(step, e, slot, scratch).run();
+      else
+        VariantSlot<decltype(t), decltype(a)>(step, e, slot, scratch).run(pass);
+    }
   });
 #if defined(__AMX_BF16__)
   _tile_release();
@@ -1416,7 +1488,7 @@ void run_slots(const Step& step, int64_t begin, int64_t end, void* scratch) {
 }  // namespace
 
 extern const ConvNetStepKernel PYDISTILL_KERNEL;
-const ConvNetStepKernel PYDISTILL_KERNEL = {sizes,     units<Filters>,   run_units<Filters>,
+const ConvNetStepKernel PYDISTILL_KERNEL = {sizes,     units<Filters>,   run_units<Filters>,  passes,
                                             run_slots, units<Reduction>, run_units<Reduction>};
 
 }  // namespace pydistill
