@@ -68,7 +68,10 @@ def class_gradients(
     """
     flat = FlatModule(net)
     groups = _group(flat, theta, images, labels, num_classes, classes)
-    students = choose_students(engine, flat, images, "hard", None, max(groups.classes), precision)
+    blocked = None
+    if min(groups.sizes) < max(groups.sizes) and any(isinstance(m, nn.BatchNorm2d) for m in flat.net.modules()):
+        blocked = "its BatchNorm takes each class as one batch, and the classes have unequal numbers of images"
+    students = choose_students(engine, flat, images, "hard", None, max(groups.classes), precision, blocked)
     if isinstance(students, GenericStudents):
         return _by_autograd(students, theta, images, labels, groups)
     if max(groups.classes) >= students.shape.classes:

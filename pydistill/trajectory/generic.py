@@ -27,6 +27,10 @@ class GenericStudents:
         rows = images if images.dim() == 5 else [images] * len(theta)
         return torch.stack([self._logits(row, x) for row, x in zip(theta, rows, strict=True)])
 
+    def in_evaluation(self) -> GenericStudents:
+        """The same students: they go by the mode that the module is in."""
+        return self
+
     def _logits(self, theta: Tensor, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         half = self.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():

@@ -27,9 +27,9 @@ class Step:
     rng: tuple[Tensor, Tensor | None] | None = None  # generator states before the step, if the step moved them
     buffers: dict[str, Tensor] | None = None  # the module's buffers before the step, if it has any
 
-    def copied_buffers(self) -> dict[str, Tensor] | None:
+    def copied_buffers(self) -> dict[str, Tensor]:
         """Buffers for a replay to change as it likes; None to run on the module's own."""
-        return {name: b.clone() for name, b in self.buffers.items()} if self.buffers else None
+        return {name: b.clone() for name, b in (self.buffers or {}).items()}
 
 
 class InnerLoop:

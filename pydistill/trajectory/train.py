@@ -198,8 +198,12 @@ def train_students(
     given = check_generators(generator, E)
     penalised = smoothing is not None and smoothing.gradient_penalty > 0
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
-    students = choose_students(engine, flat, images, label_kind, None, largest_label, precision, blocked)
+    with _training_mode(flat.net):
+        students = choose_students(engine, flat, images, label_kind, None, largest_label, precision, blocked)
     together = isinstance(students, ConvNetStudents)
+    kept = students.statistics if together else None
+    if kept is not None:
+        kept.split(E)
     if len(given) < E:
         given = _forked(given[0], E, epochs, batch_size, images, augment) if together else given * E
 
@@ -239,12 +243,13 @@ def train_students(
                 flat.net.eval()
                 training.test(theta[own], tested[own])
             buffers.append(now())
+    joined = {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]}
     return TrainResult(
         theta,
         training.means(losses),
         None if eval_data is None else tested.double() / len(eval_data[0]),
         right / N if train_accuracy else None,
-        {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]},
+        joined if kept is None else kept.buffers(),
         torch.cat(velocities) if momentum else None,
     )
 
@@ -364,8 +369,9 @@ class _Training:
     @torch.no_grad()
     def test(self, theta: Tensor, right: Tensor) -> None:
         """Adds to ``right`` [E] how many of eval_data's images are classified right."""
+        students = self.students.in_evaluation()
         for x, y in zip(*(tensor.split(EVAL_BATCH) for tensor in self.eval_data), strict=True):
-            right += (self.students.logits(theta, x).argmax(-1) == y).sum(1)
+            right += (students.logits(theta, x).argmax(-1) == y).sum(1)
             self._stepped(range(len(theta)))
 
     def means(self, losses: Tensor) -> Tensor:
