@@ -115,7 +115,7 @@ struct Layout {
   int64_t exchange, widest;                        // bytes of a slot's; the most channels of a layer
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
   bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
-  bool tiled_first;                                // the first convolution runs on Winograd tiles too
+  bool tiled_first, tiled_primal;                  // the first convolution, or its primal pass, runs on Winograd tiles
   int64_t phase,
       tile_columns;  // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
   bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
@@ -125,8 +125,12 @@ struct Layout {
     classes = round_up(step.classes, L);
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
     used_taps = A::kTiles == 1 ? 9 * step.layer[0].in : taps;  // matrix tiles take whole ones only
-    // An image of one channel is not worth the transforms; matrix tiles take a convolution's taps as they are.
-    tiled_first = A::kTiles == 1 && step.layer[0].in > 1;
+    // An image of one channel is not worth the transforms; matrix tiles take a convolution's taps as they are. And
+    // where weights have gradients, which ReLUs are open decides derivatives, and no later sum hides that tiles round
+    // three times as much as the sum of a few taps does: there only the tangent runs on them.
+    const bool weights = step.form == Step::Form::gradient || step.form == Step::Form::tangent;
+    tiled_first = A::kTiles == 1 && step.layer[0].in > 1 && step.form != Step::Form::gradient;
+    tiled_primal = tiled_first && !weights;
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
     phase = tile_columns + Registers<T>::lanes;
     int64_t operands = 0, values = 0, sums = 0, tapes = 0, exchanged = 0;
@@ -541,7 +545,7 @@ class Slot {
                {sums + at.sum + p * at.in * at.out, at.out, L, add});
   }
 
-  // ---- the first layer: its output from tiles where that pays, all else from its input's columns
+  // ---- the first layer: its output from tiles where that pays and may be, all else from its input's columns
 
   // Readies the first layer's input for image g of the chunk: the forward pass gathers it, and the backward pass again
   // where it is not kept. Features need no columns beside the tiles.
@@ -678,7 +682,7 @@ class Slot {
   // The first convolution's output for the panels [group, group + panels), one after the other in `to`.
   void first_product(void* set, int64_t group, int64_t panels, V* to) {
     const LayerLayout& at = layout.layer[0];
-    if (layout.tiled_first) {
+    if (set == filters ? layout.tiled_primal : layout.tiled_first) {
       for (int64_t v = 0; v < panels; ++v)
         tiled_product(value(set, at.tiled_filter) + (group + v) * Winograd::kPoints * step.layer[0].in * L,
                       to + v * layout.first_stride());
@@ -1275,7 +1279,7 @@ class Filters {
           A::pack(to, k, v, panels * L, layout.taps / L, rows[0], rows[1]);
         }
     }
-    if (layout.tiled_first) tiled(value, layout.values(set) + at.tiled_filter);
+    if (of_direction ? layout.tiled_first : layout.tiled_primal) tiled(value, layout.values(set) + at.tiled_filter);
     for (int64_t l = 0; l < layout.depth; ++l) {
       const Step::Layer& from = step.layer[l];
       const LayerLayout& to = layout.layer[l];
