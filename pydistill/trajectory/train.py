@@ -57,9 +57,9 @@ class TrainResult:
     def copy_into(self, net: nn.Module, student: int) -> None:
         """Overwrites the parameters and buffers of ``net``, built as the one that was trained, with a student's."""
         flat = FlatModule(net)
-        own = {**flat.unflatten(self.theta[student]), **{name: each[student] for name, each in self.buffers.items()}}
-        for name, tensor in (*flat.net.named_parameters(), *flat.net.named_buffers()):
-            tensor.copy_(own[name])
+        flat.overwrite(self.theta[student])
+        for name, buffer in flat.net.named_buffers():
+            buffer.copy_(self.buffers[name][student])
 
 
 class DivergedError(FloatingPointError):
