@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,13 +89,12 @@ class FlatModule:
         for name, parameter in self.net.named_parameters():
             parameter.copy_(own[name])
 
-    def trained(self, like: Tensor) -> Tensor | None:
-        """``[P]``, one where a parameter requires a gradient and zero where it is frozen, or None if none is."""
-        if not any(self.frozen):
+    def trained(self, like: Tensor, unused: Iterable[str] = ()) -> Tensor | None:
+        """``[P]`` like ``like``: zero where a parameter is frozen or one of ``unused``, else one; None: no zero."""
+        still = [frozen or name in unused for frozen, name in zip(self.frozen, self.names, strict=True)]
+        if not any(still):
             return None
-        return torch.cat(
-            [like.new_full((size,), not frozen) for size, frozen in zip(self.sizes, self.frozen, strict=True)]
-        )
+        return torch.cat([like.new_full((size,), not each) for size, each in zip(self.sizes, still, strict=True)])
 
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """Views of theta by parameter name."""

@@ -193,8 +193,10 @@ def choose_students(
     largest_label: int,
     precision: Precision,
     blocked: str | None = None,
+    image: Sequence[int] | None = None,
 ) -> GenericStudents | ConvNetStudents:
-    """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's.
+    """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's;
+    ``image``: (C, H, W) where an augmentation makes other ones of them.
 
     Raises ``ValueError`` with the reason where ``engine="student"`` cannot be had.
     """
@@ -209,7 +211,7 @@ def choose_students(
     if engine != "generic":
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
-        found = blocked or recognised(flat, tuple(images.shape[-3:]), images.dtype, images.device, output)
+        found = blocked or recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
         if isinstance(found, ConvNetShape):
             _log.debug("student engine: %s", found)
             return ConvNetStudents(found, label_kind, largest_label, precision)
