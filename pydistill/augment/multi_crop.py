@@ -102,7 +102,7 @@ class MultiCrop:
         N, _, H, W = shape
         device = "cpu" if generator is None else generator.device
         if sources is None:
-            sources = torch.arange(N)
+            sources = torch.arange(N, device="cpu")
         sources = sources.to(device)
         tiles = 4 if self.mix == "mosaic" else 1
         if sources.dim() != 1 and sources.shape[1:] != (tiles,):

@@ -33,7 +33,7 @@ class _Draws:
         return {"generator": self.generator, "device": self.device}
 
     def uniform(self) -> Tensor:
-        return torch.rand(self.images, **self._next())
+        return torch.rand(self.images, dtype=torch.float32, **self._next())
 
     def integers(self, low: int, high: int) -> Tensor:
         """From ``low`` up to and without ``high``."""
