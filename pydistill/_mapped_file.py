@@ -108,6 +108,14 @@ class MappedFile:
             self._map = None
         self._file.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._writable:
+            raise ValueError(f"{self.path}: a store that is open for writing stays in its process: open it again")
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        MappedFile.__init__(self, state["path"])
+
     def __enter__(self: _File) -> _File:
         return self
 

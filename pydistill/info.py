@@ -29,18 +29,21 @@ def backends() -> dict[str, dict[str, str]]:
     return table
 
 
-def engine(net: torch.nn.Module, image: Sequence[int], device: torch.device | str = "cpu") -> str:
+def engine(
+    net: torch.nn.Module, image: Sequence[int], device: torch.device | str = "cpu", *, output: int | None = None
+) -> str:
     """Which engine `pydistill.unroll` and `pydistill.train_students` run ``net`` on, and why.
 
     Args:
         net: the student.
-        image: ``(C, H, W)`` of the images.
+        image: ``(C, H, W)`` of the images, as an augmentation leaves them.
         device: where they are.
+        output: as for `pydistill.unroll`.
 
     Returns:
         "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run.
     """
-    found = convnet_shape(FlatModule(net).net, image, next(net.parameters()).dtype, device)
+    found = convnet_shape(net, image, FlatModule(net).dtype, device, output=output)
     return f"generic: {found}" if isinstance(found, str) else f"student: {found}"
 
 

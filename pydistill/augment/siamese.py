@@ -33,7 +33,7 @@ class _Draws:
         return {"generator": self.generator, "device": self.device}
 
     def uniform(self) -> Tensor:
-        return torch.rand(self.images, **self._next())
+        return torch.rand(self.images, dtype=torch.float32, **self._next())
 
     def integers(self, low: int, high: int) -> Tensor:
         """From ``low`` up to and without ``high``."""
@@ -135,6 +135,10 @@ class DiffAugment:
             `pydistill.ops.augment_images` for its columns.
         """
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
+
+    def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the result, of that of the images."""
+        return (self._rows(shape), *shape[1:])
 
     def _rows(self, shape: Sequence[int]) -> int:
         return shape[0] * self.copies

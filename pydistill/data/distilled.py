@@ -84,7 +84,7 @@ class DistilledSet:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, atomically, with the configuration as JSON in its metadata."""
         tensors = {"images": self.images, "labels": self.labels, "mean": self.mean, "std": self.std}
-        tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64, device="cpu")
         if self.zca is not None:
             tensors |= {f"zca_{name}": tensor for name, tensor in self.zca.tensors().items()}
         write_safetensors(path, tensors, "distilled", self.config, label_kind=self.label_kind)
@@ -139,7 +139,11 @@ class DistilledSet:
             FileExistsError: one of the files is there, and ``overwrite`` is not given.
         """
         folder = Path(folder)
-        tensors = {"images": self.images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        tensors = {
+            "images": self.images,
+            "labels": self.labels,
+            "lr": torch.tensor(self.lr, dtype=torch.float64, device="cpu"),
+        }
         about = folder / EXPORT_HEADER
         for path in (about, *(folder / f"{name}.pt" for name in tensors)):
             if path.exists() and not overwrite:
@@ -204,7 +208,7 @@ class DistilledSet:
             raise ValueError(
                 f"label_kind: expected 'logits' or 'probs', which {folder} does not say of its soft labels"
             )
-        space = (torch.tensor(each, dtype=torch.float32) for each in (mean, std))
+        space = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (mean, std))
         labels = labels.float() if labels.is_floating_point() else labels.long()
         try:
             zca = folder / "zca.pt"

@@ -192,14 +192,6 @@ class LabelReader(MappedFile):
         self._ids = self._rows = None  # they hold the map
         super().close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self._writable:
-            raise ValueError(f"{self.path}: a store that is open for writing stays in its process: open it again")
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        LabelReader.__init__(self, state["path"])
-
     def __len__(self) -> int:
         return len(self.images)
 

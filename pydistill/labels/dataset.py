@@ -50,7 +50,7 @@ class SoftLabelDataset(Dataset):
         if store._writable:
             raise ValueError(f"store: expected one that is open for reading, {store.path} is open for writing")
         self.images, self.store = images, store
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self.set_epoch(epoch)
 
     @property

@@ -145,7 +145,7 @@ def _convert(file: Path, n: int, num_classes: int, image_size: int, out_size: in
     crops = (coords * image_size).round()
     if (crops < 0).any() or (crops[:, 2:] < 1).any() or (crops[:, :2] + crops[:, 2:] > image_size).any():
         raise ValueError(f"{file}: coords: expected crops of images of {image_size}, got some that are not inside")
-    parts = [crop_record(crops, flip, torch.arange(n), out_size)]
+    parts = [crop_record(crops, flip, torch.arange(n, device="cpu"), out_size)]
     if mix_index is not None:
         if not ((mix_index >= 0) & (mix_index < n)).all():
             raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")

@@ -263,7 +263,7 @@ class SoftLabelStore(LabelReader):
             self._places[epoch][ids] = block * self.batch_size + np.arange(count)
 
     def _encode(self, labels: Tensor | np.ndarray, n: int) -> np.ndarray:
-        values = torch.as_tensor(labels).detach().to("cpu", torch.float32).contiguous()
+        values = torch.as_tensor(labels, device="cpu").detach().to("cpu", torch.float32).contiguous()
         if values.shape != (n, self.num_classes):
             raise ValueError(
                 f"labels: expected [{n}, {self.num_classes}] of the store's classes, got {list(values.shape)}"

@@ -98,8 +98,10 @@ class Matching(Config):
         """What is drawn depends on the seed, the iteration and the segment's number alone."""
         device = state["images"].device
         generator = seeded_generator(self.seed, 6, state.iteration, number)
-        expert = int(torch.randint(experts.shape[0], (), generator=generator))
-        start = int(torch.randint(self.min_start_epoch, self.last_start(state.iteration), (), generator=generator))
+        expert = int(torch.randint(experts.shape[0], (), generator=generator, device="cpu"))
+        start = int(
+            torch.randint(self.min_start_epoch, self.last_start(state.iteration), (), generator=generator, device="cpu")
+        )
         theta0, target = (theta.to(device) for theta in experts.segment(expert, start, self.expert_epochs))
         return Segment(expert, start, generator, theta0, target)
 

@@ -87,7 +87,7 @@ class Relabel:
     def views(self, shape: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches: the numbers of their images, and the record of what is shown of them."""
         generator, crops = seeded_generator(self.seed, 1, epoch), self.crops(shape[2])
-        for index in torch.randperm(shape[0], generator=generator).split(self.batch_size):
+        for index in torch.randperm(shape[0], generator=generator, device="cpu").split(self.batch_size):
             yield index, crops.draw(shape, generator, sources=index)
 
 

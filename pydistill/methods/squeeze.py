@@ -27,8 +27,8 @@ _IMAGENET = {
     "name": "imagenet-1k",
     "image_size": 224,
     "class_names": [f"class {number}" for number in range(1000)],
-    "mean": torch.tensor([0.485, 0.456, 0.406]),
-    "std": torch.tensor([0.229, 0.224, 0.225]),
+    "mean": torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32, device="cpu"),
+    "std": torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32, device="cpu"),
 }
 
 
@@ -183,7 +183,7 @@ def squeeze(
 
     def batches(epoch: int) -> Iterator[Any]:
         generator = seeded_generator(config.seed, 1, epoch)
-        for index in torch.randperm(len(images), generator=generator).split(config.batch_size):
+        for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
             index = index.to(images.device)
             record = crop.draw((len(index), *images.shape[1:]), generator)
             x, y = crop(images[index], record), labels[index]

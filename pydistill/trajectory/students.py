@@ -32,7 +32,7 @@ from pydistill.ops.convnet_step import (
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.kept_statistics import KeptStatistics
-from pydistill.trajectory.recognition import convnet_shape
+from pydistill.trajectory.recognition import Output, recognised
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes
 
 Engine = Literal["auto", "student", "generic"]
@@ -216,12 +216,14 @@ def choose_students(
     flat: FlatModule,
     images: Tensor,
     label_kind: LabelKind,
-    output: int | None,
+    output: Output,
     largest_label: int,
     precision: Precision,
     blocked: str | None = None,
+    image: Sequence[int] | None = None,
 ) -> GenericStudents | ConvNetStudents:
-    """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's.
+    """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's;
+    ``image``: (C, H, W) where an augmentation makes other ones of them.
 
     Raises ``ValueError`` with the reason where ``engine="student"`` cannot be had.
     """
@@ -234,11 +236,9 @@ def choose_students(
     if precision == "tf32" and images.device.type != "cuda":
         raise ValueError(f"precision: expected 'fp32' or 'bf16' on {images.device.type}, got 'tf32'")
     if engine != "generic":
-        if output is not None:
-            blocked = blocked or f"output={output} takes an element of a tuple"
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
-        found = blocked or convnet_shape(flat.net, tuple(images.shape[-3:]), images.dtype, images.device)
+        found = blocked or recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
         if isinstance(found, ConvNetShape):
             _log.debug("student engine: %s", found)
             kept = KeptStatistics(flat.net) if found.norm in ("batch", "running") else None

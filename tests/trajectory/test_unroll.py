@@ -287,7 +287,7 @@ def test_changes_between_the_passes_are_noticed():
     theta = pydistill.unroll(net, theta0, X, labels, lr, **options)
     with torch.no_grad():
         X += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="images, labels, lr: one of them was changed in place"):
         theta.sum().backward()
 
 
