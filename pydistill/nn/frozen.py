@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pydistill.nn import _what_runs as what_runs
 from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters, max_pool2d
 from pydistill.ops.max_pool2d import MAX_KERNEL
 
@@ -100,9 +101,14 @@ class _MaxPool2d(nn.MaxPool2d):
         return max_pool2d(x, *(_side(value) for value in (self.kernel_size, self.stride, self.padding)))
 
 
+POOLINGS = (nn.MaxPool2d, _MaxPool2d)
+# those whose output is new and only of their input
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FrozenConv2d, _OtherConv2d)
+
+
 def pooling_of(module: nn.Module) -> tuple[int, int, int] | None:
     """Kernel, stride and padding of a max pooling that `pydistill.ops.max_pool2d` does; None of any other module."""
-    if type(module) not in (nn.MaxPool2d, _MaxPool2d) or module.ceil_mode or module.return_indices:
+    if what_runs.why_not_plain(module, *POOLINGS) is not None or module.ceil_mode or module.return_indices:
         return None
     sizes = [_side(value) for value in (module.kernel_size, module.stride, module.padding, module.dilation)]
     if None in sizes:
