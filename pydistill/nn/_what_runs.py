@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dis
 import inspect
+import sys
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ def set_on_instance(module: nn.Module) -> str | None:
 
 
 def why_not_plain(module: nn.Module, *classes: type[nn.Module]) -> str | None:
-    """None where ``module`` computes what one of ``classes``, torch's or ours, does and no more; else why it may not."""
+    """None where ``module`` computes what one of ``classes``, torch's or ours, does alone; else why it may not."""
     cls = type(module)
     if cls not in classes:
         return f"it is a {cls.__name__}, which may compute something else than {classes[0].__name__}"
@@ -54,6 +55,35 @@ def why_not_plain(module: nn.Module, *classes: type[nn.Module]) -> str | None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile stands between ``module`` and its forward."""
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether ``module`` calls its children one after the other, and nothing else."""
+    cls = type(module)
+    return (
+        cls.forward is _FORWARDS[nn.Sequential]
+        and (cls.__iter__, cls.__call__) == (_ITERATE, _CALL)
+        and set_on_instance(module) is None
+        and not is_compiled(module)
+    )
+
+
+def taken_apart(module: nn.Module) -> dict[str, str]:
+    """Attributes that methods of ``module`` and its parts use otherwise than by calling them, and one that does."""
+    found: dict[str, str] = {}
+    classes = {cls for part in module.modules() for cls in type(part).__mro__}
+    for cls in sorted(classes, key=lambda cls: cls.__qualname__):
+        if cls.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, method in vars(cls).items():
+            if not isinstance(method, FunctionType) or name == "__init__":
+                continue
+            for instruction in dis.get_instructions(method):
+                # a call of an attribute loads it as a method, from Python 3.12 on with a bit that says so
+                called = sys.version_info >= (3, 12) and instruction.arg is not None and instruction.arg & 1
+                if instruction.opname == "LOAD_ATTR" and not called:
+                    found.setdefault(instruction.argval, f"{cls.__name__}.{name}")
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -104,7 +134,7 @@ class Reads:
         self._globals: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: set[Any] = set()
         self._module = module
-        if cls.forward is not _FORWARDS[nn.Sequential] or cls.__iter__ is not _ITERATE:
+        if not is_sequential(module):
             self._read(cls.forward, module)
 
     def state(self) -> tuple[Any, ...] | None:

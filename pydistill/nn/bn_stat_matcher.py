@@ -30,9 +30,9 @@ class BNStatMatcher:
 
     The model is frozen (``requires_grad_(False)``) and what it computes stays the same. Its ``nn.BatchNorm1d``, ``2d``
     and ``3d`` run on `pydistill.bn_match_forward`, which reads the input once for output and statistics and keeps no
-    copy of it. Where a module's own ``forward`` shows that a BatchNorm's output goes to a ReLU and nowhere else, or to a
-    sum that does (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), that is done in the same pass, and so is a
-    max pooling of square windows behind the ReLU of a BatchNorm alone (a ResNet's stem). Only torch's own modules are
+    copy of it. Where a module's own ``forward`` shows that a BatchNorm's output goes to a ReLU and nowhere else, or to
+    a sum that does (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), that is done in the same pass, and so is
+    a max pooling of square windows behind the ReLU of a BatchNorm alone (a ResNet's stem). Only torch's own modules are
     taken in, and only while they have no hooks. A BatchNorm that is something else (a subclass, a ``forward`` set on
     the instance) runs as it is, and its statistics are gathered as by a hook. `report` tells what runs how, and why;
     the logger "pydistill" says it in brief. `remove` gives the model back as it was::
@@ -303,11 +303,10 @@ class _Fused(_Replaced):
         super().__init__(module, matcher)
 
     def expect(self) -> None:
-        """Trace a call with one tensor, which most modules are given."""
-        try:
-            self._graph([torch.empty(0), *self._arguments((None,), {})[1:]])
-        except TypeError:
-            pass
+        """Trace a call with one tensor, if that is all that the forward has to be given."""
+        needed = [p for p in self._signature.parameters.values() if p.default is inspect.Parameter.empty]
+        if len(needed) == 2:  # the first is the module
+            self._graph(self._arguments((torch.empty(0, device="cpu"),), {}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._attached and not what_runs.has_global_hooks() and not torch.compiler.is_compiling():
@@ -378,13 +377,15 @@ class _FusedBatchNorm(nn.Module):
     def forward(self, x: Tensor, summand: Any = None) -> Tensor:
         if self._place is None:
             y = self._run(x, relu=True, pool=self._pool)
-            # pooled in channels-last memory, but a view of it may be taken as of torch's
-            return y if self._pool is None or not x.is_contiguous() else y.contiguous()
-        if isinstance(summand, Tensor) and (summand.shape, summand.dtype) == (x.shape, x.dtype):
-            if self._place == "in place" or summand.stride() == x.stride():
-                return self._run(x, relu=True, residual=summand)
+            if self._pool is None or x.is_contiguous(memory_format=torch.channels_last):
+                return y
+            return y.contiguous()  # it is pooled in channels-last memory, but a view may be taken as of torch's
+        in_place = self._place == "in place"
+        alike = isinstance(summand, Tensor) and (summand.shape, summand.dtype) == (x.shape, x.dtype)
+        if alike and (in_place or summand.stride() == x.stride()):
+            return self._run(x, relu=True, residual=summand)
         y = self._run(x)  # the sum is broadcast, or of another precision or layout
-        if self._place == "in place":
+        if in_place:
             y += summand
             return y.relu()
         return (y + summand if self._place == "left" else summand + y).relu()
