@@ -131,16 +131,18 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def side_of(net: nn.Module) -> int:
-    """The smallest of `SIDES` whose images it takes."""
-    for side in SIDES:
+    """The smallest of `SIDES`, or the side that timm names, whose images it takes."""
+    own = getattr(net, "default_cfg", {}).get("input_size", SIDES)[-1]
+    errors = []
+    for side in sorted({*SIDES, own}):
         try:
             with torch.no_grad():
                 net(torch.randn(1, 3, side, side, dtype=next(net.parameters()).dtype))
-        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, ZeroDivisionError) as error:
-            last = error
+        except Exception as error:  # whatever a network raises for images that are too small
+            errors.append(error)
         else:
             return side
-    raise last
+    raise errors[0]
 
 
 def compared(library: str, name: str) -> dict[str, Any]:
@@ -172,6 +174,7 @@ def compared(library: str, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--again", action="store_true", help="measure also what the file has already")
     parser.add_argument("--only", nargs="*", help="names of networks; their rows are printed and not kept")
     options = parser.parse_args()
     if options.only:
@@ -180,8 +183,14 @@ def main() -> None:
                 print(name, compared(library, name), flush=True)
         return
     start = time.monotonic()
-    rows = []
+    rows, there = [], {}
+    if RESULTS.exists() and not options.again:
+        with RESULTS.open(newline="") as file:
+            there = {(row["library"], row["network"]): row for row in csv.DictReader(file) if not row["note"]}
     for library, source, name in names():
+        if (library, name) in there:
+            rows.append({**there[library, name], "parameters": int(there[library, name]["parameters"])})
+            continue
         row = {"library": library, "source": source, "network": name}
         try:
             with torch.device("meta"):
@@ -198,7 +207,7 @@ def main() -> None:
     rows.sort(key=lambda row: row.get("parameters", 0))
     print(f"{len(rows)} networks, {time.monotonic() - start:.0f} s", flush=True)
     for i, row in enumerate(rows):
-        if not row.get("note", "").startswith("left out"):
+        if not row.get("note", "").startswith("left out") and "side" not in row:
             if time.monotonic() - start > options.seconds:
                 row["note"] = "left out: time"
             else:

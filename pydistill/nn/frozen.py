@@ -163,7 +163,9 @@ def freeze(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     with torch.inference_mode(False):  # what is made in it does not count what is written to it
-        frozen = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        # as .to(memory_format=torch.channels_last), which raises for other tensors than images'
+        frozen._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
     _say(frozen_convolutions(frozen))
     for module in frozen.modules():
         if is_replaced(module):
