@@ -71,6 +71,15 @@ def build(library: str, name: str, **options: Any) -> nn.Module:
     return importlib.import_module("torchvision.models").get_model(name, weights=None, **options).eval()
 
 
+def empty(library: str, name: str) -> nn.Module:
+    """The network without its numbers, where it can be built so."""
+    try:
+        with torch.device("meta"):
+            return build(library, name)
+    except (NotImplementedError, RuntimeError):  # it computes its sizes with tensors
+        return build(library, name)
+
+
 def batch_norms(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, _BatchNorm)]
 
@@ -192,28 +201,22 @@ def main() -> None:
             rows.append({**there[library, name], "parameters": int(there[library, name]["parameters"])})
             continue
         row = {"library": library, "source": source, "network": name}
-        try:
-            with torch.device("meta"):
-                net = build(library, name)
-        except Exception as error:  # some need what meta tensors lack
-            row["note"] = f"not built: {type(error).__name__}"
-        else:
-            row["parameters"] = sum(p.numel() for p in net.parameters())
-            if not batch_norms(net):
-                continue
-            if row["parameters"] > LARGEST:
-                row["note"] = "left out: large"
+        net = empty(library, name)
+        row["parameters"] = sum(p.numel() for p in net.parameters())
+        if not batch_norms(net):
+            continue
+        if row["parameters"] > LARGEST:
+            row["note"] = "left out: large"
         rows.append(row)
-    rows.sort(key=lambda row: row.get("parameters", 0))
+    rows.sort(key=lambda row: row["parameters"])
     print(f"{len(rows)} networks, {time.monotonic() - start:.0f} s", flush=True)
     for i, row in enumerate(rows):
-        if not row.get("note", "").startswith("left out") and "side" not in row:
+        if not row.get("note") and "side" not in row:
             if time.monotonic() - start > options.seconds:
                 row["note"] = "left out: time"
             else:
                 try:
                     row |= compared(row["library"], row["network"])
-                    row.pop("note", None)
                 except Exception as error:
                     row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else "?"
                 print(i, row, flush=True)
