@@ -156,6 +156,15 @@ def statistics_forward(
     return y, _unbiased(statistics, x) if unbiased else statistics
 
 
+def statistics_of(x: Tensor, bn: nn.Module, reduction: str, unbiased: bool) -> Tensor:
+    """Means and variances ``[2, C]`` of what a frozen BatchNorm, of whatever forward, is given."""
+    check_frozen(bn)
+    _check(x, bn.running_mean, bn.running_var, reduction, unbiased)
+    ops = triton if choose_backend("bn_stat_match", "auto", x.device, BACKENDS) == "triton" else native
+    _, statistics, _ = ops.forward(_as_planes(x), None, None, None, False)
+    return _unbiased(statistics, x) if unbiased else statistics
+
+
 def check_frozen(bn: nn.Module) -> None:
     """Raise unless ``bn`` is a BatchNorm that normalises by its running statistics."""
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
