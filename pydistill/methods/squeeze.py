@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, read_safetensors, write_safetensors
 from pydistill.methods.training import OnEpoch, train
@@ -195,26 +196,31 @@ def squeeze(
     return teacher
 
 
-def import_weights(config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None) -> Teacher:
-    """A teacher with the weights of a ``state_dict`` that torch saved, such as torchvision's; no code in it is run.
+def import_weights(
+    config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None, *, key: str | None = None
+) -> Teacher:
+    """A teacher with the weights of a checkpoint that torch saved, such as torchvision's; no code in it is run.
 
     Args:
         config: the network.
-        path: the file; the state may stand under ``state_dict`` or ``model`` in it, its keys may begin with "module.".
+        path: the file: a ``state_dict``, or a dict of training scripts in which one stands under "state_dict",
+            "model_state_dict", "model", "net" or the like, beside whatever describes the training. Prefixes that
+            DataParallel ("module.") and torch.compile ("_orig_mod.") put before its keys are taken away. The checksums
+            of the archive are verified; a file of torch before 1.6 has none.
         dataset: whose images the network sees; None: ImageNet-1K as torchvision's networks see it, 224 pixels a side.
+        key: where in the file the weights stand, such as "ema", to take others than the first that are found.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is none, or its keys and shapes are not those of ``config.network``.
+        ValueError: the file is none or damaged, its keys and shapes are not those of ``config.network``, or a number in
+            it is not finite.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected the weights of a {config.network}, found no file")
+    wanted = f"the weights of a {config.network}"
+    weights = read_state_dict(Path(path), wanted, key)
     teacher = _untrained(config, _IMAGENET if dataset is None else _space(dataset))
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = weights.get("state_dict", weights.get("model", weights))
-        teacher.net.load_state_dict({key.removeprefix("module."): v for key, v in weights.items()})
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        raise ValueError(f"{path}: expected the weights of a {config.network}; {error}") from error
+        teacher.net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected {wanted}; {error}") from error
     teacher.net.eval()
     return teacher

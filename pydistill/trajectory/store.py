@@ -181,7 +181,7 @@ class ExpertStore(MappedFile):
         if (expert, epoch) not in self._verified:
             self._check_crc(raw, "row", expert, epoch)
             self._verified.add((expert, epoch))
-        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[self.dtype]).float()
+        return torch.frombuffer(raw, dtype=_DTYPES[self.dtype]).float()
 
     def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
         """What a student starts from and should arrive at: the rows at ``epoch`` and ``epoch + length``.
@@ -268,7 +268,7 @@ class ExpertStore(MappedFile):
         self._check_crc(raw, "state", expert, epoch)
         if not self.state_names:
             return {}
-        vectors = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(len(self.state_names), self._numel)
+        vectors = torch.frombuffer(raw, dtype=torch.float32).view(len(self.state_names), self._numel)
         return dict(zip(self.state_names, vectors, strict=True))
 
     @classmethod
@@ -343,9 +343,10 @@ class ExpertStore(MappedFile):
     def _state_at(self, expert: int, epoch: int) -> int:
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
-    def _read(self, at: int, count: int) -> memoryview:
+    def _read(self, at: int, count: int) -> bytearray:
+        """A copy: a view that an exception's traceback holds would keep the file from being closed."""
         self._check_open()
-        return memoryview(self._map)[at : at + count]
+        return bytearray(memoryview(self._map)[at : at + count])
 
     def _check_place(self, expert: int, epoch: int) -> None:
         if not 0 <= expert < len(self):
@@ -353,7 +354,7 @@ class ExpertStore(MappedFile):
         if not 0 <= epoch <= self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs}, got {epoch}")
 
-    def _check_crc(self, raw: memoryview, what: str, expert: int, epoch: int) -> None:
+    def _check_crc(self, raw: bytearray, what: str, expert: int, epoch: int) -> None:
         wanted, found = int(self._table[epoch, expert][what]), zlib.crc32(raw)
         if wanted != found:
             raise ValueError(
