@@ -18,13 +18,11 @@ from torch import nn
 from pydistill import __version__
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Stop, accuracy_table, add_row, as_json, device_of, progress_bars
-from pydistill.cli.settings import DatasetName
+from pydistill.cli.settings import DatasetName, NetName
 from pydistill.data import EXPORT_HEADER, REPOSITORY_NORMALISATION, Dataset, DistilledSet, load, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.nn import make
 from pydistill.trajectory.train import EVAL_BATCH
-
-NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap", "vit"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ state never overwrites that of the epoch before, what the append started from is
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -218,6 +219,28 @@ class ExpertStore(MappedFile):
                 f"up to {wanted[-1][0]}; got {len(have)} up to {have[-1][0]}"
             )
 
+    def check_whitening(self, zca: bool) -> None:
+        """Whether imported experts may be matched on images that are ZCA-whitened (``zca``) or are not.
+
+        Raises:
+            ValueError: they were imported as experts that saw the other kind.
+
+        Warns:
+            UserWarning: their import did not say what they saw.
+        """
+        saw, are = self.options.get("zca"), "ZCA-whitened" if zca else "not whitened"
+        if saw is None and "replay_buffers" in self.options:
+            warnings.warn(
+                f"{self.path}: expected experts that saw images as these are, {are}; their import did not say whether "
+                "they did: zca=True or False there (--zca, --no-zca) does",
+                stacklevel=2,
+            )
+        elif saw not in (None, zca):
+            raise ValueError(
+                f"{self.path}: expected experts that saw images as these are, {are} (zca={zca}), got experts imported "
+                f"with zca={saw}"
+            )
+
     def append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
         """Adds the snapshot after ``epoch`` epochs of some experts; on disk when it returns, all of it or nothing.
 
@@ -280,19 +303,23 @@ class ExpertStore(MappedFile):
         *,
         dtype: StoreDtype = "fp32",
         dataset: str | None = None,
+        zca: bool | None = None,
         overwrite: bool = False,
     ) -> ExpertStore:
         """Makes a store of the ``replay_buffer_*.pt`` that the code of MTT, TESLA, FTD and others writes.
 
         Each file is a list of experts, an expert a list of epochs + 1 snapshots, a snapshot a list of float32 tensors
         in ``net.parameters()`` order. Files are read by ``torch.load(weights_only=True)``, one at a time, and all are
-        checked before anything is written.
+        checked before anything is written: the checksums of the archives (files of torch before 1.6 have none), every
+        shape, that every number is finite and that every epoch changed something.
 
         Args:
             paths: the files, in the order of their experts.
             net: a network of the experts' structure.
             path: the store to make, atomically.
             dtype, dataset, overwrite: as of `create`.
+            zca: whether the experts saw ZCA-whitened images (``buffer.py --zca``), which the files do not say and the
+                store keeps; None: nobody knows.
 
         Returns:
             The store, open for reading.
@@ -300,7 +327,8 @@ class ExpertStore(MappedFile):
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
             FileNotFoundError: one of ``paths`` is not there.
-            ValueError: a file is truncated, foreign or does not fit ``net``; says where.
+            ValueError: a file is truncated, foreign or damaged, does not fit ``net``, or holds experts that cannot be
+                matched; says where.
         """
         path, paths = Path(path), [Path(each) for each in paths]
         if not paths:
@@ -308,7 +336,7 @@ class ExpertStore(MappedFile):
         check_replaceable(path, overwrite)
         found, snapshots = check_replay_buffers(paths, _parameters_of(net))
         sizes = {"experts": found, "epochs": snapshots - 1}
-        options = {"replay_buffers": [each.name for each in paths]}
+        options = {"replay_buffers": [each.name for each in paths]} | ({} if zca is None else {"zca": zca})
         with (
             replacing(path, "import") as partial,
             cls.create(partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True) as store,
