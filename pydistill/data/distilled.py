@@ -198,7 +198,7 @@ class DistilledSet:
         if lr is None:
             rate = folder / f"lr{ending}.pt"
             if not rate.exists():
-                raise ValueError(f"lr: expected a learning rate (--lr), {rate} is not there")
+                raise ValueError(f"lr: expected a learning rate, {rate} is not there")
             tensor = _read_tensor(rate)
             if tensor.numel() != 1:
                 raise ValueError(f"{rate}: expected one number, got {_describe(tensor)}")

@@ -26,6 +26,7 @@ from pydistill.evaluate import evaluate
 from pydistill.methods import METHODS
 from pydistill.nn import NETS, ConvNet, make
 from pydistill.trajectory.store import ExpertStore
+from pydistill.whitening import ZCA
 
 OPTIONS = {
     "width": 4,
@@ -509,7 +510,7 @@ def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
     torch.save(images, folder / "images_best.pt")
     torch.save(logits, folder / "labels_best.pt")
     of = ("--dataset", "fashion-mnist", "--root", tmp_path / "fashion")
-    assert "lr: expected a learning rate (--lr), " in refused(capsys, "evaluate", folder, *of, "--label-kind=logits")
+    assert "--lr: expected a learning rate" in refused(capsys, "evaluate", folder, *of, "--label-kind", "logits")
     assert "'logits' or 'probs' (--label-kind), " in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
     assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01)
     assert "fashion-mnist or cifar10; got digits" in refused(capsys, "evaluate", folder, "--dataset", "digits")
@@ -522,6 +523,13 @@ def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
     own = (pixels - pixels.mean()) / pixels.std()
     assert evaluate(lambda: make("mlp", 1, 10, 28), images, logits, own, labels, **by_hand) != accuracies
     assert (found["label_kind"], found["images"], found["lr"]) == ("logits", 20, 0.01)
+
+    zca = ZCA.fit(pixels)
+    torch.save(zca(pixels), folder / "images_best.pt")
+    found = evaluated(tmp_path, folder, *of, *options, "--net", "mlp", "--zca")
+    accuracies = evaluate(lambda: make("mlp", 1, 10, 28), zca(pixels), logits, zca(pixels), labels, **by_hand)
+    assert found["nets"]["mlp"]["accuracies"] == accuracies
+    assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01, "--zca")
 
 
 def test_an_export_in_the_repositories_normalisation(finished, tmp_path, capsys):
@@ -538,6 +546,7 @@ def test_an_export_in_the_repositories_normalisation(finished, tmp_path, capsys)
     assert "fashion-mnist or cifar10; got digits" in refused(capsys, "export", digits, *options)
     assert not (tmp_path / "digits").exists()
     assert "--label-kind: expected none" in refused(capsys, "evaluate", digits, "--label-kind", "probs")
+    assert "--zca: expected none" in refused(capsys, "evaluate", digits, "--zca")
 
 
 def test_every_network_can_be_named():

@@ -539,7 +539,7 @@ def save_export(folder, **contents):
         ({"zca": WHITENING | {"matrix": torch.eye(90) * math.nan}}, ValueError, r"zca\.pt: expected finite numbers"),
         ({"zca": b"PK"}, ValueError, r"zca\.pt: expected mean, matrix and inverse_matrix .*truncated, damaged"),
         ({"lr": torch.zeros(2)}, ValueError, r"lr\.pt: expected one number, got float32 \[2\]"),
-        ({"lr": None}, ValueError, r"lr: expected a learning rate \(--lr\), .*lr\.pt is not there"),
+        ({"lr": None}, ValueError, r"lr: expected a learning rate, .*lr\.pt is not there"),
         ({"header": None}, ValueError, "mean, std: expected those of the images' normalised space"),
         ({"header": "{"}, ValueError, r"distilled\.json: expected mean, std, label_kind and config as JSON"),
         ({"header": '{"mean": [1], "std": 3}'}, ValueError, r"distilled\.json: expected mean, std, label_kind"),
