@@ -154,12 +154,12 @@ class Experts:
         if len(shapes[-1]) == 1:
             classes = shapes[-1][0]
         sizes, sides = {"width": self.width, "depth": self.depth}, [side]
-        if self.net == "convnet" and len(shapes[0]) == 4 and len(shapes[-2]) == 2:
+        if self.net == "convnet" and len(shapes) > 1 and len(shapes[0]) == 4 and len(shapes[-2]) == 2:
             found = {"width": shapes[0][0], "depth": sum(len(shape) == 4 for shape in shapes)}
             sizes = {name: found[name] if given is None else given for name, given in sizes.items()}
             # whatever image leaves the classifier so many features has the same parameters
             left = math.isqrt(shapes[-2][1] // max(found["width"], 1))
-            sides.append((left << found["depth"]) - (4 if channels == 1 else 0))
+            sides.insert(0, (left << found["depth"]) - (4 if channels == 1 else 0))
         if self.image_size is not None:
             sides = [self.image_size]
         nets = []

@@ -324,6 +324,8 @@ def test_wrong_arguments_of_experts_are_named_and_leave_nothing(tmp_path, capsys
     [
         (ConvNet(3, 7, 5, 2, 32), ()),
         (ConvNet(3, 7, 5, 2, 12), ()),  # of images of another size than the data set's
+        (ConvNet(3, 7, 2, 6, 70), ()),
+        (ConvNet(3, 7, 5, 3, 30, norm="layer"), ("--norm", "layer", "--image-size", "30")),
         (ConvNet(1, 7, 5, 3, 28, norm="none"), ("--norm", "none")),
         (ConvNet(1, 7, 5, 3, 28, norm="layer"), ("--norm", "layer", "--dataset", "fashion-mnist")),
         (ConvNet(3, 7, 5, 2, 12, norm="batch"), ("--norm", "batch", "--image-size", "12")),
