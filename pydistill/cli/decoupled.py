@@ -54,7 +54,9 @@ class SqueezeCommand:
     image_size: int | None = None
     """Pixels to which digits (16) and image folders (32) are resized."""
     weights: Path | None = None
-    """A state_dict, as torch saves it, to take instead of training; imagenet-1k needs no images then."""
+    """A checkpoint, as torch saves it, to take instead of training; imagenet-1k needs no images then."""
+    weights_key: str | None = None
+    """Where in the checkpoint the weights stand, such as model_ema; by default under the first of the usual names."""
     out: Path = Path("teacher")
     """Folder for the results, new or empty."""
     resume: bool = False
@@ -66,7 +68,7 @@ class SqueezeCommand:
         run.start(self, {"config": asdict(self.config), "dataset": self.dataset, "image_size": self.image_size})
         if self.weights is not None:
             data = None if self.dataset == "imagenet-1k" else _load(self.dataset, self.root, self.image_size)
-            teacher = import_weights(self.config, self.weights, data)
+            teacher = import_weights(self.config, self.weights, data, key=self.weights_key)
         else:
             data = _load(self.dataset, self.root, self.image_size).to(device_of(self.device))
             with run.epochs("squeeze", self.config.epochs) as (state, on_epoch):
@@ -99,9 +101,12 @@ class RecoverCommand:
     """Iterations between two checkpoints of a batch."""
     device: str = "auto"
     """Where to compute, as torch names it; auto is cuda where there is one."""
+    network: str | None = None
+    """package.module:function that makes the network of your own whose weights the files of --teacher are."""
 
     def go(self, run: Run) -> None:
-        teachers = [Teacher.load(path, device_of(self.device)) for path in self.teacher]
+        device = device_of(self.device)
+        teachers = [Teacher.load(path, device, network=self.network) for path in self.teacher]
         run.start(self, stored(self.config, teachers))
         about, real = teachers[0].config, None
         if self.config.starts_real:
@@ -145,10 +150,13 @@ class RelabelCommand:
     """Go on with the run in --out, with the same options."""
     device: str = "auto"
     """Where to compute, as torch names it; auto is cuda where there is one."""
+    network: str | None = None
+    """package.module:function that makes the network of your own whose weights the files of --teacher are."""
 
     def go(self, run: Run) -> None:
         distilled = DistilledSet.load(self.images)
-        teachers = [Teacher.load(path, device_of(self.device)) for path in self.teacher]
+        device = device_of(self.device)
+        teachers = [Teacher.load(path, device, network=self.network) for path in self.teacher]
         run.start(self, asdict(self.config))
         rank, size = world()
         whole = run.folder / "labels.store"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill._torch_files import read_torch
 from pydistill.labels._reader import Format
 from pydistill.labels.records import CROP_BYTES, crop_record
 from pydistill.labels.store import SoftLabelStore
@@ -41,7 +42,8 @@ def import_fkd(
     ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Crops, flips, mixup and
     cutmix become records of `pydistill.augment.multi_crop`, which `SoftLabels.crops` returns; their sources are places
     in a batch, so batches stay together: see `SoftLabelStore.batches`. (That code resizes 8-bit images by PIL, which
-    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``.
+    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``, once the
+    checksums of their archives are verified.
 
     Args:
         folder: with the folders of the epochs.
@@ -58,7 +60,7 @@ def import_fkd(
     Raises:
         FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
         FileNotFoundError: an epoch or a batch is missing; names it.
-        ValueError: a file is truncated, foreign, or does not fit the first; names it. No store is made then.
+        ValueError: a file is truncated, foreign, damaged, or does not fit the first; names it. No store is made then.
     """
     folder, path = Path(folder), Path(path)
     check_replaceable(path, overwrite)
@@ -113,18 +115,7 @@ def _orders(num_images: int, epochs: int, seed: int) -> Any:
 
 
 def _load(file: Path) -> list[Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected {_BATCH}; found no file")
-    # the numbers of a box are NumPy's, whose pickles name this function; it makes numbers and runs no code
-    scalar = np.float64(0).__reduce__()[0]
-    harmless = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    harmless += [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: expected {_BATCH}; it is truncated or foreign ({reason})") from error
+    content = read_torch(file, _BATCH)
     if not isinstance(content, list) or len(content) != 6:
         raise ValueError(f"{file}: expected {_BATCH}; got something else")
     coords, flip, logits = content[0], content[1], content[5]

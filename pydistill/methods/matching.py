@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, sum_over_ranks, world
-from pydistill.trajectory import Trajectories, as_trajectories, trajectory_match
+from pydistill.trajectory import ExpertStore, Trajectories, as_trajectories, trajectory_match
 from pydistill.trajectory.experts import seeded_generator
 
 # The small sets' common start: what reaches most within minutes on two cores.
@@ -120,6 +120,8 @@ class Matching(Config):
             raise ValueError(f"experts: expected trajectories, which {self.name} matches, got None")
         if world()[1] > self.segments:
             raise ValueError(f"segments: expected one for each of {world()[1]} ranks, got {self.segments}")
+        if isinstance(experts, ExpertStore):
+            experts.check_whitening(dataset.zca is not None)
         try:
             return as_trajectories(experts, net, self.max_start_epoch - 1 + self.expert_epochs)
         except ValueError as error:

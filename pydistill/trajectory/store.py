@@ -15,6 +15,7 @@ state never overwrites that of the epoch before, what the append started from is
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -181,7 +182,7 @@ class ExpertStore(MappedFile):
         if (expert, epoch) not in self._verified:
             self._check_crc(raw, "row", expert, epoch)
             self._verified.add((expert, epoch))
-        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[self.dtype]).float()
+        return torch.frombuffer(raw, dtype=_DTYPES[self.dtype]).float()
 
     def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
         """What a student starts from and should arrive at: the rows at ``epoch`` and ``epoch + length``.
@@ -216,6 +217,28 @@ class ExpertStore(MappedFile):
             raise ValueError(
                 f"{self.path}: expected experts of this net, of {len(wanted)} parameters "
                 f"up to {wanted[-1][0]}; got {len(have)} up to {have[-1][0]}"
+            )
+
+    def check_whitening(self, zca: bool) -> None:
+        """Whether imported experts may be matched on images that are ZCA-whitened (``zca``) or are not.
+
+        Raises:
+            ValueError: they were imported as experts that saw the other kind.
+
+        Warns:
+            UserWarning: their import did not say what they saw.
+        """
+        saw, are = self.options.get("zca"), "ZCA-whitened" if zca else "not whitened"
+        if saw is None and "replay_buffers" in self.options:
+            warnings.warn(
+                f"{self.path}: expected experts that saw images as these are, {are}; their import did not say whether "
+                "they did: zca=True or False there (--zca, --no-zca) does",
+                stacklevel=2,
+            )
+        elif saw not in (None, zca):
+            raise ValueError(
+                f"{self.path}: expected experts that saw images as these are, {are} (zca={zca}), got experts imported "
+                f"with zca={saw}"
             )
 
     def append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
@@ -268,7 +291,7 @@ class ExpertStore(MappedFile):
         self._check_crc(raw, "state", expert, epoch)
         if not self.state_names:
             return {}
-        vectors = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(len(self.state_names), self._numel)
+        vectors = torch.frombuffer(raw, dtype=torch.float32).view(len(self.state_names), self._numel)
         return dict(zip(self.state_names, vectors, strict=True))
 
     @classmethod
@@ -280,19 +303,23 @@ class ExpertStore(MappedFile):
         *,
         dtype: StoreDtype = "fp32",
         dataset: str | None = None,
+        zca: bool | None = None,
         overwrite: bool = False,
     ) -> ExpertStore:
         """Makes a store of the ``replay_buffer_*.pt`` that the code of MTT, TESLA, FTD and others writes.
 
         Each file is a list of experts, an expert a list of epochs + 1 snapshots, a snapshot a list of float32 tensors
         in ``net.parameters()`` order. Files are read by ``torch.load(weights_only=True)``, one at a time, and all are
-        checked before anything is written.
+        checked before anything is written: the checksums of the archives (files of torch before 1.6 have none), every
+        shape, that every number is finite and that every epoch changed something.
 
         Args:
             paths: the files, in the order of their experts.
             net: a network of the experts' structure.
             path: the store to make, atomically.
             dtype, dataset, overwrite: as of `create`.
+            zca: whether the experts saw ZCA-whitened images (``buffer.py --zca``), which the files do not say and the
+                store keeps; None: nobody knows.
 
         Returns:
             The store, open for reading.
@@ -300,7 +327,8 @@ class ExpertStore(MappedFile):
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
             FileNotFoundError: one of ``paths`` is not there.
-            ValueError: a file is truncated, foreign or does not fit ``net``; says where.
+            ValueError: a file is truncated, foreign or damaged, does not fit ``net``, or holds experts that cannot be
+                matched; says where.
         """
         path, paths = Path(path), [Path(each) for each in paths]
         if not paths:
@@ -308,7 +336,7 @@ class ExpertStore(MappedFile):
         check_replaceable(path, overwrite)
         found, snapshots = check_replay_buffers(paths, _parameters_of(net))
         sizes = {"experts": found, "epochs": snapshots - 1}
-        options = {"replay_buffers": [each.name for each in paths]}
+        options = {"replay_buffers": [each.name for each in paths]} | ({} if zca is None else {"zca": zca})
         with (
             replacing(path, "import") as partial,
             cls.create(partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True) as store,
@@ -343,9 +371,10 @@ class ExpertStore(MappedFile):
     def _state_at(self, expert: int, epoch: int) -> int:
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
-    def _read(self, at: int, count: int) -> memoryview:
+    def _read(self, at: int, count: int) -> bytearray:
+        """A copy: a view that an exception's traceback holds would keep the file from being closed."""
         self._check_open()
-        return memoryview(self._map)[at : at + count]
+        return bytearray(memoryview(self._map)[at : at + count])
 
     def _check_place(self, expert: int, epoch: int) -> None:
         if not 0 <= expert < len(self):
@@ -353,7 +382,7 @@ class ExpertStore(MappedFile):
         if not 0 <= epoch <= self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs}, got {epoch}")
 
-    def _check_crc(self, raw: memoryview, what: str, expert: int, epoch: int) -> None:
+    def _check_crc(self, raw: bytearray, what: str, expert: int, epoch: int) -> None:
         wanted, found = int(self._table[epoch, expert][what]), zlib.crc32(raw)
         if wanted != found:
             raise ValueError(

@@ -159,6 +159,10 @@ def test_what_does_not_fit_is_refused_by_name(made, tmp_path, capsys):
     torch.save({"conv1.weight": torch.zeros(1)}, weights)
     imported = ("squeeze", "--dataset", "digits", "--weights", weights, "--out", tmp_path / "c")
     assert "weights.pth: expected the weights of a convnet" in fails(capsys, *imported)
+    assert "convnet under 'ema'; got a dict of conv1.weight" in fails(capsys, *imported, "--weights-key", "ema")
+    assert "network: expected 'package.module:function', got 'make'" in fails(
+        capsys, *recover, "--network", "make", "--out", tmp_path / "b"
+    )
 
     half = tmp_path / "half.store"
     whole = SoftLabelStore.open(made["labels"])
