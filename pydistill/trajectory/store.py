@@ -1,6 +1,6 @@
-"""Expert trajectories in one memory-mapped file.
+"""Expert trajectories in one file.
 
-A `MappedFile`. All integers are little-endian::
+A `StoreFile`. All integers are little-endian::
 
     header    JSON: sizes, layout of the parameters, architecture, data set, training options
     table     [epochs + 1, experts] entries: checksums of a row and its state, the append that wrote them
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill._atomic import PathLike, check_replaceable, replacing
-from pydistill._mapped_file import MappedFile, check_of, round_up
+from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.replay_buffers import check_replay_buffers, read_replay_buffer, write_replay_buffer
 
@@ -49,10 +49,10 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what each field has to be
 StoreDtype = Literal["fp32", "bf16"]
 
 
-class ExpertStore(MappedFile):
+class ExpertStore(StoreFile):
     """Trajectories of experts, ``[experts, epochs + 1, P]``; snapshot 0 is the initialisation.
 
-    Reading maps the file and touches only the rows asked for. The checksum of a row is verified the first time that an
+    Reading touches only the rows asked for. The checksum of a row is verified the first time that an
     object reads it, and of all rows by `verify`. A store is a context manager, and closes its file.
 
     Attributes:
@@ -78,7 +78,8 @@ class ExpertStore(MappedFile):
 
     def _open(self) -> None:
         super()._open()
-        self._table = np.ndarray((self.epochs + 1, len(self)), _ENTRY, self._map, self._table_at).copy()
+        grid = self.epochs + 1, len(self)
+        self._table = np.frombuffer(self._read(self._table_at, math.prod(grid) * _ENTRY.itemsize), _ENTRY).reshape(grid)
         self._complete = _complete(self._table)
         self._verified: set[tuple[int, int]] = set()
 
@@ -181,7 +182,7 @@ class ExpertStore(MappedFile):
         if (expert, epoch) not in self._verified:
             self._check_crc(raw, "row", expert, epoch)
             self._verified.add((expert, epoch))
-        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[self.dtype]).float()
+        return torch.frombuffer(raw, dtype=_DTYPES[self.dtype]).float()
 
     def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
         """What a student starts from and should arrive at: the rows at ``epoch`` and ``epoch + length``.
@@ -268,7 +269,7 @@ class ExpertStore(MappedFile):
         self._check_crc(raw, "state", expert, epoch)
         if not self.state_names:
             return {}
-        vectors = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(len(self.state_names), self._numel)
+        vectors = torch.frombuffer(raw, dtype=torch.float32).view(len(self.state_names), self._numel)
         return dict(zip(self.state_names, vectors, strict=True))
 
     @classmethod
@@ -343,17 +344,13 @@ class ExpertStore(MappedFile):
     def _state_at(self, expert: int, epoch: int) -> int:
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
-    def _read(self, at: int, count: int) -> memoryview:
-        self._check_open()
-        return memoryview(self._map)[at : at + count]
-
     def _check_place(self, expert: int, epoch: int) -> None:
         if not 0 <= expert < len(self):
             raise IndexError(f"{self.path}: expert: expected one of 0..{len(self) - 1}, got {expert}")
         if not 0 <= epoch <= self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs}, got {epoch}")
 
-    def _check_crc(self, raw: memoryview, what: str, expert: int, epoch: int) -> None:
+    def _check_crc(self, raw: bytearray, what: str, expert: int, epoch: int) -> None:
         wanted, found = int(self._table[epoch, expert][what]), zlib.crc32(raw)
         if wanted != found:
             raise ValueError(
