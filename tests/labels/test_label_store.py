@@ -256,6 +256,35 @@ def test_missing_epochs_and_places_are_named(path):
         store.read(0, [0])
 
 
+def test_a_file_that_is_cut_under_its_reader_is_named(filled):
+    """And the process goes on; what is still there is read."""
+    size = filled.stat().st_size
+    with SoftLabelStore(filled) as seen, SoftLabelStore(filled) as new:
+        seen.read(2, range(N))
+        new.missing(2)
+        os.truncate(filled, row_at(new, 2, 0))
+        for store in (seen, new):
+            for _ in range(2):
+                with pytest.raises(
+                    ValueError, match=rf"labels\.store: expected {size} bytes as it had, it was cut to \d+"
+                ):
+                    store.read(2, [int(batches(2)[0][0])])
+            assert np.array_equal(store.read(1, range(N)).records.numpy(), records(1, range(N)))
+        with pytest.raises(ValueError, match="it was cut to"):
+            new.verify()
+
+
+def test_shuffled_rows_are_those_of_whole_blocks(filled):
+    """Few rows of a block that is verified are read one by one."""
+    with SoftLabelStore(filled) as store:
+        whole = [store.rows(1, range(N)), store.rows(2, range(N))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pydistill.labels._reader._READ", 0)
+            for epoch, rows in enumerate(whole, 1):
+                order = np.random.default_rng(0).permutation(N)
+                assert np.array_equal(store.rows(epoch, order), rows[order])
+
+
 def test_batches_are_those_that_were_written(filled):
     with SoftLabelStore(filled) as store:
         for epoch in range(EPOCHS):
