@@ -105,9 +105,9 @@ def mixed(request, tmp_path):
         with SoftLabelStore.create(path, **options, record_bytes=CROP_BYTES * (2 if mix else 1)) as store:
             for b, ids in enumerate(torch.randperm(10, generator=torch.Generator().manual_seed(1)).split(5)):
                 crops = MultiCrop(8, mix=mix)
-                sources = ids if request.param == "images" else None
-                record = crops.draw((5, 3, 20, 20), torch.Generator().manual_seed(b), sources=sources)
-                views[mix][ids] = multi_crop(images if request.param == "images" else images[ids], record, 8)
+                shown, sources = (images, ids) if request.param == "images" else (images[ids], None)
+                record = crops.draw(shown.shape, torch.Generator().manual_seed(b), sources=sources)
+                views[mix][ids] = multi_crop(shown, record, 8)
                 store.write(0, ids, torch.zeros(5, 4), record)
         stores[mix] = SoftLabelStore(path)
     yield images, stores, views

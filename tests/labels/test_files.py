@@ -134,7 +134,6 @@ def test_an_old_relabelling_goes_on_in_its_own_version(tmp_path):
     with cut.open("r+b") as file:
         file.seek(at)
         file.write(bytes(16))
-    shutil.copy(cut, tmp_path / "shard.store")
     with SoftLabelStore(cut, writable=True) as store:
         assert store.missing(1).tolist() == [0, 3]
         store.write(1, [0, 3], logits(1)[[0, 3]], np.array([[1, 0], [1, 3]], np.uint8))
