@@ -169,7 +169,12 @@ class RelabelCommand:
         if run.first and size > 1 and not whole.exists():
             parts = [run.folder / f"labels-rank{each}-of-{size}.store" for each in range(size)]
             SoftLabelStore.merge(parts, whole)
-        run.finish({"epochs": self.config.epochs}, "labels.store")
+        results: dict[str, Any] = {"epochs": self.config.epochs}
+        if run.first:
+            with SoftLabelStore.open(whole) as store:
+                run.console.print(told(store), markup=False)
+                results["gradient_error"] = store.gradient_error and store.gradient_error._asdict()
+        run.finish(results, "labels.store")
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,8 @@ class PostTrainCommand:
         store = SoftLabelStore.open(self.labels)
         views = Relabel(**store.metadata["relabel"])
         run.start(self, {"config": asdict(self.config), "hard": self.hard, "students": self.students})
+        if run.first and not self.hard:
+            run.console.print(told(store), markup=False)
         data = _load(distilled.config["dataset"], self.root, distilled.images.shape[2])
         test = distilled.normalise(data.test_images, data)
         device, found = device_of(self.device), []
@@ -218,6 +225,14 @@ class PostTrainCommand:
             name = "student.safetensors" if self.students == 1 else f"student{student}.safetensors"
             Teacher(net, distilled.mean, distilled.std, data.class_names, about).save(run.folder / name)
         run.finish({"accuracy": found}, "results.json")
+
+
+def told(store: SoftLabelStore) -> str:
+    """What a store's format costs."""
+    form = f"{store.format}, k={store.k} of {store.num_classes}" if store.k else store.format
+    error = store.gradient_error
+    cost = "not measured: the file is of an older version" if error is None else str(error)
+    return f"labels in {form}, at temperature {store.temperature:g}; error of the student's gradients: {cost}"
 
 
 _Command = SqueezeCommand | RecoverCommand | RelabelCommand | PostTrainCommand

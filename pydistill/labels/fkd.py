@@ -19,6 +19,7 @@ from pydistill.labels.store import SoftLabelStore
 
 __all__ = ["import_fkd"]
 
+_FAITHFUL: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BATCH = "a batch of FKD labels: [coords, flip, mix_index, lam, bbox, logits] that torch.save wrote"
 
 
@@ -30,7 +31,7 @@ def import_fkd(
     out_size: int = 224,
     seed: int = 42,
     order: Sequence[Sequence[int]] | None = None,
-    format: Format = "topk8",
+    format: Format | None = None,
     k: int = 10,
     temperature: float = 20.0,
     metadata: Mapping[str, Any] | None = None,
@@ -52,7 +53,10 @@ def import_fkd(
         out_size: height and width that crops are resized to (``--input-size``), in which cutmix boxes are.
         seed: of the permutations.
         order: the images of each epoch in the order of its labels, instead of those of the seed.
-        format, k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20.
+        format: None keeps every bit of the files' logits: "fp32", "fp16" or "bf16", as they are saved. The others lose
+            some, as `SoftLabelStore.gradient_error` says.
+        k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20, where the
+            gradient comes from all classes: the top 10 of 1,000 keep next to nothing of it.
 
     Returns:
         The store, open for reading; its metadata say besides that it was imported, and with which seed.
@@ -60,7 +64,8 @@ def import_fkd(
     Raises:
         FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
         FileNotFoundError: an epoch or a batch is missing; names it.
-        ValueError: a file is truncated, foreign, damaged, or does not fit the first; names it. No store is made then.
+        ValueError: a file is truncated, foreign, damaged, does not fit the first, or has logits of more bits; names it.
+            No store is made then.
     """
     folder, path = Path(folder), Path(path)
     check_replaceable(path, overwrite)
@@ -68,6 +73,11 @@ def import_fkd(
     first, last = (_load(folder / "epoch_0" / f"batch_{b}.tar") for b in (0, batches - 1))
     (batch_size, num_classes), rest = first[-1].shape, len(last[-1])
     num_images = batch_size * (batches - 1) + rest
+    dtype = first[-1].dtype
+    if format is None and dtype not in _FAITHFUL:
+        raise ValueError(
+            f"{folder / 'epoch_0' / 'batch_0.tar'}: logits: expected float32, float16 or bfloat16, got {dtype}"
+        )
     with (
         replacing(path, "import") as partial,
         SoftLabelStore.create(
@@ -75,7 +85,7 @@ def import_fkd(
             num_images=num_images,
             num_classes=num_classes,
             epochs=epochs,
-            format=format,
+            format=format or _FAITHFUL[dtype],
             k=k,
             temperature=temperature,
             record_bytes=CROP_BYTES * (1 if first[2] is None else 2),
@@ -92,6 +102,8 @@ def import_fkd(
                 file = here / f"batch_{batch}.tar"
                 ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
                 logits, records = _convert(file, len(ids), num_classes, image_size, out_size)
+                if format is None and logits.dtype != dtype:
+                    raise ValueError(f"{file}: logits: expected {dtype} as the first file has, got {logits.dtype}")
                 try:
                     store.write(epoch, ids, logits, records)
                 except ValueError as error:

@@ -1,6 +1,6 @@
-"""Expert trajectories in one memory-mapped file.
+"""Expert trajectories in one file.
 
-A `MappedFile`. All integers are little-endian::
+A `StoreFile`. All integers are little-endian::
 
     header    JSON: sizes, layout of the parameters, architecture, data set, training options
     table     [epochs + 1, experts] entries: checksums of a row and its state, the append that wrote them
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill._atomic import PathLike, check_replaceable, replacing
-from pydistill._mapped_file import MappedFile, check_of, round_up
+from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.replay_buffers import check_replay_buffers, read_replay_buffer, write_replay_buffer
 
@@ -50,10 +50,10 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what each field has to be
 StoreDtype = Literal["fp32", "bf16"]
 
 
-class ExpertStore(MappedFile):
+class ExpertStore(StoreFile):
     """Trajectories of experts, ``[experts, epochs + 1, P]``; snapshot 0 is the initialisation.
 
-    Reading maps the file and touches only the rows asked for. The checksum of a row is verified the first time that an
+    Reading touches only the rows asked for. The checksum of a row is verified the first time that an
     object reads it, and of all rows by `verify`. A store is a context manager, and closes its file.
 
     Attributes:
@@ -79,7 +79,8 @@ class ExpertStore(MappedFile):
 
     def _open(self) -> None:
         super()._open()
-        self._table = np.ndarray((self.epochs + 1, len(self)), _ENTRY, self._map, self._table_at).copy()
+        grid = self.epochs + 1, len(self)
+        self._table = np.frombuffer(self._read(self._table_at, math.prod(grid) * _ENTRY.itemsize), _ENTRY).reshape(grid)
         self._complete = _complete(self._table)
         self._verified: set[tuple[int, int]] = set()
 
@@ -370,11 +371,6 @@ class ExpertStore(MappedFile):
 
     def _state_at(self, expert: int, epoch: int) -> int:
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
-
-    def _read(self, at: int, count: int) -> bytearray:
-        """A copy: a view that an exception's traceback holds would keep the file from being closed."""
-        self._check_open()
-        return bytearray(memoryview(self._map)[at : at + count])
 
     def _check_place(self, expert: int, epoch: int) -> None:
         if not 0 <= expert < len(self):

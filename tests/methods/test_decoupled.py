@@ -17,7 +17,7 @@ from pydistill.labels import SoftLabelStore
 from pydistill.methods import CDA, DECOUPLED, DWA, INFER, RandomImages, SRe2L
 from pydistill.methods.decoupled import merge, real_images, recover
 from pydistill.methods.post_train import PostTrain, post_train
-from pydistill.methods.relabel import Relabel, relabel, replayed
+from pydistill.methods.relabel import Relabel, last_linear, relabel, replayed
 from pydistill.methods.squeeze import Squeeze, Teacher, build, import_weights, squeeze
 from pydistill.nn import ConvNet, ResNet18
 from pydistill.nn.description import from_description
@@ -351,6 +351,43 @@ def test_labels_are_the_teachers_mean_on_the_views_that_the_student_sees(teacher
             found.append(torch.tensor(index))
     assert [torch.cat(found[i : i + 3]).sort()[0].tolist() for i in (0, 3, 6)] == [list(range(12))] * 3
     assert not torch.equal(seen[0][:2], seen[3][:2])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_features_are_stored_for_the_logits_that_they_make(teacher, data, distilled, tmp_path, static):
+    """Of two teachers, whose mean is one layer on the features of both."""
+    other = squeeze(replace(SQUEEZE, seed=1), data)
+    views = replace(VIEWS, epochs=1, format="fp32", **({"static": True, "mix": "mixup"} if static else {}))
+    found = {
+        format: relabel(replace(views, format=format), distilled, [teacher, other], tmp_path / format)
+        for format in ("fp32", "features8")
+    }
+    weights = [next(m for m in net.modules() if isinstance(m, nn.Linear)).weight for net in (teacher.net, other.net)]
+    assert torch.equal(found["features8"].classifier[0], torch.cat([w.detach() / 2 for w in weights], 1))
+    for index in found["fp32"].batches(0):
+        wanted, labels = (found[format].read(0, index) for format in ("fp32", "features8"))
+        assert torch.equal(labels.records, wanted.records)
+        span = labels.features.amax(1) - labels.features.amin(1)
+        bound = float(span.max()) / 255 * float(found["features8"].classifier[0].abs().sum(1).max())
+        torch.testing.assert_close(labels.dense, wanted.dense, rtol=0, atol=bound)
+        assert not torch.equal(labels.dense, wanted.dense)
+    post_train(STUDENT, distilled, replace(views, format="features8"), found["features8"], num_classes=data.num_classes)
+    with pytest.raises(ValueError, match="features8: expected features of these teachers, got those of others"):
+        relabel(replace(views, format="features8"), distilled, [other, teacher], tmp_path / "features8")
+
+
+def test_features_are_those_of_a_last_linear_layer():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, last = torch.randn(2, 4), nn.Linear(3, 2)
+    assert last_linear(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), last), x) is last
+    for wrong in (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), nn.Sequential(nn.Flatten()), Scaled(4, 2)):
+        with pytest.raises(
+            ValueError, match=r"teachers: expected networks that end in an nn\.Linear for 'features8', got"
+        ):
+            last_linear(wrong, x)
 
 
 def test_static_labels_are_mixed_as_the_images_are(teacher, data, distilled, tmp_path):

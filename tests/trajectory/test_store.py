@@ -1,6 +1,7 @@
 """A store gives back what was appended, refuses what is damaged, and survives a write cut off at any point."""
 
 import json
+import os
 import struct
 import zlib
 from collections import OrderedDict
@@ -159,6 +160,21 @@ def test_places_that_are_not_there_are_named(path):
         assert store.completed == [1] * E
     with pytest.raises(ValueError, match="the store is closed"):
         store.row(0, 0)
+
+
+def test_a_file_that_is_cut_under_its_reader_is_named(filled):
+    """And the process goes on; what is still there is read."""
+    size = filled.stat().st_size
+    with ExpertStore(filled) as store:
+        os.truncate(filled, store._row_at(1, 2))
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=rf"experts\.store: expected {size} bytes as it had, it was cut to \d+"
+            ):
+                store.row(1, 2)
+        assert torch.equal(store.row(1, 1), trajectories()[1, 1])
+        with pytest.raises(ValueError, match="it was cut to"):
+            store.verify()
 
 
 def test_a_layout_that_differs_is_named(filled):
