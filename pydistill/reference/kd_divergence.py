@@ -1,8 +1,10 @@
 """Definition of the divergence between a student's logits and a target."""
 
+import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,29 +24,30 @@ def kd_divergence(
 ) -> Tensor:
     """See `pydistill.kd_divergence`: each term as it stands there, on ``[..., C]``."""
     C = student_logits.shape[-1]
-    z = student_logits / T
-    log_q = z.log_softmax(-1)
+    log_q = _log_softmax(student_logits, T)
     if kind == "mse":
-        rows = (z - target / T).square().sum(-1)
+        rows = ((student_logits - target) / T).square().sum(-1)
     elif kind == "ce":
         rows = -log_q.gather(-1, target[..., None]).squeeze(-1)
     else:
-        p, log_p = (target / T).softmax(-1), (target / T).log_softmax(-1)
-        if target_is == "probs":
-            p, log_p = target, target.log()
-        q = log_q.exp()
+        log_p = target.log() if target_is == "probs" else _log_softmax(target, T)
+        p, q = target if target_is == "probs" else log_p.exp(), log_q.exp()
         if kind == "fkl":
             rows = _weighted(p, log_p - log_q).sum(-1)
         elif kind == "rkl":
             rows = _weighted(q, log_q - log_p).sum(-1)
         elif kind == "jsd":
-            log_m = (beta * p + (1 - beta) * q).log()
-            rows = beta * _weighted(p, log_p - log_m).sum(-1) + (1 - beta) * _weighted(q, log_q - log_m).sum(-1)
+            # of m = beta p + (1 - beta) q, which may be too small a number: log((1 - beta) q / m) = log sigmoid(apart)
+            apart = torch.where((p == 0) & (q == 0), 0, log_q - log_p) + math.log((1 - beta) / beta)
+            to_p = _weighted(p, F.logsigmoid(-apart) - math.log(beta))
+            to_q = _weighted(q, F.logsigmoid(apart) - math.log1p(-beta))
+            rows = (beta * to_p + (1 - beta) * to_q).sum(-1)
         elif kind == "soft_ce":
             rows = -_weighted(p, log_q).sum(-1)
         else:
-            one = torch.nn.functional.one_hot(labels, C).to(p.dtype)
-            rows = -_weighted((p + one) ** gamma - one, log_q).sum(-1)
+            own = F.one_hot(labels, C).bool()
+            t = torch.where(own, torch.expm1(gamma * p.log1p()), torch.exp(gamma * log_p))  # (p + 1_y)^gamma - 1_y
+            rows = -_weighted(t, log_q).sum(-1)
     if scale_T2:
         rows = rows * T**2
     if reduction == "mean":
@@ -54,6 +57,11 @@ def kd_divergence(
     if weight is not None:
         rows = rows * weight
     return {"none": rows, "sum": rows.sum()}[reduction] if reduction in ("none", "sum") else rows.mean()
+
+
+def _log_softmax(x: Tensor, T: float) -> Tensor:
+    """Of x / T; without the largest x first, which would be rounded in the place of what counts."""
+    return ((x - x.detach().amax(-1, keepdim=True)) / T).log_softmax(-1)
 
 
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:
