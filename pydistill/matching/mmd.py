@@ -39,8 +39,8 @@ def mmd(
     which it rests, splits its sums by them.
 
     Args:
-        x: ``[n, d]``, n >= 1; float32, float64, bfloat16 or float16, computed in float32 (float64 for float64).
-        y: ``[m, d]``, m >= 1, dtype and device of x.
+        x: ``[n, d]`` with at least one element; float32, float64, bfloat16 or float16, computed in float32 (float64 for float64).
+        y: ``[m, d]`` with at least one element, dtype and device of x.
         kernels: how many.
         factor: ratio of one width to the next, greater than 1.
         bandwidth: of the middle kernel, positive; by default the mean squared distance of two different rows, a

@@ -1,6 +1,5 @@
 """Definition of the divergence between a student's logits and a target."""
 
-import math
 from typing import Literal
 
 import torch
@@ -37,11 +36,12 @@ def kd_divergence(
         elif kind == "rkl":
             rows = _weighted(q, log_q - log_p).sum(-1)
         elif kind == "jsd":
-            # of m = beta p + (1 - beta) q, which may be too small a number: log((1 - beta) q / m) = log sigmoid(apart)
-            apart = torch.where((p == 0) & (q == 0), 0, log_q - log_p) + math.log((1 - beta) / beta)
-            to_p = _weighted(p, F.logsigmoid(-apart) - math.log(beta))
-            to_q = _weighted(q, F.logsigmoid(apart) - math.log1p(-beta))
-            rows = (beta * to_p + (1 - beta) * to_q).sum(-1)
+            # the mixture in units of the larger of p and q: as it is it may be too small a number
+            apart = torch.where((p == 0) & (q == 0), 0, log_q - log_p)
+            less = apart <= 0
+            to_q, to_p = torch.where(less, apart, 0), torch.where(less, 0, -apart)  # log q and log p in these units
+            log_m = torch.where(less, (1 - beta) * to_q.expm1(), beta * to_p.expm1()).log1p()
+            rows = (beta * _weighted(p, to_p - log_m) + (1 - beta) * _weighted(q, to_q - log_m)).sum(-1)
         elif kind == "soft_ce":
             rows = -_weighted(p, log_q).sum(-1)
         else:
