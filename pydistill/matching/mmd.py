@@ -39,7 +39,8 @@ def mmd(
     which it rests, splits its sums by them.
 
     Args:
-        x: ``[n, d]`` with at least one element; float32, float64, bfloat16 or float16, computed in float32 (float64 for float64).
+        x: ``[n, d]`` with at least one element; float32, float64, bfloat16 or float16, computed in float32 (float64 for
+            float64).
         y: ``[m, d]`` with at least one element, dtype and device of x.
         kernels: how many.
         factor: ratio of one width to the next, greater than 1.

@@ -218,6 +218,11 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for kind in ("hard", "logits", "probs"):
             leaves = [(5 * torch.randn(7, K, generator=generator)).to(dtype).requires_grad_() for _ in range(2)]
             labels = leaves[1] if kind != "hard" else torch.arange(7) % K
+            with torch.no_grad():  # classes that take no part
+                leaves[0][6, K // 2 + 1 :] = -torch.inf
+                leaves[1][6, K // 2 + 1 :] = 0 if kind == "probs" else -torch.inf
+                if kind == "hard":
+                    labels[6] = 0
             leaves = leaves if kind != "hard" else leaves[:1]
             loss = pydistill.soft_cross_entropy(leaves[0], labels, kind=kind, reduction="none")
             first = torch.autograd.grad(loss.square().sum(), leaves, create_graph=True)
