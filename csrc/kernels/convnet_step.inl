@@ -26,9 +26,10 @@ PYDISTILL_INLINE double log_scalar(double v) { return __builtin_log(v); }
 // The factors of the convolutions' products as they are computed in: T itself, or rounded to bfloat16 but kept in T.
 //
 // Rounded factors cost a linear map little, but a unit that falls on the ReLU's other side changes every derivative by
-// a term of its own size. So the products that decide this, those of the primal forward pass, take each factor as a sum
-// of two operands, value and rest: value value + rest value + value rest is right to 16 bits, at three products of the
-// dozen that a step has. The cosine of a step's image gradient to that in float32 goes from 0.990 to 0.9998 by it.
+// a term of its own size: the cosine of a step's image gradient to that in float32 is 0.990 where the products that
+// decide this, those of the primal forward pass, are rounded too, else 0.9998. So that pass has an operand class of its
+// own, Primal, which rounds nothing; or, on matrix tiles, it takes each factor as a sum of two operands: value value +
+// rest value + value rest is right to 16 bits, at three products of the dozen that a step has.
 template <bool FIRST, class A, class B>
 struct Choose {
   using Type = A;
@@ -38,12 +39,16 @@ struct Choose<false, A, B> {
   using Type = B;
 };
 
+template <class A>
+constexpr bool kPrimalApart = !__is_same(A, typename A::Primal);
+
 template <class T, bool ROUNDED>
 struct Native {
   using Operand = T;
   static constexpr int64_t kChannels = Lanes<T>::count;    // channel counts are padded to multiples of this
   static constexpr int64_t kTiles = 1;                     // and rows of a product to multiples of this
-  static constexpr bool kSplit = ROUNDED;                  // factors can be kept as a sum of two operands
+  static constexpr bool kSplit = false;                    // the primal forward pass has sums of two operands
+  using Primal = Native<T, false>;                         // what it is computed in
   using Stored = typename Choose<ROUNDED, Bf16, T>::Type;  // what steps keep of activations, one to another
 
   PYDISTILL_INLINE static Operand narrow_one(T v) {
@@ -88,6 +93,7 @@ struct LayerLayout {
   int64_t in_row, out_row;                // of transformed tiles: a power of two would crowd few cache sets
   int64_t rows, columns, tiles;           // of Winograd tiles
   int64_t filter, filter_t, filter_rest;  // packed [in][out] and [out][in], per point; first layer: [taps][out]
+  int64_t filter_primal;                  // that of the primal forward pass where it has another class
   int64_t norm;                           // weight, bias [out]
   int64_t tiled_filter;                   // first layer: transformed [panels][points][in][L], in T
   int64_t sum, sum_norm;                  // a slot's sums: [points][in][out] or [taps][out]; [2][out]
@@ -101,6 +107,7 @@ struct Layout {
   static constexpr int64_t kBunch = 2;       // panels of the first layer that are at work at a time
   static constexpr int64_t kKept = 1 << 20;  // bytes that leave room for the rest in a second-level cache
   using Operand = typename A::Operand;
+  static constexpr int64_t kPrimalSize = sizeof(typename A::Primal::Operand) / sizeof(Operand);
 
   int64_t depth, taps, used_taps, classes, features;  // padded, but for used_taps: those that products run over
   LayerLayout layer[Step::kMaxDepth];
@@ -113,19 +120,24 @@ struct Layout {
   bool tiled_first;                                // the first convolution runs on Winograd tiles too
   int64_t phase,
       tile_columns;  // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
+  bool primal_apart;  // there is a primal forward pass, in another operand class than the rest
   bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
     depth = step.depth;
     classes = round_up(step.classes, L);
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
-    used_taps = A::kTiles == 1 ? 9 * step.layer[0].in : taps;  // matrix tiles take whole ones only
-    // An image of one channel is not worth the transforms; matrix tiles take a convolution's taps as they are.
-    tiled_first = A::kTiles == 1 && step.layer[0].in > 1;
+    used_taps = round_up(9 * step.layer[0].in, A::kSplit ? taps : A::kTiles);  // matrix tiles take whole ones only
+    // An image of one channel is not worth the transforms but where its products would be rounded; matrix tiles take a
+    // convolution's taps as they are.
+    tiled_first = !A::kSplit && (step.layer[0].in > 1 || kPrimalApart<A>);
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
     phase = tile_columns + Registers<T>::lanes;
     int64_t operands = 0, values = 0, sums = 0, tapes = 0;
     tile_elements = padded_panel = positions = 0;
+    // Rounding moves features little, and nothing is differentiated twice.
+    primal_apart = kPrimalApart<A> && step.form != Step::Form::features && step.form != Step::Form::features_backward &&
+                   !(step.form == Step::Form::tangent && step.tape_use == Step::Tape::read);
     for (int64_t l = 0; l < depth; ++l) {
       const Step::Layer& from = step.layer[l];
       LayerLayout& to = layer[l];
@@ -138,6 +150,7 @@ struct Layout {
       const int64_t points = l == 0 ? 1 : Winograd::kPoints, weights = points * to.in * to.out;
       to.filter = operands, to.filter_t = operands + weights, operands += 2 * weights;
       to.filter_rest = operands, operands += A::kSplit ? weights : 0;
+      to.filter_primal = operands, operands += l > 0 && primal_apart ? weights * kPrimalSize : 0;
       to.norm = values, values += 2 * to.out;
       to.tiled_filter = values, values += l == 0 && tiled_first ? Winograd::kPoints * from.in * to.out : 0;
       to.sum = sums, sums += weights;
@@ -233,7 +246,7 @@ struct Workspace {
     x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
     attention = arena.take<Vec<T>>(step.form == Step::Form::features ? layout.positions : 0);
-    input = arena.take<Operand>(layout.tile_elements);
+    input = arena.take<Operand>(layout.tile_elements * (layout.primal_apart ? layout.kPrimalSize : 1));
     grad = arena.take<Operand>(layout.tile_elements);
     input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
     grad_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
@@ -268,7 +281,6 @@ class Slot {
     if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
     scale = step.scale != nullptr ? static_cast<const T*>(step.scale)[e] : T(1);
-    // Rounding moves features little, and nothing is differentiated twice: single operands do (see above).
     split = A::kSplit && step.form != Step::Form::features && step.form != Step::Form::features_backward;
     begin = step.N * slot / step.slots;
     end = step.N * (slot + 1) / step.slots;
@@ -371,10 +383,12 @@ class Slot {
   // ---- Winograd tiles
 
   // A block's pooled output, as the next layer's transformed input tiles.
-  __attribute__((noinline)) void transform_input(int64_t l, T* from, Operand* to, Operand* rest = nullptr) {
+  template <class B = A>
+  __attribute__((noinline)) void transform_input(int64_t l, T* from, typename B::Operand* to,
+                                                 typename B::Operand* rest = nullptr) {
     const LayerLayout& at = layout.layer[l];
     const LayerLayout& before = layout.layer[l - 1];
-    const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<Operand>(at, at.in_row);
+    const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<typename B::Operand>(at, at.in_row);
     fill(work.padded, (4 * at.rows + 2) * width);
     for (int64_t g = 0; g < count; ++g)
       for (int64_t group = 0; group < at.in_groups; ++group) {
@@ -392,18 +406,18 @@ class Slot {
                 for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j].part[part];
               both_ways<T, 6, 6>(Winograd::input<T>, x, v);
               const int64_t lane = group * L + part * kLanes;
-              Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
+              typename B::Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
 #pragma GCC unroll 36
-              for (int p = 0; p < 36; ++p) A::put(out + p * plane_size, v[p / 6][p % 6]);
-              if constexpr (A::kSplit)
+              for (int p = 0; p < 36; ++p) B::put(out + p * plane_size, v[p / 6][p % 6]);
+              if constexpr (B::kSplit)
                 if (rest != nullptr)
 #pragma GCC unroll 36
                   for (int p = 0; p < 36; ++p)
-                    A::put(rest + (out - to) + p * plane_size, v[p / 6][p % 6] - A::widened(out + p * plane_size));
+                    B::put(rest + (out - to) + p * plane_size, v[p / 6][p % 6] - B::widened(out + p * plane_size));
             }
       }
-    clear_rest(at, to, at.in_row);
-    if (A::kSplit && rest != nullptr) clear_rest(at, rest, at.in_row);
+    clear_rest<B>(at, to, at.in_row);
+    if (B::kSplit && rest != nullptr) clear_rest<B>(at, rest, at.in_row);
   }
 
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
@@ -489,28 +503,30 @@ class Slot {
   }
 
   // Tiles that only fill up a product's rows hold zeros: sums over tiles run over them.
-  void clear_rest(const LayerLayout& at, Operand* tiles, int64_t row) const {
+  template <class B = A>
+  void clear_rest(const LayerLayout& at, typename B::Operand* tiles, int64_t row) const {
     const int64_t all = padded_tiles(at), used = count * at.tiles;
     if (used < all)
       for (int p = 0; p < 36; ++p)
-        for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<Operand>(at, row) + i] = Operand{};
+        for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<typename B::Operand>(at, row) + i] = {};
   }
 
   // product (+)= inputs filters, for every point
   void multiply_inputs(const LayerLayout& at, const Operand* inputs, const Operand* filter, bool add) {
-    multiply_tiles(at, inputs, at.in_row, at.in, filter, at.out, add);
+    multiply_tiles<A>(at, inputs, at.in_row, at.in, filter, at.out, add);
   }
 
   // product (+)= gradients filters^T
   void multiply_grads(const LayerLayout& at, const Operand* grads, const Operand* filter, bool add) {
-    multiply_tiles(at, grads, at.out_row, at.out, filter, at.in, add);
+    multiply_tiles<A>(at, grads, at.out_row, at.out, filter, at.in, add);
   }
 
-  void multiply_tiles(const LayerLayout& at, const Operand* tiles, int64_t row, int64_t from, const Operand* filter,
-                      int64_t to, bool add) {
+  template <class B>
+  void multiply_tiles(const LayerLayout& at, const typename B::Operand* tiles, int64_t row, int64_t from,
+                      const typename B::Operand* filter, int64_t to, bool add) {
     for (int p = 0; p < 36; ++p)
-      A::product(count * at.tiles, from, to / L, tiles + p * tile_plane<Operand>(at, row), row, filter + p * from * to,
-                 {work.product + p * tile_plane<T>(at, to), to, L, add});
+      B::product(count * at.tiles, from, to / L, tiles + p * tile_plane<typename B::Operand>(at, row), row,
+                 filter + p * from * to, {work.product + p * tile_plane<T>(at, to), to, L, add});
   }
 
   // the slot's sums (+)= inputs^T gradients, for every point
@@ -809,8 +825,16 @@ class Slot {
     for (int64_t l = 1; l < layout.depth; ++l) {
       const LayerLayout& at = layout.layer[l];
       Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
-      transform_input(l, tape, work.input, rest);
-      multiply_inputs(at, work.input, filter(filters, at.filter), false);
+      if (layout.primal_apart) {
+        auto* const inputs = reinterpret_cast<typename A::Primal::Operand*>(work.input);
+        transform_input<typename A::Primal>(l, tape, inputs);
+        multiply_tiles<typename A::Primal>(
+            at, inputs, at.in_row, at.in,
+            reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal)), at.out, false);
+      } else {
+        transform_input(l, tape, work.input, rest);
+        multiply_inputs(at, work.input, filter(filters, at.filter), false);
+      }
       if (split) {
         multiply_inputs(at, rest, filter(filters, at.filter), true);
         multiply_inputs(at, work.input, filter(filters, at.filter_rest), true);
@@ -955,7 +979,8 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out_row);
       if (weights) {
-        if (l < layout.depth - 1) transform_input(l, tape, work.input);  // the last layer's are still there
+        if (l < layout.depth - 1 || layout.primal_apart)  // the last layer's are still there
+          transform_input(l, tape, work.input);
         add_outer(at, work.input, work.grad, !fresh);
       }
       multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
@@ -1130,7 +1155,7 @@ class Filters {
     --part;
     for (int64_t l = 1; l < layout.depth; ++l) {
       const int64_t parts = (layout.layer[l].in + layout.layer[l].out + 1) / 2;
-      if (part < parts) return winograd(l, 2 * part, theta + step.layer[l].theta, set);
+      if (part < parts) return winograd(l, 2 * part, theta + step.layer[l].theta, set, of_direction);
       part -= parts;
     }
   }
@@ -1148,7 +1173,7 @@ class Filters {
 
   // Rows d and d + 1 of both packed forms of layer l: the first `in` rows are input channels (vectors over output
   // channels), the next `out` rows output channels (vectors over input channels).
-  void winograd(int64_t l, int64_t d, const T* weight, void* set) const {
+  void winograd(int64_t l, int64_t d, const T* weight, void* set, bool of_direction) const {
     const LayerLayout& at = layout.layer[l];
     const bool over_out = d < at.in;
     const int64_t in = step.layer[l].in, out = step.layer[l].out;
@@ -1156,6 +1181,12 @@ class Filters {
     const int64_t row = over_out ? d : d - at.in;
     Operand* to = static_cast<Operand*>(set) + (over_out ? at.filter : at.filter_t);
     [[maybe_unused]] Operand* rest = static_cast<Operand*>(set) + at.filter_rest;
+    using P = typename A::Primal;
+    typename P::Operand* const primal =
+        over_out && !of_direction && layout.primal_apart
+            ? reinterpret_cast<typename P::Operand*>(static_cast<Operand*>(set) + at.filter_primal)
+            : nullptr;
+    const bool rounded = primal == nullptr || step.form == Step::Form::tangent;
     for (int64_t group = 0; group < width / L; ++group) {
       Wide<T> u[2][36];
       for (int half = 0; half < 2; ++half)
@@ -1174,7 +1205,8 @@ class Filters {
         }
       for (int p = 0; p < 36; ++p) {
         const V even = vector_of(u[0][p]), odd = vector_of(u[1][p]);
-        A::pack(to + p * depth * width, row, group, depth, width / L, even, odd);
+        if (primal != nullptr) P::pack(primal + p * depth * width, row, group, depth, width / L, even, odd);
+        if (rounded) A::pack(to + p * depth * width, row, group, depth, width / L, even, odd);
         if constexpr (A::kSplit)
           if (over_out)
             A::pack(rest + p * depth * width, row, group, depth, width / L, remainder(even), remainder(odd));
@@ -1365,14 +1397,16 @@ class Reduction {
 
 // Calls visit with the types that a step is computed in.
 template <class Visit>
-PYDISTILL_INLINE auto with_types(const Step& step, Visit visit) {
-  if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
+PYDISTILL_INLINE auto with_types([[maybe_unused]] const Step& step, Visit visit) {
 #if defined(__AMX_BF16__)
-  if (step.bf16) return visit(float(), Amx());
+  return visit(float(), Amx());
+#elif defined(__AVX512BF16__)
+  return visit(float(), Bf16Pairs());
 #else
+  if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
   if (step.bf16) return visit(float(), Native<float, true>());
-#endif
   return visit(float(), Native<float, false>());
+#endif
 }
 
 ConvNetStepSizes sizes(const Step& step) {

@@ -1,5 +1,5 @@
 // Dense products for kernels whose operands lie in cache: register tiles over vectors of columns, and a packed form of
-// the right factor. On processors with AMX, a second set of products with bf16 factors.
+// the right factor.
 #pragma once
 
 #include "cpu_vocabulary.h"
