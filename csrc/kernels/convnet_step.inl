@@ -511,31 +511,42 @@ class Slot {
         for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<typename B::Operand>(at, row) + i] = {};
   }
 
-  // product (+)= inputs filters, for every point
-  void multiply_inputs(const LayerLayout& at, const Operand* inputs, const Operand* filter, bool add) {
-    multiply_tiles<A>(at, inputs, at.in_row, at.in, filter, at.out, add);
+  // Of a product that is the sum of two, both are computed for a point before the next one's: the sums stay in cache.
+  template <class B = A>
+  struct Factors {
+    const typename B::Operand *left, *right;
+  };
+
+  // product = the sum of inputs filters, for every point
+  template <class B = A, int N>
+  void multiply_inputs(const LayerLayout& at, const Factors<B> (&factors)[N]) {
+    multiply_tiles<B>(at, factors, at.in_row, at.in, at.out);
   }
 
-  // product (+)= gradients filters^T
-  void multiply_grads(const LayerLayout& at, const Operand* grads, const Operand* filter, bool add) {
-    multiply_tiles<A>(at, grads, at.out_row, at.out, filter, at.in, add);
+  // product = the sum of gradients filters^T
+  template <int N>
+  void multiply_grads(const LayerLayout& at, const Factors<> (&factors)[N]) {
+    multiply_tiles<A>(at, factors, at.out_row, at.out, at.in);
   }
 
-  template <class B>
-  void multiply_tiles(const LayerLayout& at, const typename B::Operand* tiles, int64_t row, int64_t from,
-                      const typename B::Operand* filter, int64_t to, bool add) {
+  template <class B, int N>
+  void multiply_tiles(const LayerLayout& at, const Factors<B> (&factors)[N], int64_t row, int64_t from, int64_t to) {
     for (int p = 0; p < 36; ++p)
-      B::product(count * at.tiles, from, to / L, tiles + p * tile_plane<typename B::Operand>(at, row), row,
-                 filter + p * from * to, {work.product + p * tile_plane<T>(at, to), to, L, add});
+      for (const Factors<B>& f : factors)
+        B::product(count * at.tiles, from, to / L, f.left + p * tile_plane<typename B::Operand>(at, row), row,
+                   f.right + p * from * to,
+                   {work.product + p * tile_plane<T>(at, to), to, L, &f != factors});
   }
 
-  // the slot's sums (+)= inputs^T gradients, for every point
-  void add_outer(const LayerLayout& at, const Operand* inputs, const Operand* grads, bool add) {
+  // the slot's sums (+)= the sum of inputs^T gradients, for every point
+  template <int N>
+  void add_outer(const LayerLayout& at, const Factors<> (&factors)[N]) {
     const int64_t all = padded_tiles(at);
     for (int p = 0; p < 36; ++p)
-      A::outer(at.in, all, at.out_groups, inputs + p * tile_plane<Operand>(at, at.in_row), at.in_row,
-               grads + p * tile_plane<Operand>(at, at.out_row), at.out_row,
-               {sums + at.sum + p * at.in * at.out, at.out, L, add});
+      for (const Factors<>& f : factors)
+        A::outer(at.in, all, at.out_groups, f.left + p * tile_plane<Operand>(at, at.in_row), at.in_row,
+                 f.right + p * tile_plane<Operand>(at, at.out_row), at.out_row,
+                 {sums + at.sum + p * at.in * at.out, at.out, L, !fresh || &f != factors});
   }
 
   // ---- the first layer: its output from tiles where that pays, all else from its input's columns
@@ -828,16 +839,17 @@ class Slot {
       if (layout.primal_apart) {
         auto* const inputs = reinterpret_cast<typename A::Primal::Operand*>(work.input);
         transform_input<typename A::Primal>(l, tape, inputs);
-        multiply_tiles<typename A::Primal>(
-            at, inputs, at.in_row, at.in,
-            reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal)), at.out, false);
+        multiply_inputs<typename A::Primal>(
+            at,
+            {{inputs, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
       } else {
         transform_input(l, tape, work.input, rest);
-        multiply_inputs(at, work.input, filter(filters, at.filter), false);
-      }
-      if (split) {
-        multiply_inputs(at, rest, filter(filters, at.filter), true);
-        multiply_inputs(at, work.input, filter(filters, at.filter_rest), true);
+        if (split)
+          multiply_inputs(at, {{work.input, filter(filters, at.filter)},
+                               {rest, filter(filters, at.filter)},
+                               {work.input, filter(filters, at.filter_rest)}});
+        else
+          multiply_inputs(at, {{work.input, filter(filters, at.filter)}});
       }
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
@@ -981,9 +993,9 @@ class Slot {
       if (weights) {
         if (l < layout.depth - 1 || layout.primal_apart)  // the last layer's are still there
           transform_input(l, tape, work.input);
-        add_outer(at, work.input, work.grad, !fresh);
+        add_outer(at, {{work.input, work.grad}});
       }
-      multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
+      multiply_grads(at, {{work.grad, filter(filters, at.filter_t)}});
       transform_input_adjoint(l, tape);
     }
   }
@@ -1036,8 +1048,7 @@ class Slot {
       const LayerLayout& at = layout.layer[l];
       transform_input(l, tape, work.input);
       transform_input(l, tape_t, work.input_t);
-      multiply_inputs(at, work.input_t, filter(filters, at.filter), false);
-      multiply_inputs(at, work.input, filter(filters_t, at.filter), true);
+      multiply_inputs(at, {{work.input_t, filter(filters, at.filter)}, {work.input, filter(filters_t, at.filter)}});
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           V* conv_t = panel(tape_t, g, at.conv, group, at.H * at.W);
@@ -1093,11 +1104,9 @@ class Slot {
           transform_input(l, tape, work.input);
           transform_input(l, tape_t, work.input_t);
         }
-        add_outer(at, work.input, work.grad_t, !fresh);
-        add_outer(at, work.input_t, work.grad, true);
+        add_outer(at, {{work.input, work.grad_t}, {work.input_t, work.grad}});
       }
-      multiply_grads(at, work.grad_t, filter(filters, at.filter_t), false);
-      multiply_grads(at, work.grad, filter(filters_t, at.filter_t), true);
+      multiply_grads(at, {{work.grad_t, filter(filters, at.filter_t)}, {work.grad, filter(filters_t, at.filter_t)}});
       transform_input_adjoint(l, tape_t);
     }
     const LayerLayout& top = layout.layer[0];
