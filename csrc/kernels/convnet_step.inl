@@ -67,22 +67,25 @@ struct Native {
       for (Register<T>& p : part) p = rounded_to_bf16(p);
     __builtin_memcpy(to, part, sizeof(V));
   }
-  PYDISTILL_INLINE static Register<T> widened(const Operand* from) { return load_register<T>(from); }
+  PYDISTILL_INLINE static void keep(Stored* to, Vec<T> v) { store_narrowed<T>(to, v); }
   // Rows d and d + 1 of vector v of a right factor [depth][vectors].
   PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t vectors, Vec<T> even,
                                     Vec<T> odd) {
     put(to + packed_offset<T>(d, v, depth, vectors), even);
     if (d + 1 < depth) put(to + packed_offset<T>(d + 1, v, depth, vectors), odd);
   }
-  // out (+)= left right, left [rows][depth] with its rows `left_row` apart, right packed
-  static void product(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
-                      const Operand* right, Product<T> out) {
-    multiply<T>(rows, depth, vectors, {left, left_row, 1}, {right, 0, 0, true}, out);
+  // out (+)= the sum of left right, left [rows][depth] with its rows `left_row` apart, right packed
+  static void product(int64_t rows, int64_t depth, int64_t vectors, const Factors<T>* factors, int terms,
+                      int64_t left_row, Product<T> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      multiply<T>(rows, depth, vectors, {factors[i].left, left_row, 1}, {factors[i].right, 0, 0, true}, out);
   }
-  // out (+)= left^T right, left [depth][rows], right [depth][vectors], rows of both `..._row` apart
-  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
-                    const Operand* right, int64_t right_row, Product<T> out) {
-    multiply<T>(rows, depth, vectors, {left, 1, left_row}, {right, right_row, Lanes<T>::count, false}, out);
+  // out (+)= the sum of left^T right, left [depth][rows], right [depth][vectors], rows of both `..._row` apart
+  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Factors<T>* factors, int terms,
+                    int64_t left_row, int64_t right_row, Product<T> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      multiply<T>(rows, depth, vectors, {factors[i].left, 1, left_row},
+                  {factors[i].right, right_row, Lanes<T>::count, false}, out);
   }
 };
 
@@ -119,9 +122,9 @@ struct Layout {
   bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
   bool tiled_first;                                // the first convolution runs on Winograd tiles too
   int64_t phase,
-      tile_columns;  // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
+      tile_columns;   // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
   bool primal_apart;  // there is a primal forward pass, in another operand class than the rest
-  bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
+  bool keeps_first;   // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
     depth = step.depth;
@@ -341,7 +344,7 @@ class Slot {
   void keep_tape() const {
     for (int64_t g = 0; g < count; ++g) {
       auto* to = reinterpret_cast<typename A::Stored*>(kept_tape(g));
-      for (int64_t i = 0; i < layout.logits_grad; i += L) store_narrowed<T>(to + i, load(at(tape, g, i)));
+      for (int64_t i = 0; i < layout.logits_grad; i += L) A::keep(to + i, load(at(tape, g, i)));
       T* const logits = reinterpret_cast<T*>(to + layout.logits_grad);
       for (int64_t k = 0; k < layout.classes; ++k) logits[k] = at(tape, g, layout.logits_grad)[k];
     }
@@ -511,42 +514,46 @@ class Slot {
         for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<typename B::Operand>(at, row) + i] = {};
   }
 
-  // Of a product that is the sum of two, both are computed for a point before the next one's: the sums stay in cache.
-  template <class B = A>
-  struct Factors {
-    const typename B::Operand *left, *right;
-  };
-
   // product = the sum of inputs filters, for every point
   template <class B = A, int N>
-  void multiply_inputs(const LayerLayout& at, const Factors<B> (&factors)[N]) {
+  void multiply_inputs(const LayerLayout& at, const Factors<typename B::Operand> (&factors)[N]) {
     multiply_tiles<B>(at, factors, at.in_row, at.in, at.out);
   }
 
   // product = the sum of gradients filters^T
   template <int N>
-  void multiply_grads(const LayerLayout& at, const Factors<> (&factors)[N]) {
+  void multiply_grads(const LayerLayout& at, const Factors<Operand> (&factors)[N]) {
     multiply_tiles<A>(at, factors, at.out_row, at.out, at.in);
   }
 
+  // A point's terms one after the other: its sums stay in cache.
   template <class B, int N>
-  void multiply_tiles(const LayerLayout& at, const Factors<B> (&factors)[N], int64_t row, int64_t from, int64_t to) {
+  void multiply_tiles(const LayerLayout& at, const Factors<typename B::Operand> (&factors)[N], int64_t row,
+                      int64_t from, int64_t to) {
     for (int p = 0; p < 36; ++p)
-      for (const Factors<B>& f : factors)
-        B::product(count * at.tiles, from, to / L, f.left + p * tile_plane<typename B::Operand>(at, row), row,
-                   f.right + p * from * to,
-                   {work.product + p * tile_plane<T>(at, to), to, L, &f != factors});
+      B::product(count * at.tiles, from, to / L,
+                 of_point(factors, p * tile_plane<typename B::Operand>(at, row), p * from * to).terms, N, row,
+                 {work.product + p * tile_plane<T>(at, to), to, L, false});
   }
 
   // the slot's sums (+)= the sum of inputs^T gradients, for every point
   template <int N>
-  void add_outer(const LayerLayout& at, const Factors<> (&factors)[N]) {
-    const int64_t all = padded_tiles(at);
+  void add_outer(const LayerLayout& at, const Factors<Operand> (&factors)[N]) {
     for (int p = 0; p < 36; ++p)
-      for (const Factors<>& f : factors)
-        A::outer(at.in, all, at.out_groups, f.left + p * tile_plane<Operand>(at, at.in_row), at.in_row,
-                 f.right + p * tile_plane<Operand>(at, at.out_row), at.out_row,
-                 {sums + at.sum + p * at.in * at.out, at.out, L, !fresh || &f != factors});
+      A::outer(at.in, padded_tiles(at), at.out_groups,
+               of_point(factors, p * tile_plane<Operand>(at, at.in_row), p * tile_plane<Operand>(at, at.out_row)).terms,
+               N, at.in_row, at.out_row, {sums + at.sum + p * at.in * at.out, at.out, L, !fresh});
+  }
+
+  template <class S, int N>
+  struct Terms {
+    Factors<S> terms[N];
+  };
+  template <class S, int N>
+  static Terms<S, N> of_point(const Factors<S> (&factors)[N], int64_t left, int64_t right) {
+    Terms<S, N> at;
+    for (int i = 0; i < N; ++i) at.terms[i] = {factors[i].left + left, factors[i].right + right};
+    return at;
   }
 
   // ---- the first layer: its output from tiles where that pays, all else from its input's columns
@@ -693,15 +700,10 @@ class Slot {
       return;
     }
     const int64_t positions = at.H * at.W, offset = group * L * layout.taps;
-    const auto product = [&](const Operand* from, int64_t filters, bool add) {
-      A::product(positions, layout.used_taps, panels, from, layout.taps, filter(set, filters) + offset,
-                 {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, add});
-    };
-    product(columns, at.filter, false);
-    if (split && set == filters) {
-      product(work.columns_rest, at.filter, true);
-      product(columns, at.filter_rest, true);
-    }
+    const Operand *const whole = filter(set, at.filter) + offset, *const rest = filter(set, at.filter_rest) + offset;
+    const Factors<Operand> factors[] = {{columns, whole}, {work.columns_rest, whole}, {columns, rest}};
+    A::product(positions, layout.used_taps, panels, factors, split && set == filters ? 3 : 1, layout.taps,
+               {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, false});
   }
 
   // Panels side by side as rows [positions][panels * L].
@@ -840,8 +842,7 @@ class Slot {
         auto* const inputs = reinterpret_cast<typename A::Primal::Operand*>(work.input);
         transform_input<typename A::Primal>(l, tape, inputs);
         multiply_inputs<typename A::Primal>(
-            at,
-            {{inputs, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
+            at, {{inputs, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
       } else {
         transform_input(l, tape, work.input, rest);
         if (split)
@@ -1018,14 +1019,16 @@ class Slot {
 
   void first_outer(int64_t group, int64_t panels, const Operand* rows, int64_t g) {
     const LayerLayout& top = layout.layer[0];
-    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, columns, layout.taps, rows, panels * L,
+    const Factors<Operand> factors = {columns, rows};
+    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, &factors, 1, layout.taps, panels * L,
              {sums + top.sum + group * L, top.out, L, !(fresh && g == 0)});
   }
 
   void first_adjoint(int64_t group, int64_t panels, const Operand* rows, const void* set, bool add) {
     const LayerLayout& top = layout.layer[0];
-    A::product(top.H * top.W, panels * L, layout.taps / L, rows, panels * L,
-               filter(set, top.filter_t) + group * L * layout.taps, {work.taps_grad, layout.taps, L, add});
+    const Factors<Operand> factors = {rows, filter(set, top.filter_t) + group * L * layout.taps};
+    A::product(top.H * top.W, panels * L, layout.taps / L, &factors, 1, panels * L,
+               {work.taps_grad, layout.taps, L, add});
   }
 
   void tangent_forward() {

@@ -56,6 +56,13 @@ struct Product {
   bool add;  // to what is there, instead of overwriting it
 };
 
+// The factors of one term in a sum of products, of which none has more than kMostTerms.
+constexpr int kMostTerms = 3;
+template <class S>
+struct Factors {
+  const S *left, *right;
+};
+
 // `tiles` tiles below each other.
 template <class T, int R, int C>
 __attribute__((noinline)) void product_tiles(int64_t tiles, int64_t depth, Left<T> left, Right<T> right,

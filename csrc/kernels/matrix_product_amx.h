@@ -65,11 +65,19 @@ struct Amx : Bf16Operands {
     _mm512_storeu_si512(to + v * depth * 16 + d * 16, pair_rows(halves(even), halves(odd)));
   }
 
-  static void product(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
-                      const Operand* right, Product<float> out) {
-    run((rows + 15) / 16, depth, vectors, left, left_row, 32, 16 * left_row, right, depth * 16, out);
+  static void product(int64_t rows, int64_t depth, int64_t vectors, const Factors<Bf16>* factors, int terms,
+                      int64_t left_row, Product<float> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      run((rows + 15) / 16, depth, vectors, factors[i].left, left_row, 32, 16 * left_row, factors[i].right, depth * 16,
+          out);
+  }
+  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Factors<Bf16>* factors, int terms,
+                    int64_t left_row, int64_t right_row, Product<float> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      outer(rows, depth, vectors, factors[i].left, left_row, factors[i].right, right_row, out);
   }
 
+ private:
   // Both factors are repacked, a stretch of the depth and of the rows and columns at a time: the sum over tiles runs
   // along rows of the operands, where AMX wants neighbours.
   static void outer(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
@@ -107,7 +115,6 @@ struct Amx : Bf16Operands {
     }
   }
 
- private:
   static void run(int64_t row_tiles, int64_t depth, int64_t vectors, const Bf16* left, int64_t left_row,
                   int64_t left_tile, int64_t left_block, const Bf16* right, int64_t right_block, Product<float> out) {
     for (int64_t v = 0; v < vectors; v += 2)

@@ -124,8 +124,8 @@ def convnet_gradient(
         label_kind: what ``labels`` holds.
         precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32" (theta float32,
             CUDA): factors of convolutions and of the classifier are rounded to TF32. "bf16" (theta float32): the
-            convolutions' factors are rounded to bfloat16; sums, statistics, parameters, classifier and loss are
-            float32.
+            convolutions' factors are rounded to bfloat16, but for those of the pass that decides which ReLUs are open,
+            and of the first layer's outputs; sums, statistics, parameters, classifier and loss are float32.
         workspace: working memory to reuse; fresh when None.
         tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would else compute again, in
             theta's dtype or, for precision "bf16", in bfloat16. CPU.
