@@ -86,8 +86,8 @@ class VariantSlot : Slot<T, A> {
   using Norm = Step::Norm;
   static constexpr int L = Lanes<T>::count;
   using Base::arena, Base::at, Base::begin, Base::count, Base::e, Base::end, Base::filter, Base::filters,
-      Base::filters_t, Base::first, Base::fresh, Base::layout, Base::panel, Base::scale, Base::split, Base::step,
-      Base::sums, Base::tape, Base::tape_t, Base::value, Base::work;
+      Base::filters_t, Base::first, Base::fresh, Base::layout, Base::panel, Base::step, Base::sums, Base::tape,
+      Base::tape_t, Base::value, Base::work;
 
  public:
   VariantSlot(const Step& step, int64_t e, int64_t slot, void* scratch) : Base(step, e, slot, scratch), slot(slot) {}
@@ -217,13 +217,7 @@ class VariantSlot : Slot<T, A> {
     if (l == 0) {
       first_planes(false);
     } else {
-      Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
-      Base::transform_input(l, tape, work.input, rest);
-      Base::multiply_inputs(of, work.input, filter(filters, of.filter), false);
-      if (split) {
-        Base::multiply_inputs(of, rest, filter(filters, of.filter), true);
-        Base::multiply_inputs(of, work.input, filter(filters, of.filter_rest), true);
-      }
+      Base::convolve_tiles(l);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < of.out_groups; ++group)
           Base::transform_output(of, g, group, panel(tape, g, of.conv, group, of.H * of.W));
@@ -502,10 +496,10 @@ class VariantSlot : Slot<T, A> {
     Base::clear_rest(of, work.grad, of.out_row);
     if (weights) {
       // the last layer's are still there, unless other chunks have come in between
-      if (l < layout.depth - 1 || step.over_batch()) Base::transform_input(l, tape, work.input);
-      Base::add_outer(of, work.input, work.grad, !fresh);
+      if (l < layout.depth - 1 || step.over_batch() || layout.primal_apart) Base::transform_input(l, tape, work.input);
+      Base::add_outer(of, {{work.input, work.grad}});
     }
-    Base::multiply_grads(of, work.grad, filter(filters, of.filter_t), false);
+    Base::multiply_grads(of, {{work.grad, filter(filters, of.filter_t)}});
     Base::transform_input_adjoint(l, tape);
   }
 
@@ -572,8 +566,8 @@ class VariantSlot : Slot<T, A> {
     } else {
       Base::transform_input(l, tape, work.input);
       Base::transform_input(l, tape_t, work.input_t);
-      Base::multiply_inputs(of, work.input_t, filter(filters, of.filter), false);
-      Base::multiply_inputs(of, work.input, filter(filters_t, of.filter), true);
+      Base::multiply_inputs(of,
+                            {{work.input_t, filter(filters, of.filter)}, {work.input, filter(filters_t, of.filter)}});
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < of.out_groups; ++group)
           Base::transform_output(of, g, group, panel(tape_t, g, of.conv, group, of.H * of.W));
@@ -661,11 +655,10 @@ class VariantSlot : Slot<T, A> {
         Base::transform_input(l, tape, work.input);
         Base::transform_input(l, tape_t, work.input_t);
       }
-      Base::add_outer(of, work.input, work.grad_t, !fresh);
-      Base::add_outer(of, work.input_t, work.grad, true);
+      Base::add_outer(of, {{work.input, work.grad_t}, {work.input_t, work.grad}});
     }
-    Base::multiply_grads(of, work.grad_t, filter(filters, of.filter_t), false);
-    Base::multiply_grads(of, work.grad, filter(filters_t, of.filter_t), true);
+    Base::multiply_grads(of,
+                         {{work.grad_t, filter(filters, of.filter_t)}, {work.grad, filter(filters_t, of.filter_t)}});
     Base::transform_input_adjoint(l, tape_t);
   }
 

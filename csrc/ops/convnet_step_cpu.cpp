@@ -11,17 +11,19 @@
 
 namespace pydistill {
 
-extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_amx;
+extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_avx512_bf16,
+    convnet_step_amx;
 
 namespace {
 
 using Form = ConvNetStep::Form;
 
-const ConvNetStepKernel& kernel() {
-  // avx512_bf16 has none of its own
-  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
-                                                         &convnet_step_avx512, &convnet_step_amx};
-  return *best_of(kernels);
+const ConvNetStepKernel& kernel(const ConvNetStep& step) {
+  // the last two are compiled for steps in bf16 alone
+  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512};
+  static constexpr const ConvNetStepKernel* of_bf16[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
+                                                         &convnet_step_avx512_bf16, &convnet_step_amx};
+  return step.bf16 ? *best_of(of_bf16) : *best_of(kernels);
 }
 
 Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> shape) {
@@ -111,7 +113,7 @@ int64_t workspace_bytes(const ConvNetStep& step, const ConvNetStepSizes& sizes) 
 
 Tensor bytes(const Tensor& shape, int64_t form, int64_t E, int64_t N, bool float64, bool bf16) {
   const ConvNetStep step = describe(shape, static_cast<Form>(form), E, N, float64, bf16);
-  const ConvNetStepSizes sizes = kernel().sizes(step);
+  const ConvNetStepSizes sizes = kernel(step).sizes(step);
   Tensor out = empty(shape, ScalarType::Long, {3});
   int64_t* const to = static_cast<int64_t*>(out.mutable_data_ptr());
   to[0] = workspace_bytes(step, sizes), to[1] = sizes.tape, to[2] = sizes.scratch;
@@ -175,7 +177,7 @@ void take_labels(ConvNetStep& step, const Tensor& labels, int64_t kind, const Te
 
 void take_tape(ConvNetStep& step, const std::optional<Tensor>& tape, ConvNetStep::Tape use) {
   if (!tape) return;
-  const int64_t size = kernel().sizes(step).tape * step.E * step.N;
+  const int64_t size = kernel(step).sizes(step).tape * step.E * step.N;
   check(tape->scalar_type() == ScalarType::Byte && tape->is_contiguous() && tape->numel() >= size,
         "tape: expected uint8 [", size, "]");
   step.tape = const_cast<void*>(tape->const_data_ptr());
@@ -184,7 +186,7 @@ void take_tape(ConvNetStep& step, const std::optional<Tensor>& tape, ConvNetStep
 }
 
 void run(ConvNetStep& step, Tensor& workspace) {
-  const ConvNetStepSizes sizes = kernel().sizes(step);
+  const ConvNetStepSizes sizes = kernel(step).sizes(step);
   check(workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() &&
             workspace.numel() >= workspace_bytes(step, sizes),
         "workspace: expected uint8 [", workspace_bytes(step, sizes), "], got ", workspace.numel());
@@ -200,13 +202,13 @@ void run(ConvNetStep& step, Tensor& workspace) {
     step.exchange = batch + batch_bytes(step, sizes) - step.E * step.slots * sizes.exchange;
   }
   using torch::stable::parallel_for;
-  const int64_t filters = kernel().prepare_units(step), reductions = kernel().reduce_units(step);
-  parallel_for(0, filters, 8, [&](int64_t begin, int64_t end) { kernel().prepare(step, begin, end); });
-  for (int64_t pass = 0; pass < kernel().passes(step); ++pass)
+  const int64_t filters = kernel(step).prepare_units(step), reductions = kernel(step).reduce_units(step);
+  parallel_for(0, filters, 8, [&](int64_t begin, int64_t end) { kernel(step).prepare(step, begin, end); });
+  for (int64_t pass = 0; pass < kernel(step).passes(step); ++pass)
     parallel_for(0, step.E * step.slots, 1,
-                 [&](int64_t begin, int64_t end) { kernel().run(step, pass, begin, end, scratch(sizes.scratch)); });
+                 [&](int64_t begin, int64_t end) { kernel(step).run(step, pass, begin, end, scratch(sizes.scratch)); });
   if (step.grad != nullptr)
-    parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel().reduce(step, begin, end); });
+    parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel(step).reduce(step, begin, end); });
 }
 
 // The mean over each student's images of [E, N] values.

@@ -127,8 +127,8 @@ def convnet_gradient(
         label_kind: what ``labels`` holds.
         precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32" (theta float32,
             CUDA): factors of convolutions and of the classifier are rounded to TF32. "bf16" (theta float32): the
-            convolutions' factors are rounded to bfloat16; sums, statistics, parameters, classifier and loss are
-            float32.
+            convolutions' factors are rounded to bfloat16, but for those of the pass that decides which ReLUs are open,
+            and of the first layer's outputs; sums, statistics, parameters, classifier and loss are float32.
         running: ``[2, sum of widths]``, or with E in front, dtype of theta: the means and variances side by side,
             for the norm "running" and only there. Constants.
         statistics: ``[E, 2, sum of widths]``, dtype of theta: receives the means and biased variances of the batch that

@@ -1,4 +1,4 @@
-"""What is matched, at denormal, zero and large features, equal rows and one row: values and gradients against float64."""
+"""What is matched, at denormal, zero and large features, equal rows and one row: values and gradients to float64's."""
 
 import pytest
 import torch

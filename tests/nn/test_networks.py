@@ -5,7 +5,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from bench.networks import apart, batch_norms, build, hooked, randomise, tensors, things_set
 from pydistill.nn import BNStatMatcher, freeze
@@ -13,10 +12,8 @@ from pydistill.nn import BNStatMatcher, freeze
 pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm torchvision")
 
 # with the side of the images that it takes
-TORCHVISION = {
-}
-TIMM = {
-}
+TORCHVISION = {}
+TIMM = {}
 CASES = [("torchvision", *case) for case in TORCHVISION.items()] + [("timm", *case) for case in TIMM.items()]
 
 
