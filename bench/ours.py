@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .peers import (
+    augment,
     distribution,
     eager,
     gradient_matching,
@@ -50,6 +51,7 @@ def trajectory_match(problem: Problem, students: int | None = None, **options: A
     def run() -> Result:
         images = problem.images.clone().requires_grad_()
         lr = problem.lr.clone().requires_grad_()
+        torch.manual_seed(0)
         loss = pydistill.trajectory_match(
             problem.net,
             theta0,
@@ -59,7 +61,7 @@ def trajectory_match(problem: Problem, students: int | None = None, **options: A
             lr,
             steps=problem.steps,
             batches=list(problem.batches),
-            augment=Replay(problem.draws) if problem.draws else None,
+            augment=Replay(problem.draws) if problem.draws else augment.drawn if problem.lambdas else None,
             **options,
         )
         d_images, d_lr = torch.autograd.grad(loss, (images, lr))

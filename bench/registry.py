@@ -9,6 +9,7 @@ from .cases.matching import (
     ATTENTION_MAP_DIVERGENCE,
     ATTENTION_MAP_DIVERGENCE_MEMORY,
     DATADAM_STEP,
+    DATADAM_STEP_PUBLISHED,
     DM_STEP,
     GRADIENT_MATCHING_STEP,
     KRR_LOSS,
@@ -20,6 +21,7 @@ from .cases.recovery import BN_STAT_MATCH, BN_STAT_MATCH_MEMORY, FROZEN_CONV2D, 
 from .cases.selection import GRAPH_CUT_GREEDY
 from .cases.trajectory import (
     EXPERT_STORE,
+    MTT_STEP,
     OUTER_STEP,
     OUTER_STEP_MEMORY,
     TRAIN_STUDENTS,
@@ -27,6 +29,8 @@ from .cases.trajectory import (
     UNROLL_SCALING,
     UNROLL_STEP,
     UNROLL_STEP_64,
+    UNROLL_STEP_LARGE,
+    UNROLL_STEP_NETWORKS,
     UNROLL_STEP_SMALL,
 )
 
@@ -36,6 +40,9 @@ CASES: dict[str, Case] = {
         UNROLL_STEP,
         UNROLL_STEP_64,
         UNROLL_STEP_SMALL,
+        UNROLL_STEP_NETWORKS,
+        UNROLL_STEP_LARGE,
+        MTT_STEP,
         OUTER_STEP,
         UNROLL_SCALING,
         UNROLL_MEMORY,
@@ -49,6 +56,7 @@ CASES: dict[str, Case] = {
         AUGMENT,
         MULTI_CROP,
         DATADAM_STEP,
+        DATADAM_STEP_PUBLISHED,
         DM_STEP,
         MMD,
         MMD_MEMORY,

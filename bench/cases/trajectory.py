@@ -168,6 +168,96 @@ OUTER_STEP = _step_case(
 )
 
 
+# with the repository's own augmentation, a function of the images that draws from torch's generator
+MTT_STEP = _step_case(
+    "mtt_step",
+    {"steps": 10, "lambdas": True, "gate": {**GATE, "lambdas": True}},
+    {"steps": 2},
+    ("eager-plain", "exact"),
+    {("exact", "eager-plain"): 5.0},
+)
+
+
+def _kinds_points(case: Case, config: Config) -> list[Point]:
+    steps, points = config["steps"], []
+    for name, changes in config["kinds"].items():
+        problem = partial(make_problem, **{**config, **changes})
+        points.append(Point(name, problem, tuple(case.providers), per=steps))
+    return points
+
+
+def _kinds_gate(case: Case, config: Config) -> Iterator[Check]:
+    for name, changes in config["kinds"].items():
+        kind = {"kind": changes["kind"]} if "kind" in changes else {}
+        for check in _unroll_gate(case, {"gate": config["gate"] | kind}):
+            yield replace(check, subject=f"{check.subject}, {name}")
+
+
+def _kinds_must_show(bounds: dict[str, dict], medians: Medians, config: Config) -> Iterator[Check]:
+    for name in config["kinds"]:
+        own = {(mode, x, provider): value for (mode, x, provider), value in medians.items() if x == name}
+        for check in step_must_show(bounds[name], own, config):
+            yield replace(check, subject=f"{check.subject}, {name}")
+
+
+def _kinds_case(name: str, kinds: dict[str, Config], bounds: dict[str, tuple[float, float]]) -> Case:
+    return Case(
+        name=name,
+        metric="time per inner step",
+        unit="s",
+        x_name="network",
+        providers={provider: _UNROLL_PROVIDERS[provider] for provider in ("eager-plain", "compiled", "exact")},
+        full={**CONVNET, "gate": GATE, "steps": 10, "kinds": kinds},
+        quick={**SMALL, "gate": GATE, "steps": 2}
+        | {
+            "kinds": {each: {"kind": changes["kind"]} for each, changes in kinds.items() if "kind" in changes}
+            or {"": {}}
+        },
+        repeats=3,
+        points=_kinds_points,
+        gate=_kinds_gate,
+        check=_unroll_check,
+        must_show=partial(
+            _kinds_must_show,
+            {
+                each: {("exact", "eager-plain"): eager_bound, ("exact", "compiled*"): compiled_bound}
+                for each, (eager_bound, compiled_bound) in bounds.items()
+            }
+            | {"": {}},
+        ),
+        brief={"steps": 2},
+    )
+
+
+# the repositories' other ConvNets
+UNROLL_STEP_NETWORKS = _kinds_case(
+    "unroll_step_networks",
+    {
+        "leaky ReLU": {"kind": {"act": "leakyrelu"}},
+        "max pooling": {"kind": {"pool": "max"}},
+        "GroupNorm(4)": {"kind": {"norm": "group"}},
+        "BatchNorm": {"kind": {"norm": "batch"}},
+        "FRePo": {"kind": {"norm": "batch", "doubling": True}, "images": 50, "batch": 50},
+    },
+    {
+        "leaky ReLU": (4.0, 2.0),
+        "max pooling": (4.0, 2.0),
+        "GroupNorm(4)": (4.0, 2.0),
+        "BatchNorm": (2.5, 1.2),
+        "FRePo": (2.5, 1.2),
+    },
+)
+
+UNROLL_STEP_LARGE = _kinds_case(
+    "unroll_step_large",
+    {
+        "D5, 128 pixels, B=10": {"depth": 5, "image_size": 128, "images": 10, "batch": 10},
+        "D4, 64 pixels, 1,000 classes": {"depth": 4, "image_size": 64, "images": 1000, "classes": 1000},
+    },
+    {"D5, 128 pixels, B=10": (6.5, 3.0), "D4, 64 pixels, 1,000 classes": (6.5, 3.0)},
+)
+
+
 @dataclass(frozen=True)
 class Scaled:
     """`Problem` for some students at once, all with its theta0, images and target."""

@@ -131,6 +131,11 @@ def single(x: Tensor, name: str, record: Tensor) -> Tensor:
     return operator(x, *record[:, columns].to(x.dtype).unbind(1))
 
 
+def drawn(x: Tensor) -> Tensor:
+    """One operation for the whole batch, it and its parameters from torch's generator: DiffAugment as MTT calls it."""
+    return single(x, *draw_single(tuple(x.shape), int(torch.randint(len(OPERATIONS), ()))))
+
+
 def eager_augment(problem: Augmentation, op: AugmentOp = sequence) -> Callable[[], tuple[Tensor, ...]]:
     """`op` under autograd: the result and, in the second mode, the images' gradient."""
 

@@ -30,10 +30,18 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
-def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    centred = x - x.mean((2, 3), keepdim=True)
-    scale = weight[:, None, None] * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)
+def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, over: tuple[int, ...] = (2, 3)) -> Tensor:
+    """``over``: (0, 2, 3) makes it a batch norm."""
+    centred = x - x.mean(over, keepdim=True)
+    scale = weight[:, None, None] * torch.rsqrt(centred.square().mean(over, keepdim=True) + eps)
     return centred * scale + bias[:, None, None]
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    apart = x.unflatten(1, (groups, -1))
+    centred = apart - apart.mean((2, 3, 4), keepdim=True)
+    h = centred * torch.rsqrt(centred.square().mean((2, 3, 4), keepdim=True) + eps)
+    return h.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
 
 
 def logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
@@ -42,8 +50,14 @@ def logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
         name = f"features.{i}"
         if isinstance(layer, nn.Conv2d):
             x = F.conv2d(x, theta[f"{name}.weight"], theta[f"{name}.bias"], padding=layer.padding)
-        elif isinstance(layer, nn.GroupNorm):
-            x = instance_norm(x, theta[f"{name}.weight"], theta[f"{name}.bias"], layer.eps)
+        elif isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
+            affine = (theta[f"{name}.weight"], theta[f"{name}.bias"], layer.eps)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = instance_norm(x, *affine, over=(0, 2, 3))
+            elif layer.num_groups < layer.num_channels:
+                x = group_norm(x, layer.num_groups, *affine)
+            else:
+                x = instance_norm(x, *affine)
         elif isinstance(layer, nn.ReLU):
             x = F.relu(x)
         else:

@@ -12,6 +12,7 @@ images a class, 32x32; the seconds are one outer gradient, eager ones 5.4):
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -51,10 +52,8 @@ class Images:
         return tuple(numbers.repeat_interleave(len(x) // self.classes) for x in (self.real, self.synthetic))
 
     def double(self) -> Images:
-        net = PlainConvNet(self.real.shape[1], *_shape_of(self.net), self.real.shape[2]).double()
-        net.load_state_dict(self.net.state_dict())
         wide = {name: getattr(self, name).double() for name in ("real", "synthetic")}
-        return replace(self, net=net.requires_grad_(False), **wide)
+        return replace(self, net=copy.deepcopy(self.net).double(), **wide)
 
     def blocks(self) -> Iterator[nn.Sequential]:
         """[convolution, norm, ReLU, pool], depth times."""
@@ -62,24 +61,19 @@ class Images:
         return (nn.Sequential(*layers[i : i + 4]) for i in range(0, len(layers), 4))
 
 
-def _shape_of(net: PlainConvNet) -> tuple[int, int, int]:
-    """Classes, width and depth."""
-    return net.classifier.out_features, net.features[0].out_channels, len(net.features) // 4
-
-
 def make_images(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Images:
     """Drawn in float64 and rounded; classes differ in their mean, so that the distances are no mere noise."""
     K, C, size = config["classes"], config["channels"], config["image_size"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = PlainConvNet(C, K, config["width"], config["depth"], size).to(dtype).requires_grad_(False)
+        net = PlainConvNet(C, K, config["width"], config["depth"], size, **config.get("kind", {})).to(dtype)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(K, 1, C, size, size, generator=generator, dtype=torch.float64)
     real, synthetic = (
         (centres + torch.randn(K, each, C, size, size, generator=generator, dtype=torch.float64)).flatten(0, 1)
         for each in (config["real"], config["synthetic"])
     )
-    return Images(net, real.to(dtype), synthetic.to(dtype), K, config["power"])
+    return Images(net.requires_grad_(False), real.to(dtype), synthetic.to(dtype), K, config["power"])
 
 
 # ---- DataDAM
@@ -133,7 +127,8 @@ def class_features(problem: Images, x: Tensor, *, maps: bool, classes: int, writ
     blocks = list(problem.blocks())
     for i, (convolution, norm, _, pool) in enumerate(blocks):
         x = convolution(x)
-        x = instance_norm(x, norm.weight, norm.bias, norm.eps) if written_out else norm(x)
+        over = (0, 2, 3) if isinstance(norm, nn.BatchNorm2d) else (2, 3)
+        x = instance_norm(x, norm.weight, norm.bias, norm.eps, over) if written_out else norm(x)
         x = F.relu(x)
         if maps and i < len(blocks) - 1:
             found.append(attention(x.float() if x.dtype == torch.bfloat16 else x, problem.power))
@@ -151,10 +146,14 @@ def distance(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
 
 
 def truth(problem: Images, *, maps: bool) -> Matched:
-    """In float64 by definition, the real images class by class for the sake of memory."""
+    """In float64 by definition, the real images class by class, where no norm joins them, for the sake of memory."""
     problem = problem.double()
+    joined = any(isinstance(layer, nn.BatchNorm2d) for layer in problem.net.features)
     with torch.no_grad():
-        parts = [class_features(problem, x, maps=maps, classes=1) for x in problem.real.chunk(problem.classes)]
+        parts = [
+            class_features(problem, x, maps=maps, classes=problem.classes if joined else 1)
+            for x in ([problem.real] if joined else problem.real.chunk(problem.classes))
+        ]
     real = [torch.cat(means) for means in zip(*parts, strict=True)]
     synthetic = problem.synthetic.clone().requires_grad_()
     loss = distance(real, class_features(problem, synthetic, maps=maps, classes=problem.classes))

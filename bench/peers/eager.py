@@ -38,9 +38,11 @@ def prepare(problem: Problem, net: nn.Module | None = None, *, first_order: bool
         images = problem.images.clone().requires_grad_()
         lr = problem.lr.clone().requires_grad_()
         theta = problem.theta0.clone().requires_grad_()
+        torch.manual_seed(0)
         for k, index in enumerate(problem.batches):
             at = theta.detach().requires_grad_() if first_order else theta
             x = augment.single(images[index], *problem.draws[k]) if problem.draws else images[index]
+            x = augment.drawn(x) if problem.lambdas else x
             loss = inner_loss(net, at, x, problem.labels[index])
             (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
             theta = theta - lr * gradient

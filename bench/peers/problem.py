@@ -34,6 +34,7 @@ class Problem:
     lr: Tensor  # []
     batches: tuple[Tensor, ...]  # T index tensors
     draws: tuple[tuple[str, Tensor], ...] = ()  # each step's augmentation: operation and record; empty: none
+    lambdas: bool = False  # whether each step is augmented by a function that draws from torch's generator
 
     @property
     def steps(self) -> int:
@@ -57,12 +58,14 @@ def make_problem(
     lr: float = 0.01,
     seed: int = 0,
     augment: bool = False,
+    lambdas: bool = False,
+    kind: dict[str, Any] | None = None,
     **_: Any,
 ) -> Problem:
     """Drawn in float64 and rounded to `dtype`, so that the same seed is the same problem in every precision."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = PlainConvNet(channels, classes, width, depth, image_size)
+        net = PlainConvNet(channels, classes, width, depth, image_size, **(kind or {}))
     generator = torch.Generator().manual_seed(seed)
     theta0 = torch.nn.utils.parameters_to_vector(net.parameters()).detach().double()
     # a random direction of an expert segment's length: it weighs every parameter, so no term of the gradient can hide
@@ -82,4 +85,5 @@ def make_problem(
         lr=torch.tensor(lr, dtype=dtype),
         batches=tuple(batches[:steps]),
         draws=tuple(draw_single(shape, k) for k, shape in enumerate(shapes)) if augment else (),
+        lambdas=lambdas,
     )
