@@ -204,7 +204,8 @@ def train_students(
     if augment is not None:
         # a net that takes images as they are says that the augmentation leaves their size
         found = None if engine == "generic" else recognised(flat, image, images.dtype, images.device, "any")
-        if isinstance(found, str) or _is_of_other_size(eval_data, image):
+        told = hasattr(augment, "shape_after")
+        if told or isinstance(found, str) or _is_of_other_size(eval_data, image):
             image = _shape_after(augment, images, batch_size, given[0])
     if eval_data is not None:
         _check_eval_data(eval_data, images, image)
