@@ -109,7 +109,8 @@ class InnerLoop:
         # the student engine asks nothing of the surroundings and does nothing to them
         self.secluded = isinstance(self.students, ConvNetStudents) and augment is None
         # the backward pass replays steps: it has to find the net in the mode, and torch in the state, they were in
-        self.training = tuple(m.training for m in self.flat.net.modules())
+        self.modes = self._modes()
+        self.code = self._code()
         self.surroundings = None if self.secluded else Surroundings(self.device)
 
     def _draw(self, steps: int, batch_size: int | None, batches: Sequence[Tensor] | None, images: Tensor) -> list[Step]:
@@ -306,8 +307,22 @@ class InnerLoop:
             )
 
     def raise_if_changed(self) -> None:
-        if self.training != tuple(m.training for m in self.flat.net.modules()):
+        if self.modes != self._modes():
             raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
+        if self.code != self._code():
+            raise RuntimeError("net: modules, hooks or a forward changed between the unroll and its backward pass")
+
+    def _modes(self) -> list[bool]:
+        return [module.training for module in self.flat.net.modules()]
+
+    def _code(self) -> list[Any] | None:
+        """What calling the net runs; None where the backward pass calls none."""
+        if isinstance(self.students, ConvNetStudents):
+            return None
+        return [
+            (module, vars(module).get("forward"), *module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            for module in self.flat.net.modules()
+        ]
 
     def as_in_forward(self) -> contextlib.AbstractContextManager[None]:
         """What was set in torch when the unroll began."""
