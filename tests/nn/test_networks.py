@@ -13,10 +13,8 @@ from pydistill.nn import BNStatMatcher, freeze
 pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm torchvision")
 
 # with the side of the images that it takes
-TORCHVISION = {
-}
-TIMM = {
-}
+TORCHVISION = {}
+TIMM = {}
 CASES = [("torchvision", *case) for case in TORCHVISION.items()] + [("timm", *case) for case in TIMM.items()]
 
 
