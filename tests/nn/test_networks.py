@@ -5,7 +5,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from bench.networks import apart, batch_norms, build, hooked, randomise, tensors, things_set
 from pydistill.nn import BNStatMatcher, freeze
