@@ -12,8 +12,60 @@ from pydistill.nn import BNStatMatcher, freeze
 pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm torchvision")
 
 # with the side of the images that it takes
-TORCHVISION = {}
-TIMM = {}
+TORCHVISION = {
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "googlenet": 64,
+    "mnasnet0_5": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "resnet18": 64,
+    "shufflenet_v2_x0_5": 64,
+}
+TIMM = {
+    "haloregnetz_b": 224,
+    "test_byobnet": 64,
+    "cpubone_nano": 64,
+    "cs3darknet_focus_s": 64,
+    "cspnext_tiny": 64,
+    "densenet121": 64,
+    "dla46x_c": 64,
+    "dpn48b": 64,
+    "efficientformer_l1": 224,
+    "efficientformerv2_s0": 224,
+    "test_efficientnet": 64,
+    "efficientvim_m1": 64,
+    "efficientvit_b0": 64,
+    "efficientvit_m0": 64,
+    "fasternet_t0": 64,
+    "fastvit_t8": 64,
+    "ghostnet_050": 64,
+    "hardcorenas_b": 64,
+    "hgnetv2_b0": 64,
+    "iformer_t": 64,
+    "inception_next_atto": 64,
+    "lcnetv2_small": 64,
+    "levit_128s": 224,
+    "coatnet_pico_rw_224": 224,
+    "mobilenetv3_small_050": 64,
+    "mobilevit_xxs": 64,
+    "regnetx_002": 64,
+    "repghostnet_050": 64,
+    "repvit_m1": 64,
+    "resnest14d": 64,
+    "test_resnet": 64,
+    "resnetv2_18": 64,
+    "rexnet_100": 64,
+    "legacy_seresnet18": 64,
+    "shvit_s1": 64,
+    "skresnet18": 64,
+    "starnet_s050": 64,
+    "swiftformer_xs": 64,
+    "tiny_vit_5m_224": 64,
+    "visformer_tiny": 224,
+    "ese_vovnet19b_slim_dw": 64,
+    "xcit_nano_12_p8_224": 64,
+}
 CASES = [("torchvision", *case) for case in TORCHVISION.items()] + [("timm", *case) for case in TIMM.items()]
 
 
