@@ -171,6 +171,7 @@ def relabel(
     return SoftLabelStore.open(path)
 
 
+@torch.no_grad()
 def last_linear(net: nn.Module, images: Tensor) -> nn.Linear:
     """The ``nn.Linear`` whose output is the network's, as some images show.
 
