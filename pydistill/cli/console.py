@@ -17,6 +17,7 @@ import rich.table
 import torch
 from PIL import Image
 
+from pydistill._atomic import naming
 from pydistill.data import DistilledSet, write_atomic
 
 
@@ -51,9 +52,17 @@ class Stop:
                 signal.signal(number, handler)
 
 
+def plain_console(**options: Any) -> rich.console.Console:
+    """A console that prints what it is given: brackets and colons in a path or a name are no markup."""
+    return rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+
 def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
-    return rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+    # the default's column of descriptions reads markup whatever the console does
+    described = rich.progress.TextColumn("{task.description}", style="progress.description", markup=False)
+    columns = rich.progress.Progress.get_default_columns()[1:]
+    noted = rich.progress.TextColumn("{task.fields[note]}", markup=False)
+    return rich.progress.Progress(described, *columns, noted, console=console, disable=not console.is_terminal)
 
 
 def accuracy_table(title: str, rows: str, students: int) -> rich.table.Table:
@@ -94,7 +103,7 @@ def as_json(value: Any) -> bytes:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -102,8 +111,9 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drops the other records of a file of JSON lines, and the line that a killed process was writing."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    kept, before = [], path.read_text()
+    for line in before.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            kept += [line] if keep(json.loads(line)) else []
-    write_atomic(path, "".join(kept).encode())
+            kept += [line + "\n"] if keep(json.loads(line)) else []
+    if "".join(kept) != before:
+        write_atomic(path, "".join(kept).encode())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydistill.cli.console import device_of
 from pydistill.data import Dataset, load
@@ -42,6 +43,16 @@ SETTINGS: dict[str, Setting] = {
 
 def convnet(dataset: Dataset, width: int, depth: int) -> ConvNet:
     return ConvNet(dataset.channels, dataset.num_classes, width, depth, dataset.image_size)
+
+
+def check_numbers(options: Any, **least: float) -> None:
+    """ValueError for an option that is less than its least value or not finite; 0.0 asks for a positive number."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        positive = isinstance(low, float)
+        if not (low < value if positive else low <= value) or not value < math.inf:
+            wanted = "a positive finite number" if positive else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {wanted}, got {value}")
 
 
 class _Options(Protocol):
