@@ -76,8 +76,14 @@ def accuracy_table(title: str, rows: str, students: int) -> rich.table.Table:
 def add_row(
     table: rich.table.Table, label: str, images: int, epochs: int, lr: float, accuracies: Sequence[float]
 ) -> None:
-    accuracy = f"{100 * mean(accuracies):.1f} ± {100 * pstdev(accuracies):.1f} %"
-    table.add_row(label, str(images), str(epochs), f"{lr:.4f}", accuracy)
+    table.add_row(label, str(images), str(epochs), f"{lr:.4f}", percentage(accuracies, deviation=True))
+
+
+def percentage(accuracies: Sequence[float], *, deviation: bool | None = None) -> str:
+    """The mean of accuracies in ``[0, 1]``, and their deviation; by default where there are several."""
+    deviation = len(accuracies) > 1 if deviation is None else deviation
+    more = f" ± {100 * pstdev(accuracies):.1f}" if deviation else ""
+    return f"{100 * mean(accuracies):.1f}{more} %"
 
 
 def picture(distilled: DistilledSet, ipc: int) -> bytes:
@@ -107,13 +113,16 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the other records of a file of JSON lines, and the line that a killed process was writing."""
-    if not path.exists():
-        return
-    kept, before = [], path.read_text()
-    for line in before.splitlines():
+def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> bytes:
+    """A file of JSON lines without the records that are not to stay, and without what a killed process half wrote."""
+    kept = []
+    for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             kept += [line + "\n"] if keep(json.loads(line)) else []
-    if "".join(kept) != before:
-        write_atomic(path, "".join(kept).encode())
+    return "".join(kept).encode()
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves of a file of JSON lines, if it is there, what `kept_lines` does."""
+    if path.exists():
+        write_atomic(path, kept_lines(path, keep))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import rich.console
 import rich.progress
@@ -36,10 +36,11 @@ from pydistill.cli.console import (
 )
 from pydistill.cli.experts import completed, train_with_progress
 from pydistill.cli.folder import Folder, options_in
-from pydistill.cli.settings import SETTINGS, DatasetName, check_numbers, convnet, load_for
+from pydistill.cli.settings import SETTINGS, DatasetName, convnet, dataset_of, load_for, value_of
 from pydistill.data import DistilledSet, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.methods import METHODS, Config, State, distill
+from pydistill.methods.options import check_numbers
 from pydistill.methods.outer import world
 from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
 from pydistill.trajectory.store import ExpertStore
@@ -122,9 +123,7 @@ class Distill:
             return cls._of_run(value_of(argv, "--out"))
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        dataset, ipc = value_of(argv, "--dataset") or "digits", value_of(argv, "--ipc") or "1"
-        if dataset not in get_args(DatasetName):
-            raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
+        dataset, ipc = dataset_of(argv), value_of(argv, "--ipc") or "1"
         if not ipc.lstrip("-").isdecimal():
             raise ValueError(f"--ipc: expected a whole number, got {ipc!r}")
         config, setting = METHODS[method].nearest_preset(dataset, int(ipc)), SETTINGS[dataset]
@@ -157,7 +156,7 @@ class Distill:
     def check(self, default: Distill) -> None:
         """ValueError for options that contradict each other, or the run that is resumed."""
         counts = ("students", "checkpoint_every", "student_epochs", "num_experts", "train_epochs", "batch_train")
-        check_numbers(self, **dict.fromkeys(counts, 1), whole_epochs=0, lr_student=0.0, lr_expert=0.0)
+        check_numbers(self, flags=True, **dict.fromkeys(counts, 1), whole_epochs=0, lr_student=0.0, lr_expert=0.0)
         changed = {n: (v, w) for (n, v), w in zip(_flat(self).items(), _flat(default).values(), strict=True) if v != w}
         if self.resume:
             for name, (given, kept) in changed.items():
@@ -178,17 +177,6 @@ class Distill:
 def _flat(options: Distill) -> dict[str, Any]:
     stored = options.stored()
     return stored.pop("config") | stored
-
-
-def value_of(argv: list[str], flag: str) -> str | None:
-    """What ``argv`` says to ``flag`` last, before it is parsed in earnest."""
-    found = None
-    for i, part in enumerate(argv):
-        if part.startswith(f"{flag}="):
-            found = part.removeprefix(f"{flag}=")
-        elif part == flag and i + 1 < len(argv):
-            found = argv[i + 1]
-    return found
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import tyro
 
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Interrupted, Stop, append_line, keep_lines, progress_bars
+from pydistill.cli.folder import locked
 from pydistill.cli.settings import SETTINGS, DatasetName, convnet, load_for
 from pydistill.data import Dataset
 from pydistill.methods import METHODS
@@ -95,34 +96,51 @@ class Experts:
 
     def run(self, console: rich.console.Console, stop: Stop) -> None:
         config = self.resolved()
+        if not config.out.parent.is_dir() or config.out.is_dir():
+            raise ValueError(f"--out: expected a file in a folder that is there, got {config.out}")
         dataset = load_for(config)
 
         def make_net() -> ConvNet:
             return convnet(dataset, config.width, config.depth)
 
-        if config.replay_buffers:
-            defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
-            if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
-                flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-                raise ValueError(f"{flags}: expected none with --import, which trains nothing")
-            options = {"dtype": config.dtype, "dataset": dataset.name, "overwrite": config.overwrite}
-            store = ExpertStore.import_replay_buffers(config.replay_buffers, make_net(), config.out, **options)
-            console.print(f"{len(store)} experts of {store.epochs} epochs imported: {config.out}")
-            return
-        began, metrics = time.monotonic(), config.out.with_name(f"{config.out.name}.jsonl")
-        epochs = {} if config.overwrite else dict(enumerate(completed(config.out)))
-        keep_lines(metrics, lambda record: record["epoch"] <= epochs.get(record["expert"], 0))
+        lock = config.out.with_name(f".{config.out.name}.lock")
+        with locked(lock, f"--out: expected a file that no other process writes to, got {config.out}"):
+            if config.replay_buffers:
+                self._import(config, dataset, make_net(), console)
+            else:
+                config._train(dataset, make_net, console, stop)
+
+    def _import(self, config: Experts, dataset: Dataset, net: ConvNet, console: rich.console.Console) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
+        if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ValueError(f"{flags}: expected none with --import, which trains nothing")
+        options = {"dtype": config.dtype, "dataset": dataset.name, "overwrite": config.overwrite}
+        store = ExpertStore.import_replay_buffers(config.replay_buffers, net, config.out, **options)
+        console.print(f"{len(store)} experts of {store.epochs} epochs imported: {config.out}")
+
+    def _train(
+        self, dataset: Dataset, make_net: Callable[[], ConvNet], console: rich.console.Console, stop: Stop
+    ) -> None:
+        began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")
+        epochs = {} if self.overwrite else dict(enumerate(completed(self.out)))
+        begun = False
+
+        def log(record: dict[str, Any]) -> None:
+            nonlocal begun
+            if not begun:  # not before all that may be refused has been
+                keep_lines(metrics, lambda record: record["epoch"] <= epochs.get(record["expert"], 0))
+                begun = True
+            append_line(metrics, record)
+
         try:
             with progress_bars(console) as progress:
-                store = train_with_progress(
-                    *(make_net, dataset, config.out, progress, stop, lambda record: append_line(metrics, record)),
-                    **config.training(),
-                )
+                store = train_with_progress(*(make_net, dataset, self.out, progress, stop, log), **self.training())
         except Interrupted:
             console.print("stopped; the same command, without --overwrite, goes on")
             raise
         seconds = time.monotonic() - began
-        console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {config.out}")
+        console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {self.out}")
 
 
 def train_with_progress(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pydistill.cli.console import device_of
 from pydistill.data import Dataset, load
@@ -45,14 +44,23 @@ def convnet(dataset: Dataset, width: int, depth: int) -> ConvNet:
     return ConvNet(dataset.channels, dataset.num_classes, width, depth, dataset.image_size)
 
 
-def check_numbers(options: Any, **least: float) -> None:
-    """ValueError for an option that is less than its least value or not finite; 0.0 asks for a positive number."""
-    for name, low in least.items():
-        value = getattr(options, name)
-        positive = isinstance(low, float)
-        if not (low < value if positive else low <= value) or not value < math.inf:
-            wanted = "a positive finite number" if positive else f"at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')}: expected {wanted}, got {value}")
+def value_of(argv: list[str], flag: str) -> str | None:
+    """What ``argv`` says to ``flag`` last, before it is parsed in earnest."""
+    found = None
+    for i, part in enumerate(argv):
+        if part.startswith(f"{flag}="):
+            found = part.removeprefix(f"{flag}=")
+        elif part == flag and i + 1 < len(argv):
+            found = argv[i + 1]
+    return found
+
+
+def dataset_of(argv: list[str], names: Any = DatasetName) -> str:
+    """The data set that ``argv`` names, "digits" where it names none; ValueError for one that there is not."""
+    dataset = value_of(argv, "--dataset") or "digits"
+    if dataset not in get_args(names):
+        raise ValueError(f"--dataset: expected one of {', '.join(get_args(names))}, got {dataset!r}")
+    return dataset
 
 
 class _Options(Protocol):

@@ -522,7 +522,7 @@ def test_a_resumed_run_keeps_its_options(finished, capsys):
         (["--out", "{tmp}/new", "--dataset", "cifar10", "--root", "{tmp}/full"], "data_batch_1: expected a CIFAR-10"),
         (["--out", "{tmp}/new", "--ipc", "0"], "ipc: expected a finite number of at least 1, got 0"),
         (["--out", "{tmp}/new", "--ipc", "5000"], "ipc: expected at most 142"),
-        (["--out", "{tmp}/new", "--students", "0"], "--students, --checkpoint-every: expected at least 1"),
+        (["--out", "{tmp}/new", "--students", "0"], "--students: expected at least 1, got 0"),
         (["--out", "{tmp}/new", "--depth", "9"], "depth: 9 blocks leave nothing"),
         (
             ["nonsense", "--out", "{tmp}/new"],
