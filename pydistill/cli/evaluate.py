@@ -165,6 +165,9 @@ def _distilled(command: Evaluate) -> DistilledSet:
         if command.label_kind:
             raise ValueError(f"--label-kind: expected none, {command.file} says what its labels are")
         return DistilledSet.load(command.file)
+    # the names that other code may have given to its learning rate, which `import_tensors` looks for
+    if command.lr is None and not any((command.file / name).exists() for name in ("lr.pt", "lr_best.pt")):
+        raise ValueError(f"--lr: expected a learning rate, {command.file / 'lr.pt'} is not there to say it")
     space: dict[str, Sequence[float]] = {}
     if not (command.file / EXPORT_HEADER).exists():
         space = dict(zip(("mean", "std"), _repository_normalisation(command.dataset, command.file), strict=True))

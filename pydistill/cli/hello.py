@@ -72,6 +72,7 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     options = parse(argv, "hello", DistillHeLlO, HeLlO.preset)
     phases = Phases("hello", options, options.dataset, console, stop)
     began, folder, data = time.monotonic(), phases.folder, load_for(options)
+    phases.check_encoder(data)
     least = int(data.train_labels.bincount(minlength=data.num_classes).min())
     if options.config.ipc > least:
         raise ValueError(f"--ipc: expected at most {least}, the images of the smallest class, got {options.config.ipc}")

@@ -66,6 +66,7 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     check_numbers(options, flags=True, checkpoint_every=1)
     phases = Phases("krr_st", options, options.dataset, console, stop)
     began, folder, data, config = time.monotonic(), phases.folder, load_for(options), options.config
+    phases.check_encoder(data)
     for name in ("images", "batch_real"):
         if len(data.train_images) < getattr(config, name):
             flag = name.replace("_", "-")

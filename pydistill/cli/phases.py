@@ -16,7 +16,8 @@ from torch import Tensor
 from pydistill.cli.console import Interrupted, Stop, keep_lines
 from pydistill.cli.folder import Folder
 from pydistill.cli.settings import dataset_of
-from pydistill.data import read_safetensors, write_safetensors
+from pydistill.data import Dataset, read_safetensors, write_safetensors
+from pydistill.methods.self_supervised import BATCH
 
 T = TypeVar("T")
 
@@ -46,6 +47,11 @@ class Phases:
         self._run = Folder(options.out, f"{method}-{dataset}", f"distill {method}", resume=options.resume)
         self._run.check_same(self.stored)
         self.folder = self._run.path
+
+    def check_encoder(self, data: Dataset) -> None:
+        """ValueError where the set is too small for the self-supervised network of the first phase."""
+        if (count := len(data.train_images)) < BATCH:
+            raise ValueError(f"--dataset: expected at least {BATCH} training images, a batch, got {count}")
 
     @contextmanager
     def opened(self, dataset: str, check: Callable[[], None] | None = None) -> Iterator[None]:

@@ -468,7 +468,7 @@ def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
     torch.save(images, folder / "images_best.pt")
     torch.save(logits, folder / "labels_best.pt")
     of = ("--dataset", "fashion-mnist", "--root", tmp_path / "fashion")
-    assert "lr: expected a learning rate" in refused(capsys, "evaluate", folder, *of, "--label-kind", "logits")
+    assert "--lr: expected a learning rate" in refused(capsys, "evaluate", folder, *of, "--label-kind", "logits")
     assert "label_kind: expected 'logits' or 'probs'" in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
     assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01)
     assert "fashion-mnist or cifar10; got digits" in refused(capsys, "evaluate", folder, "--dataset", "digits")
@@ -573,7 +573,9 @@ def test_a_run_that_diverges_says_where_and_can_be_looked_at(finished, tmp_path,
     assert len(records(tmp_path / "run", "experts")) == 4
 
 
-@pytest.mark.parametrize(("module", "package"), [("tyro", "tyro"), ("rich", "rich"), ("PIL", "pillow")])
+@pytest.mark.parametrize(
+    ("module", "package"), [("tyro", "tyro"), ("rich", "rich"), ("PIL", "pillow"), ("psutil", "psutil")]
+)
 def test_a_missing_package_is_one_sentence(module, package):
     code = f"import sys; sys.modules[{module!r}] = None; from pydistill.cli import main; main(['distill'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
