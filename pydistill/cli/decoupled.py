@@ -222,7 +222,9 @@ class PostTrainCommand:
         distilled = DistilledSet.load(self.images)
         store = SoftLabelStore.open(self.labels)
         views = views_of(store)
-        data = _load(distilled.config["dataset"], self.root, distilled.images.shape[2])
+        if (dataset := distilled.config.get("dataset")) is None:
+            raise ValueError(f"{self.images}: expected a set that says what it was made from, to be tested on that")
+        data = _load(dataset, self.root, distilled.images.shape[2])
         test = distilled.normalise(data.test_images, data)
         device, found = device_of(self.device), []
         options = {"num_classes": data.num_classes, "device": device}
