@@ -253,7 +253,7 @@ class Run:
         self.name, self.console, self.stop = name, console, stop
         self.began, self.first = time.monotonic(), world()[0] == 0
         self._folder = Folder(command.out, name, name, resume=command.resume, first=self.first)
-        self.folder, self.resume = command.out, command.resume
+        self.folder = command.out
         self.metrics = self.folder / f"metrics{'' if self.first else f'-rank{world()[0]}'}.jsonl"
 
     @contextlib.contextmanager

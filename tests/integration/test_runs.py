@@ -62,10 +62,10 @@ REFUSED = {
     "distill rat_bptt --classes 11": "classes: expected at most the 10 there are, got 11",
     "distill fedlgd --clients 900": "clients: expected few enough that each has images",
     "distill unip --image-size 10": "patch_size: expected a divisor of image_size",
-    "distill hello --ipc 5000": "--ipc: expected at most 142",
-    "distill hello --image-size 4": "depth",
+    "distill hello --ipc 5000": "--ipc: expected at most",
+    "distill hello --image-size 2": "image_size: too small for Encoder",
     "distill krr_st --batch-real 5000": "--batch-real: expected at most 1433, got 5000",
-    "distill krr_st --depth 9": "depth",
+    "distill krr_st --depth 9": "image_size: too small for Encoder",
     "select dq --ipc 5 --bins 2 --bin-size 2": "ipc: expected at most 4, the images in the bins of a class, got 5",
     "select dq --keep 0.5 --patch-size 3": "patch_size: expected a divisor of the images' [16, 16] pixels, got 3",
     "select pca --factor 3": "factor: expected a divisor of 16 and 16, got 3",
@@ -78,7 +78,7 @@ REFUSED = {
     "relabel --images {images} --teacher {other}": "teachers: expected images of [1, 8, 8], got [1, 10, 10]",
     "post-train --images {images} --labels {labels} --students 0": "--students: expected at least 1, got 0",
     "post-train --images {images} --labels {labels} --depth 9": "depth",
-    "post-train --images {images} --labels {foreign}": "foreign.store: expected labels that relabel made, got others",
+    "post-train --images {images} --labels {foreign}": "foreign.store: expected labels and views that relabel made, got others",
 }
 
 
