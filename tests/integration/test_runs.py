@@ -78,7 +78,7 @@ REFUSED = {
     "relabel --images {images} --teacher {other}": "teachers: expected images of [1, 8, 8], got [1, 10, 10]",
     "post-train --images {images} --labels {labels} --students 0": "--students: expected at least 1, got 0",
     "post-train --images {images} --labels {labels} --depth 9": "depth",
-    "post-train --images {images} --labels {foreign}": "foreign.store: expected labels and views that relabel made, got others",
+    "post-train --images {images} --labels {foreign}": "foreign.store: expected labels and views that relabel made",
 }
 
 
