@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Setting] = {
     "fashion-mnist": Setting(64, 3, 6, 1, 0.02, 256, 200, 1, 0.01),
     "cifar10": _PAPERS,
     "cifar100": _PAPERS,
-    "image-folder": _PAPERS,
+    "image-folder": replace(_PAPERS, batch_train=32),  # or an epoch of a few hundred pictures has a step or two
 }
 
 

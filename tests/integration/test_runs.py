@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from pydistill._atomic import naming, write_atomic
 from pydistill.cli import main
 from pydistill.cli.console import append_line, keep_lines, percentage, plain_console, progress_bars
 from pydistill.cli.folder import Folder, locked
+from pydistill.cli.settings import SETTINGS
 from pydistill.data import Dataset, read_safetensors
 from pydistill.methods import MTT, RaTBPTT, distill
 from pydistill.methods.matching import LEAST_LR
+from pydistill.nn import ConvNet
+from pydistill.trajectory import FlatModule, train_students
 
 NET = ("--network", "convnet", "--width", "4", "--depth", "2", "--image-size", "8")
 SQUEEZE = ("squeeze", "--dataset", "digits", *NET, "--epochs", "6", "--lr", "0.05")
@@ -317,9 +321,6 @@ def tiny(**changes):
     images, labels = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 2
     about = {"class_names": ("a", "b"), "mean": torch.zeros(1), "std": torch.ones(1)}
     data = Dataset("tiny", images, labels, images, labels, **about)
-    from pydistill.nn import ConvNet
-    from pydistill.trajectory import FlatModule
-
     net = ConvNet(1, 2, 4, 2, 8)
     start = FlatModule(net).parameters()
     experts = torch.stack([start, start + 0.1, start + 0.2])[None]
@@ -344,6 +345,28 @@ def test_the_learnt_rate_stays_positive(lr_lr):
         assert record["lr_below"] < least
         assert record["lr"] == pytest.approx(least)
     assert min(record["lr"] for record in seen) > 0
+
+
+def test_the_presets_of_an_image_folder_suit_few_pictures():
+    """Experts of some hundred pictures move little: with batches of 256 and rates for thousands, the first step was
+    the last that had an effect: a loss of 80, a rate below zero, images moved by thousands."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(320) % 4
+    images = torch.randn(4, 3, 16, 16, generator=generator)[labels]
+    images = images + torch.randn(320, 3, 16, 16, generator=generator)
+    about = {"class_names": tuple("abcd"), "mean": torch.zeros(3), "std": torch.ones(3)}
+    data, setting = Dataset("folder", images, labels, images, labels, **about), SETTINGS["image-folder"]
+    net = ConvNet(3, 4, 8, 2, 16)
+    theta = [FlatModule(net).parameters()[None]]
+    for epoch in range(2):
+        options = {"epochs": 1, "lr": setting.lr_expert, "batch_size": setting.batch_train}
+        order = torch.Generator().manual_seed(epoch)
+        theta.append(train_students(net, theta[-1], images, labels, **options, generator=order).theta)
+    config = replace(MTT.preset("image-folder", 1), max_start_epoch=1, iterations=5)
+    seen = []
+    distill(config, data, net, torch.stack(theta, 1), on_step=lambda state, record: seen.append(record))
+    assert not any("lr_below" in record for record in seen)
+    assert seen[-1]["loss"] < seen[0]["loss"] < 20
 
 
 def test_what_stops_being_finite_names_its_step_and_the_rates():
