@@ -54,30 +54,34 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "attention_map_divergence_scale(Tensor grad, Tensor grad_q, Tensor grad_k, Tensor q_s, Tensor k_s)"
       " -> (Tensor, Tensor)");
 
-  // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes, and every
-  // block's width. `workspace` is uint8, as large as the first number of
-  // convnet_step_bytes; the others are those of a tape per image and of each thread's own memory.
+  // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes; norm,
+  // groups, activation, pool and whether convolutions have biases; and every block's width. `running` [2, channels of
+  // all blocks] are the means and variances of a norm that keeps them, `statistics` [E, 2, channels] receives those of
+  // a batch norm. `workspace` is uint8, as large as the first number of convnet_step_bytes; the others are those of a
+  // tape per image and of each thread's own memory.
   m.def(
       "convnet_step_bytes(Tensor shape, int form, int students, int images, bool float64, bool bf16)"
       " -> Tensor");
   m.def(
-      "convnet_step_logits(Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, Tensor(a!) workspace)"
-      " -> Tensor");
+      "convnet_step_logits(Tensor theta, Tensor images, Tensor shape, Tensor? running,"
+      " float eps, float slope, bool bf16, Tensor(a!) workspace) -> Tensor");
   m.def(
-      "convnet_step_gradient(Tensor theta, Tensor images, Tensor labels, Tensor shape, float eps, int label_kind,"
-      " bool bf16, Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor)");
+      "convnet_step_gradient(Tensor theta, Tensor images, Tensor labels, Tensor shape, Tensor? running,"
+      " Tensor(s!)? statistics, float eps, float slope, int label_kind, bool bf16, Tensor(a!) workspace, Tensor(b!)? "
+      "tape) -> (Tensor, Tensor)");
   m.def(
-      "convnet_step_tangent(Tensor theta, Tensor direction, Tensor images, Tensor labels, Tensor shape, float eps,"
-      " int label_kind, bool bf16, bool curvature, Tensor scale, Tensor(a!) workspace, Tensor(b!)? tape)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "convnet_step_tangent(Tensor theta, Tensor direction, Tensor images, Tensor labels, Tensor shape,"
+      " Tensor? running, float eps, float slope, int label_kind, bool bf16, bool curvature, Tensor scale,"
+      " Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor, Tensor, Tensor)");
   // `attended` has a bit for each block whose attention maps are wanted.
   m.def(
-      "convnet_step_features(Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, float power,"
-      " int attended, bool spatial, bool channel, Tensor(a!) workspace, Tensor(b!)? tape) -> (Tensor, Tensor, Tensor)");
+      "convnet_step_features(Tensor theta, Tensor images, Tensor shape, Tensor? running,"
+      " float eps, float slope, bool bf16, float power, int attended, bool spatial, bool channel, Tensor(a!) "
+      "workspace, Tensor(b!)? tape) -> (Tensor, Tensor, Tensor)");
   m.def(
       "convnet_step_features_backward(Tensor? spatial_grad, Tensor? channel_grad, Tensor? embedding_grad,"
-      " Tensor theta, Tensor images, Tensor shape, float eps, bool bf16, float power, int attended,"
-      " Tensor(a!) workspace, Tensor(b!)? tape) -> Tensor");
+      " Tensor theta, Tensor images, Tensor shape, Tensor? running, float eps, float slope, bool bf16, float power,"
+      " int attended, Tensor(a!) workspace, Tensor(b!)? tape) -> Tensor");
 
   // Sums of the `order`-th derivative of |x|^power, times `factor`, over the channels [N, H * W] and over the positions
   // [N, C]; and the adjoint: (spatial at the position + channel) times that, for every element.

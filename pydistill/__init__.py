@@ -1,12 +1,13 @@
 """Accelerated kernels and exact constant-memory trajectory gradients for dataset distillation on PyTorch."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from pkgutil import extend_path as _extend_path
 
 # Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
-from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference, select
+from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference, select, trajectory
 from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce, kd_divergence
 from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, krr_loss, mmd
 from pydistill.ops import bn_match_forward, bn_stat_match, instance_norm_relu_avg_pool, soft_cross_entropy
@@ -41,6 +42,19 @@ __all__ = [
     "select",
     "soft_cross_entropy",
     "train_students",
+    "trajectory",
     "trajectory_match",
     "unroll",
 ]
+
+_ON_DEMAND = ("data", "evaluate", "info", "methods")  # imported when they are asked for, so that the rest is quick
+
+
+def __getattr__(name: str) -> object:
+    if name in _ON_DEMAND:
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

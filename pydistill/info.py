@@ -14,6 +14,11 @@ import pydistill
 from pydistill import _host, _library, ops
 from pydistill.trajectory import FlatModule, convnet_shape
 
+_BF16_CONVOLUTIONS = {
+    "amx": "matrix tiles (AMX)",
+    "avx512_bf16": "pairs of factors (AVX512-BF16)",
+}  # by instruction set
+
 
 def backends() -> dict[str, dict[str, str]]:
     """Per operator and backend: "available", or why it is not."""
@@ -29,18 +34,21 @@ def backends() -> dict[str, dict[str, str]]:
     return table
 
 
-def engine(net: torch.nn.Module, image: Sequence[int], device: torch.device | str = "cpu") -> str:
+def engine(
+    net: torch.nn.Module, image: Sequence[int], device: torch.device | str = "cpu", *, output: int | None = None
+) -> str:
     """Which engine `pydistill.unroll` and `pydistill.train_students` run ``net`` on, and why.
 
     Args:
         net: the student.
-        image: ``(C, H, W)`` of the images.
+        image: ``(C, H, W)`` of the images, as an augmentation leaves them.
         device: where they are.
+        output: as for `pydistill.unroll`.
 
     Returns:
         "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run.
     """
-    found = convnet_shape(FlatModule(net).net, image, next(net.parameters()).dtype, device)
+    found = convnet_shape(net, image, FlatModule(net).dtype, device, output=output)
     return f"generic: {found}" if isinstance(found, str) else f"student: {found}"
 
 
@@ -54,9 +62,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "CPU instruction set": _host.isa(),
         "CPU threads": torch.get_num_threads(),
-        "bf16 convolutions": "matrix tiles (AMX)"
-        if _host.isa() == "amx"
-        else "rounded factors at the speed of float32",
+        "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors at the speed of float32"),
         "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": backends(),

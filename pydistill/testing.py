@@ -105,7 +105,7 @@ def _leaves(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def _weights(like: Iterable[Tensor], seed: int) -> list[Tensor]:
     """Fixed cotangents: normal numbers, rounded to the tensors' dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in like]
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.dtype) for t in like]
 
 
 def _orders(function: Function, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WO
 import torch  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))  # for bench; last, so that pydistill is the installed one
+
+if find_spec("torchvision") is not None:
+    from bench.networks import import_torchvision
+
+    import_torchvision()  # whose wheel on PyPI is for CUDA, and lacks its operators beside a torch for the CPU
 
 
 @pytest.fixture(autouse=True)

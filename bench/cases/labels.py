@@ -83,6 +83,7 @@ SOFT_LABEL_READ = Case(
         "torch.load": Entry(stored_labels.prepare_load),
         "torch.load-compiled": Entry(partial(stored_labels.prepare_load, compiled=True)),
         "pydistill-fp16": Entry(partial(ours.stored_labels_epoch, form="fp16"), "fp16"),
+        "pydistill-logits8": Entry(partial(ours.stored_labels_epoch, form="logits8"), "logits8"),
         "pydistill-topk": Entry(partial(ours.stored_labels_epoch, form="topk"), "topk"),
         "pydistill-topk8": Entry(partial(ours.stored_labels_epoch, form="topk8"), "topk8"),
     },
@@ -138,6 +139,7 @@ SOFT_LABEL_BYTES = Case(
     providers={
         "fp16": Entry(partial(ours.stored_bytes, form="fp16"), "fp16"),
         "torch.save": Entry(stored_labels.saved_bytes),
+        "logits8": Entry(partial(ours.stored_bytes, form="logits8"), "logits8"),
         "topk": Entry(partial(ours.stored_bytes, form="topk"), "topk"),
         "topk8": Entry(partial(ours.stored_bytes, form="topk8"), "topk8"),
     },

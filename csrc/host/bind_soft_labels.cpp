@@ -22,13 +22,13 @@ std::string shape_of(const py::array& array) {
   return text + "]";
 }
 
-TopK form_of(int64_t classes, int64_t k, double step) {
+TopK form_of(int64_t classes, int64_t k, double step, bool row_step = false) {
   if (classes < 1 || classes > 65536)
     throw py::value_error("num_classes: expected 1 to 65536, got " + std::to_string(classes));
   if (k < 1 || k > classes)
     throw py::value_error("k: expected 1 to the " + std::to_string(classes) + " classes, got " + std::to_string(k));
   if (!(step >= 0)) throw py::value_error("step: expected a positive number, or 0, got " + std::to_string(step));
-  return {classes, k, step};
+  return {classes, k, step, row_step};
 }
 
 const char* text_of(Flaw flaw) {
@@ -42,12 +42,12 @@ const char* text_of(Flaw flaw) {
   }
 }
 
-Bytes encode_topk(const Values& values, int64_t k, double step, bool probs, double temperature) {
+Bytes encode_topk(const Values& values, int64_t k, double step, bool probs, double temperature, bool row_step) {
   if (values.ndim() != 2) throw py::value_error("values: expected [N, C], got " + shape_of(values));
   if (!(temperature > 0))
     throw py::value_error("temperature: expected a positive number, got " + std::to_string(temperature));
   const int64_t n = values.shape(0), classes = values.shape(1);
-  const TopK form = form_of(classes, k, step);
+  const TopK form = form_of(classes, k, step, row_step);
   Bytes out({n, form.bytes()});
   const float* from = values.data();
   uint8_t* to = out.mutable_data();
@@ -79,10 +79,8 @@ py::tuple decode_topk(const Bytes& rows, int64_t classes, int64_t k, double step
   bool right = true;
   {
     py::gil_scoped_release free;
-    float table[256];
-    fill_table(form, table);
     for (; row < n && right; ++row)
-      right = decode(from + row * stride, form, table, to_indices + row * k, to_values + row * k, to_tail + row);
+      right = decode(from + row * stride, form, to_indices + row * k, to_values + row * k, to_tail + row);
   }
   if (!right)
     throw py::value_error("row " + std::to_string(row - 1) + ": a class is not below " + std::to_string(classes));
@@ -104,9 +102,10 @@ void bind_soft_labels(py::module_& m) {
   m.def("crc32", &crc32_of, py::arg("data"), py::arg("value") = 0,
         "The CRC-32 of consecutive bytes, the number that zlib.crc32 gives.");
   m.def("encode_topk", &encode_topk, py::arg("values").noconvert(), py::arg("k"), py::arg("step"), py::arg("probs"),
-        py::arg("temperature"),
+        py::arg("temperature"), py::arg("row_step") = false,
         "Rows of top-k labels, uint8 [N, bytes], of float32 logits [N, C] (a softmax at a temperature is taken) or "
-        "probabilities. step: of the logarithms in uint8; 0 for halves. ValueError names a row that is not finite or "
+        "probabilities. step: of the logarithms in uint8, at most; 0 for halves. row_step: as fine as a row lets "
+        "them be. ValueError names a row that is not finite or "
         "no distribution.");
   m.def("decode_topk", &decode_topk, py::arg("rows").noconvert(), py::arg("num_classes"), py::arg("k"), py::arg("step"),
         "Of rows of top-k labels, which may be longer, the classes int64 [N, k], their probabilities float32 [N, k] "

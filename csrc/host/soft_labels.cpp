@@ -25,6 +25,15 @@ float float_of(uint16_t half) {
   return std::bit_cast<float>(((exponent + 112) << 23) | (mantissa << 13));
 }
 
+// The weight of the first class needs no code: its byte says by which power of 2^(1/16) a row's steps are finer.
+double step_of(const TopK& form, uint8_t finer) { return form.step * std::exp2(-finer / 16.0); }
+
+// The most that still lets 255 steps reach as far as `span`.
+uint8_t finer_for(const TopK& form, double span) {
+  if (!(span > 0)) return 255;
+  return static_cast<uint8_t>(std::clamp(std::floor(16 * std::log2(form.step * 255 / span)), 0.0, 255.0));
+}
+
 }  // namespace
 
 Flaw encode(const float* values, const TopK& form, bool probs, double temperature, int32_t* order, double* weights,
@@ -48,14 +57,18 @@ Flaw encode(const float* values, const TopK& form, bool probs, double temperatur
   const double top = weights[order[0]];
   double kept = 0, rest = 0;
   uint8_t* codes = row + 4 + 2 * form.k;
+  const auto logarithm = [&](int32_t c) {
+    return probs ? std::log(weights[c] / top) : (values[c] - first) / temperature;
+  };
+  const uint8_t finer = form.row_step ? finer_for(form, -logarithm(order[form.k - 1])) : 0;
+  const double step = step_of(form, finer);
   for (int64_t i = 0; i < form.k; ++i) {
     const int32_t c = order[i];
     const double ratio = weights[c] / top;
     const uint16_t number = static_cast<uint16_t>(c);
     std::memcpy(row + 4 + 2 * i, &number, 2);
     if (form.step > 0) {
-      const double logarithm = probs ? std::log(ratio) : (values[c] - first) / temperature;
-      codes[i] = static_cast<uint8_t>(std::nearbyint(std::min(-logarithm / form.step, 255.0)));
+      codes[i] = i == 0 ? finer : static_cast<uint8_t>(std::nearbyint(std::min(-logarithm(c) / step, 255.0)));
     } else {
       const uint16_t half = half_of(static_cast<float>(ratio));
       std::memcpy(codes + 2 * i, &half, 2);
@@ -69,13 +82,10 @@ Flaw encode(const float* values, const TopK& form, bool probs, double temperatur
   return Flaw::none;
 }
 
-void fill_table(const TopK& form, float* table) {
-  for (int code = 0; code < 256; ++code) table[code] = static_cast<float>(std::exp(-form.step * code));
-}
-
-bool decode(const uint8_t* row, const TopK& form, const float* table, int64_t* classes, float* values, float* tail) {
+bool decode(const uint8_t* row, const TopK& form, int64_t* classes, float* values, float* tail) {
   std::memcpy(tail, row, 4);
   const uint8_t* codes = row + 4 + 2 * form.k;
+  const double step = step_of(form, codes[0]);
   double sum = 0;
   for (int64_t i = 0; i < form.k; ++i) {
     uint16_t number;
@@ -83,7 +93,7 @@ bool decode(const uint8_t* row, const TopK& form, const float* table, int64_t* c
     if (number >= form.classes) return false;
     classes[i] = number;
     if (form.step > 0) {
-      values[i] = table[codes[i]];
+      values[i] = i == 0 ? 1.0f : static_cast<float>(std::exp(-step * codes[i]));
     } else {
       uint16_t half;
       std::memcpy(&half, codes + 2 * i, 2);

@@ -1,5 +1,6 @@
 // Top-k labels in bytes: a row is the float32 mass of the other classes, k uint16 classes, and k weights relative to
-// the first class's, each a half or the number of steps that its negative logarithm takes; torch-free, little-endian.
+// the first class's, each a half or the number of steps that its negative logarithm takes; of these, the first says how
+// fine the steps are. Torch-free, little-endian.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,8 @@ namespace pydistill {
 
 struct TopK {
   int64_t classes = 0, k = 0;
-  double step = 0;  // of the logarithms in uint8; 0: weights are halves
+  double step = 0;        // of the logarithms in uint8, at most; 0: weights are halves
+  bool row_step = false;  // whether steps are written as fine as each row lets them be
   int64_t bytes() const { return 4 + k * (step > 0 ? 3 : 4); }
 };
 
@@ -20,10 +22,7 @@ enum class Flaw { none, not_finite, negative, not_one };  // of a row
 Flaw encode(const float* values, const TopK& form, bool probs, double temperature, int32_t* order, double* weights,
             uint8_t* row);
 
-// The weights of the 256 codes.
-void fill_table(const TopK& form, float* table);
-
 // The k classes, and probabilities that add up to one minus tail; false where a class is out of range.
-bool decode(const uint8_t* row, const TopK& form, const float* table, int64_t* classes, float* values, float* tail);
+bool decode(const uint8_t* row, const TopK& form, int64_t* classes, float* values, float* tail);
 
 }  // namespace pydistill

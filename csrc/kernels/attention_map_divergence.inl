@@ -170,10 +170,12 @@ __attribute__((noinline)) T finish_row(T* s, T* t, const typename Bits<T>::Lane*
       const Int on = alive(at);
       const Reg<T> log_p_s = read(s + at) - all(log_s), log_p_t = read(t + at) - all(log_t);
       const Reg<T> p_s = where<T>(on, exp_of(log_p_s)), p_t = where<T>(on, exp_of(log_p_t));
-      const Reg<T> log_mix = log_of<T>(p_t * all(beta) + p_s * all(share));
-      // a probability of zero has no part, though its logarithm is infinite
-      const Reg<T> a = p_t == all(T(0)) ? all(T(0)) : log_p_t - log_mix;
-      const Reg<T> b = p_s == all(T(0)) ? all(T(0)) : log_p_s - log_mix;
+      // in units of the larger probability, where the mixture is near one: by itself it may be too small a number
+      const Reg<T> unit = p_t > p_s ? p_t : p_s, log_unit = p_t > p_s ? log_p_t : log_p_s;
+      const Reg<T> log_mix = log_of<T>((p_t / unit) * all(beta) + (p_s / unit) * all(share));
+      // a probability of zero has no part, whatever its logarithm
+      const Reg<T> a = p_t == all(T(0)) ? all(T(0)) : (log_p_t - log_unit) - log_mix;
+      const Reg<T> b = p_s == all(T(0)) ? all(T(0)) : (log_p_s - log_unit) - log_mix;
       sum_a.part[c] = multiply_add(p_t, a, sum_a.part[c]);
       sum_b.part[c] = multiply_add(p_s, b, sum_b.part[c]);
       if (gradient) {

@@ -1,7 +1,7 @@
 // One training step of E ConvNet students, first and second order, as the CPU body receives it.
 //
-// The network: `depth` blocks of 3x3 convolution, instance norm with affine parameters, ReLU and 2x2 average pool (odd
-// sizes floored), then a linear classifier. The loss is the mean cross entropy over N images. The forms:
+// The network: `depth` blocks of 3x3 convolution, norm with affine parameters, activation and 2x2 pool (odd sizes
+// floored), then a linear classifier. The loss is the mean cross entropy over N images. The forms:
 //   logits    theta, images                              -> logits
 //   gradient  theta, images, labels                      -> losses, grad = g
 //   tangent   theta, direction, images, labels           -> slopes (of the losses along the direction, so that their
@@ -13,7 +13,12 @@
 // Students and images are independent until weights' gradients are summed. So a thread takes a few images at a time
 // through all layers and back, in working memory that stays in its cache, and no activation of the whole batch is ever
 // written. Convolutions beyond the first run in Winograd's form (winograd.h), whose transformed tiles forward, backward
-// and tangent products share. Convolution biases have no effect: the norm subtracts them, so their gradients are zero.
+// and tangent products share. Where a norm subtracts a convolution's bias it has no effect and a gradient of zero.
+//
+// Blocks of instance norm, ReLU and average pool have all they need of an image in one panel, and run in one loop
+// (instance_norm_relu_avg_pool_panel.h). All others run in stages (convnet_block.h, convnet_variants.h), between which
+// the means of what shares a norm's statistics are formed. Batch norm shares them over the batch: there every stage is
+// a pass of its own over all images, whose activations are then all kept.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +31,9 @@ struct ConvNetStep {
   enum class Form : int { logits, gradient, tangent, features, features_backward };
   enum class Labels : int { hard, logits, probs };
   enum class Tape : int { none, write, read };
+  enum class Norm : int { instance, batch, group, layer, none, running };  // running: batch norm's kept statistics
+  enum class Activation : int { relu, leaky_relu, sigmoid, tanh, swish };
+  enum class Pool : int { average, max, none };
   static constexpr int kMaxDepth = 8;
 
   struct Layer {
@@ -33,13 +41,27 @@ struct ConvNetStep {
     int64_t H, W;     // of the convolution's output
     int64_t padding;  // 1, but in the first layer
     int64_t OH, OW;   // pooled
-    int64_t theta;    // where the layer's parameters begin: weight [out, in, 3, 3], bias, norm weight, norm bias [out]
+    // where the layer's parameters begin: weight [out, in, 3, 3]; bias [out] and the norm's weight, followed by its
+    // bias
+    // ([out], of layer norm [out, H, W]), -1 where there are none
+    int64_t theta, bias, affine;
+    int64_t statistics;  // where its channels begin in `statistics` and `running`
   };
 
   Form form = Form::gradient;
   Labels kind = Labels::hard;
   Scalar scalar = Scalar::f32;  // of every tensor: f32 or f64
   bool bf16 = false;            // round the convolutions' factors to bfloat16
+  Norm norm = Norm::instance;
+  Activation activation = Activation::relu;
+  Pool pool = Pool::average;
+  int64_t groups = 1;  // of a group norm
+  double slope = 0;    // of a leaky ReLU below zero
+
+  bool fused() const { return norm == Norm::instance && activation == Activation::relu && pool == Pool::average; }
+  bool over_batch() const { return norm == Norm::batch; }
+  bool subtracts_bias() const { return norm == Norm::instance || norm == Norm::batch; }
+
   int64_t E = 0, N = 0, classes = 0, depth = 0, image_h = 0, image_w = 0;
   // What a block's activation a = relu(norm(conv)) [out, H, W] is summed up to, before it is pooled: sums of a^power
   // over the channels [H * W], the spatial attention, and over the positions [out], that of the channels; and what the
@@ -76,6 +98,11 @@ struct ConvNetStep {
   void* images_grad = nullptr;  // [E, N, C, H, W]
   void* labels_grad = nullptr;  // [E, N, classes], or null
 
+  int64_t channels = 0;           // of all blocks
+  const void* running = nullptr;  // [2, channels] per student: means and variances
+  int64_t running_student = 0;    // elements from one student's to the next; 0 where shared
+  void* statistics = nullptr;     // [E, 2, channels]: batch norm's means and biased variances; null: not wanted
+
   // The primal quantities of every image ([E, N] tapes): written by gradient, they save tangent their recomputation,
   // and written by features that of features_backward. With bf16 they are kept in it, and worked on in `scalar`.
   Tape tape_use = Tape::none;
@@ -83,6 +110,8 @@ struct ConvNetStep {
 
   void* filters = nullptr;   // [E][1 or 2] sets: of theta, and of the direction
   void* partials = nullptr;  // [E][slots]
+  // over_batch(): what slots tell each other of their sums [E][slots], and the activations and their tangents [E, N]
+  void *exchange = nullptr, *batch_tape = nullptr, *batch_tape_t = nullptr;
 };
 
 // Bytes of the working memory that a step needs.
@@ -91,14 +120,18 @@ struct ConvNetStepSizes {
   int64_t partials;  // per slot
   int64_t scratch;   // per thread
   int64_t tape;      // per image
+  int64_t exchange;  // per slot
+  int64_t tape_t;    // per image
 };
 
-// The three phases, each over independent units; the next begins when the one before is done.
+// The three phases, each over independent units; the next begins when the one before is done. So does each pass of
+// `run`.
 struct ConvNetStepKernel {
   ConvNetStepSizes (*sizes)(const ConvNetStep&);
   int64_t (*prepare_units)(const ConvNetStep&);
   void (*prepare)(const ConvNetStep&, int64_t begin, int64_t end);
-  void (*run)(const ConvNetStep&, int64_t begin, int64_t end, void* scratch);  // over E * slots
+  int64_t (*passes)(const ConvNetStep&);
+  void (*run)(const ConvNetStep&, int64_t pass, int64_t begin, int64_t end, void* scratch);  // over E * slots
   int64_t (*reduce_units)(const ConvNetStep&);
   void (*reduce)(const ConvNetStep&, int64_t begin, int64_t end);
 };

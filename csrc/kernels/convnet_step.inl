@@ -3,6 +3,7 @@
 // Names: `conv` is a convolution's output before the norm, `pooled` a block's output; _t is the derivative along the
 // direction, grad_ that of the loss, grad_..._t both. Panels are those of cpu_vocabulary.h; channel counts are padded
 // to whole panels, and the padding stays zero all the way: its filters and affine parameters are.
+#include "convnet_block.h"
 #include "convnet_step.h"
 #include "instance_norm_relu_avg_pool_panel.h"
 #include "matrix_product.h"
@@ -26,9 +27,10 @@ PYDISTILL_INLINE double log_scalar(double v) { return __builtin_log(v); }
 // The factors of the convolutions' products as they are computed in: T itself, or rounded to bfloat16 but kept in T.
 //
 // Rounded factors cost a linear map little, but a unit that falls on the ReLU's other side changes every derivative by
-// a term of its own size. So the products that decide this, those of the primal forward pass, take each factor as a sum
-// of two operands, value and rest: value value + rest value + value rest is right to 16 bits, at three products of the
-// dozen that a step has. The cosine of a step's image gradient to that in float32 goes from 0.990 to 0.9998 by it.
+// a term of its own size: the cosine of a step's image gradient to that in float32 is 0.990 where the products that
+// decide this, those of the primal forward pass, are rounded too, else 0.9998. So that pass has an operand class of its
+// own, Primal, which rounds nothing; or, on matrix tiles, it takes each factor as a sum of two operands: value value +
+// rest value + value rest is right to 16 bits, at three products of the dozen that a step has.
 template <bool FIRST, class A, class B>
 struct Choose {
   using Type = A;
@@ -38,12 +40,16 @@ struct Choose<false, A, B> {
   using Type = B;
 };
 
+template <class A>
+constexpr bool kPrimalApart = !__is_same(A, typename A::Primal);
+
 template <class T, bool ROUNDED>
 struct Native {
   using Operand = T;
   static constexpr int64_t kChannels = Lanes<T>::count;    // channel counts are padded to multiples of this
   static constexpr int64_t kTiles = 1;                     // and rows of a product to multiples of this
-  static constexpr bool kSplit = ROUNDED;                  // factors can be kept as a sum of two operands
+  static constexpr bool kSplit = false;                    // the primal forward pass has sums of two operands
+  using Primal = Native<T, false>;                         // what it is computed in
   using Stored = typename Choose<ROUNDED, Bf16, T>::Type;  // what steps keep of activations, one to another
 
   PYDISTILL_INLINE static Operand narrow_one(T v) {
@@ -62,22 +68,25 @@ struct Native {
       for (Register<T>& p : part) p = rounded_to_bf16(p);
     __builtin_memcpy(to, part, sizeof(V));
   }
-  PYDISTILL_INLINE static Register<T> widened(const Operand* from) { return load_register<T>(from); }
+  PYDISTILL_INLINE static void keep(Stored* to, Vec<T> v) { store_narrowed<T>(to, v); }
   // Rows d and d + 1 of vector v of a right factor [depth][vectors].
   PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t vectors, Vec<T> even,
                                     Vec<T> odd) {
     put(to + packed_offset<T>(d, v, depth, vectors), even);
     if (d + 1 < depth) put(to + packed_offset<T>(d + 1, v, depth, vectors), odd);
   }
-  // out (+)= left right, left [rows][depth] with its rows `left_row` apart, right packed
-  static void product(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
-                      const Operand* right, Product<T> out) {
-    multiply<T>(rows, depth, vectors, {left, left_row, 1}, {right, 0, 0, true}, out);
+  // out (+)= the sum of left right, left [rows][depth] with its rows `left_row` apart, right packed
+  static void product(int64_t rows, int64_t depth, int64_t vectors, const Factors<T>* factors, int terms,
+                      int64_t left_row, Product<T> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      multiply<T>(rows, depth, vectors, {factors[i].left, left_row, 1}, {factors[i].right, 0, 0, true}, out);
   }
-  // out (+)= left^T right, left [depth][rows], right [depth][vectors], rows of both `..._row` apart
-  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
-                    const Operand* right, int64_t right_row, Product<T> out) {
-    multiply<T>(rows, depth, vectors, {left, 1, left_row}, {right, right_row, Lanes<T>::count, false}, out);
+  // out (+)= the sum of left^T right, left [depth][rows], right [depth][vectors], rows of both `..._row` apart
+  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Factors<T>* factors, int terms,
+                    int64_t left_row, int64_t right_row, Product<T> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      multiply<T>(rows, depth, vectors, {factors[i].left, 1, left_row},
+                  {factors[i].right, right_row, Lanes<T>::count, false}, out);
   }
 };
 
@@ -88,10 +97,14 @@ struct LayerLayout {
   int64_t in_row, out_row;                // of transformed tiles: a power of two would crowd few cache sets
   int64_t rows, columns, tiles;           // of Winograd tiles
   int64_t filter, filter_t, filter_rest;  // packed [in][out] and [out][in], per point; first layer: [taps][out]
-  int64_t norm;                           // weight, bias [out]
+  int64_t filter_primal;                  // that of the primal forward pass where it has another class
+  int64_t norm, norm_size;                // weight, bias, each [out], of layer norm [panels][positions][L]
+  int64_t bias;                           // the convolution's [out], where the norm does not subtract it
   int64_t tiled_filter;                   // first layer: transformed [panels][points][in][L], in T
-  int64_t sum, sum_norm;                  // a slot's sums: [points][in][out] or [taps][out]; [2][out]
+  int64_t sum, sum_norm, sum_bias;        // a slot's sums: [points][in][out] or [taps][out]; [2][norm_size]; [out]
   int64_t pooled, grad_pooled, conv;      // in the tape
+  int64_t statistics;                     // in the tape: mean and r [2][out], in its tangent mean_t and tilt
+  int64_t means, means_t, sums;           // in the exchange: [2][out], [3][out], [4][out]
 };
 
 template <class T, class A>
@@ -101,6 +114,7 @@ struct Layout {
   static constexpr int64_t kBunch = 2;       // panels of the first layer that are at work at a time
   static constexpr int64_t kKept = 1 << 20;  // bytes that leave room for the rest in a second-level cache
   using Operand = typename A::Operand;
+  static constexpr int64_t kPrimalSize = sizeof(typename A::Primal::Operand) / sizeof(Operand);
 
   int64_t depth, taps, used_taps, classes, features;  // padded, but for used_taps: those that products run over
   LayerLayout layer[Step::kMaxDepth];
@@ -108,24 +122,34 @@ struct Layout {
   int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
+  int64_t exchange, widest;                        // bytes of a slot's; the most channels of a layer
   int64_t tile_elements, padded_panel, positions;  // the largest over layers
   bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
-  bool tiled_first;                                // the first convolution runs on Winograd tiles too
+  bool tiled_first, tiled_primal;                  // the first convolution, or its primal pass, runs on Winograd tiles
   int64_t phase,
-      tile_columns;  // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
-  bool keeps_first;  // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
+      tile_columns;   // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
+  bool primal_apart;  // there is a primal forward pass, in another operand class than the rest
+  bool keeps_first;   // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
     depth = step.depth;
     classes = round_up(step.classes, L);
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
-    used_taps = A::kTiles == 1 ? 9 * step.layer[0].in : taps;  // matrix tiles take whole ones only
-    // An image of one channel is not worth the transforms; matrix tiles take a convolution's taps as they are.
-    tiled_first = A::kTiles == 1 && step.layer[0].in > 1;
+    used_taps = round_up(9 * step.layer[0].in, A::kSplit ? taps : A::kTiles);  // matrix tiles take whole ones only
+    // An image of one channel is not worth the transforms but where its products would be rounded; matrix tiles take a
+    // convolution's taps as they are. And where weights have gradients, which ReLUs are open decides derivatives, and
+    // no later sum hides that tiles round three times as much as the sum of a few taps does: there only the tangent
+    // runs on them, if the taps are not rounded.
+    const bool weights = step.form == Step::Form::gradient || step.form == Step::Form::tangent;
+    tiled_first = !A::kSplit && (kPrimalApart<A> || (step.layer[0].in > 1 && step.form != Step::Form::gradient));
+    tiled_primal = tiled_first && (kPrimalApart<A> || !weights);
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
     phase = tile_columns + Registers<T>::lanes;
-    int64_t operands = 0, values = 0, sums = 0, tapes = 0;
-    tile_elements = padded_panel = positions = 0;
+    int64_t operands = 0, values = 0, sums = 0, tapes = 0, exchanged = 0;
+    tile_elements = padded_panel = positions = widest = 0;
+    // Rounding moves features little, and nothing is differentiated twice.
+    primal_apart = kPrimalApart<A> && step.form != Step::Form::features && step.form != Step::Form::features_backward &&
+                   !(step.form == Step::Form::tangent && step.tape_use == Step::Tape::read);
     for (int64_t l = 0; l < depth; ++l) {
       const Step::Layer& from = step.layer[l];
       LayerLayout& to = layer[l];
@@ -138,13 +162,21 @@ struct Layout {
       const int64_t points = l == 0 ? 1 : Winograd::kPoints, weights = points * to.in * to.out;
       to.filter = operands, to.filter_t = operands + weights, operands += 2 * weights;
       to.filter_rest = operands, operands += A::kSplit ? weights : 0;
-      to.norm = values, values += 2 * to.out;
+      to.filter_primal = operands, operands += l > 0 && primal_apart ? weights * kPrimalSize : 0;
+      to.norm_size = step.norm == Step::Norm::layer ? to.H * to.W * to.out : to.out;
+      to.norm = values, values += 2 * to.norm_size;
+      to.bias = values, values += step.fused() ? 0 : to.out;
       to.tiled_filter = values, values += l == 0 && tiled_first ? Winograd::kPoints * from.in * to.out : 0;
       to.sum = sums, sums += weights;
-      to.sum_norm = sums, sums += 2 * to.out;
+      to.sum_norm = sums, sums += 2 * to.norm_size;
+      to.sum_bias = sums, sums += step.fused() ? 0 : to.out;
       const int64_t out_plane = to.OH * to.OW * to.out;
       to.pooled = tapes, tapes += out_plane;
       to.grad_pooled = tapes, tapes += out_plane;
+      to.statistics = tapes, tapes += step.fused() ? 0 : 2 * to.out;
+      to.means = exchanged, to.means_t = exchanged + 2 * to.out, to.sums = exchanged + 5 * to.out;
+      exchanged += step.over_batch() ? 9 * to.out : 0;
+      widest = larger(widest, to.out);
       to.conv = tapes;
       if (l > 0) {
         tapes += to.H * to.W * to.out;
@@ -159,7 +191,7 @@ struct Layout {
     to_images = backwards && step.form != Step::Form::gradient;
     const int64_t planes = step.chunk * first_stride() * layer[0].out * (step.form == Step::Form::tangent ? 2 : 1);
     const bool taped = step.form == Step::Form::features_backward && step.tape_use == Step::Tape::read;
-    keeps_first = backwards && !taped && planes * static_cast<int64_t>(sizeof(T)) <= kKept;
+    keeps_first = !step.fused() || (backwards && !taped && planes * static_cast<int64_t>(sizeof(T)) <= kKept);
     features = layer[depth - 1].OH * layer[depth - 1].OW * layer[depth - 1].out;
     head = values, head_t = values + features * classes, head_bias = values + 2 * features * classes;
     values += 2 * features * classes + classes;
@@ -169,7 +201,8 @@ struct Layout {
     partials = (sum_head_bias + classes) * sizeof(T);
     logits_grad = tapes;
     tape = (tapes + classes) * sizeof(T);
-    stored = tapes * sizeof(typename A::Stored) + classes * sizeof(T);
+    stored = step.fused() ? tapes * sizeof(typename A::Stored) + classes * sizeof(T) : tape;
+    exchange = exchanged * sizeof(T);
   }
 
   // Elements of the first layer's transformed input [rows][points][channels][tile_columns], and of its pixels by phase.
@@ -212,6 +245,7 @@ struct Workspace {
   T *tape, *tape_t;
   Vec<T>*padded, *x, *x_t, *y, *attention;
   Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
+  T *lanes, *combined;                       // of blocks in stages: sums of an image's channels; those of the batch
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
   T* product;
   // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
@@ -221,9 +255,12 @@ struct Workspace {
   Workspace(const Step& step, const Layout<T, A>& layout, Arena& arena) {
     const bool tangent = step.form == Step::Form::tangent;
     const int64_t positions = round_up(layout.positions, A::kTiles);
-    const bool in_place = step.tape_use != Step::Tape::none && kTapeInPlace<T, A>;
+    const bool in_place =
+        step.over_batch() || (step.tape_use != Step::Tape::none && (kTapeInPlace<T, A> || !step.fused()));
     tape = arena.take<T>(in_place ? 0 : step.chunk * layout.tape / sizeof(T));
-    tape_t = arena.take<T>(tangent ? step.chunk * layout.tape / sizeof(T) : 0);
+    tape_t = arena.take<T>(tangent && !step.over_batch() ? step.chunk * layout.tape / sizeof(T) : 0);
+    lanes = arena.take<T>(step.fused() ? 0 : step.chunk * 4 * layout.widest);
+    combined = arena.take<T>(step.fused() ? 0 : 6 * layout.widest);
     padded = arena.take<Vec<T>>(layout.padded_panel);
     const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups * layout.first_stride()
                                               : Layout<T, A>::kBunch * positions;
@@ -233,7 +270,7 @@ struct Workspace {
     x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
     attention = arena.take<Vec<T>>(step.form == Step::Form::features ? layout.positions : 0);
-    input = arena.take<Operand>(layout.tile_elements);
+    input = arena.take<Operand>(layout.tile_elements * (layout.primal_apart ? layout.kPrimalSize : 1));
     grad = arena.take<Operand>(layout.tile_elements);
     input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
     grad_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
@@ -255,6 +292,7 @@ struct Workspace {
 // Takes the images of one slot through the network, a chunk at a time, adding to the slot's sums.
 template <class T, class A>
 class Slot {
+ protected:
   using V = Vec<T>;
   using R = Register<T>;
   using Operand = typename A::Operand;
@@ -265,10 +303,10 @@ class Slot {
       : step(step), layout(step), arena{static_cast<char*>(scratch)}, work(step, layout, arena), e(e) {
     filters = layout.set(step, e, false);
     filters_t = layout.set(step, e, true);
+    tape_t = work.tape_t;
     if (step.grad != nullptr)
       sums = reinterpret_cast<T*>(static_cast<char*>(step.partials) + (e * step.slots + slot) * layout.partials);
     scale = step.scale != nullptr ? static_cast<const T*>(step.scale)[e] : T(1);
-    // Rounding moves features little, and nothing is differentiated twice: single operands do (see above).
     split = A::kSplit && step.form != Step::Form::features && step.form != Step::Form::features_backward;
     begin = step.N * slot / step.slots;
     end = step.N * (slot + 1) / step.slots;
@@ -304,7 +342,7 @@ class Slot {
     if (begin == end && sums != nullptr) fill(sums, layout.partials / sizeof(T));
   }
 
- private:
+ protected:
   const Step& step;
   const Layout<T, A> layout;
   Arena arena;
@@ -314,8 +352,8 @@ class Slot {
   bool split;         // the primal forward pass takes its factors as sums of two operands
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
-  Operand* columns = nullptr;          // of the first layer's input, for the image at work
-  T *sums = nullptr, *tape = nullptr;  // no sums where step.grad is absent
+  Operand* columns = nullptr;                             // of the first layer's input, for the image at work
+  T *sums = nullptr, *tape = nullptr, *tape_t = nullptr;  // no sums where step.grad is absent
 
   static void fill(T* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = 0;
@@ -329,7 +367,7 @@ class Slot {
   void keep_tape() const {
     for (int64_t g = 0; g < count; ++g) {
       auto* to = reinterpret_cast<typename A::Stored*>(kept_tape(g));
-      for (int64_t i = 0; i < layout.logits_grad; i += L) store_narrowed<T>(to + i, load(at(tape, g, i)));
+      for (int64_t i = 0; i < layout.logits_grad; i += L) A::keep(to + i, load(at(tape, g, i)));
       T* const logits = reinterpret_cast<T*>(to + layout.logits_grad);
       for (int64_t k = 0; k < layout.classes; ++k) logits[k] = at(tape, g, layout.logits_grad)[k];
     }
@@ -371,10 +409,12 @@ class Slot {
   // ---- Winograd tiles
 
   // A block's pooled output, as the next layer's transformed input tiles.
-  __attribute__((noinline)) void transform_input(int64_t l, T* from, Operand* to, Operand* rest = nullptr) {
+  template <class B = A>
+  __attribute__((noinline)) void transform_input(int64_t l, T* from, typename B::Operand* to,
+                                                 typename B::Operand* rest = nullptr) {
     const LayerLayout& at = layout.layer[l];
     const LayerLayout& before = layout.layer[l - 1];
-    const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<Operand>(at, at.in_row);
+    const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<typename B::Operand>(at, at.in_row);
     fill(work.padded, (4 * at.rows + 2) * width);
     for (int64_t g = 0; g < count; ++g)
       for (int64_t group = 0; group < at.in_groups; ++group) {
@@ -392,18 +432,18 @@ class Slot {
                 for (int j = 0; j < 6; ++j) x[i][j] = corner[i * width + j].part[part];
               both_ways<T, 6, 6>(Winograd::input<T>, x, v);
               const int64_t lane = group * L + part * kLanes;
-              Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
+              typename B::Operand* out = to + (g * at.tiles + row * at.columns + column) * at.in_row + lane;
 #pragma GCC unroll 36
-              for (int p = 0; p < 36; ++p) A::put(out + p * plane_size, v[p / 6][p % 6]);
-              if constexpr (A::kSplit)
+              for (int p = 0; p < 36; ++p) B::put(out + p * plane_size, v[p / 6][p % 6]);
+              if constexpr (B::kSplit)
                 if (rest != nullptr)
 #pragma GCC unroll 36
                   for (int p = 0; p < 36; ++p)
-                    A::put(rest + (out - to) + p * plane_size, v[p / 6][p % 6] - A::widened(out + p * plane_size));
+                    B::put(rest + (out - to) + p * plane_size, v[p / 6][p % 6] - B::widened(out + p * plane_size));
             }
       }
-    clear_rest(at, to, at.in_row);
-    if (A::kSplit && rest != nullptr) clear_rest(at, rest, at.in_row);
+    clear_rest<B>(at, to, at.in_row);
+    if (B::kSplit && rest != nullptr) clear_rest<B>(at, rest, at.in_row);
   }
 
   // The gradient of a convolution's output, transformed by the adjoint of the output transform.
@@ -489,40 +529,57 @@ class Slot {
   }
 
   // Tiles that only fill up a product's rows hold zeros: sums over tiles run over them.
-  void clear_rest(const LayerLayout& at, Operand* tiles, int64_t row) const {
+  template <class B = A>
+  void clear_rest(const LayerLayout& at, typename B::Operand* tiles, int64_t row) const {
     const int64_t all = padded_tiles(at), used = count * at.tiles;
     if (used < all)
       for (int p = 0; p < 36; ++p)
-        for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<Operand>(at, row) + i] = Operand{};
+        for (int64_t i = used * row; i < all * row; ++i) tiles[p * tile_plane<typename B::Operand>(at, row) + i] = {};
   }
 
-  // product (+)= inputs filters, for every point
-  void multiply_inputs(const LayerLayout& at, const Operand* inputs, const Operand* filter, bool add) {
-    multiply_tiles(at, inputs, at.in_row, at.in, filter, at.out, add);
+  // product = the sum of inputs filters, for every point
+  template <class B = A, int N>
+  void multiply_inputs(const LayerLayout& at, const Factors<typename B::Operand> (&factors)[N]) {
+    multiply_tiles<B>(at, factors, at.in_row, at.in, at.out);
   }
 
-  // product (+)= gradients filters^T
-  void multiply_grads(const LayerLayout& at, const Operand* grads, const Operand* filter, bool add) {
-    multiply_tiles(at, grads, at.out_row, at.out, filter, at.in, add);
+  // product = the sum of gradients filters^T
+  template <int N>
+  void multiply_grads(const LayerLayout& at, const Factors<Operand> (&factors)[N]) {
+    multiply_tiles<A>(at, factors, at.out_row, at.out, at.in);
   }
 
-  void multiply_tiles(const LayerLayout& at, const Operand* tiles, int64_t row, int64_t from, const Operand* filter,
-                      int64_t to, bool add) {
+  // A point's terms one after the other: its sums stay in cache.
+  template <class B, int N>
+  void multiply_tiles(const LayerLayout& at, const Factors<typename B::Operand> (&factors)[N], int64_t row,
+                      int64_t from, int64_t to) {
     for (int p = 0; p < 36; ++p)
-      A::product(count * at.tiles, from, to / L, tiles + p * tile_plane<Operand>(at, row), row, filter + p * from * to,
-                 {work.product + p * tile_plane<T>(at, to), to, L, add});
+      B::product(count * at.tiles, from, to / L,
+                 of_point(factors, p * tile_plane<typename B::Operand>(at, row), p * from * to).terms, N, row,
+                 {work.product + p * tile_plane<T>(at, to), to, L, false});
   }
 
-  // the slot's sums (+)= inputs^T gradients, for every point
-  void add_outer(const LayerLayout& at, const Operand* inputs, const Operand* grads, bool add) {
-    const int64_t all = padded_tiles(at);
+  // the slot's sums (+)= the sum of inputs^T gradients, for every point
+  template <int N>
+  void add_outer(const LayerLayout& at, const Factors<Operand> (&factors)[N]) {
     for (int p = 0; p < 36; ++p)
-      A::outer(at.in, all, at.out_groups, inputs + p * tile_plane<Operand>(at, at.in_row), at.in_row,
-               grads + p * tile_plane<Operand>(at, at.out_row), at.out_row,
-               {sums + at.sum + p * at.in * at.out, at.out, L, add});
+      A::outer(at.in, padded_tiles(at), at.out_groups,
+               of_point(factors, p * tile_plane<Operand>(at, at.in_row), p * tile_plane<Operand>(at, at.out_row)).terms,
+               N, at.in_row, at.out_row, {sums + at.sum + p * at.in * at.out, at.out, L, !fresh});
   }
 
-  // ---- the first layer: its output from tiles where that pays, all else from its input's columns
+  template <class S, int N>
+  struct Terms {
+    Factors<S> terms[N];
+  };
+  template <class S, int N>
+  static Terms<S, N> of_point(const Factors<S> (&factors)[N], int64_t left, int64_t right) {
+    Terms<S, N> at;
+    for (int i = 0; i < N; ++i) at.terms[i] = {factors[i].left + left, factors[i].right + right};
+    return at;
+  }
+
+  // ---- the first layer: its output from tiles where that pays and may be, all else from its input's columns
 
   // Readies the first layer's input for image g of the chunk: the forward pass gathers it, and the backward pass again
   // where it is not kept. Features need no columns beside the tiles.
@@ -659,22 +716,17 @@ class Slot {
   // The first convolution's output for the panels [group, group + panels), one after the other in `to`.
   void first_product(void* set, int64_t group, int64_t panels, V* to) {
     const LayerLayout& at = layout.layer[0];
-    if (layout.tiled_first) {
+    if (set == filters ? layout.tiled_primal : layout.tiled_first) {
       for (int64_t v = 0; v < panels; ++v)
         tiled_product(value(set, at.tiled_filter) + (group + v) * Winograd::kPoints * step.layer[0].in * L,
                       to + v * layout.first_stride());
       return;
     }
     const int64_t positions = at.H * at.W, offset = group * L * layout.taps;
-    const auto product = [&](const Operand* from, int64_t filters, bool add) {
-      A::product(positions, layout.used_taps, panels, from, layout.taps, filter(set, filters) + offset,
-                 {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, add});
-    };
-    product(columns, at.filter, false);
-    if (split && set == filters) {
-      product(work.columns_rest, at.filter, true);
-      product(columns, at.filter_rest, true);
-    }
+    const Operand *const whole = filter(set, at.filter) + offset, *const rest = filter(set, at.filter_rest) + offset;
+    const Factors<Operand> factors[] = {{columns, whole}, {work.columns_rest, whole}, {columns, rest}};
+    A::product(positions, layout.used_taps, panels, factors, split && set == filters ? 3 : 1, layout.taps,
+               {reinterpret_cast<T*>(to), L, round_up(positions, A::kTiles) * L, false});
   }
 
   // Panels side by side as rows [positions][panels * L].
@@ -771,7 +823,7 @@ class Slot {
       }
   }
 
-  void features_backward() {
+  void embedding_backward() {
     const LayerLayout& at = layout.layer[layout.depth - 1];
     for (int64_t g = 0; g < count; ++g)  // padded channels have no gradient
       fill(panel(tape, g, at.grad_pooled, 0, 0), at.OH * at.OW * at.out_groups);
@@ -779,6 +831,10 @@ class Slot {
       for_embedding([&](int64_t n, int64_t f, T& value) {
         value = static_cast<const T*>(step.features.embedding_grad)[n * step.features.embedding_row + f];
       });
+  }
+
+  void features_backward() {
+    embedding_backward();
     blocks_backward(false);
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
@@ -796,6 +852,26 @@ class Slot {
 
   // ---- passes over the chunk
 
+  // The products of a later layer's primal forward pass.
+  void convolve_tiles(int64_t l) {
+    const LayerLayout& at = layout.layer[l];
+    Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
+    if (layout.primal_apart) {
+      auto* const inputs = reinterpret_cast<typename A::Primal::Operand*>(work.input);
+      transform_input<typename A::Primal>(l, tape, inputs);
+      multiply_inputs<typename A::Primal>(
+          at, {{inputs, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
+    } else {
+      transform_input(l, tape, work.input, rest);
+      if (split)
+        multiply_inputs(at, {{work.input, filter(filters, at.filter)},
+                             {rest, filter(filters, at.filter)},
+                             {work.input, filter(filters, at.filter_rest)}});
+      else
+        multiply_inputs(at, {{work.input, filter(filters, at.filter)}});
+    }
+  }
+
   void forward() {
     const int64_t stride = layout.first_stride();
     for (int64_t g = 0; g < count; ++g) {
@@ -808,13 +884,7 @@ class Slot {
     }
     for (int64_t l = 1; l < layout.depth; ++l) {
       const LayerLayout& at = layout.layer[l];
-      Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
-      transform_input(l, tape, work.input, rest);
-      multiply_inputs(at, work.input, filter(filters, at.filter), false);
-      if (split) {
-        multiply_inputs(at, rest, filter(filters, at.filter), true);
-        multiply_inputs(at, work.input, filter(filters, at.filter_rest), true);
-      }
+      convolve_tiles(l);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           // The panel leaves its deviations from the mean behind; for all later purposes they are as good.
@@ -823,6 +893,11 @@ class Slot {
           forward_panel(l, g, group, conv);
         }
     }
+    head_forward();
+  }
+
+  // From the last block's pooled output: the embedding, the logits, or the loss and its gradient in the logits.
+  void head_forward() {
     if (step.form == Step::Form::features)
       return for_embedding([&](int64_t n, int64_t f, T& value) {
         static_cast<T*>(step.features.embedding)[n * step.features.embedding_row + f] = value;
@@ -931,13 +1006,17 @@ class Slot {
     for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   }
 
-  void backward(bool weights) {
+  void head_gradient(bool weights) {
     const T* const logits_grad = at(tape, 0, layout.logits_grad);
     head_backward(tape, logits_grad, filters, false);
     if (weights) {
       head_outer(tape, logits_grad, !fresh);
       head_bias(logits_grad);
     }
+  }
+
+  void backward(bool weights) {
+    head_gradient(weights);
     blocks_backward(weights);
     if (weights) first_backward();
   }
@@ -955,10 +1034,11 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out_row);
       if (weights) {
-        if (l < layout.depth - 1) transform_input(l, tape, work.input);  // the last layer's are still there
-        add_outer(at, work.input, work.grad, !fresh);
+        if (l < layout.depth - 1 || layout.primal_apart)  // the last layer's are still there
+          transform_input(l, tape, work.input);
+        add_outer(at, {{work.input, work.grad}});
       }
-      multiply_grads(at, work.grad, filter(filters, at.filter_t), false);
+      multiply_grads(at, {{work.grad, filter(filters, at.filter_t)}});
       transform_input_adjoint(l, tape);
     }
   }
@@ -981,20 +1061,21 @@ class Slot {
 
   void first_outer(int64_t group, int64_t panels, const Operand* rows, int64_t g) {
     const LayerLayout& top = layout.layer[0];
-    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, columns, layout.taps, rows, panels * L,
+    const Factors<Operand> factors = {columns, rows};
+    A::outer(layout.used_taps, round_up(top.H * top.W, A::kTiles), panels, &factors, 1, layout.taps, panels * L,
              {sums + top.sum + group * L, top.out, L, !(fresh && g == 0)});
   }
 
   void first_adjoint(int64_t group, int64_t panels, const Operand* rows, const void* set, bool add) {
     const LayerLayout& top = layout.layer[0];
-    A::product(top.H * top.W, panels * L, layout.taps / L, rows, panels * L,
-               filter(set, top.filter_t) + group * L * layout.taps, {work.taps_grad, layout.taps, L, add});
+    const Factors<Operand> factors = {rows, filter(set, top.filter_t) + group * L * layout.taps};
+    A::product(top.H * top.W, panels * L, layout.taps / L, &factors, 1, panels * L,
+               {work.taps_grad, layout.taps, L, add});
   }
 
   void tangent_forward() {
     const LayerLayout& top = layout.layer[0];
     const int64_t stride = layout.first_stride();
-    T* const tape_t = work.tape_t;
     for (int64_t g = 0; g < count; ++g) {
       use_input(g, true);
       for_bunches([&](int64_t group, int64_t panels) {
@@ -1011,8 +1092,7 @@ class Slot {
       const LayerLayout& at = layout.layer[l];
       transform_input(l, tape, work.input);
       transform_input(l, tape_t, work.input_t);
-      multiply_inputs(at, work.input_t, filter(filters, at.filter), false);
-      multiply_inputs(at, work.input, filter(filters_t, at.filter), true);
+      multiply_inputs(at, {{work.input_t, filter(filters, at.filter)}, {work.input, filter(filters_t, at.filter)}});
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           V* conv_t = panel(tape_t, g, at.conv, group, at.H * at.W);
@@ -1022,6 +1102,10 @@ class Slot {
                                                panel(tape_t, g, at.pooled, group, at.OH * at.OW)});
         }
     }
+    head_tangent();
+  }
+
+  void head_tangent() {
     const int64_t row = layout.tape / sizeof(T);
     const int64_t features = layout.layer[layout.depth - 1].pooled;
     T* const logits_t = at(tape_t, 0, layout.logits_grad);
@@ -1036,8 +1120,7 @@ class Slot {
     }
   }
 
-  void tangent_backward() {
-    T* const tape_t = work.tape_t;
+  void head_tangent_backward() {
     const T* const logits_grad = at(tape, 0, layout.logits_grad);
     const T* const logits_grad_t = at(tape_t, 0, layout.logits_grad);
     head_backward(tape_t, logits_grad_t, filters, false);
@@ -1047,6 +1130,10 @@ class Slot {
       head_outer(tape_t, logits_grad, true);
       head_bias(logits_grad_t);
     }
+  }
+
+  void tangent_backward() {
+    head_tangent_backward();
     for (int64_t l = layout.depth - 1; l > 0; --l) {
       const LayerLayout& at = layout.layer[l];
       for (int64_t g = 0; g < count; ++g)
@@ -1068,11 +1155,9 @@ class Slot {
           transform_input(l, tape, work.input);
           transform_input(l, tape_t, work.input_t);
         }
-        add_outer(at, work.input, work.grad_t, !fresh);
-        add_outer(at, work.input_t, work.grad, true);
+        add_outer(at, {{work.input, work.grad_t}, {work.input_t, work.grad}});
       }
-      multiply_grads(at, work.grad_t, filter(filters, at.filter_t), false);
-      multiply_grads(at, work.grad, filter(filters_t, at.filter_t), true);
+      multiply_grads(at, {{work.grad_t, filter(filters, at.filter_t)}, {work.grad, filter(filters_t, at.filter_t)}});
       transform_input_adjoint(l, tape_t);
     }
     const LayerLayout& top = layout.layer[0];
@@ -1102,6 +1187,14 @@ class Slot {
   }
 };
 
+}  // namespace
+}  // namespace pydistill
+
+#include "convnet_variants.h"
+
+namespace pydistill {
+namespace {
+
 // ---- filters: theta (and the direction) into the packed factors that the products read
 
 template <class T, class A>
@@ -1125,12 +1218,12 @@ class Filters {
     const T* theta = static_cast<const T*>(of_direction ? step.direction : step.theta) + e * step.P;
     void* set = layout.set(step, e, of_direction);
     int64_t part = unit % per_set;
-    if (part == 0) return first(theta, set);
+    if (part == 0) return first(theta, set, of_direction);
     if (part == per_set - 1) return classifier(theta, set);  // at the other end, for another thread
     --part;
     for (int64_t l = 1; l < layout.depth; ++l) {
       const int64_t parts = (layout.layer[l].in + layout.layer[l].out + 1) / 2;
-      if (part < parts) return winograd(l, 2 * part, theta + step.layer[l].theta, set);
+      if (part < parts) return winograd(l, 2 * part, theta + step.layer[l].theta, set, of_direction);
       part -= parts;
     }
   }
@@ -1148,7 +1241,7 @@ class Filters {
 
   // Rows d and d + 1 of both packed forms of layer l: the first `in` rows are input channels (vectors over output
   // channels), the next `out` rows output channels (vectors over input channels).
-  void winograd(int64_t l, int64_t d, const T* weight, void* set) const {
+  void winograd(int64_t l, int64_t d, const T* weight, void* set, bool of_direction) const {
     const LayerLayout& at = layout.layer[l];
     const bool over_out = d < at.in;
     const int64_t in = step.layer[l].in, out = step.layer[l].out;
@@ -1156,6 +1249,12 @@ class Filters {
     const int64_t row = over_out ? d : d - at.in;
     Operand* to = static_cast<Operand*>(set) + (over_out ? at.filter : at.filter_t);
     [[maybe_unused]] Operand* rest = static_cast<Operand*>(set) + at.filter_rest;
+    using P = typename A::Primal;
+    typename P::Operand* const primal =
+        over_out && !of_direction && layout.primal_apart
+            ? reinterpret_cast<typename P::Operand*>(static_cast<Operand*>(set) + at.filter_primal)
+            : nullptr;
+    const bool rounded = primal == nullptr || step.form == Step::Form::tangent;
     for (int64_t group = 0; group < width / L; ++group) {
       Wide<T> u[2][36];
       for (int half = 0; half < 2; ++half)
@@ -1174,7 +1273,8 @@ class Filters {
         }
       for (int p = 0; p < 36; ++p) {
         const V even = vector_of(u[0][p]), odd = vector_of(u[1][p]);
-        A::pack(to + p * depth * width, row, group, depth, width / L, even, odd);
+        if (primal != nullptr) P::pack(primal + p * depth * width, row, group, depth, width / L, even, odd);
+        if (rounded) A::pack(to + p * depth * width, row, group, depth, width / L, even, odd);
         if constexpr (A::kSplit)
           if (over_out)
             A::pack(rest + p * depth * width, row, group, depth, width / L, remainder(even), remainder(odd));
@@ -1201,7 +1301,7 @@ class Filters {
   }
 
   // The first layer's filters by bunches of panels ([taps][panels] and its transpose), and all norms' parameters.
-  void first(const T* theta, void* set) const {
+  void first(const T* theta, void* set, bool of_direction) const {
     const LayerLayout& at = layout.layer[0];
     const int64_t taps = 9 * step.layer[0].in, out = step.layer[0].out;
     const T* weight = theta + step.layer[0].theta;
@@ -1229,13 +1329,24 @@ class Filters {
           A::pack(to, k, v, panels * L, layout.taps / L, rows[0], rows[1]);
         }
     }
-    if (layout.tiled_first) tiled(value, layout.values(set) + at.tiled_filter);
+    if (of_direction ? layout.tiled_first : layout.tiled_primal) tiled(value, layout.values(set) + at.tiled_filter);
     for (int64_t l = 0; l < layout.depth; ++l) {
       const Step::Layer& from = step.layer[l];
-      const T* norm = theta + from.theta + from.out * from.in * 9 + from.out;
-      T* to = layout.values(set) + layout.layer[l].norm;
+      const LayerLayout& to = layout.layer[l];
+      T* norm = layout.values(set) + to.norm;
+      const int64_t each = to.norm_size / to.out;  // positions with parameters of their own
       for (int64_t which = 0; which < 2; ++which)
-        for (int64_t c = 0; c < layout.layer[l].out; ++c) *to++ = c < from.out ? norm[which * from.out + c] : T(0);
+        for (int64_t group = 0; group < to.out_groups; ++group)
+          for (int64_t position = 0; position < each; ++position)
+            for (int64_t c = group * L; c < (group + 1) * L; ++c, ++norm)
+              if (from.affine < 0)
+                *norm = which == 0 && !of_direction ? T(1) : T(0);
+              else
+                *norm = c < from.out ? theta[from.affine + (which * from.out + c) * each + position] : T(0);
+      if (!step.fused())
+        for (int64_t c = 0; c < to.out; ++c)
+          layout.values(set)[to.bias + c] =
+              c < from.out && from.bias >= 0 && !step.subtracts_bias() ? theta[from.bias + c] : T(0);
     }
   }
 
@@ -1336,13 +1447,21 @@ class Reduction {
       }
     for (int64_t l = 0; l < layout.depth; ++l) {
       const Step::Layer& to = step.layer[l];
-      T* const bias = grad + to.theta + to.out * to.in * 9;
-      for (int64_t c = 0; c < to.out; ++c) bias[c] = 0;
-      for (int64_t which = 0; which < 2; ++which)
-        for (int64_t group = 0; group < layout.layer[l].out_groups; ++group) {
-          const V sum = total(e, layout.layer[l].sum_norm + which * layout.layer[l].out + group * L);
-          for (int i = 0; i < L && group * L + i < to.out; ++i) bias[(1 + which) * to.out + group * L + i] = sum[i];
+      const LayerLayout& from = layout.layer[l];
+      if (to.bias >= 0)
+        for (int64_t group = 0; group < from.out_groups; ++group) {
+          const V sum = step.subtracts_bias() ? V{} : total(e, from.sum_bias + group * L);
+          for (int i = 0; i < L && group * L + i < to.out; ++i) grad[to.bias + group * L + i] = sum[i];
         }
+      if (to.affine < 0) continue;
+      const int64_t each = from.norm_size / from.out;
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t group = 0; group < from.out_groups; ++group)
+          for (int64_t position = 0; position < each; ++position) {
+            const V sum = total(e, from.sum_norm + which * from.norm_size + (group * each + position) * L);
+            for (int i = 0; i < L && group * L + i < to.out; ++i)
+              grad[to.affine + (which * to.out + group * L + i) * each + position] = sum[i];
+          }
     }
   }
 
@@ -1365,14 +1484,16 @@ class Reduction {
 
 // Calls visit with the types that a step is computed in.
 template <class Visit>
-PYDISTILL_INLINE auto with_types(const Step& step, Visit visit) {
-  if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
+PYDISTILL_INLINE auto with_types([[maybe_unused]] const Step& step, Visit visit) {
 #if defined(__AMX_BF16__)
-  if (step.bf16) return visit(float(), Amx());
+  return visit(float(), Amx());
+#elif defined(__AVX512BF16__)
+  return visit(float(), Bf16Pairs());
 #else
+  if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
   if (step.bf16) return visit(float(), Native<float, true>());
-#endif
   return visit(float(), Native<float, false>());
+#endif
 }
 
 ConvNetStepSizes sizes(const Step& step) {
@@ -1382,7 +1503,7 @@ ConvNetStepSizes sizes(const Step& step) {
     const Layout<T, A> layout(step);
     Arena arena{nullptr};
     Workspace<T, A>(step, layout, arena);
-    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.stored};
+    return ConvNetStepSizes{layout.filters, layout.partials, arena.used, layout.stored, layout.exchange, layout.tape};
   });
 }
 
@@ -1399,14 +1520,21 @@ void run_units(const Step& step, int64_t begin, int64_t end) {
   });
 }
 
-void run_slots(const Step& step, int64_t begin, int64_t end, void* scratch) {
+int64_t passes(const Step& step) { return step.fused() ? 1 : Program(step).passes; }
+
+void run_slots(const Step& step, int64_t pass, int64_t begin, int64_t end, void* scratch) {
 #if defined(__AMX_BF16__)
   const TileConfig tiles;
   _tile_loadconfig(&tiles);
 #endif
   with_types(step, [&](auto t, auto a) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      Slot<decltype(t), decltype(a)>(step, unit / step.slots, unit % step.slots, scratch).run();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t e = unit / step.slots, slot = unit % step.slots;
+      if (step.fused())
+        Slot<decltype(t), decltype(a)>(step, e, slot, scratch).run();
+      else
+        VariantSlot<decltype(t), decltype(a)>(step, e, slot, scratch).run(pass);
+    }
   });
 #if defined(__AMX_BF16__)
   _tile_release();
@@ -1416,7 +1544,7 @@ void run_slots(const Step& step, int64_t begin, int64_t end, void* scratch) {
 }  // namespace
 
 extern const ConvNetStepKernel PYDISTILL_KERNEL;
-const ConvNetStepKernel PYDISTILL_KERNEL = {sizes,     units<Filters>,   run_units<Filters>,
+const ConvNetStepKernel PYDISTILL_KERNEL = {sizes,     units<Filters>,   run_units<Filters>,  passes,
                                             run_slots, units<Reduction>, run_units<Reduction>};
 
 }  // namespace pydistill

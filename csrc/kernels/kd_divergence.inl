@@ -40,6 +40,10 @@ PYDISTILL_INLINE float log_of(float x) {
 }
 PYDISTILL_INLINE double log_of(double x) { return log_lane(x); }
 
+// (1 + x)^gamma - 1
+PYDISTILL_INLINE float grown(float x, float gamma) { return __builtin_expm1f(gamma * __builtin_log1pf(x)); }
+PYDISTILL_INLINE double grown(double x, double gamma) { return __builtin_expm1(gamma * __builtin_log1p(x)); }
+
 // What has no probability adds nothing; NaN stays.
 template <class T>
 PYDISTILL_INLINE T weighted(T weight, T x) {
@@ -60,8 +64,7 @@ struct Row {
 // q = softmax(x factor) and its logarithm.
 template <class T>
 PYDISTILL_INLINE void distribution(int64_t C, const T* x, T factor, T* log_q, T* q) {
-  for (int64_t c = 0; c < C; ++c) log_q[c] = x[c] * factor;
-  const T log_sum = softmax(C, log_q, q);
+  const T log_sum = softmax(C, factor, x, log_q, q);
   for (int64_t c = 0; c < C; ++c) log_q[c] -= log_sum;
 }
 
@@ -123,7 +126,7 @@ T divergence(const Call& call, int64_t n, const Row<T>& row, int64_t label, bool
   } else if (call.probs) {
     for (int64_t c = 0; c < C; ++c) p[c] = a[c];
     s = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return p[c]; });
-    if (kind == Kind::fkl || kind == Kind::rkl || kind == Kind::jsd)
+    if (kind != Kind::soft_ce)
       for (int64_t c = 0; c < C; ++c) log_p[c] = log_of(p[c]);
   } else {
     distribution(C, a, cold, log_p, p);
@@ -138,16 +141,18 @@ T divergence(const Call& call, int64_t n, const Row<T>& row, int64_t label, bool
   }
   if (kind == Kind::jsd) {
     const T beta = T(call.beta), rest = T(1 - call.beta);
+    // In units of the larger of p and q, where m is near one: as it is it may be too small a number for T.
     for (int64_t c = 0; c < C; ++c) {
-      const T log_m = log_of(beta * p[c] + rest * q[c]);
-      log_p[c] = weighted(p[c], log_p[c] - log_m);
-      a[c] = rest * (log_q[c] - log_m);
+      const bool more = p[c] > q[c];
+      const T unit = more ? p[c] : q[c], log_unit = more ? log_p[c] : log_q[c];
+      const T share = rest * (q[c] / unit), m = beta * (p[c] / unit) + share, log_m = log_of(m);
+      log_p[c] = weighted(p[c], (log_p[c] - log_unit) - log_m);
+      a[c] = rest * ((log_q[c] - log_unit) - log_m);
+      p[c] = share / m;
     }
     loss = beta * sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return log_p[c]; }) +
            sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return weighted(q[c], a[c]); });
-    by_student(C, row, along, [&](int64_t c, T v) PYDISTILL_LAMBDA {
-      return rest * v * (T(1) - rest * q[c] / (beta * p[c] + rest * q[c]));
-    });
+    by_student(C, row, along, [&](int64_t c, T v) PYDISTILL_LAMBDA { return rest * v * (T(1) - p[c]); });
     return loss;
   }
   if (kind == Kind::fkl) {
@@ -157,9 +162,11 @@ T divergence(const Call& call, int64_t n, const Row<T>& row, int64_t label, bool
   }
   if (kind == Kind::ofa) {
     const bool valid = label >= 0 && label < C;
-    if (call.gamma != 1)
-      for (int64_t c = 0; c < C; ++c) p[c] = c == label ? p[c] : power_lane(p[c], T(call.gamma));
-    if (valid && call.gamma != 1) p[label] = power_lane(p[label] + T(1), T(call.gamma)) - T(1);
+    if (call.gamma != 1) {
+      const T gamma = T(call.gamma), own = valid ? p[label] : T(0);
+      for (int64_t c = 0; c < C; ++c) p[c] = exp_lane(gamma * log_p[c]);  // p itself may have been too small for T
+      if (valid) p[label] = grown(own, gamma);
+    }
     if (!valid) p[0] = nan;
     s = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return p[c]; });
   }

@@ -1,5 +1,5 @@
 // Dense products for kernels whose operands lie in cache: register tiles over vectors of columns, and a packed form of
-// the right factor. On processors with AMX, a second set of products with bf16 factors.
+// the right factor.
 #pragma once
 
 #include "cpu_vocabulary.h"
@@ -54,6 +54,13 @@ struct Product {
   T* data;
   int64_t row, vector;
   bool add;  // to what is there, instead of overwriting it
+};
+
+// The factors of one term in a sum of products, of which none has more than kMostTerms.
+constexpr int kMostTerms = 3;
+template <class S>
+struct Factors {
+  const S *left, *right;
 };
 
 // `tiles` tiles below each other.

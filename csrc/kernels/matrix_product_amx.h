@@ -4,7 +4,7 @@
 // [vectors][depth / 32] such tiles of 1 KiB.
 #pragma once
 
-#include "matrix_product.h"
+#include "matrix_product_bf16.h"
 
 #if defined(__AMX_BF16__)
 
@@ -16,13 +16,6 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
-// Two rows of 16 bf16 as 16 pairs.
-PYDISTILL_INLINE __m512i pair_rows(__m256i even, __m256i odd) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-}
-
-PYDISTILL_INLINE __m256i load_half(const Bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 // out (+)= left right for up to 2x2 tiles of sums. A left tile has its rows `left_row` elements apart; `left_tile` is
 // from one to the next along the depth, `left_block` and `right_block` from the first of two tiles to the second.
@@ -62,36 +55,29 @@ PYDISTILL_INLINE void amx_block(int64_t depth, const Bf16* left, int64_t left_ro
   if (R > 1 && C > 1) _tile_stored(3, low + out.vector, stride);
 }
 
-struct Amx {
-  using Operand = Bf16;
-  using Stored = Bf16;
+struct Amx : Bf16Operands {
+  using Primal = Amx;
   static constexpr int64_t kChannels = 32, kTiles = 32;
   static constexpr bool kSplit = true;
 
-  PYDISTILL_INLINE static Operand narrow_one(float v) {
-    Bf16 half;
-    narrow(v, half);
-    return half;
-  }
-  PYDISTILL_INLINE static __m256i halves(Vec<float> v) {
-    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
-  }
-  PYDISTILL_INLINE static void put(Operand* to, Vec<float> v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves(v));
-  }
-  PYDISTILL_INLINE static Vec<float> widened(const Operand* from) {
-    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(from)), 16));
-  }
   PYDISTILL_INLINE static void pack(Operand* to, int64_t d, int64_t v, int64_t depth, int64_t, Vec<float> even,
                                     Vec<float> odd) {
     _mm512_storeu_si512(to + v * depth * 16 + d * 16, pair_rows(halves(even), halves(odd)));
   }
 
-  static void product(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
-                      const Operand* right, Product<float> out) {
-    run((rows + 15) / 16, depth, vectors, left, left_row, 32, 16 * left_row, right, depth * 16, out);
+  static void product(int64_t rows, int64_t depth, int64_t vectors, const Factors<Bf16>* factors, int terms,
+                      int64_t left_row, Product<float> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      run((rows + 15) / 16, depth, vectors, factors[i].left, left_row, 32, 16 * left_row, factors[i].right, depth * 16,
+          out);
+  }
+  static void outer(int64_t rows, int64_t depth, int64_t vectors, const Factors<Bf16>* factors, int terms,
+                    int64_t left_row, int64_t right_row, Product<float> out) {
+    for (int i = 0; i < terms; ++i, out.add = true)
+      outer(rows, depth, vectors, factors[i].left, left_row, factors[i].right, right_row, out);
   }
 
+ private:
   // Both factors are repacked, a stretch of the depth and of the rows and columns at a time: the sum over tiles runs
   // along rows of the operands, where AMX wants neighbours.
   static void outer(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
@@ -129,7 +115,6 @@ struct Amx {
     }
   }
 
- private:
   static void run(int64_t row_tiles, int64_t depth, int64_t vectors, const Bf16* left, int64_t left_row,
                   int64_t left_tile, int64_t left_block, const Bf16* right, int64_t right_block, Product<float> out) {
     for (int64_t v = 0; v < vectors; v += 2)

@@ -17,7 +17,7 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   T *const u = scratch, *const p = u + K, *const t = p + K, *const l_t = t + K, *const t_t = l_t + K;
 
   load_row(call.scalar, call.logits, n, K, u);
-  const T log_sum = softmax(K, u, p);
+  const T log_sum = softmax(K, T(1), u, u, p);
   for (int64_t k = 0; k < K; ++k) u[k] = log_sum - u[k];
 
   if (hard) {
@@ -28,12 +28,14 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     load_row(call.scalar, call.labels, n, K, t);
   } else {
     load_row(call.scalar, call.labels, n, K, t_t);
-    softmax(K, t_t, t);
+    softmax(K, T(1), t_t, t_t, t);
   }
   const T s = probs ? sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return t[k]; }) : T(1);
 
-  // A class that is not the hard label has no part in the loss, even where its u is infinite.
-  const auto weighted = [&](T weight, T x) PYDISTILL_LAMBDA { return hard && weight == 0 ? T(0) : weight * x; };
+  // A class that neither side gives a probability takes no part: its u counts as a constant 0.
+  const T infinity = T(__builtin_inff());
+  for (int64_t k = 0; k < K; ++k) u[k] = t[k] == 0 && u[k] == infinity ? T(0) : u[k];
+  const auto weighted = [](T weight, T x) PYDISTILL_LAMBDA { return weight == 0 ? T(0) : weight * x; };
   const T loss = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return weighted(t[k], u[k]); });
   T* const loss_out = static_cast<T*>(call.loss) + n;
   if (call.form == Form::forward) *loss_out = loss;
@@ -50,6 +52,8 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   if (tangents) {
     load_row(call.scalar, call.logits_t, n, K, l_t);
     const T a = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return p[k] * l_t[k]; });
+    T* const u_t = l_t;
+    for (int64_t k = 0; k < K; ++k) u_t[k] = p[k] == 0 && u[k] == 0 ? T(0) : a - l_t[k];
     T s_t = 0;
     if (hard) {
       for (int64_t k = 0; k < K; ++k) t_t[k] = 0;
@@ -63,16 +67,15 @@ void run_row(const Call& call, int64_t n, T* scratch) {
       }
     }
     const T loss_t =
-        sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return weighted(t_t[k], u[k]) + weighted(t[k], a - l_t[k]); });
+        sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return weighted(t_t[k], u[k]) + weighted(t[k], u_t[k]); });
     *loss_out = loss_t;
 
     if (call.form == Form::backward_jvp) {
       const T g = along(call.grad), g_t = along(call.grad_t);
       const bool moving = call.grad_t.data != nullptr;  // zero times an infinite u would be NaN
       for (int64_t k = 0; k < K; ++k) {
-        const T u_t = a - l_t[k];
-        T to_logits = g * (s_t * p[k] - s * (p[k] * u_t) - t_t[k]);
-        T to_labels = g * (probs ? u_t : t_t[k] * (u[k] - loss) + t[k] * (u_t - loss_t));
+        T to_logits = g * (s_t * p[k] - s * (p[k] * u_t[k]) - t_t[k]);
+        T to_labels = g * (probs ? u_t[k] : t_t[k] * (u[k] - loss) + t[k] * (u_t[k] - loss_t));
         if (moving) {
           to_logits += g_t * (s * p[k] - t[k]);
           to_labels += g_t * (probs ? u[k] : t[k] * (u[k] - loss));

@@ -122,7 +122,8 @@ PYDISTILL_INLINE void exp_lanes(Register<float> (&x)[P]) {
 #undef PYDISTILL_EACH
 }
 
-// e = exp(x scale - shift), and the argument in z unless that is null; x may be z. Returns what `sum` makes of e.
+// e = exp((x - shift) scale), and the argument in z unless that is null; x may be z. Returns what `sum` makes of e.
+// The shift goes first: of numbers near the largest it leaves all digits, where x scale in the thousands has few.
 template <class T>
 T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
   T part[16] = {};
@@ -134,7 +135,7 @@ T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
     const auto step = [&]<int N>(Register<T>(&v)[N]) PYDISTILL_LAMBDA {
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
-        v[i] = load_register(x + k + i * L) * scale - shift;
+        v[i] = (load_register(x + k + i * L) - shift) * scale;
         if (z) *reinterpret_cast<Unaligned*>(z + k + i * L) = v[i];
       }
       exp_lanes(v);
@@ -151,7 +152,7 @@ T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
     __builtin_memcpy(part, total, sizeof(part));
   }
   for (int i = 0; k < K; ++k, i = (i + 1) % 16) {
-    const T v = x[k] * scale - shift;
+    const T v = (x[k] - shift) * scale;
     if (z) z[k] = v;
     e[k] = exp_lane(v);
     part[i] += e[k];
@@ -159,11 +160,11 @@ T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
   return sum_in_pairs(part);
 }
 
-// p = softmax(x). x loses its maximum; what is returned is the logarithm of the sum of exp(x) after that.
+// p = softmax(x scale), and z = x scale without its maximum; x may be z. Returns the logarithm of the sum of exp(z).
 template <class T>
-T softmax(int64_t K, T* x, T* p) {
+T softmax(int64_t K, T scale, const T* x, T* z, T* p) {
   const T max = largest(K, x);  // a NaN comes back with the sum
-  const T total = exp_row(K, T(1), max, x, x, p);
+  const T total = exp_row(K, scale, max, x, z, p);
   for (int64_t k = 0; k < K; ++k) p[k] /= total;
   return log_lane(total);
 }

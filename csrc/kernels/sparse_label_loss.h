@@ -3,7 +3,7 @@
 // Per row, with q = softmax(logits / T), p_j the stored probabilities (codes: exp(-code step)), and u what each of the
 // other C - k classes has:
 //   smooth  u = max(0, 1 - sum p) / (C - k)      zeros  u = 0      renorm  u = 0, and p / sum p in the place of p
-//   loss = -sum_j p_j log q_j - u (sum log q - sum_j log q_j), where sum log q = sum (z - max) - C log-sum-exp
+//   loss = -sum_j p_j log q_j - u sum of the other classes' log q
 //   entropy: + sum_j p_j log p_j + (C - k) u log u, which makes it the KL divergence
 //   gradient in logits / T: s q_c - u, and s q_j - p_j of a stored class, with s the sum of the target
 // The forms:

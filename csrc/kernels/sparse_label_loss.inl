@@ -11,13 +11,13 @@ using Tail = Call::Tail;
 template <class T>
 void run_row(const Call& call, int64_t n, T* scratch) {
   const int64_t C = call.C, k = call.k;
-  T *const p = scratch + 2 * C, *const marks = p + C;
+  T *const p = scratch + 2 * C, *const log_q = p + C;
   const auto index = [&](int64_t j) PYDISTILL_LAMBDA {
     return static_cast<const int64_t*>(call.indices.data)[n * call.indices.row + j * call.indices.column];
   };
 
   // As few passes over the row as there can be: where it is stored as it is computed, neither it nor its gradient is
-  // copied. q = exp(z) with z = x / T less its maximum, of which rounding keeps the order.
+  // copied. q = exp(z) with z = (x - max x) / T.
   const bool same = call.scalar == (sizeof(T) == 8 ? Scalar::f64 : Scalar::f32);
   const T* x = scratch;
   if (same && call.logits.column == 1)
@@ -25,8 +25,7 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   else
     load_row(call.scalar, call.logits, n, C, scratch);
   T* const q = same && call.grad_logits ? static_cast<T*>(call.grad_logits) + n * C : scratch + C;
-  const T cold = T(1 / call.T), high = largest(C, x) * cold;
-  const auto z = [&](int64_t c) PYDISTILL_LAMBDA { return x[c] * cold - high; };
+  const T cold = T(1 / call.T), high = largest(C, x);
   const T total = exp_row<T>(C, cold, high, x, nullptr, q);
   const T log_sum = log_lane(total);
 
@@ -48,22 +47,21 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     s += u * T(C - k);
   }
 
-  // What has no probability adds nothing, whatever its logarithm. Sums one by one are in double: k is small.
-  double stored = 0, beside = 0;
+  // What has no probability adds nothing, whatever its logarithm. Sums one by one are in double: k is small. A class
+  // that was met is marked by a number that no log q is.
+  for (int64_t c = 0; c < C; ++c) log_q[c] = (x[c] - high) * cold - log_sum;
+  double loss = 0;
   bool valid = true;
   for (int64_t j = 0; j < k; ++j) {
     const int64_t c = index(j);
-    if (c < 0 || c >= C) {
-      valid = false;
-      break;
-    }
-    const T log_q = z(c) - log_sum;
-    if (p[j] != 0) stored += p[j] * ((call.entropy ? log_lane(p[j]) : T(0)) - log_q);
-    beside += log_q;
+    valid = c >= 0 && c < C && !(log_q[c] > 0);
+    if (!valid) break;
+    if (p[j] != 0) loss += p[j] * ((call.entropy ? log_lane(p[j]) : T(0)) - log_q[c]);
+    log_q[c] = 1;
   }
-  double loss = stored;
-  if (u != 0) {
-    const double others = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return z(c) - log_sum; }) - beside;
+  if (valid && u != 0) {
+    for (int64_t j = 0; j < k; ++j) log_q[index(j)] = 0;
+    const double others = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return log_q[c]; });
     loss += u * ((call.entropy ? static_cast<double>(C - k) * log_lane(u) : 0.0) - others);
   }
   const T nan = T(__builtin_nanf(""));
@@ -71,12 +69,6 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   T factor = scale * cold;
   if (call.grad.data) factor *= static_cast<const T*>(call.grad.data)[n * call.grad.row];
 
-  for (int64_t c = 0; valid && c < C; ++c) marks[c] = 0;
-  for (int64_t j = 0; valid && j < k; ++j) {
-    T& mark = marks[index(j)];
-    valid = mark == 0;
-    mark = 1;
-  }
   if (call.loss) static_cast<T*>(call.loss)[n] = valid ? static_cast<T>(scale * loss) : nan;
   if (!call.grad_logits) return;
   const T share = s / total;

@@ -11,17 +11,19 @@
 
 namespace pydistill {
 
-extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_amx;
+extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_avx512_bf16,
+    convnet_step_amx;
 
 namespace {
 
 using Form = ConvNetStep::Form;
 
-const ConvNetStepKernel& kernel() {
-  // avx512_bf16 has none of its own
-  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
-                                                         &convnet_step_avx512, &convnet_step_amx};
-  return *best_of(kernels);
+const ConvNetStepKernel& kernel(const ConvNetStep& step) {
+  // the last two are compiled for steps in bf16 alone
+  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512};
+  static constexpr const ConvNetStepKernel* of_bf16[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
+                                                         &convnet_step_avx512_bf16, &convnet_step_amx};
+  return step.bf16 ? *best_of(of_bf16) : *best_of(kernels);
 }
 
 Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> shape) {
@@ -37,24 +39,46 @@ void check_dense(const Tensor& t, const char* name, std::initializer_list<int64_
 
 // The network, and how the work is cut. More slots are more threads at work and more memory; their number depends on
 // the sizes alone, so that results do not depend on the number of threads.
+constexpr int64_t kBeforeWidths = 10;  // channels, height, width, first padding, classes, and what a block is
+
 ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool float64, bool bf16) {
-  check(shape.dim() == 1 && shape.scalar_type() == ScalarType::Long && shape.is_contiguous() && shape.sizes()[0] > 5,
-        "shape: expected int64 [5 + depth]");
+  check(shape.dim() == 1 && shape.scalar_type() == ScalarType::Long && shape.is_contiguous() &&
+            shape.sizes()[0] > kBeforeWidths,
+        "shape: expected int64 [", kBeforeWidths, " + depth]");
   const int64_t* s = static_cast<const int64_t*>(shape.const_data_ptr());
   ConvNetStep step;
   step.form = form;
   step.scalar = float64 ? Scalar::f64 : Scalar::f32;
   step.bf16 = bf16;
-  step.E = E, step.N = N, step.classes = s[4], step.depth = shape.sizes()[0] - 5;
+  step.E = E, step.N = N, step.classes = s[4], step.depth = shape.sizes()[0] - kBeforeWidths;
+  const auto known = [](int64_t code, auto last) {
+    check(code >= 0 && code <= static_cast<int64_t>(last), "shape: unknown kind of block ", code);
+    return static_cast<decltype(last)>(code);
+  };
+  step.norm = known(s[5], ConvNetStep::Norm::running);
+  step.groups = s[6];
+  step.activation = known(s[7], ConvNetStep::Activation::swish);
+  step.pool = known(s[8], ConvNetStep::Pool::none);
+  const bool biased = s[9] != 0;
   step.image_h = s[1], step.image_w = s[2];
   check(step.depth <= ConvNetStep::kMaxDepth, "shape: at most ", ConvNetStep::kMaxDepth, " blocks");
   int64_t channels = s[0], H = s[1], W = s[2];
   for (int64_t l = 0; l < step.depth; ++l) {
     const int64_t padding = l == 0 ? s[3] : 1, grown = 2 * padding - 2;
+    const int64_t out = s[kBeforeWidths + l], by = step.pool == ConvNetStep::Pool::none ? 1 : 2;
     ConvNetStep::Layer& layer = step.layer[l];
-    layer = {channels, s[5 + l], H + grown, W + grown, padding, (H + grown) / 2, (W + grown) / 2, step.P};
+    layer = {channels,         out,    H + grown, W + grown, padding,      (H + grown) / by,
+             (W + grown) / by, step.P, -1,        -1,        step.channels};
     check(layer.in > 0 && layer.out > 0 && layer.OH > 0 && layer.OW > 0, "shape: block ", l, " is empty");
-    step.P += layer.out * (layer.in * 9 + 3);
+    check(step.norm != ConvNetStep::Norm::group || (step.groups > 0 && out % step.groups == 0), "shape: block ", l,
+          " has ", out, " channels, which do not make ", step.groups, " groups");
+    step.P += out * layer.in * 9;
+    if (biased) layer.bias = step.P, step.P += out;
+    if (step.norm != ConvNetStep::Norm::none) {
+      layer.affine = step.P;
+      step.P += 2 * out * (step.norm == ConvNetStep::Norm::layer ? layer.H * layer.W : 1);
+    }
+    step.channels += out;
     channels = layer.out, H = layer.OH, W = layer.OW;
   }
   step.head = step.P;
@@ -75,21 +99,29 @@ ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool 
 
 int64_t filter_sets(const ConvNetStep& step) { return step.E * (step.form == Form::tangent ? 2 : 1); }
 
+// Of the exchange, and of all images' activations.
+int64_t batch_bytes(const ConvNetStep& step, const ConvNetStepSizes& sizes) {
+  return step.E * step.slots * sizes.exchange +
+         step.E * step.N * (sizes.tape + (step.form == Form::tangent ? sizes.tape_t : 0));
+}
+
 int64_t workspace_bytes(const ConvNetStep& step, const ConvNetStepSizes& sizes) {
   const bool sums = step.form == Form::gradient || step.form == Form::tangent;  // of the weights' gradients
-  return filter_sets(step) * sizes.filters + (sums ? step.E * step.slots * sizes.partials : 0) + 64;
+  return filter_sets(step) * sizes.filters + (sums ? step.E * step.slots * sizes.partials : 0) +
+         (step.over_batch() ? batch_bytes(step, sizes) : 0) + 64;
 }
 
 Tensor bytes(const Tensor& shape, int64_t form, int64_t E, int64_t N, bool float64, bool bf16) {
   const ConvNetStep step = describe(shape, static_cast<Form>(form), E, N, float64, bf16);
-  const ConvNetStepSizes sizes = kernel().sizes(step);
+  const ConvNetStepSizes sizes = kernel(step).sizes(step);
   Tensor out = empty(shape, ScalarType::Long, {3});
   int64_t* const to = static_cast<int64_t*>(out.mutable_data_ptr());
   to[0] = workspace_bytes(step, sizes), to[1] = sizes.tape, to[2] = sizes.scratch;
   return out;
 }
 
-ConvNetStep begin(Form form, const Tensor& theta, const Tensor& images, const Tensor& shape, double eps, bool bf16) {
+ConvNetStep begin(Form form, const Tensor& theta, const Tensor& images, const Tensor& shape, double eps, double slope,
+                  bool bf16, const std::optional<Tensor>& running, const std::optional<Tensor>& statistics) {
   check(theta.dim() == 2 && theta.is_contiguous(), "theta: expected [E, P], contiguous");
   check(images.dim() == 4 || images.dim() == 5, "images: expected [N, C, H, W] or [E, N, C, H, W]");
   const bool own = images.dim() == 5;
@@ -102,6 +134,21 @@ ConvNetStep begin(Form form, const Tensor& theta, const Tensor& images, const Te
   own ? check_dense(images, "images", {E, N, C, H, W}, theta.scalar_type())
       : check_dense(images, "images", {N, C, H, W}, theta.scalar_type());
   step.eps = eps;
+  step.slope = slope;
+  check(running.has_value() == (step.norm == ConvNetStep::Norm::running),
+        "running: expected where the norm takes its statistics from there, and only there");
+  if (running) {
+    const bool each = running->dim() == 3;
+    each ? check_dense(*running, "running", {E, 2, step.channels}, theta.scalar_type())
+         : check_dense(*running, "running", {2, step.channels}, theta.scalar_type());
+    step.running_student = each ? 2 * step.channels : 0;
+    step.running = running->const_data_ptr();
+  }
+  if (statistics) {
+    check(step.over_batch(), "statistics: only batch norm has any");
+    check_dense(*statistics, "statistics", {E, 2, step.channels}, theta.scalar_type());
+    step.statistics = const_cast<void*>(statistics->const_data_ptr());
+  }
   step.theta = theta.const_data_ptr();
   step.images = images.const_data_ptr();
   step.images_student = own ? N * C * H * W : 0;
@@ -130,7 +177,7 @@ void take_labels(ConvNetStep& step, const Tensor& labels, int64_t kind, const Te
 
 void take_tape(ConvNetStep& step, const std::optional<Tensor>& tape, ConvNetStep::Tape use) {
   if (!tape) return;
-  const int64_t size = kernel().sizes(step).tape * step.E * step.N;
+  const int64_t size = kernel(step).sizes(step).tape * step.E * step.N;
   check(tape->scalar_type() == ScalarType::Byte && tape->is_contiguous() && tape->numel() >= size,
         "tape: expected uint8 [", size, "]");
   step.tape = const_cast<void*>(tape->const_data_ptr());
@@ -139,7 +186,7 @@ void take_tape(ConvNetStep& step, const std::optional<Tensor>& tape, ConvNetStep
 }
 
 void run(ConvNetStep& step, Tensor& workspace) {
-  const ConvNetStepSizes sizes = kernel().sizes(step);
+  const ConvNetStepSizes sizes = kernel(step).sizes(step);
   check(workspace.scalar_type() == ScalarType::Byte && workspace.is_contiguous() &&
             workspace.numel() >= workspace_bytes(step, sizes),
         "workspace: expected uint8 [", workspace_bytes(step, sizes), "], got ", workspace.numel());
@@ -148,13 +195,20 @@ void run(ConvNetStep& step, Tensor& workspace) {
   advise_large_pages(base, workspace_bytes(step, sizes) - 64);
   step.filters = base;
   step.partials = base + filter_sets(step) * sizes.filters;
+  if (step.over_batch()) {
+    char* const batch = base + workspace_bytes(step, sizes) - 64 - batch_bytes(step, sizes);
+    step.batch_tape = batch;
+    step.batch_tape_t = batch + step.E * step.N * sizes.tape;
+    step.exchange = batch + batch_bytes(step, sizes) - step.E * step.slots * sizes.exchange;
+  }
   using torch::stable::parallel_for;
-  const int64_t filters = kernel().prepare_units(step), reductions = kernel().reduce_units(step);
-  parallel_for(0, filters, 8, [&](int64_t begin, int64_t end) { kernel().prepare(step, begin, end); });
-  parallel_for(0, step.E * step.slots, 1,
-               [&](int64_t begin, int64_t end) { kernel().run(step, begin, end, scratch(sizes.scratch)); });
+  const int64_t filters = kernel(step).prepare_units(step), reductions = kernel(step).reduce_units(step);
+  parallel_for(0, filters, 8, [&](int64_t begin, int64_t end) { kernel(step).prepare(step, begin, end); });
+  for (int64_t pass = 0; pass < kernel(step).passes(step); ++pass)
+    parallel_for(0, step.E * step.slots, 1,
+                 [&](int64_t begin, int64_t end) { kernel(step).run(step, pass, begin, end, scratch(sizes.scratch)); });
   if (step.grad != nullptr)
-    parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel().reduce(step, begin, end); });
+    parallel_for(0, reductions, 8, [&](int64_t begin, int64_t end) { kernel(step).reduce(step, begin, end); });
 }
 
 // The mean over each student's images of [E, N] values.
@@ -173,8 +227,9 @@ Tensor means(const ConvNetStep& step, const Tensor& values) {
   return out;
 }
 
-Tensor logits(const Tensor& theta, const Tensor& images, const Tensor& shape, double eps, bool bf16, Tensor workspace) {
-  ConvNetStep step = begin(Form::logits, theta, images, shape, eps, bf16);
+Tensor logits(const Tensor& theta, const Tensor& images, const Tensor& shape, const std::optional<Tensor>& running,
+              double eps, double slope, bool bf16, Tensor workspace) {
+  ConvNetStep step = begin(Form::logits, theta, images, shape, eps, slope, bf16, running, std::nullopt);
   Tensor out = empty(theta, theta.scalar_type(), {step.E, step.N, step.classes});
   step.logits = out.mutable_data_ptr();
   run(step, workspace);
@@ -182,9 +237,10 @@ Tensor logits(const Tensor& theta, const Tensor& images, const Tensor& shape, do
 }
 
 std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, const Tensor& labels,
-                                    const Tensor& shape, double eps, int64_t label_kind, bool bf16, Tensor workspace,
-                                    std::optional<Tensor> tape) {
-  ConvNetStep step = begin(Form::gradient, theta, images, shape, eps, bf16);
+                                    const Tensor& shape, const std::optional<Tensor>& running,
+                                    const std::optional<Tensor>& statistics, double eps, double slope,
+                                    int64_t label_kind, bool bf16, Tensor workspace, std::optional<Tensor> tape) {
+  ConvNetStep step = begin(Form::gradient, theta, images, shape, eps, slope, bf16, running, statistics);
   take_labels(step, labels, label_kind, theta);
   take_tape(step, tape, ConvNetStep::Tape::write);
   Tensor losses = empty(theta, theta.scalar_type(), {step.E, step.N});
@@ -195,10 +251,11 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& theta, const Tensor& images, c
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(const Tensor& theta, const Tensor& direction, const Tensor& images,
-                                                   const Tensor& labels, const Tensor& shape, double eps,
+                                                   const Tensor& labels, const Tensor& shape,
+                                                   const std::optional<Tensor>& running, double eps, double slope,
                                                    int64_t label_kind, bool bf16, bool curvature, const Tensor& scale,
                                                    Tensor workspace, std::optional<Tensor> tape) {
-  ConvNetStep step = begin(Form::tangent, theta, images, shape, eps, bf16);
+  ConvNetStep step = begin(Form::tangent, theta, images, shape, eps, slope, bf16, running, std::nullopt);
   check_dense(direction, "direction", {step.E, step.P}, theta.scalar_type());
   step.direction = direction.const_data_ptr();
   check_dense(scale, "scale", {step.E}, theta.scalar_type());
@@ -234,10 +291,11 @@ void describe_features(ConvNetStep& step, double power, int64_t attended) {
   to.embedding_row = last.out * last.OH * last.OW;
 }
 
-std::tuple<Tensor, Tensor, Tensor> features(const Tensor& theta, const Tensor& images, const Tensor& shape, double eps,
-                                            bool bf16, double power, int64_t attended, bool spatial, bool channel,
+std::tuple<Tensor, Tensor, Tensor> features(const Tensor& theta, const Tensor& images, const Tensor& shape,
+                                            const std::optional<Tensor>& running, double eps, double slope, bool bf16,
+                                            double power, int64_t attended, bool spatial, bool channel,
                                             Tensor workspace, std::optional<Tensor> tape) {
-  ConvNetStep step = begin(Form::features, theta, images, shape, eps, bf16);
+  ConvNetStep step = begin(Form::features, theta, images, shape, eps, slope, bf16, running, std::nullopt);
   take_tape(step, tape, ConvNetStep::Tape::write);
   describe_features(step, power, attended);
   ConvNetStep::Features& to = step.features;
@@ -254,9 +312,9 @@ std::tuple<Tensor, Tensor, Tensor> features(const Tensor& theta, const Tensor& i
 
 Tensor features_backward(const std::optional<Tensor>& spatial_grad, const std::optional<Tensor>& channel_grad,
                          const std::optional<Tensor>& embedding_grad, const Tensor& theta, const Tensor& images,
-                         const Tensor& shape, double eps, bool bf16, double power, int64_t attended, Tensor workspace,
-                         std::optional<Tensor> tape) {
-  ConvNetStep step = begin(Form::features_backward, theta, images, shape, eps, bf16);
+                         const Tensor& shape, const std::optional<Tensor>& running, double eps, double slope, bool bf16,
+                         double power, int64_t attended, Tensor workspace, std::optional<Tensor> tape) {
+  ConvNetStep step = begin(Form::features_backward, theta, images, shape, eps, slope, bf16, running, std::nullopt);
   take_tape(step, tape, ConvNetStep::Tape::read);
   describe_features(step, power, attended);
   ConvNetStep::Features& from = step.features;

@@ -77,6 +77,10 @@ class MultiCrop:
         """Height and width of the results."""
         return (self.out_size, self.out_size) if isinstance(self.out_size, int) else tuple(self.out_size)
 
+    def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the result, of that of the images, a crop of each."""
+        return (*shape[:2], *self.size)
+
     def draw(
         self, shape: Sequence[int], generator: torch.Generator | None = None, *, sources: Tensor | None = None
     ) -> Tensor:
@@ -98,7 +102,7 @@ class MultiCrop:
         N, _, H, W = shape
         device = "cpu" if generator is None else generator.device
         if sources is None:
-            sources = torch.arange(N)
+            sources = torch.arange(N, device="cpu")
         sources = sources.to(device)
         tiles = 4 if self.mix == "mosaic" else 1
         if sources.dim() != 1 and sources.shape[1:] != (tiles,):

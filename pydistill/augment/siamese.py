@@ -142,6 +142,10 @@ class DiffAugment:
         """
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
 
+    def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the result, of that of the images."""
+        return (self._rows(shape), *shape[1:])
+
     def _rows(self, shape: Sequence[int]) -> int:
         return shape[0] * self.copies
 

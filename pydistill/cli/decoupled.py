@@ -67,7 +67,9 @@ class SqueezeCommand:
     image_size: int | None = None
     """Pixels to which digits (16) and image folders (32) are resized."""
     weights: Path | None = None
-    """A state_dict, as torch saves it, to take instead of training; imagenet-1k needs no images then."""
+    """A checkpoint, as torch saves it, to take instead of training; imagenet-1k needs no images then."""
+    weights_key: str | None = None
+    """Where in the checkpoint the weights stand, such as model_ema; by default under the first of the usual names."""
     out: Path = Path("teacher")
     """Folder for the results, new or empty."""
     resume: bool = False
@@ -79,7 +81,7 @@ class SqueezeCommand:
         imagenet = self.weights is not None and self.dataset == "imagenet-1k"
         data = None if imagenet else _load(self.dataset, self.root, self.image_size).to(device_of(self.device))
         if self.weights is not None:
-            teacher = import_weights(self.config, self.weights, data)
+            teacher = import_weights(self.config, self.weights, data, key=self.weights_key)
         else:
             untrained(self.config, data)  # refuses a network that its images are too small for
         with run.started({"config": asdict(self.config), "dataset": self.dataset, "image_size": self.image_size}):
@@ -114,10 +116,13 @@ class RecoverCommand:
     """Iterations between two checkpoints of a batch."""
     device: str = "auto"
     """Where to compute, as torch names it; auto is cuda where there is one."""
+    network: str | None = None
+    """package.module:function that makes the network of your own whose weights the files of --teacher are."""
 
     def go(self, run: Run) -> None:
         check_numbers(self, flags=True, checkpoint_every=1)
-        teachers = [Teacher.load(path, device_of(self.device)) for path in self.teacher]
+        device = device_of(self.device)
+        teachers = [Teacher.load(path, device, network=self.network) for path in self.teacher]
         about, real = teachers[0].config, None
         if self.config.starts_real:
             data = _load(about["dataset"], self.root, about["image_size"])
@@ -166,10 +171,13 @@ class RelabelCommand:
     """Go on with the run in --out, with the same options."""
     device: str = "auto"
     """Where to compute, as torch names it; auto is cuda where there is one."""
+    network: str | None = None
+    """package.module:function that makes the network of your own whose weights the files of --teacher are."""
 
     def go(self, run: Run) -> None:
         distilled = DistilledSet.load(self.images)
-        teachers = [Teacher.load(path, device_of(self.device)) for path in self.teacher]
+        device = device_of(self.device)
+        teachers = [Teacher.load(path, device, network=self.network) for path in self.teacher]
         for teacher in teachers:
             check_fit(distilled, teacher.num_classes, teacher.shape)
         rank, size = world()
@@ -189,7 +197,12 @@ class RelabelCommand:
             if run.first and size > 1 and not whole.exists():
                 parts = [run.folder / f"labels-rank{each}-of-{size}.store" for each in range(size)]
                 SoftLabelStore.merge(parts, whole)
-            run.finish({"epochs": self.config.epochs}, "labels.store")
+            results: dict[str, Any] = {"epochs": self.config.epochs}
+            if run.first:
+                with SoftLabelStore.open(whole) as store:
+                    run.console.print(told(store))
+                    results["gradient_error"] = store.gradient_error and store.gradient_error._asdict()
+            run.finish(results, "labels.store")
 
 
 @dataclass(frozen=True)
@@ -231,6 +244,8 @@ class PostTrainCommand:
         soft = None if self.hard else store
         new_student(self.config, distilled, views, soft, **options)  # refuses what does not fit
         with run.started({"config": asdict(self.config), "hard": self.hard, "students": self.students}):
+            if run.first and not self.hard:
+                run.console.print(told(store))
             for student in range(self.students):
                 config = PostTrain(**{**asdict(self.config), "seed": self.config.seed + student})
                 with run.epochs(f"student{student}", views.epochs) as (state, on_epoch):
@@ -241,6 +256,14 @@ class PostTrainCommand:
                 name = "student.safetensors" if self.students == 1 else f"student{student}.safetensors"
                 Teacher(net, distilled.mean, distilled.std, data.class_names, about).save(run.folder / name)
             run.finish({"accuracy": found}, "results.json")
+
+
+def told(store: SoftLabelStore) -> str:
+    """What a store's format costs."""
+    form = f"{store.format}, k={store.k} of {store.num_classes}" if store.k else store.format
+    error = store.gradient_error
+    cost = "not measured: the file is of an older version" if error is None else str(error)
+    return f"labels in {form}, at temperature {store.temperature:g}; error of the student's gradients: {cost}"
 
 
 _Command = SqueezeCommand | RecoverCommand | RelabelCommand | PostTrainCommand

@@ -292,7 +292,7 @@ class Run:
         """Those of --experts, once they are known to be of this data set and network."""
         store = ExpertStore(self.experts_file)
         found = data_crc32(self.dataset.train_images, self.dataset.train_labels)
-        if store.data_crc32 not in (None, found):
+        if store.dataset not in (None, self.dataset.name) or store.data_crc32 not in (None, found):
             raise ValueError(
                 f"{store.path}: expected experts of {self.dataset.name} with crc32 {found} of its images and labels, "
                 f"got {store.dataset} with {store.data_crc32}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
@@ -18,13 +18,11 @@ from torch import nn
 from pydistill import __version__
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Stop, accuracy_table, add_row, as_json, device_of, progress_bars
-from pydistill.cli.settings import DatasetName
+from pydistill.cli.settings import SHAPES, DatasetName, NetName
 from pydistill.data import EXPORT_HEADER, REPOSITORY_NORMALISATION, Dataset, DistilledSet, load, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.nn import make
 from pydistill.trajectory.train import EVAL_BATCH
-
-NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap", "vit"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class Evaluate:
     """Learning rate of the students; by default the one learnt along with the images."""
     label_kind: Literal["logits", "probs"] | None = None
     """What the soft labels of a folder are that other code wrote."""
+    zca: bool = False
+    """The images of a folder that other code wrote are ZCA-whitened, as MTT's are with its --zca."""
     width: int | None = None
     """Channels of the ConvNet; by default as when the file was made, or else 128."""
     depth: int | None = None
@@ -85,6 +85,9 @@ class Evaluate:
             raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {self.json}")
         size = distilled.images.shape[2] if name in ("digits", "image-folder") else None
         dataset = load(name, self.root, image_size=size).to(device_of(self.device))
+        if self.zca:
+            white = dataset.whitened()
+            distilled = replace(distilled, mean=white.mean, std=white.std, zca=white.zca)
         device = dataset.test_images.device
         _check_fits(self.file, distilled, dataset)
         test_images = distilled.normalise(dataset.test_images, dataset)
@@ -161,16 +164,22 @@ class Export:
 
 
 def _distilled(command: Evaluate) -> DistilledSet:
+    ours = not command.file.is_dir() or (command.file / EXPORT_HEADER).exists()
+    if ours and command.zca:
+        raise ValueError(f"--zca: expected none, {command.file} says whether its images are whitened")
     if not command.file.is_dir():
         if command.label_kind:
             raise ValueError(f"--label-kind: expected none, {command.file} says what its labels are")
         return DistilledSet.load(command.file)
+    space: dict[str, Sequence[float]] = {}
+    if command.zca and command.dataset is not None:
+        channels = SHAPES[command.dataset][0]
+        space = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    elif not ours:
+        space = dict(zip(("mean", "std"), _repository_normalisation(command.dataset, command.file), strict=True))
     # the names that other code may have given to its learning rate, which `import_tensors` looks for
     if command.lr is None and not any((command.file / name).exists() for name in ("lr.pt", "lr_best.pt")):
         raise ValueError(f"--lr: expected a learning rate, {command.file / 'lr.pt'} is not there to say it")
-    space: dict[str, Sequence[float]] = {}
-    if not (command.file / EXPORT_HEADER).exists():
-        space = dict(zip(("mean", "std"), _repository_normalisation(command.dataset, command.file), strict=True))
     return DistilledSet.import_tensors(command.file, **space, lr=command.lr, label_kind=command.label_kind)
 
 

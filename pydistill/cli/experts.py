@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rich.console
 import rich.progress
 import tyro
+from torch import nn
 
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Interrupted, Stop, append_line, keep_lines, progress_bars
 from pydistill.cli.folder import locked
-from pydistill.cli.settings import SETTINGS, DatasetName, convnet, load_for
+from pydistill.cli.settings import SETTINGS, SHAPES, DatasetName, NetName, load_for
 from pydistill.data import Dataset
 from pydistill.methods import METHODS
-from pydistill.nn import ConvNet
+from pydistill.nn import make
 from pydistill.trajectory.experts import train_experts
+from pydistill.trajectory.replay_buffers import replay_buffer_shapes
 from pydistill.trajectory.store import ExpertStore
 
 _TRAINING = ("num_experts", "epochs", "lr", "momentum", "weight_decay", "schedule", "batch_size", "seed", "augment")
@@ -39,20 +43,26 @@ class Experts:
     """The file to write."""
     overwrite: bool = False
     """Start anew, whatever is at --out."""
-    dataset: DatasetName = "digits"
-    """What to train on; digits come with scikit-learn, the others are read from --root."""
+    dataset: DatasetName | None = None
+    """What to train on, digits by default, which come with scikit-learn; the others are read from --root."""
     root: Path | None = None
     """Folder of the data set's files, as for pydistill distill."""
     image_size: int | None = None
-    """Pixels to which digits (16) and image folders (32) are resized."""
+    """Pixels to which digits (16) and image folders (32) are resized; of imported experts, those of their images, by
+    default the data set's."""
+    net: NetName = "convnet"
+    """The experts' architecture."""
+    norm: Literal["instance", "batch", "group", "layer", "none"] | None = None
+    """Its normalisation; by default the method repositories', which is instance in the ConvNet."""
     width: int | None = None
-    """Channels of the ConvNet; the papers take 128."""
+    """Channels of the ConvNet; the papers take 128. Also of mlp and vit."""
     depth: int | None = None
-    """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
+    """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64. Also of vit."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the stored parameters; experts train in fp32."""
     replay_buffers: Annotated[tuple[Path, ...], tyro.conf.arg(name="import")] = ()
-    """replay_buffer_*.pt of another code, to convert instead of training; width and depth say of which network."""
+    """replay_buffer_*.pt of another code, to convert instead of training; --net and --norm say of which network, and no
+    data set is read."""
 
     num_experts: int | None = None
     """Experts to train."""
@@ -73,7 +83,9 @@ class Experts:
     augment: str = ""
     """Differentiable siamese augmentation of the real images: color, crop, cutout, flip, scale, rotate, joined by _."""
     zca: bool = False
-    """Train on ZCA-whitened images."""
+    """Train on ZCA-whitened images; with --import: the experts saw such images."""
+    no_zca: bool = False
+    """With --import: the experts saw images that were not whitened. Without either, whoever matches them is warned."""
     method: Literal["mtt", "ftd", "ast"] = "mtt"
     """Whose experts: mtt trains by plain SGD, ftd by GSAM, ast with momentum, a gradient penalty and loss factors."""
     device: str = "auto"
@@ -81,8 +93,10 @@ class Experts:
 
     def resolved(self) -> Experts:
         """The same options with those at None taken from the preset."""
-        setting = SETTINGS[self.dataset]
-        options = {"width": setting.width, "depth": setting.depth, "num_experts": setting.num_experts}
+        dataset = self.dataset or "digits"
+        setting = SETTINGS[dataset]
+        options: dict[str, Any] = {"dataset": dataset, "num_experts": setting.num_experts}
+        options |= {"width": setting.width, "depth": setting.depth} if self.net == "convnet" else {}
         options |= {"epochs": setting.train_epochs, "lr": setting.lr_expert, "batch_size": setting.batch_train}
         return dataclasses.replace(self, **{k: v for k, v in options.items() if getattr(self, k) is None})
 
@@ -95,33 +109,21 @@ class Experts:
         return options | {"augment": DiffAugment(self.augment) if self.augment else None}
 
     def run(self, console: rich.console.Console, stop: Stop) -> None:
-        config = self.resolved()
-        if not config.out.parent.is_dir() or config.out.is_dir():
-            raise ValueError(f"--out: expected a file in a folder that is there, got {config.out}")
-        dataset = load_for(config)
-
-        def make_net() -> ConvNet:
-            return convnet(dataset, config.width, config.depth)
-
-        lock = config.out.with_name(f".{config.out.name}.lock")
-        with locked(lock, f"--out: expected a file that no other process writes to, got {config.out}"):
-            if config.replay_buffers:
-                self._import(config, dataset, make_net(), console)
+        if not self.out.parent.is_dir() or self.out.is_dir():
+            raise ValueError(f"--out: expected a file in a folder that is there, got {self.out}")
+        if self.no_zca and not self.replay_buffers:
+            raise ValueError("--no-zca: expected with --import only; nothing is whitened without --zca")
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        with locked(lock, f"--out: expected a file that no other process writes to, got {self.out}"):
+            if self.replay_buffers:
+                self._import(console)
             else:
-                config._train(dataset, make_net, console, stop)
+                self.resolved()._train(console, stop)
 
-    def _import(self, config: Experts, dataset: Dataset, net: ConvNet, console: rich.console.Console) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
-        if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
-            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-            raise ValueError(f"{flags}: expected none with --import, which trains nothing")
-        options = {"dtype": config.dtype, "dataset": dataset.name, "overwrite": config.overwrite}
-        store = ExpertStore.import_replay_buffers(config.replay_buffers, net, config.out, **options)
-        console.print(f"{len(store)} experts of {store.epochs} epochs imported: {config.out}")
-
-    def _train(
-        self, dataset: Dataset, make_net: Callable[[], ConvNet], console: rich.console.Console, stop: Stop
-    ) -> None:
+    def _train(self, console: rich.console.Console, stop: Stop) -> None:
+        dataset = load_for(self)
+        shape = dataset.channels, dataset.num_classes, dataset.image_size
+        make_net = partial(make, self.net, *shape, width=self.width, depth=self.depth, norm=self.norm)
         began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")
         epochs = {} if self.overwrite else dict(enumerate(completed(self.out)))
         begun = False
@@ -135,16 +137,56 @@ class Experts:
 
         try:
             with progress_bars(console) as progress:
-                store = train_with_progress(*(make_net, dataset, self.out, progress, stop, log), **self.training())
+                store = train_with_progress(
+                    *(make_net, dataset, self.out, progress, stop, log),
+                    **self.training(),
+                )
         except Interrupted:
             console.print("stopped; the same command, without --overwrite, goes on")
             raise
         seconds = time.monotonic() - began
         console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {self.out}")
 
+    def _import(self, console: rich.console.Console) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
+        if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ValueError(f"{flags}: expected none with --import, which trains nothing")
+        if self.zca and self.no_zca:
+            raise ValueError("--zca, --no-zca: expected one of them at most")
+        store = ExpertStore.import_replay_buffers(
+            *(self.replay_buffers, self._imported(replay_buffer_shapes(self.replay_buffers[0])), self.out),
+            **{"dtype": self.dtype, "dataset": self.dataset, "overwrite": self.overwrite},
+            zca=(self.zca or None) if not self.no_zca else False,
+        )
+        console.print(f"{len(store)} experts of {store.epochs} epochs imported: {self.out}")
+
+    def _imported(self, shapes: list[tuple[int, ...]]) -> nn.Module:
+        """The network whose parameters have these shapes, as far as they and the options say which it is."""
+        channels, classes, side = SHAPES[self.dataset or "cifar10"]
+        if len(shapes[0]) == 4:
+            channels = shapes[0][1]
+        if len(shapes[-1]) == 1:
+            classes = shapes[-1][0]
+        sizes, sides = {"width": self.width, "depth": self.depth}, [side]
+        if self.net == "convnet" and len(shapes) > 1 and len(shapes[0]) == 4 and len(shapes[-2]) == 2:
+            found = {"width": shapes[0][0], "depth": sum(len(shape) == 4 for shape in shapes)}
+            sizes = {name: found[name] if given is None else given for name, given in sizes.items()}
+            # whatever image leaves the classifier so many features has the same parameters
+            left = math.isqrt(shapes[-2][1] // max(found["width"], 1))
+            sides.insert(0, (left << found["depth"]) - (4 if channels == 1 else 0))
+        if self.image_size is not None:
+            sides = [self.image_size]
+        nets = []
+        for side in sides:
+            nets.append(make(self.net, channels, classes, max(side, 1), norm=self.norm, **sizes))
+            if [tuple(p.shape) for p in nets[-1].parameters()] == shapes:
+                return nets[-1]
+        return nets[0]  # the import says what of it differs
+
 
 def train_with_progress(
-    make_net: Callable[[], ConvNet],
+    make_net: Callable[[], nn.Module],
     dataset: Dataset,
     path: Path,
     progress: rich.progress.Progress,

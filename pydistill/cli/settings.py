@@ -11,6 +11,7 @@ from pydistill.data import Dataset, load
 from pydistill.nn import ConvNet
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap", "vit"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ SETTINGS: dict[str, Setting] = {
     "cifar10": _PAPERS,
     "cifar100": _PAPERS,
     "image-folder": replace(_PAPERS, batch_train=32),  # or an epoch of a few hundred pictures has a step or two
+}
+
+
+# channels, classes and pixels a side of the sets' images as they are read; an image folder's are the user's
+SHAPES = {
+    "digits": (1, 10, 16),
+    "fashion-mnist": (1, 10, 28),
+    "cifar10": (3, 10, 32),
+    "cifar100": (3, 100, 32),
+    "image-folder": (3, 10, 32),
 }
 
 

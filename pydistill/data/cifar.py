@@ -49,7 +49,7 @@ def _read_cifar_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     if not isinstance(labels, list) or len(labels) != len(data) or not all(label in range(classes) for label in labels):
         raise ValueError(f"{path}: expected {wanted}; got other '{key}' for its {len(data)} images")
     images = torch.from_numpy(data.reshape(-1, 3, 32, 32).astype(np.float32)).div_(255)
-    return images, torch.tensor(labels, dtype=torch.int64)
+    return images, torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def _read_cifar(path: Path, wanted: str) -> dict[str, Any]:

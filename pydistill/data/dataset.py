@@ -105,7 +105,7 @@ class Dataset:
             members = (self.train_labels == label).nonzero()[:, 0]
             if len(members) < ipc:
                 raise ValueError(f"ipc: expected at most {len(members)}, the training images of {name!r}, got {ipc}")
-            order = members[torch.randperm(len(members), generator=generator).to(members.device)]
+            order = members[torch.randperm(len(members), generator=generator, device="cpu").to(members.device)]
             if preferred is not None:
                 order = torch.cat([order[preferred[order]], order[~preferred[order]]])
             chosen.append(order[:ipc])

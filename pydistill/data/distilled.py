@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pydistill._atomic import write_atomic
+from pydistill._torch_files import read_torch
 from pydistill.data.dataset import Dataset
 from pydistill.data.files import read_safetensors, write_safetensors
 from pydistill.data.normalisation import renormalise
@@ -68,6 +69,9 @@ class DistilledSet:
                 raise ValueError(f"{name}: expected float32 [{channels}], got {_describe(value)}")
         if not isinstance(self.lr, float):
             raise ValueError(f"lr: expected a float, got {type(self.lr).__name__}")
+        if self.zca is not None and self.zca.mean.shape != self.images.shape[1:]:
+            wanted = list(self.images.shape[1:])
+            raise ValueError(f"zca: expected a whitening of images {wanted}, got one of {list(self.zca.mean.shape)}")
 
     def pixels(self) -> Tensor:
         """The images as pixels clamped to ``[0, 1]``, ``[N, C, H, W]``."""
@@ -84,7 +88,7 @@ class DistilledSet:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, atomically, with the configuration as JSON in its metadata."""
         tensors = {"images": self.images, "labels": self.labels, "mean": self.mean, "std": self.std}
-        tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64, device="cpu")
         if self.zca is not None:
             tensors |= {f"zca_{name}": tensor for name, tensor in self.zca.tensors().items()}
         write_safetensors(path, tensors, "distilled", self.config, label_kind=self.label_kind)
@@ -139,7 +143,11 @@ class DistilledSet:
             FileExistsError: one of the files is there, and ``overwrite`` is not given.
         """
         folder = Path(folder)
-        tensors = {"images": self.images, "labels": self.labels, "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        tensors = {
+            "images": self.images,
+            "labels": self.labels,
+            "lr": torch.tensor(self.lr, dtype=torch.float64, device="cpu"),
+        }
         about = folder / EXPORT_HEADER
         for path in (about, *(folder / f"{name}.pt" for name in tensors)):
             if path.exists() and not overwrite:
@@ -169,8 +177,8 @@ class DistilledSet:
         """Reads a folder that `export`, a method repository (MTT, FTD, DATM) or a baseline of DD-Ranking has filled.
 
         It has ``images.pt``, ``labels.pt`` and possibly ``lr.pt``, or the same with ``_best`` before the dot. They are
-        read by ``torch.load(weights_only=True)``, which runs no code. What is given here goes before what the folder
-        says.
+        read by ``torch.load(weights_only=True)``, which runs no code, once the checksums of their archives are
+        verified. What is given here goes before what the folder says.
 
         Args:
             folder: with the files.
@@ -180,8 +188,9 @@ class DistilledSet:
 
         Raises:
             FileNotFoundError: the images or the labels are missing.
-            ValueError: a file is truncated or holds something else, named with what was expected; or nothing says what
-                the mean and deviation, the learning rate, or the kind of floating-point labels are.
+            ValueError: a file is truncated, damaged or holds something else, such as numbers that are not finite or
+                classes below 0, named with what was expected; or nothing says what the mean and deviation, the learning
+                rate, or the kind of floating-point labels are.
         """
         folder = Path(folder)
         ending = "" if (folder / "images.pt").exists() or not (folder / "images_best.pt").exists() else "_best"
@@ -202,13 +211,15 @@ class DistilledSet:
             label_kind = header.get("label_kind") if labels.is_floating_point() else "hard"
         if label_kind is None:
             raise ValueError(
-                f"label_kind: expected 'logits' or 'probs', which {folder} does not say of its soft labels"
+                f"label_kind: expected 'logits' or 'probs' (--label-kind), {folder} does not say which its labels are"
             )
-        space = (torch.tensor(each, dtype=torch.float32) for each in (mean, std))
+        space = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (mean, std))
         labels = labels.float() if labels.is_floating_point() else labels.long()
+        if label_kind == "hard" and labels.numel() and labels.min() < 0:
+            place = folder / f"labels{ending}.pt"
+            raise ValueError(f"{place}: expected classes from 0 on, got {int(labels.min())}")
+        whitening = _read_whitening(folder / "zca.pt") if (folder / "zca.pt").exists() else None
         try:
-            zca = folder / "zca.pt"
-            whitening = ZCA(**torch.load(zca, weights_only=True)) if zca.exists() else None
             return cls(images.float(), labels, float(lr), *space, header.get("config", {}), label_kind, whitening)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
@@ -216,16 +227,31 @@ class DistilledSet:
 
 def _read_tensor(path: Path) -> Tensor:
     wanted = "a tensor that torch.save wrote"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected {wanted}; the file is truncated or foreign ({reason})") from error
+    tensor = read_torch(path, wanted)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path}: expected {wanted}; got a {type(tensor).__name__}")
+    _check_finite(path, tensor)
     return tensor.detach()
+
+
+def _read_whitening(path: Path) -> ZCA:
+    wanted = "mean, matrix and inverse_matrix of a ZCA, as DistilledSet.export writes them"
+    tensors = read_torch(path, wanted)
+    names = {"mean", "matrix", "inverse_matrix"}
+    is_whitening = isinstance(tensors, dict) and tensors.keys() == names
+    if not is_whitening or not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise ValueError(f"{path}: expected {wanted}; got something else")
+    for tensor in tensors.values():
+        _check_finite(path, tensor)
+    try:
+        return ZCA(**tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected {wanted}; {error}") from error
+
+
+def _check_finite(path: Path, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{path}: expected finite numbers, got some that are not")
 
 
 def _read_export_header(path: Path) -> dict[str, Any]:

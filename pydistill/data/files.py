@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -21,20 +24,25 @@ def write_safetensors(
 ) -> None:
     """Writes tensors to a safetensors file, atomically, with a JSON object under ``pydistill`` in its metadata.
 
-    The object has ``kind``, ``version``, ``config`` and what ``more`` adds. Equal content gives equal bytes.
+    The object has ``kind``, ``version``, ``config``, what ``more`` adds, and ``crc32`` of all that and of the tensors,
+    which safetensors itself has no checksum of. Equal content gives equal bytes.
     """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since safetensors puts several in an order that changes from process to process.
-    header = {"pydistill": json.dumps({"kind": kind, "version": 1, "config": config, **more})}
+    about = {"kind": kind, "version": 1, "config": config, **more}
+    header = {"pydistill": json.dumps(about | {"crc32": _crc32(about, content)})}
     write_atomic(path, safetensors_bytes(content, header))
 
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `write_safetensors` wrote: the tensors, and the object with the configuration under ``config``.
 
+    A file without a checksum, as earlier versions wrote it, is read as it stands.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, is not a safetensors file, or is marked as something else than ``kind``.
+        ValueError: the file is truncated or damaged, is not a safetensors file, or is marked as something else than
+            ``kind``.
     """
     path, wanted = Path(path), f"a pydistill file of kind {kind!r}, version 1"
     if not path.is_file():
@@ -52,4 +60,15 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
         raise ValueError(f"{path}: expected {wanted}; its metadata lacks that ({error!r})") from error
     if (found, version) != (kind, 1) or not isinstance(config, dict):
         raise ValueError(f"{path}: expected {wanted}; got {found!r}, version {version}")
+    checksum = header.pop("crc32", None)
+    if checksum is not None and checksum != (got := _crc32(header, tensors)):
+        raise ValueError(f"{path}: expected {wanted}; it is damaged: expected crc32 {checksum}, got {got}")
     return tensors, header
+
+
+def _crc32(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    checksum = zlib.crc32(json.dumps(about).encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum

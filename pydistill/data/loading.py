@@ -76,7 +76,7 @@ def _load_digits(image_size: int) -> Dataset:
     images = torch.from_numpy(np.ascontiguousarray(raw.images, dtype=np.float32))[:, None] / 16  # [1797, 1, 8, 8]
     images = torch.nn.functional.interpolate(images, size=image_size, mode="bilinear", align_corners=False)
     labels = torch.from_numpy(np.ascontiguousarray(raw.target, dtype=np.int64))
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    is_test = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(10):
         is_test[(labels == label).nonzero()[::5, 0]] = True
     train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
@@ -153,7 +153,7 @@ def _load_image_folder(folder: Path, image_size: int) -> Dataset:
             loaded = [picture for picture, _ in pictures]
         except (OSError, SyntaxError) as error:  # pillow raises either for a file that is not a whole picture
             raise ValueError(f"{part}: expected a folder of pictures for each class: {error}") from error
-        parts.append((torch.stack(loaded), torch.tensor(pictures.targets, dtype=torch.int64)))
+        parts.append((torch.stack(loaded), torch.tensor(pictures.targets, dtype=torch.int64, device="cpu")))
         classes.append(pictures.classes)
     if classes[0] != classes[1]:
         differing = sorted(set(classes[0]) ^ set(classes[1]))

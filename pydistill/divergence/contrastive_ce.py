@@ -57,7 +57,8 @@ def contrastive_ce(
         symmetric: the mean of both directions; wants k.
         exclude_self: query i does not see key i; wants as many keys as queries.
         normalise: divide rows by their length first.
-        reduction: "mean" over the queries that have a positive, "sum", or "none": a query that has none counts zero.
+        reduction: "mean" over the queries that have a positive (NaN where none has), "sum", or "none": a query that has
+            none counts zero.
 
     Returns:
         A scalar, or ``[B]`` for reduction "none"; in float32 or float64.

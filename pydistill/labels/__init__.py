@@ -2,6 +2,7 @@
 
 from pydistill.labels.dataset import SoftLabelDataset, StoredBatches, collate_soft_labels
 from pydistill.labels.fkd import import_fkd
+from pydistill.labels.gradient_error import GradientError
 from pydistill.labels.lora import LoRAConv, LoRALinear, add_lora, lora_logits
 from pydistill.labels.projector import Projector, feature_distance, open_clip_encoder
 from pydistill.labels.records import CROP_BYTES
@@ -11,6 +12,7 @@ from pydistill.ops.sparse_label_loss import sparse_label_loss
 
 __all__ = [
     "CROP_BYTES",
+    "GradientError",
     "LoRAConv",
     "LoRALinear",
     "Projector",

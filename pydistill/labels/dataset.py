@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class SoftLabelDataset(Dataset):
         for epoch in range(epochs):
             data.set_epoch(epoch)
             for images, labels in loader:
-                ...  # replay labels.records on the images
+                images = multi_crop(images, labels.crops(), 224)
                 loss = labels.loss(student(images))
 
     Workers may be forked, spawned and persistent: the epoch is in shared memory. `set_epoch` is called between
@@ -50,7 +51,7 @@ class SoftLabelDataset(Dataset):
         if store._writable:
             raise ValueError(f"store: expected one that is open for reading, {store.path} is open for writing")
         self.images, self.store = images, store
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self.set_epoch(epoch)
 
     @property
@@ -71,16 +72,21 @@ class SoftLabelDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, SoftLabels]:
         """The image and a `SoftLabels` of one row."""
-        return None if self.images is None else self.images[index], self.store.read(self.epoch, [index])
+        return None if self.images is None else self.images[index], self._read([index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Any, SoftLabels]:
         """A batch at once, which torch's loader asks for where it can."""
-        labels = self.store.read(self.epoch, indices)
+        labels = self._read(indices)
         if self.images is None:
             return None, labels
         if isinstance(self.images, Tensor):
             return self.images[labels.images], labels
         return default_collate([self.images[index] for index in indices]), labels
+
+    def _read(self, indices: list[int]) -> SoftLabels:
+        epoch = self.epoch
+        places = torch.from_numpy(self.store.places(epoch, indices))
+        return replace(self.store.read(epoch, indices), places=places)
 
 
 def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:
@@ -88,17 +94,15 @@ def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabe
     if isinstance(batch, tuple):
         return batch
     images, labels = zip(*batch, strict=True)
-    parts = (torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows"))
-    return None if images[0] is None else default_collate(list(images)), SoftLabels(
-        *parts, labels[0].layout, labels[0].epoch
-    )
+    parts = {name: torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows", "places")}
+    return None if images[0] is None else default_collate(list(images)), replace(labels[0], **parts)
 
 
 class StoredBatches(Sampler[list[int]]):
     """The batches of a data set's current epoch as they were written, in that order: a loader's ``batch_sampler``.
 
-    Where images were mixed within their batch, records name places in these batches. Any other sampler serves as well
-    where they were not.
+    Where images were mixed within their batch (mixup, cutmix), their partners are in these batches, and
+    `SoftLabels.crops` refuses others that lack one. Any other sampler serves as well where they were not.
     """
 
     def __init__(self, data: SoftLabelDataset):

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill._torch_files import read_torch
 from pydistill.labels._reader import Format
 from pydistill.labels.records import CROP_BYTES, crop_record
 from pydistill.labels.store import SoftLabelStore
 
 __all__ = ["import_fkd"]
 
+_FAITHFUL: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BATCH = "a batch of FKD labels: [coords, flip, mix_index, lam, bbox, logits] that torch.save wrote"
 
 
@@ -29,7 +31,7 @@ def import_fkd(
     out_size: int = 224,
     seed: int = 42,
     order: Sequence[Sequence[int]] | None = None,
-    format: Format = "topk8",
+    format: Format | None = None,
     k: int = 10,
     temperature: float = 20.0,
     metadata: Mapping[str, Any] | None = None,
@@ -41,7 +43,8 @@ def import_fkd(
     ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Crops, flips, mixup and
     cutmix become records of `pydistill.augment.multi_crop`, which `SoftLabels.crops` returns; their sources are places
     in a batch, so batches stay together: see `SoftLabelStore.batches`. (That code resizes 8-bit images by PIL, which
-    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``.
+    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``, once the
+    checksums of their archives are verified.
 
     Args:
         folder: with the folders of the epochs.
@@ -50,7 +53,10 @@ def import_fkd(
         out_size: height and width that crops are resized to (``--input-size``), in which cutmix boxes are.
         seed: of the permutations.
         order: the images of each epoch in the order of its labels, instead of those of the seed.
-        format, k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20.
+        format: None keeps every bit of the files' logits: "fp32", "fp16" or "bf16", as they are saved. The others lose
+            some, as `SoftLabelStore.gradient_error` says.
+        k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20, where the
+            gradient comes from all classes: the top 10 of 1,000 keep next to nothing of it.
 
     Returns:
         The store, open for reading; its metadata say besides that it was imported, and with which seed.
@@ -58,7 +64,8 @@ def import_fkd(
     Raises:
         FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
         FileNotFoundError: an epoch or a batch is missing; names it.
-        ValueError: a file is truncated, foreign, or does not fit the first; names it. No store is made then.
+        ValueError: a file is truncated, foreign, damaged, does not fit the first, or has logits of more bits; names it.
+            No store is made then.
     """
     folder, path = Path(folder), Path(path)
     check_replaceable(path, overwrite)
@@ -66,6 +73,11 @@ def import_fkd(
     first, last = (_load(folder / "epoch_0" / f"batch_{b}.tar") for b in (0, batches - 1))
     (batch_size, num_classes), rest = first[-1].shape, len(last[-1])
     num_images = batch_size * (batches - 1) + rest
+    dtype = first[-1].dtype
+    if format is None and dtype not in _FAITHFUL:
+        raise ValueError(
+            f"{folder / 'epoch_0' / 'batch_0.tar'}: logits: expected float32, float16 or bfloat16, got {dtype}"
+        )
     with (
         replacing(path, "import") as partial,
         SoftLabelStore.create(
@@ -73,7 +85,7 @@ def import_fkd(
             num_images=num_images,
             num_classes=num_classes,
             epochs=epochs,
-            format=format,
+            format=format or _FAITHFUL[dtype],
             k=k,
             temperature=temperature,
             record_bytes=CROP_BYTES * (1 if first[2] is None else 2),
@@ -90,6 +102,8 @@ def import_fkd(
                 file = here / f"batch_{batch}.tar"
                 ids = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
                 logits, records = _convert(file, len(ids), num_classes, image_size, out_size)
+                if format is None and logits.dtype != dtype:
+                    raise ValueError(f"{file}: logits: expected {dtype} as the first file has, got {logits.dtype}")
                 try:
                     store.write(epoch, ids, logits, records)
                 except ValueError as error:
@@ -113,18 +127,7 @@ def _orders(num_images: int, epochs: int, seed: int) -> Any:
 
 
 def _load(file: Path) -> list[Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected {_BATCH}; found no file")
-    # the numbers of a box are NumPy's, whose pickles name this function; it makes numbers and runs no code
-    scalar = np.float64(0).__reduce__()[0]
-    harmless = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    harmless += [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: expected {_BATCH}; it is truncated or foreign ({reason})") from error
+    content = read_torch(file, _BATCH)
     if not isinstance(content, list) or len(content) != 6:
         raise ValueError(f"{file}: expected {_BATCH}; got something else")
     coords, flip, logits = content[0], content[1], content[5]
@@ -145,7 +148,7 @@ def _convert(file: Path, n: int, num_classes: int, image_size: int, out_size: in
     crops = (coords * image_size).round()
     if (crops < 0).any() or (crops[:, 2:] < 1).any() or (crops[:, :2] + crops[:, 2:] > image_size).any():
         raise ValueError(f"{file}: coords: expected crops of images of {image_size}, got some that are not inside")
-    parts = [crop_record(crops, flip, torch.arange(n), out_size)]
+    parts = [crop_record(crops, flip, torch.arange(n, device="cpu"), out_size)]
     if mix_index is not None:
         if not ((mix_index >= 0) & (mix_index < n)).all():
             raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")

@@ -65,8 +65,10 @@ class Projector(nn.Module):
         self.encoder = add_lora(encoder, rank) if rank else copy.deepcopy(encoder).requires_grad_(False).eval()
         C, d = class_embeddings.shape
         self.register_buffer("W", temperature * F.normalize(class_embeddings.detach(), dim=1))
-        self.A = nn.Parameter(torch.randn(teachers, head_rank, d).to(self.W) / d**0.5)
-        self.B = nn.Parameter(torch.zeros(teachers, C, head_rank).to(self.W))
+        self.A = nn.Parameter(
+            torch.randn(teachers, head_rank, d, dtype=torch.float32, device="cpu").to(self.W) / d**0.5
+        )
+        self.B = nn.Parameter(torch.zeros(teachers, C, head_rank, device="cpu").to(self.W))
 
     def train(self, mode: bool = True) -> Projector:
         super().train(mode)

@@ -40,7 +40,7 @@ def crop_record(
     """
     top, bottom, left, right = box or (0, out_size, 0, out_size)
     place = torch.tensor(
-        [0, 0, 0, top, left, bottom - top, right - left, alpha], dtype=torch.float32
+        [0, 0, 0, top, left, bottom - top, right - left, alpha], dtype=torch.float32, device="cpu"
     )  # no roll, no fit
     named = torch.cat([sources[:, None].float(), crops.float(), flips[:, None].float()], 1)
     return torch.cat([named, place.expand(len(crops), -1)], 1)

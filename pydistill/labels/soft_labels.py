@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _host
+from pydistill.labels import linear8
 from pydistill.labels._reader import RowLayout
 from pydistill.labels.records import unpack
 from pydistill.ops._rows import check_floating
@@ -20,6 +21,7 @@ from pydistill.ops.sparse_label_loss import of_checked
 __all__ = ["SoftLabels"]
 
 _SMALL = 1 << 18  # bytes
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class SoftLabels:
     A label of the formats "topk" and "topk8" is a distribution: k classes, their probabilities, and the mass of the
     other C - k classes, spread evenly over them (Dataset Reinforcement's "smooth", Faghri et al., ICCV 2023). The
     probabilities are stored relative to the largest, and add up to one minus the mass, which is stored in float32. A
-    label of the dense formats is a row of logits, or of probabilities, as it was written.
+    label of the other formats is a row of logits, or of probabilities, as it was written or nearly so.
 
     Attributes:
         images: int64 ``[B]``.
@@ -37,6 +39,9 @@ class SoftLabels:
         layout: what these bytes mean.
         epoch: which the labels are of.
         device: where decoded labels go.
+        classifier: weight ``[C, D]`` and bias ``[C]``, float32, of "features8".
+        places: of labels that came through a `SoftLabelDataset`, int64 ``[B]``: which block they stand in, and where,
+            as `LabelReader.places` gives it.
     """
 
     images: Tensor
@@ -44,16 +49,19 @@ class SoftLabels:
     layout: RowLayout
     epoch: int
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    classifier: tuple[Tensor, Tensor] | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes a small batch goes as its bytes: a tensor takes a shared-memory file of its own."""
+        rest = self.layout, self.epoch, self.device, self.classifier
         if self.rows.numel() > _SMALL:
-            return SoftLabels, (self.images, self.rows, self.layout, self.epoch, self.device)
-        arrays = self.images.cpu().numpy(), self.rows.cpu().numpy()
-        return _from_bytes, (*(array.tobytes() for array in arrays), self.layout, self.epoch, self.device)
+            return SoftLabels, (self.images, self.rows, *rest, self.places)
+        arrays = [None if each is None else each.numpy().tobytes() for each in (self.images, self.rows, self.places)]
+        return _from_bytes, (*arrays, *rest)
 
     @property
     def records(self) -> Tensor:
@@ -64,10 +72,37 @@ class SoftLabels:
     def crops(self) -> Tensor:
         """Records that `write` got from `pydistill.augment.MultiCrop`: float32 ``[B, P, 14]``, as `multi_crop` takes.
 
+        What came through a `SoftLabelDataset` names places in its own batch, in whatever order that was drawn. What
+        `SoftLabelStore.read` gave says what was written: places in the written batch, or images of the set, as the
+        store's ``sources`` say.
+
         Raises:
-            ValueError: the records are of another length than those.
+            ValueError: the records are of another length than those; or an image was mixed with one that is not in the
+                batch, as happens in a shuffled loader: take `StoredBatches`.
         """
-        return unpack(self.records).to(self.device)
+        record = unpack(self.records)
+        if self.places is not None and len(record):
+            record[..., 0] = self._in_batch(record[..., 0].long()).float()
+        return record.to(self.device)
+
+    def _in_batch(self, sources: Tensor) -> Tensor:
+        """Where in this batch the sources ``[B, P]`` of its records are."""
+        assert self.places is not None
+        size = self.layout.batch_size
+        if self.layout.sources == "images":
+            have = self.images
+        else:
+            have, sources = self.places, self.places[:, None] // size * size + sources
+        ascending, order = have.sort()
+        found = torch.searchsorted(ascending, sources).clamp(max=len(have) - 1)
+        missing = (ascending[found] != sources).any(1)
+        if missing.any():
+            raise ValueError(
+                f"records: image {int(self.images[missing][0])} was mixed with an image of the batch that it was "
+                f"labelled in, which is not in this one of {len(self)}: labels of mixed images are read in the batches "
+                "that were written, DataLoader(data, batch_sampler=StoredBatches(data), ...), and not shuffled"
+            )
+        return order[found]
 
     @property
     def indices(self) -> Tensor:
@@ -86,13 +121,27 @@ class SoftLabels:
 
     @property
     def dense(self) -> Tensor:
-        """The logits or probabilities of the dense formats, float16 or bfloat16 ``[B, C]``; a view on the CPU."""
-        if self.layout.k:
-            raise ValueError(
-                f"dense: expected labels in fp16 or bf16, got {self.layout.format}; densify() makes them so"
-            )
-        dtype = torch.float16 if self.layout.format == "fp16" else torch.bfloat16
-        return self.rows[:, : self.layout.label_bytes].view(dtype).to(self.device)
+        """The logits or probabilities of all but the top-k formats, ``[B, C]``.
+
+        In the dtype that "fp32", "fp16" and "bf16" say, a view on the CPU; in float32 of "logits8" and "features8".
+        """
+        layout = self.layout
+        if layout.k:
+            raise ValueError(f"dense: expected labels of all classes, got {layout.format}; densify() makes them so")
+        if not layout.group:
+            return self.rows[:, : layout.label_bytes].view(DTYPES[layout.format]).to(self.device)
+        numbers = linear8.unpack(self.rows, layout.codes, layout.group, self.device)
+        if self.classifier is None:
+            return numbers
+        weight, bias = (each.to(self.device) for each in self.classifier)
+        return torch.addmm(bias, numbers, weight.T)
+
+    @property
+    def features(self) -> Tensor:
+        """What "features8" keeps of the teacher's penultimate features, float32 ``[B, D]``."""
+        if not self.layout.features:
+            raise ValueError(f"features: expected labels in features8, got {self.layout.format}")
+        return linear8.unpack(self.rows, self.layout.codes, self.layout.group, self.device)
 
     @cached_property
     def _topk(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +182,7 @@ class SoftLabels:
 
         Args:
             logits: floating ``[B, C]``, the student's for the images as the records make them.
-            T: by default, and for all but dense logits necessarily, the temperature that the store was made with.
+            T: by default, and for all but logits necessarily, the temperature that the store was made with.
             scale_T2: whether to multiply by T^2.
             reduction: "batchmean" (the mean over rows), "sum" or "none".
 
@@ -152,7 +201,7 @@ class SoftLabels:
             return of_checked(logits, self.indices, self.values, T, scale_T2=scale_T2, reduction=reduction)
         return kd_divergence(
             logits,
-            self.dense.to(logits.dtype),
+            self.dense,
             kind="fkl",
             T=T,
             target_is=self.layout.target,
@@ -169,7 +218,8 @@ class SoftLabels:
         return self
 
     def __getitem__(self, rows: slice | Tensor) -> SoftLabels:
-        return replace(self, images=self.images[rows], rows=self.rows[rows])
+        places = None if self.places is None else self.places[rows]
+        return replace(self, images=self.images[rows], rows=self.rows[rows], places=places)
 
     def _temperature(self, T: float | None) -> float:
         made = self.layout.temperature
@@ -180,7 +230,16 @@ class SoftLabels:
         return T
 
 
-def _from_bytes(images: bytes, rows: bytes, layout: RowLayout, epoch: int, device: torch.device) -> SoftLabels:
-    ids = np.frombuffer(bytearray(images), np.int64)
-    found = np.frombuffer(bytearray(rows), np.uint8).reshape(len(ids), layout.row_bytes)
-    return SoftLabels(torch.from_numpy(ids), torch.from_numpy(found), layout, epoch, device)
+def _from_bytes(
+    images: bytes,
+    rows: bytes,
+    places: bytes | None,
+    layout: RowLayout,
+    epoch: int,
+    device: torch.device,
+    classifier: tuple[Tensor, Tensor] | None,
+) -> SoftLabels:
+    ids = torch.from_numpy(np.frombuffer(bytearray(images), np.int64))
+    found = torch.from_numpy(np.frombuffer(bytearray(rows), np.uint8).reshape(len(ids), layout.row_bytes))
+    here = None if places is None else torch.from_numpy(np.frombuffer(bytearray(places), np.int64))
+    return SoftLabels(ids, found, layout, epoch, device, classifier, here)

@@ -1,9 +1,11 @@
-"""Soft labels of every epoch and image, with what replays their augmentation, in one memory-mapped file."""
+"""Soft labels of every epoch and image, with what replays their augmentation, in one file."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,31 +15,41 @@ from torch import Tensor
 
 from pydistill import _host
 from pydistill._atomic import PathLike, check_replaceable, replacing
-from pydistill._mapped_file import check_of
-from pydistill.labels._reader import ENTRY, FORMATS, Format, LabelReader
+from pydistill._store_file import check_of
+from pydistill.labels import gradient_error, linear8
+from pydistill.labels._reader import CLASSIFIER, FORMATS, ROW_STEP, Format, LabelReader, Sources
+from pydistill.labels.gradient_error import GradientError
 from pydistill.labels.records import pack
-from pydistill.labels.soft_labels import SoftLabels
+from pydistill.labels.soft_labels import DTYPES, SoftLabels
 
 __all__ = ["SoftLabelStore"]
 
-STEP = 1 / 16  # of "topk8": 255 steps reach e^-15.9 of the largest probability, and round by 3 % at most
+STEP = 1 / 16  # of "topk8", at most: 255 steps reach e^-15.9 of the largest probability, and round by 3 % at most
+
+_TELL = 0.1  # an error from which on a store that is being written says it aloud
+_log = logging.getLogger("pydistill")
 
 
 class SoftLabelStore(LabelReader):
     """The product of relabelling (FKD: Shen and Xing, ECCV 2022; SRe2L: Yin et al., NeurIPS 2023), epoch by epoch.
 
-    =========  =========================================================  ==============================
-    format     what is kept of a label                                    bytes (C = 1000, k = 10)
-    =========  =========================================================  ==============================
-    "fp16"     the logits, or the probabilities                           2 C             (2000)
-    "bf16"     the same, in bfloat16                                      2 C             (2000)
-    "topk"     k classes and the mass of the others, float16              4 + 4 k         (44)
-    "topk8"    the same, with logarithms in 8 bits                        4 + 3 k         (34)
-    =========  =========================================================  ==============================
+    ===========  =============================================================  ==========================
+    format       what is kept of a label                                        bytes (C = 1000, k = 10)
+    ===========  =============================================================  ==========================
+    "fp32"       the logits, or the probabilities                               4 C                 (4000)
+    "fp16"       the same, in float16                                           2 C                 (2000)
+    "bf16"       the same, in bfloat16                                          2 C                 (2000)
+    "logits8"    the logits in 8 bits, on a line of their own for 32 classes    C + 4 ceil(C / 32)  (1128)
+    "features8"  the teacher's D features in 8 bits; its last layer once        D + 4       (516 of D=512)
+    "topk"       k classes and the mass of the others, float16                  4 + 4 k               (44)
+    "topk8"      the same, with logarithms in 8 bits                            4 + 3 k               (34)
+    ===========  =============================================================  ==========================
 
-    A label takes 4 bytes besides for the number of its image, and a block of ``batch_size`` labels 16 for its
-    checksums. `SoftLabels` says what a top-k label means. Dense logits serve any temperature; top-k labels are
-    probabilities at the one that the store is made with.
+    A label takes 4 bytes besides for the number of its image, and a block of ``batch_size`` labels 24 for its
+    checksums and errors. `SoftLabels` says what a top-k label means. Logits, and features, serve any temperature; top-k
+    labels are probabilities at the one that the store is made with. What a format costs depends on that temperature:
+    `gradient_error` is measured while labels are written. The top-k formats lose most of the gradient where T is high,
+    for there the classes that they leave out make it.
 
     Reading touches the rows asked for and, the first time that an object meets a block, that block, whose checksum it
     verifies. A store is a context manager, and closes its file; one open for reading can be pickled, which opens it
@@ -50,6 +62,7 @@ class SoftLabelStore(LabelReader):
         images: int64, ascending, the images that have labels in this file: all, or those of a shard.
         blocks: blocks an epoch.
         layout: what the bytes of a row mean.
+        version: of the file; those of version 1 say nothing of their gradient error.
 
     Args:
         path: a file that `create`, `merge` or `import_fkd` made.
@@ -71,6 +84,7 @@ class SoftLabelStore(LabelReader):
     target: Literal["logits", "probs"]
     record_bytes: int
     metadata: dict[str, Any]
+    _told = False
 
     @classmethod
     def open(cls, path: PathLike, *, writable: bool = False) -> SoftLabelStore:
@@ -85,11 +99,13 @@ class SoftLabelStore(LabelReader):
         num_images: int,
         num_classes: int,
         epochs: int,
-        format: Format = "topk8",
+        format: Format = "fp16",
         k: int = 10,
         temperature: float = 1.0,
         target: Literal["logits", "probs"] = "logits",
+        classifier: tuple[Tensor, Tensor | None] | None = None,
         record_bytes: int = 0,
+        sources: Sources = "batch",
         batch_size: int = 1024,
         images: Sequence[int] | np.ndarray | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -103,9 +119,13 @@ class SoftLabelStore(LabelReader):
             format: see the class.
             k: classes kept, 1 to num_classes; of the top-k formats only.
             temperature: at which the labels are trained on, and top-k probabilities are taken of logits.
-            target: what `write` gets: "logits", or "probs" at that temperature.
+            target: what `write` gets: "logits", or "probs" at that temperature. The formats in 8 bits that keep all
+                classes take logits.
+            classifier: of "features8", and of that format only: the weight ``[num_classes, D]`` and the bias
+                ``[num_classes]`` (or None) of the teacher's last layer, kept as float32. `write` gets its inputs.
             record_bytes: bytes of an image's augmentation, stored as they come; ``CROP_BYTES`` (29) for each part of
                 the records of `pydistill.augment.multi_crop`, of which mixup and cutmix have two.
+            sources: what the records of multi_crop name: places in the "batch" that is written, or "images" of the set.
             batch_size: labels a `write`; all but an epoch's last have as many.
             images: those of a shard, which `merge` joins with others; by default all.
             metadata: what JSON can hold: teacher, data set, seed.
@@ -113,7 +133,8 @@ class SoftLabelStore(LabelReader):
 
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
-            ValueError: a number is out of range, or an unknown format or target.
+            ValueError: a number is out of range, an unknown format, target or sources, or a classifier that does not
+                fit.
         """
         _check_at_least(1, num_images=num_images, num_classes=num_classes, epochs=epochs, batch_size=batch_size)
         _check_at_least(0, record_bytes=record_bytes)
@@ -123,7 +144,14 @@ class SoftLabelStore(LabelReader):
             raise ValueError(f"target: expected 'logits' or 'probs', got {target!r}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        sparse = format.startswith("topk")
+        if sources not in ("batch", "images"):
+            raise ValueError(f"sources: expected 'batch' or 'images', got {sources!r}")
+        if target == "probs" and format in ("logits8", "features8"):
+            raise ValueError(f"target: expected 'logits' for {format!r}, got 'probs'")
+        layer = _check_classifier(classifier, format, num_classes)
+        sparse, features = format.startswith("topk"), layer[0].shape[1] if layer else 0
+        fixed = b"".join(each.numpy().tobytes() for each in layer)
+        flags = {"topk8": [ROW_STEP], "features8": [CLASSIFIER]}.get(format, [])
         if sparse and not 1 <= k <= num_classes:
             raise ValueError(f"k: expected 1 to the {num_classes} classes, got {k}")
         if sparse and num_classes > 65536:
@@ -138,15 +166,20 @@ class SoftLabelStore(LabelReader):
             "format": format,
             "k": int(k) if sparse else 0,
             "step": STEP if format == "topk8" else 0.0,
+            "group": {"logits8": linear8.CLASSES, "features8": features}.get(format, 0),
+            "features": features,
+            "classifier_crc32": _host.crc32(np.frombuffer(fixed, np.uint8)),
+            "flags": flags,
             "target": target,
             "temperature": float(temperature),
             "record_bytes": int(record_bytes),
+            "sources": sources,
             "images": shard,
             "metadata": dict(metadata or {}),
         }
         path = Path(path)
         check_replaceable(path, overwrite)
-        cls._make(path, header)
+        cls._make(path, header, fixed)
         return cls(path, writable=True)
 
     def write(
@@ -163,23 +196,25 @@ class SoftLabelStore(LabelReader):
         Args:
             epoch: 0..epochs - 1, in any order.
             images: ``batch_size`` different ones without labels at this epoch, or all that are left of them.
-            labels: ``[n, num_classes]``, finite: logits or probabilities, as ``target`` says. Taken as float32.
+            labels: ``[n, num_classes]``, finite: logits or probabilities, as ``target`` says; of "features8" the
+                classifier's inputs ``[n, D]``. Taken as float32.
             records: uint8 ``[n, record_bytes]``, or float32 ``[n, P, 14]`` of `pydistill.augment.MultiCrop`, which
                 `SoftLabels.crops` gives back to the bit.
 
         Raises:
             IndexError: there is no such epoch or image.
             ValueError: the store is open for reading only, an argument is not as said, or a label is not finite, no
-                distribution, or too large for float16. Nothing is written then.
+                distribution, or too large for the format. Nothing is written then.
         """
         self._check_writable()
         self._check_epoch(epoch)
         ids = self._check_images(epoch, np.asarray(images))
         rows = np.zeros((len(ids), self.layout.row_bytes), np.uint8)
         size = self.layout.label_bytes
-        rows[:, :size] = self._encode(labels, len(ids))
+        values = self._check_labels(labels, len(ids))
+        rows[:, :size] = self._encode(values)
         rows[:, size : size + self.record_bytes] = self._check_records(records, len(ids))
-        self._append(epoch, ids, rows)
+        self._append(epoch, ids, rows, None if self.version == 1 else self._measure(values, rows))
 
     def read(self, epoch: int, images: Sequence[int] | np.ndarray | Tensor) -> SoftLabels:
         """The labels and records of some images at an epoch.
@@ -193,8 +228,35 @@ class SoftLabelStore(LabelReader):
             ValueError: a label is not there yet, or the block that it stands in is damaged.
         """
         ids = np.asarray(images)
-        rows = torch.from_numpy(self.rows(epoch, ids))
-        return SoftLabels(torch.from_numpy(ids.astype(np.int64)), rows, self.layout, epoch)
+        return self._labels(ids, self.rows(epoch, ids), epoch)
+
+    @property
+    def gradient_error(self) -> GradientError | None:
+        """What the format costs: see `GradientError`. The quadratic mean over what is written so far.
+
+        It was measured when the labels were written, on up to 64 of each batch, against the labels as they were given.
+        None where nothing is written, and for files of version 1.
+        """
+        if self.version == 1 or not self._whole.any():
+            return None
+        squares = [
+            np.square(self._table[name][self._whole].view(np.float32), dtype=float) for name in ("fresh", "near")
+        ]
+        known = ~np.isnan(squares[0])  # of shards of version 1 that were merged
+        return GradientError(*(float(np.sqrt(each[known].mean())) for each in squares)) if known.any() else None
+
+    @cached_property
+    def classifier(self) -> tuple[Tensor, Tensor] | None:
+        """Of "features8", float32: the weight ``[num_classes, D]`` and the bias ``[num_classes]`` that labels share.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        if not self.layout.features:
+            return None
+        numbers = torch.frombuffer(self.classifier_bytes(), dtype=torch.float32).share_memory_()  # with data loaders
+        weight, bias = numbers.split([numbers.numel() - self.num_classes, self.num_classes])
+        return weight.view(self.num_classes, -1), bias
 
     @classmethod
     def merge(cls, paths: Sequence[PathLike], path: PathLike, *, overwrite: bool = False) -> SoftLabelStore:
@@ -229,60 +291,106 @@ class SoftLabelStore(LabelReader):
             images = np.unique(np.concatenate([shard.images for shard in shards]))
             parts = [_parts(shards, epoch, images) for epoch in range(shards[0].epochs)]
             blocks = max(map(len, parts))
-            cls._make(partial, {**shards[0].header, "blocks": blocks, "images": _runs(images)})
+            fixed = bytes(shards[0].classifier_bytes()) if shards[0].layout.features else b""
+            cls._make(partial, {**shards[0].header, "blocks": blocks, "images": _runs(images)}, fixed)
             with cls(partial, writable=True) as store:
                 for epoch, blocks_of_epoch in enumerate(parts):
                     for shard, block in blocks_of_epoch:
-                        count = shard._count(epoch, block)
-                        store._append(epoch, shard._ids[epoch, block, :count], shard._rows[epoch, block, :count])
+                        ids, rows = shard._ids_of(epoch, block), shard._rows_of(epoch, block)
+                        store._append(epoch, ids, rows, shard._error_of(epoch, block))
         return cls(path)
 
     def __repr__(self) -> str:
         form = f"{self.format}, k={self.k}" if self.k else self.format
-        return f"SoftLabelStore({str(self.path)!r}, [{self.epochs}, {len(self)}, {self.num_classes}], {form})"
+        error = f", gradient error {error}" if (error := self.gradient_error) else ""
+        return f"SoftLabelStore({str(self.path)!r}, [{self.epochs}, {len(self)}, {self.num_classes}], {form}{error})"
 
-    def _append(self, epoch: int, ids: np.ndarray, rows: np.ndarray) -> None:
+    def _labels(self, ids: np.ndarray, rows: np.ndarray, epoch: int) -> SoftLabels:
+        images = torch.from_numpy(ids.astype(np.int64))
+        return SoftLabels(images, torch.from_numpy(rows), self.layout, epoch, classifier=self.classifier)
+
+    def _measure(self, values: Tensor, rows: np.ndarray) -> GradientError:
+        """Of some of a batch, evenly over it; says it where it is much, once for an object."""
+        some = np.linspace(0, len(rows) - 1, min(len(rows), gradient_error.ROWS)).astype(np.int64)
+        given, labels, kept = values[some].double(), self._labels(some, rows[some], 0), None
+        if self.target == "probs":
+            given /= given.sum(1, keepdim=True)
+            logarithms = given.clamp(min=1e-12).log()
+        else:
+            if labels.classifier is not None:
+                weight, bias = (each.double() for each in labels.classifier)
+                given, kept = (each @ weight.T + bias for each in (given, labels.features.double()))
+            elif not self.k:
+                kept = labels.dense.double()
+            logarithms = given / self.temperature
+            given = logarithms.softmax(1)
+        kept = labels.densify().double() if kept is None else (kept / self.temperature).softmax(1)
+        error = gradient_error.measure(given, kept, logarithms)
+        if max(error) >= _TELL and not self._told:
+            self._told = True
+            form = f"{self.format} with k={self.k} of {self.num_classes} classes" if self.k else self.format
+            _log.warning("%s: %s at temperature %g changes gradients by %s", self.path, form, self.temperature, error)
+        return error
+
+    def _error_of(self, epoch: int, block: int) -> GradientError:
+        if self.version == 1:
+            return GradientError(np.nan, np.nan)
+        return GradientError(*(float(self._table[name][epoch, block].view(np.float32)) for name in ("fresh", "near")))
+
+    def _append(self, epoch: int, ids: np.ndarray, rows: np.ndarray, error: GradientError | None) -> None:
         """A whole block, so that nothing is left of one that was cut off; then its entry."""
         block, count = int(np.flatnonzero(~self._whole[epoch])[0]), len(ids)
         data = np.zeros(self._block_bytes, np.uint8)
         data[: 4 * count].view("<u4")[:] = ids
         data[self._ids_bytes : self._ids_bytes + rows.size] = rows.reshape(-1)
-        entry = np.zeros((), ENTRY)
+        entry = np.zeros((), self._entry)
         entry["images"] = _host.crc32(data[: 4 * count])
         entry["rows"] = _host.crc32(data[self._ids_bytes : self._ids_bytes + rows.size])
         entry["count"] = count
+        if error is not None:
+            entry["fresh"], entry["near"] = np.array(error, np.float32).view(np.uint32)
         entry["check"] = check_of(entry)
         number = epoch * self.blocks + block
         self._write(self._blocks_at + number * self._block_bytes, data.tobytes())
         self._sync()
-        self._write(self._table_at + number * ENTRY.itemsize, entry.tobytes())
+        self._write(self._table_at + number * self._entry.itemsize, entry.tobytes())
         self._sync()
         self._table[epoch, block] = entry
         self._whole[epoch, block] = True
         if epoch in self._places:
             self._places[epoch][ids] = block * self.batch_size + np.arange(count)
 
-    def _encode(self, labels: Tensor | np.ndarray, n: int) -> np.ndarray:
-        values = torch.as_tensor(labels).detach().to("cpu", torch.float32).contiguous()
-        if values.shape != (n, self.num_classes):
-            raise ValueError(
-                f"labels: expected [{n}, {self.num_classes}] of the store's classes, got {list(values.shape)}"
-            )
-        probs = self.target == "probs"
+    def _check_labels(self, labels: Tensor | np.ndarray, n: int) -> Tensor:
+        values = torch.as_tensor(labels, device="cpu").detach().to("cpu", torch.float32).contiguous()
+        features = self.layout.features
+        wanted, what = (features, "classifier's inputs") if features else (self.num_classes, "classes")
+        if values.shape != (n, wanted):
+            raise ValueError(f"labels: expected [{n}, {wanted}] of the store's {what}, got {list(values.shape)}")
+        return values
+
+    def _encode(self, values: Tensor) -> np.ndarray:
+        probs, layout = self.target == "probs", self.layout
         if self.k:
+            how = (self.k, layout.step, probs, self.temperature, ROW_STEP in self.header["flags"])
             try:
-                return _host.encode_topk(values.numpy(), self.k, self.layout.step, probs, self.temperature)
+                return _host.encode_topk(values.numpy(), *how)
             except ValueError as error:
                 raise ValueError(f"labels: {error}") from error
         wrong = ~values.isfinite().all(1)
         if probs:
             wrong |= (values < 0).any(1) | ((values.sum(1) - 1).abs() > 1e-2)
-        dense = values.to(torch.float16 if self.format == "fp16" else torch.bfloat16)
-        wrong |= ~dense.isfinite().all(1)
+        if layout.group:
+            packed = linear8.pack(values.numpy(), layout.group)
+            lines = torch.from_numpy(packed)[:, : layout.label_bytes - layout.codes].view(torch.float16)
+            wrong |= ~lines.isfinite().all(1)
+        else:
+            dense = values.to(DTYPES[self.format])
+            wrong |= ~dense.isfinite().all(1)
+            packed = dense.view(torch.uint8).numpy()
         if wrong.any():
             wanted = "probabilities that add up to one" if probs else f"finite numbers that {self.format} can hold"
             raise ValueError(f"labels: row {int(wrong.nonzero()[0])}: expected {wanted}")
-        return dense.view(torch.uint8).numpy()
+        return packed
 
     def _check_images(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -314,6 +422,25 @@ class SoftLabelStore(LabelReader):
         return given
 
 
+def _check_classifier(given: tuple[Tensor, Tensor | None] | None, format: str, num_classes: int) -> tuple[Tensor, ...]:
+    """Weight and bias in float32; nothing for the other formats."""
+    if (format == "features8") != (given is not None):
+        wanted = "the weight and bias of the last layer" if format == "features8" else "None"
+        raise ValueError(f"classifier: expected {wanted} for {format!r}, got {given!r:.60}")
+    if given is None:
+        return ()
+    weight, bias = given
+    if weight.dim() != 2 or len(weight) != num_classes or not weight.shape[1]:
+        raise ValueError(f"classifier: expected a weight of [{num_classes}, D], got {list(weight.shape)}")
+    bias = weight.new_zeros(num_classes) if bias is None else bias
+    if bias.shape != (num_classes,):
+        raise ValueError(f"classifier: expected a bias of [{num_classes}], got {list(bias.shape)}")
+    layer = tuple(each.detach().to("cpu", torch.float32).contiguous() for each in (weight, bias))
+    if not all(bool(each.isfinite().all()) for each in layer):
+        raise ValueError("classifier: expected finite numbers, got others")
+    return layer
+
+
 def _shard(images: Sequence[int] | np.ndarray | None, num_images: int) -> list[list[int]]:
     if images is None:
         return [[0, num_images]]
@@ -342,7 +469,7 @@ def _check_alike(first: LabelReader, other: LabelReader) -> None:
 def _parts(shards: list[SoftLabelStore], epoch: int, images: np.ndarray) -> list[tuple[SoftLabelStore, int]]:
     """The blocks of an epoch, with whose they are, in an order of their own; ValueError for labels twice or missing."""
     held = [(shard, block) for shard in shards for block in shard._blocks_of(epoch)]
-    ids = [shard._ids[epoch, block, : shard._count(epoch, block)] for shard, block in held]
+    ids = [shard._ids_of(epoch, block) for shard, block in held]
     found, counts = np.unique(np.concatenate([np.zeros(0, "<u4"), *ids]), return_counts=True)
     if (counts > 1).any():
         image = found[counts > 1][0]

@@ -117,9 +117,14 @@ def _maps(feats: Sequence[Tensor], p: float, axis: str, backend: str) -> list[Te
 
 
 def _normalised(maps: Tensor, norm: Norm) -> Tensor:
-    if norm == "none":
+    if norm == "none" or not maps.shape[1]:
         return maps
-    return torch.nn.functional.normalize(maps, p=2.0 if norm == "l2" else 1.0, dim=1, eps=_LEAST_NORM)
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    # in units of the largest: the squares of a fourth power are soon more than float32 holds
+    unit = maps.detach().abs().amax(1, keepdim=True).clamp_min(_LEAST_NORM)
+    maps = maps / unit
+    length = torch.linalg.vector_norm(maps, 2 if norm == "l2" else 1, dim=1, keepdim=True)
+    return maps / length.clamp_min(_LEAST_NORM / unit)
 
 
 def _check_lists(name: str, real: Sequence[Tensor], syn: Sequence[Tensor], dims: int) -> None:

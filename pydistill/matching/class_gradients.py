@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.generic import GenericStudents
-from pydistill.trajectory.step import Batch
+from pydistill.trajectory.step import Batch, saved_tensors
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
 
 __all__ = ["class_gradients"]
@@ -26,6 +26,7 @@ def class_gradients(
     num_classes: int | None = None,
     *,
     classes: Sequence[int] | None = None,
+    output: int | None = None,
     precision: Precision = "fp32",
     engine: Engine = "auto",
     workspace: Workspace | None = None,
@@ -55,22 +56,29 @@ def class_gradients(
         num_classes: K, the rows of the result; by default one more than the largest label.
         classes: the classes whose gradients are wanted, in the order of the result's rows, instead of all K; each label
             has to be one of them.
+        output: which element to take where ``net`` returns a tuple.
         precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         engine: "student", "generic" or "auto", as in `pydistill.unroll`.
         workspace: working memory of the student engine to reuse; fresh when None.
 
     Returns:
-        ``[K, P]``, dtype of theta.
+        ``[K, P]``, dtype of theta; zero for parameters that are frozen or that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument does not fit; a class has no image; a label is none of the classes. The
             message names it, what was expected and what was got.
+        RuntimeError: theta or images were changed in place between the forward pass and its backward pass.
     """
     flat = FlatModule(net)
     groups = _group(flat, theta, images, labels, num_classes, classes)
-    students = choose_students(engine, flat, images, "hard", None, max(groups.classes), precision)
+    blocked = None
+    if min(groups.sizes) < max(groups.sizes) and any(isinstance(m, nn.BatchNorm2d) for m in flat.net.modules()):
+        blocked = "its BatchNorm takes each class as one batch, and the classes have unequal numbers of images"
+    students = choose_students(engine, flat, images, "hard", output, max(groups.classes), precision, blocked)
+    trained = flat.trained(theta)
     if isinstance(students, GenericStudents):
-        return _by_autograd(students, theta, images, labels, groups)
+        found = _by_autograd(students, theta, images, labels, groups)
+        return found if trained is None else found * trained
     if max(groups.classes) >= students.shape.classes:
         wanted = f"class numbers below the net's {students.shape.classes} classes"
         raise ValueError(f"labels: expected {wanted}, got {max(groups.classes)}")
@@ -83,7 +91,7 @@ def class_gradients(
         own_labels, factors = numbers[:, None].expand(K, n).contiguous(), theta.new_ones(K)
     else:
         # where image i of class k goes: K rows of n places, of which the last ones of a small class stay empty
-        places = torch.cat([k * n + torch.arange(size) for k, size in enumerate(groups.sizes)]).to(images.device)
+        places = torch.cat([k * n + torch.arange(size, device=images.device) for k, size in enumerate(groups.sizes)])
         found = images[groups.order.to(images.device)]
         own_images = images.new_zeros(K * n, *images.shape[1:]).index_put((places,), found)
         rows = F.one_hot(numbers, students.shape.classes).to(theta.dtype).repeat_interleave(n, 0)
@@ -93,7 +101,8 @@ def class_gradients(
         factors = theta.new_tensor([n / size for size in groups.sizes])  # of n images' mean, those of the class
     own_images = own_images.unflatten(0, (K, n))
     wanted = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
-    return _ClassGradients.apply(theta, own_images, own_labels, factors, students, wanted)
+    rows = _ClassGradients.apply(theta, own_images, own_labels, factors, students, wanted)
+    return rows if trained is None else rows * trained
 
 
 class _Groups(NamedTuple):
@@ -146,8 +155,8 @@ def _group(
             raise ValueError(f"classes: expected numbers below num_classes={num_classes}, got {max(wanted_classes)}")
     if low < 0:
         raise ValueError(f"labels: expected class numbers >= 0, got {low}")
-    rows = torch.full((max(high, *wanted_classes, 0) + 1,), -1)
-    rows[wanted_classes] = torch.arange(len(wanted_classes))
+    rows = torch.full((max(high, *wanted_classes, 0) + 1,), -1, device="cpu")
+    rows[wanted_classes] = torch.arange(len(wanted_classes), device="cpu")
     row = rows[here]
     if int(row.min()) < 0:
         raise ValueError(f"labels: expected one of the classes {wanted_classes}, got {int(here[row < 0][0])}")
@@ -156,7 +165,7 @@ def _group(
         empty = wanted_classes[sizes.index(0)]
         raise ValueError(f"labels: expected at least one image of every class, got none of class {empty}")
     order = row.argsort(stable=True)
-    return _Groups(wanted_classes, sizes, order, torch.equal(order, torch.arange(len(order))))
+    return _Groups(wanted_classes, sizes, order, torch.equal(order, torch.arange(len(order), device="cpu")))
 
 
 def _by_autograd(students: GenericStudents, theta: Tensor, images: Tensor, labels: Tensor, groups: _Groups) -> Tensor:
@@ -197,7 +206,7 @@ class _ClassGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple:
-        theta, images, labels, factors = ctx.saved_tensors
+        theta, images, labels, factors = saved_tensors(ctx, "theta, images")
         wanted = tuple(ctx.needs_input_grad[:2])
         found = _Derivative.apply(direction, theta, images, labels, factors, ctx.students, wanted)
         return *found, None, None, None, None

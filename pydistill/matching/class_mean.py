@@ -68,7 +68,8 @@ def class_means(f: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """The mean row of each class, by one product with one-hot weights; NaN for a class without rows.
 
     Equivalent to ``torch.stack([f[labels == k].mean(0) for k in range(num_classes)])``, without waiting for the device.
-    Differentiable to any order; a class without rows gives no gradient.
+    Differentiable to any order; a class without rows gives no gradient. A NaN or an infinity shows in the means of all
+    classes, not of its own alone: the product has it times zero.
 
     Args:
         f: ``[B, d]``, floating; summed in float32 (float64 for float64).

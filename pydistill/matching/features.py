@@ -16,6 +16,7 @@ from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.generic import GenericStudents
+from pydistill.trajectory.step import saved_tensors
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
 
 __all__ = ["Features", "features"]
@@ -68,6 +69,7 @@ def features(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: theta or images were changed in place between the forward pass and its backward pass.
     """
     flat = FlatModule(net)
     for name, tensor in (("theta", theta), ("images", images)):
@@ -88,7 +90,7 @@ def features(
         blocked = "theta requires a gradient, which the features of the student engine do not have"
     elif images.device.type != "cpu":
         blocked = f"its features have no kernel for {images.device.type} tensors"
-    students = choose_students(engine, flat, images, "hard", None, 0, precision, blocked)
+    students = choose_students(engine, flat, images, "hard", "any", 0, precision, blocked)
     if isinstance(students, GenericStudents):
         return _by_autograd(flat, theta, images, p, axis, layers, precision == "bf16")
     if workspace is not None:
@@ -136,7 +138,7 @@ class _Features(torch.autograd.Function):
             raise NotImplementedError(
                 "features: those of the student engine are differentiable once; engine='generic' goes further"
             )
-        images, theta = ctx.saved_tensors
+        images, theta = saved_tensors(ctx, "images, theta")
         own = [None if g is None or not g.numel() else g.contiguous()[None] for g in grads]
         return ctx.students.features_backward(theta, images.detach(), own, ctx.p, ctx.attended)[0], None, None, None
 

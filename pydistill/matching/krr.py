@@ -183,7 +183,10 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor | None], KRRInfo]:
     inputs = (f_real, f_syn, y_syn, y_real)
     # norms of rows first: a norm in float64 of them all would convert them all
-    trace = float(torch.linalg.vector_norm(f_syn, dim=1).double().square().sum()) + len(f_syn) * plan.bias
+    trace = float(torch.linalg.vector_norm(f_syn, dim=1).double().square().sum())
+    if trace in (0, math.inf):  # of squares that float32 does not hold, if the features are not themselves so
+        trace = float(f_syn.double().square().sum())
+    trace += len(f_syn) * plan.bias
     if not math.isfinite(trace):
         gradients = [torch.full_like(t, math.nan) if need else None for t, need in zip(inputs, plan.needs, strict=True)]
         return f_syn.new_full((), math.nan), gradients, KRRInfo(plan.form, f_syn.dtype, math.nan, 0.0)

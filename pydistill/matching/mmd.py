@@ -21,6 +21,7 @@ from torch import Tensor
 __all__ = ["mmd"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LEAST_UNIT = 0.8  # the exponent that makes of the smallest normal number the smallest unit of the rows
 
 
 def mmd(
@@ -38,12 +39,13 @@ def mmd(
     which it rests, splits its sums by them.
 
     Args:
-        x: ``[n, d]``, n >= 1; float32, float64, bfloat16 or float16, computed in float32 (float64 for float64).
-        y: ``[m, d]``, m >= 1, dtype and device of x.
+        x: ``[n, d]`` with at least one element; float32, float64, bfloat16 or float16, computed in float32 (float64 for
+            float64).
+        y: ``[m, d]`` with at least one element, dtype and device of x.
         kernels: how many.
         factor: ratio of one width to the next, greater than 1.
         bandwidth: of the middle kernel, positive; by default the mean squared distance of two different rows, a
-            constant in the derivative. Where all rows are equal that is zero, and the loss NaN.
+            constant in the derivative. Where all rows are equal, the loss and its gradients are zero.
 
     Returns:
         A scalar, float32 or float64.
@@ -56,7 +58,7 @@ def mmd(
     x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     options = (kernels, float(factor), bandwidth)
     if torch.compiler.is_dynamo_compiling():  # differentiates this by itself
-        return _loss_and_slopes(_centred(x, y), len(x), *options)[0]
+        return _loss_and_slopes(*_centred(x, y), len(x), *options)[0]
     with torch.autocast(x.device.type, enabled=False):
         return _MMD.apply(x, y, *options)[0]
 
@@ -67,9 +69,9 @@ class _MMD(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, y: Tensor, kernels: int, factor: float, bandwidth: float | Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        z = _centred(x, y)
-        return *_loss_and_slopes(z, len(x), kernels, factor, bandwidth), z
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z, unit = _centred(x, y)
+        return *_loss_and_slopes(z, unit, len(x), kernels, factor, bandwidth), z, unit
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -79,25 +81,29 @@ class _MMD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
-        x, y, slopes, z = ctx.saved_tensors
+        x, y, slopes, z, unit = ctx.saved_tensors
         if torch.is_grad_enabled():  # what was kept is constant: second derivatives would miss its own
-            z = _centred(x, y)
-            slopes = _loss_and_slopes(z, len(x), *ctx.options)[1]
+            z, unit = _centred(x, y)
+            slopes = _loss_and_slopes(z, unit, len(x), *ctx.options)[1]
         # of z: 4 grad (diag(slopes 1) - slopes) z, the factor on the smaller matrix
-        laplacian = (torch.diag_embed(slopes.sum(1)) - slopes) * (4 * grad)
+        laplacian = (torch.diag_embed(slopes.sum(1)) - slopes) * (4 * grad / unit)
         d_x, d_y = (laplacian @ z).split([len(x), len(y)])
         return d_x, d_y, None, None, None
 
 
-def _centred(x: Tensor, y: Tensor) -> Tensor:
+def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The joined rows about their mean, in units of their largest element, whose square may be no number; the unit."""
     rows = torch.cat([x, y])
-    return rows - rows.mean(0)
+    rows = rows - rows[0].detach()  # equal rows are zeros now, where the rounding of their mean would tell them apart
+    rows = rows - rows.mean(0)
+    unit = rows.detach().abs().amax().clamp_min(torch.finfo(rows.dtype).tiny ** _LEAST_UNIT)
+    return rows / unit, unit
 
 
 def _loss_and_slopes(
-    z: Tensor, n: int, kernels: int, factor: float, bandwidth: float | Tensor | None
+    z: Tensor, unit: Tensor, n: int, kernels: int, factor: float, bandwidth: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of rows z, of which the first n are x's, and S ``[N, N]``."""
+    """The loss of rows ``z unit``, of which the first n are x's, and S ``[N, N]`` in units of ``unit ** -2``."""
     N, m = len(z), len(z) - n
     gram = z @ z.T
     norms = gram.diagonal()
@@ -105,6 +111,9 @@ def _loss_and_slopes(
     distances = distances.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), 0)  # [N, N]
     if bandwidth is None:
         bandwidth = distances.detach().sum() / (N * N - N)
+        bandwidth = torch.where(bandwidth == 0, 1, bandwidth)  # equal rows are at no distance, in whatever units
+    else:
+        bandwidth = (bandwidth / unit / unit).clamp_min(torch.finfo(z.dtype).tiny)
     narrowest = bandwidth / factor ** (kernels // 2)
     rates = [1 / (narrowest * factor**i) for i in reversed(range(kernels))]  # the widest kernel's first
     value = torch.exp(distances * -rates[0])
@@ -123,8 +132,8 @@ def _check(x: Tensor, y: Tensor, kernels: int, factor: float, bandwidth: float |
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _FLOATING:
             raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.dim() != 2 or not len(tensor):
-            raise ValueError(f"{name}: expected [rows, d] with at least one row, got {list(tensor.shape)}")
+        if tensor.dim() != 2 or not tensor.numel():
+            raise ValueError(f"{name}: expected [rows, d] with at least one element, got {list(tensor.shape)}")
     if y.shape[1] != x.shape[1] or y.dtype != x.dtype or y.device != x.device:
         wanted = f"{x.dtype} [m, {x.shape[1]}] on {x.device} as x"
         raise ValueError(f"y: expected {wanted}, got {y.dtype} {list(y.shape)} on {y.device}")

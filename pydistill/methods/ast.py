@@ -82,7 +82,9 @@ class AST(Matching):
                 for i in range(1, self.expert_epochs)
             }
         if self.perturb:
-            noise = torch.randn(found.theta0.shape, generator=found.generator).to(found.theta0)
+            noise = torch.randn(found.theta0.shape, generator=found.generator, dtype=torch.float32, device="cpu").to(
+                found.theta0
+            )
             found.theta0 = perturb_towards(found.theta0, noise, self.perturb, FlatModule(net))
         if self.balance_loss:  # a factor on the loss is one on the learning rate: the students have no weight decay
             late = found.start - self.max_start_epoch // 2

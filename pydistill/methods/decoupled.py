@@ -101,7 +101,7 @@ class Recover:
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
         """All classes' first images, then their second, ... in stretches of ``batch_size``."""
-        positions = torch.arange(self.ipc * num_classes)
+        positions = torch.arange(self.ipc * num_classes, device="cpu")
         parts = positions.split(self.batch_size)
         return [Batch(i, part // num_classes, part % num_classes) for i, part in enumerate(parts)]
 
@@ -211,7 +211,7 @@ def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLik
     """
     first = teachers[0]
     per_class, _ = config.per_class(first.num_classes, len(teachers))
-    images = torch.empty(first.num_classes, per_class, *first.shape)
+    images = torch.empty(first.num_classes, per_class, *first.shape, dtype=torch.float32, device="cpu")
     for batch in config.batches(first.num_classes, len(teachers)):
         path = Path(folder) / "parts" / f"{batch.number:05d}.safetensors"
         if not path.exists():
@@ -224,7 +224,7 @@ def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLik
             raise ValueError(f"{path}: images: expected {[len(batch.labels), *first.shape]}, got others")
         images[batch.labels, batch.place] = tensors["images"]
     settings = {"method": config.name, "dataset": first.config["dataset"], "class_names": list(first.class_names)}
-    labels = torch.arange(first.num_classes).repeat_interleave(per_class)
+    labels = torch.arange(first.num_classes, device="cpu").repeat_interleave(per_class)
     return DistilledSet(images.flatten(0, 1), labels, 0.01, first.mean, first.std, {**settings, **asdict(config)})
 
 
@@ -261,7 +261,9 @@ def _make(
     def starts(of: Batch) -> Tensor:
         if real is None:
             shape = (len(of.labels), *teacher.shape)
-            return torch.randn(shape, generator=seeded_generator(config.seed, 2, of.number)).to(device)
+            return torch.randn(
+                shape, generator=seeded_generator(config.seed, 2, of.number), dtype=torch.float32, device="cpu"
+            ).to(device)
         return real[of.labels, of.place % real.shape[1]].to(device)
 
     x, fixed = config.variables(starts(batch))
@@ -299,7 +301,7 @@ def _make(
             record = {"batch": batch.number, "iteration": iteration + 1, "loss": value}
             if before_checkpoint is not None:
                 before_checkpoint(record)
-            state = {"x": x, "iteration": torch.tensor(iteration + 1), **optimizer.state[x]}
+            state = {"x": x, "iteration": torch.tensor(iteration + 1, device="cpu"), **optimizer.state[x]}
             write_safetensors(checkpoint, state, _STATE, stored(config, teachers))
             if on_step is not None:
                 on_step(record)

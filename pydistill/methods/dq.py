@@ -95,7 +95,7 @@ def quantize(config: DQ, dataset: Dataset, teacher: Student, *, lr: float = 0.01
         bins = class_bins(config, dataset, teacher, members)
         generator = seeded_generator(config.seed, 6, label)
         # a bin's images in an order of its own; then the first of every bin, the second of every bin, ...
-        drawn = torch.stack([members[row[torch.randperm(len(row), generator=generator)]] for row in bins])
+        drawn = torch.stack([members[row[torch.randperm(len(row), generator=generator, device="cpu")]] for row in bins])
         chosen.append(drawn.T.flatten()[: config.ipc])
         if on_class is not None:
             on_class()

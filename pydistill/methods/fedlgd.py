@@ -100,7 +100,10 @@ class FedLGD(Config):
             parts = members.tensor_split((shares * len(members)).astype(int).tolist())
             for shard, part in zip(shards, parts, strict=True):
                 shard.append(part)
-        return [torch.cat(shard).sort().values if shard else torch.zeros(0, dtype=torch.int64) for shard in shards]
+        return [
+            torch.cat(shard).sort().values if shard else torch.zeros(0, dtype=torch.int64, device="cpu")
+            for shard in shards
+        ]
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> list[Tensor]:
         if not hasattr(net, "embed") or not hasattr(net, "classifier"):
@@ -122,12 +125,14 @@ class FedLGD(Config):
             for label in y[shard].unique().tolist():
                 members = shard[y[shard] == label]
                 # a client may have fewer images of a class than it is to distil
-                order = torch.randperm(len(members), generator=generator).repeat(-(-self.ipc // len(members)))
+                order = torch.randperm(len(members), generator=generator, device="cpu").repeat(
+                    -(-self.ipc // len(members))
+                )
                 local.append(x[members[order[: self.ipc].to(members.device)]])
         generator, images = seeded_generator(self.seed, 5, self.clients), []
         for label in range(dataset.num_classes):
             members = x[y == label]
-            noise = torch.randn(self.ipc, *x.shape[1:], generator=generator).to(x)
+            noise = torch.randn(self.ipc, *x.shape[1:], generator=generator, dtype=torch.float32, device="cpu").to(x)
             images.append(members.mean(0) + members.std(0, correction=0) * noise)
         labels = torch.arange(dataset.num_classes, device=x.device).repeat_interleave(self.ipc)
         tensors = {"images": torch.cat(images), "labels": labels, "lr": x.new_tensor(self.lr_model)}
@@ -177,7 +182,9 @@ class FedLGD(Config):
         members = [(y == label).nonzero()[:, 0] for label in labels.unique()]
         classes = int(server_labels[-1]) + 1
         for _ in range(self.local_steps):
-            draws = [rows[torch.randperm(len(rows), generator=generator).to(rows.device)] for rows in members]
+            draws = [
+                rows[torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)] for rows in members
+            ]
             real = torch.cat([rows[: self.batch_real] for rows in draws])
             record = augment.draw((1, *x.shape[1:]), generator)  # one for all that are compared
             wanted = own["images"].detach().requires_grad_()

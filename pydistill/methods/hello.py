@@ -146,7 +146,9 @@ def fit_projector(
     for epoch in range(config.fit_epochs):
         optimizer.param_groups[0]["lr"] = _cosine(config.lr, epoch, config.fit_epochs)
         total = 0.0
-        for index in torch.randperm(len(images), generator=generator).to(images.device).split(config.batch_size):
+        for index in (
+            torch.randperm(len(images), generator=generator, device="cpu").to(images.device).split(config.batch_size)
+        ):
             x = images[index]
             x = augment(x, augment.draw(x.shape, generator).to(x.device))
             with torch.no_grad():
@@ -219,7 +221,7 @@ def post_train(
     for epoch in range(config.student_epochs):
         optimizer.param_groups[0]["lr"] = _cosine(config.lr, epoch, config.student_epochs)
         all_views = views(images, config.seed, epoch)
-        order = torch.randperm(len(images), generator=seeded_generator(config.seed, 43, number, epoch))
+        order = torch.randperm(len(images), generator=seeded_generator(config.seed, 43, number, epoch), device="cpu")
         for index in order.to(images.device).split(config.batch_size):
             found = net(all_views[index])
             loss = F.cross_entropy(found, labels[index])

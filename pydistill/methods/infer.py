@@ -55,7 +55,7 @@ class INFER(Recover):
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
         """All classes' image 0, 1, ... as they are, and then each again for every teacher."""
         count, natural = self.per_class(num_classes, num_teachers)
-        labels = torch.arange(num_classes)
+        labels = torch.arange(num_classes, device="cpu")
         return [
             Batch(i, torch.full_like(labels, i), labels, max(0, i // natural - 1), moves=i >= natural)
             for i in range(count)

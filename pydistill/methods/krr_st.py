@@ -104,13 +104,13 @@ class Pool:
         self._make = lambda: config.encoder(channels, outputs, image_size)
         self.born = config.pool
         self.nets = [seeded_net(self._make, config.seed, 20, i, device=device) for i in range(config.pool)]
-        self.ages = torch.zeros(config.pool, dtype=torch.int64)
+        self.ages = torch.zeros(config.pool, dtype=torch.int64, device="cpu")
         self._optimizers = [self._sgd(net) for net in self.nets]
 
     def fill(self, x: Tensor, y: Tensor) -> Iterator[None]:
         """Takes each network to a random age; yields after each step."""
         until = torch.randint(
-            self.config.online_steps, (len(self.nets),), generator=seeded_generator(self.config.seed, 21)
+            self.config.online_steps, (len(self.nets),), generator=seeded_generator(self.config.seed, 21), device="cpu"
         )
         for i, steps in enumerate(until.tolist()):
             for _ in range(steps):
@@ -130,7 +130,7 @@ class Pool:
         return torch.optim.SGD(net.parameters(), self.config.lr_net, momentum=0.9, weight_decay=1e-3)
 
     def state(self) -> State:
-        state = {"ages": self.ages.clone(), "born": torch.tensor(self.born)}
+        state = {"ages": self.ages.clone(), "born": torch.tensor(self.born, device="cpu")}
         for i, (net, optimizer) in enumerate(zip(self.nets, self._optimizers, strict=True)):
             state |= {f"net.{i}.{name}": value.clone() for name, value in net.state_dict().items()}
             for name, p in net.named_parameters():
@@ -184,15 +184,20 @@ def krr_st(
                 optimizer.state[p] = {key: m if key == "step" else m.to(device) for key, m in moments.items()}
 
     def now() -> State:
-        found = {"iteration": torch.tensor(done), "x": x.detach().clone(), "y": y.detach().clone(), **pool.state()}
+        found = {
+            "iteration": torch.tensor(done, device="cpu"),
+            "x": x.detach().clone(),
+            "y": y.detach().clone(),
+            **pool.state(),
+        }
         for name, p in (("x", x), ("y", y)):
             found |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[p].items()}
         return found
 
     for iteration in range(done, config.iterations):
         generator = seeded_generator(config.seed, 22, iteration)
-        index = torch.randperm(len(images), generator=generator)[: config.batch_real].to(device)
-        i = int(torch.randint(config.pool, (), generator=generator))
+        index = torch.randperm(len(images), generator=generator, device="cpu")[: config.batch_real].to(device)
+        i = int(torch.randint(config.pool, (), generator=generator, device="cpu"))
         net = pool.nets[i].eval()
         with torch.no_grad():
             f_real = net.embed(images[index])
@@ -214,7 +219,7 @@ def krr_st(
 
 def initial(config: KRRST, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Random real images and their targets: where a run starts, and what it is compared with."""
-    order = torch.randperm(len(images), generator=seeded_generator(config.seed, 23))
+    order = torch.randperm(len(images), generator=seeded_generator(config.seed, 23), device="cpu")
     index = order[: config.images].to(images.device)
     return images[index].clone(), targets[index].clone()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, sum_over_ranks, world
-from pydistill.trajectory import Trajectories, as_trajectories, trajectory_match
+from pydistill.trajectory import ExpertStore, Trajectories, as_trajectories, trajectory_match
 from pydistill.trajectory.experts import seeded_generator
 
 # The small sets' common start: what reaches most within minutes on two cores.
@@ -105,8 +105,10 @@ class Matching(Config):
         """What is drawn depends on the seed, the iteration and the segment's number alone."""
         device = state["images"].device
         generator = seeded_generator(self.seed, 6, state.iteration, number)
-        expert = int(torch.randint(experts.shape[0], (), generator=generator))
-        start = int(torch.randint(self.min_start_epoch, self.last_start(state.iteration), (), generator=generator))
+        expert = int(torch.randint(experts.shape[0], (), generator=generator, device="cpu"))
+        start = int(
+            torch.randint(self.min_start_epoch, self.last_start(state.iteration), (), generator=generator, device="cpu")
+        )
         theta0, target = (theta.to(device) for theta in experts.segment(expert, start, self.expert_epochs))
         return Segment(expert, start, generator, theta0, target)
 
@@ -133,6 +135,8 @@ class Matching(Config):
         if experts is None:
             raise ValueError(f"experts: expected trajectories, which {self.name} matches, got None")
         self.check_start(dataset, net)
+        if isinstance(experts, ExpertStore):
+            experts.check_whitening(dataset.zca is not None)
         epochs, why = self.epochs_needed()
         try:
             return as_trajectories(experts, net, epochs)

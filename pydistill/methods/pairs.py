@@ -49,7 +49,7 @@ class ClassPairs(Config):
         generator = seeded_generator(self.seed, 5)
         images, labels = dataset.sample(self.ipc, generator)
         if self.start == "noise":
-            images = torch.randn(images.shape, generator=generator).to(images)
+            images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
         return State({"images": images, "labels": labels, "lr": images.new_tensor(self.lr_net)})
 
     def own_classes(self, dataset: Dataset) -> list[int]:
@@ -67,16 +67,21 @@ class ClassPairs(Config):
         for k in classes:
             generator = seeded_generator(self.seed, 6, *key, k)
             members = (dataset.train_labels == k).nonzero()[:, 0]
-            indices.append(members[torch.randperm(len(members), generator=generator)[: self.batch_real].to(members)])
+            indices.append(
+                members[torch.randperm(len(members), generator=generator, device="cpu")[: self.batch_real].to(members)]
+            )
             if augment is not None:
                 records.append(DiffAugment(self.augment).draw((1, *images.shape[1:]), generator))
         real = dataset.train_images[torch.cat(indices)]
         synthetic = torch.cat([images[k * self.ipc : (k + 1) * self.ipc] for k in classes])
-        sizes = torch.tensor([len(index) for index in indices]), torch.full((len(classes),), self.ipc)
+        sizes = (
+            torch.tensor([len(index) for index in indices], device="cpu"),
+            torch.full((len(classes),), self.ipc, device="cpu"),
+        )
         if augment is not None:
             real, synthetic = (
                 apply(x, torch.cat(records).repeat_interleave(size, 0).repeat(apply.copies, 1))
                 for apply, x, size in zip((DiffAugment(self.augment), augment), (real, synthetic), sizes, strict=True)
             )
-        labels = [torch.tensor(classes).repeat_interleave(size) for size in sizes]
+        labels = [torch.tensor(classes, device="cpu").repeat_interleave(size) for size in sizes]
         return Pairs(real, synthetic, labels[0], labels[1].repeat(augment.copies if augment is not None else 1))

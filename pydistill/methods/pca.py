@@ -83,7 +83,7 @@ def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01
             : max(need, round(config.prune * len(members)))
         ]
         generator = seeded_generator(config.seed, 7, label)
-        drawn = members[stay[torch.randperm(len(stay), generator=generator)[:need].to(stay.device)]]
+        drawn = members[stay[torch.randperm(len(stay), generator=generator, device="cpu")[:need].to(stay.device)]]
         patches, _ = best_crops(
             *(teacher, dataset.train_images[drawn], dataset.train_labels[drawn]),
             **{"crops": config.crops, "least_area": config.least_area, "factor": config.factor},

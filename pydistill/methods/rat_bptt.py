@@ -85,7 +85,7 @@ class RaTBPTT(Config):
         generator = seeded_generator(self.seed, 5)
         images, labels = dataset.sample(self.ipc, generator)
         if self.start == "noise":
-            images = torch.randn(images.shape, generator=generator).to(images)
+            images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
         if self.learn_labels:
             labels = F.one_hot(labels, dataset.num_classes).to(images.dtype)
         lr = torch.tensor(self.lr_eval, dtype=images.dtype, device=images.device)
@@ -116,7 +116,7 @@ class RaTBPTT(Config):
         self, number: int, state: State, wanted: dict[str, Tensor], dataset: Dataset, net: nn.Module
     ) -> Tensor:
         generator = seeded_generator(self.seed, 6, state.iteration, number)
-        warmup = int(torch.randint(self.total - self.window + 1, (), generator=generator))
+        warmup = int(torch.randint(self.total - self.window + 1, (), generator=generator, device="cpu"))
         augment = self.augmentation()  # of the real images, too
         images = wanted["images"]
         theta = unroll(
@@ -134,7 +134,9 @@ class RaTBPTT(Config):
             optimizer=Adam(),
             precision=self.precision,
         )
-        real = torch.randperm(len(dataset.train_images), generator=generator)[: self.batch_real].to(images.device)
+        real = torch.randperm(len(dataset.train_images), generator=generator, device="cpu")[: self.batch_real].to(
+            images.device
+        )
         x, y = dataset.train_images[real], dataset.train_labels[real]
         if augment is not None:
             x = augment(x, augment.draw(x.shape, generator))
@@ -142,12 +144,16 @@ class RaTBPTT(Config):
 
     def _batch(self, num_classes: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """Some images of each of some classes."""
-        classes = torch.randperm(num_classes, generator=generator)[: self.classes].sort().values
-        of_class = [torch.randperm(self.ipc, generator=generator)[: self.batch_per_class] for _ in classes]
+        classes = torch.randperm(num_classes, generator=generator, device="cpu")[: self.classes].sort().values
+        of_class = [
+            torch.randperm(self.ipc, generator=generator, device="cpu")[: self.batch_per_class] for _ in classes
+        ]
         return (torch.stack(of_class) + self.ipc * classes[:, None]).flatten().to(device)
 
     def _adam(self, state: State, name: str, grad: Tensor) -> None:
         names = [f"{name}_moment{i}" for i in (1, 2)]
         moments = tuple(state[each] for each in names if each in state.tensors)
-        found = Adam().step(state.iteration, Moving(state[name], moments), grad, torch.tensor(self.lr_img))
+        found = Adam().step(
+            state.iteration, Moving(state[name], moments), grad, torch.tensor(self.lr_img, device="cpu")
+        )
         state.tensors |= {name: found.theta, **dict(zip(names, found.moments, strict=True))}

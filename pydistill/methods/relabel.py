@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pydistill.augment import MultiCrop, mix_labels, record_from_bytes, record_to_bytes
 from pydistill.augment.record import HEADER, MAGIC, PACKED
@@ -48,8 +49,9 @@ class Relabel:
     """Mix labels of the whole images (INFER) instead of asking the teachers about each view."""
     temperature: float = 20.0
     """T, by which the student's and the teachers' logits are divided."""
-    format: Literal["fp16", "bf16", "topk", "topk8"] = "fp16"
-    """How a label is stored: all logits in 16 bits, or the largest k probabilities."""
+    format: Literal["fp32", "fp16", "bf16", "logits8", "features8", "topk", "topk8"] = "fp16"
+    """How a label is stored: all logits in 32, 16 or 8 bits, the teachers' features in 8 bits and their last layers
+    once, or the largest k probabilities; the error of the student's gradients is measured and shown."""
     k: int = 10
     """Probabilities that topk and topk8 keep."""
     seed: int = 0
@@ -84,7 +86,7 @@ class Relabel:
     def views(self, shape: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches: the numbers of their images, and the record of what is shown of them."""
         generator, crops = seeded_generator(self.seed, 1, epoch), self.crops(shape[2])
-        for index in torch.randperm(shape[0], generator=generator).split(self.batch_size):
+        for index in torch.randperm(shape[0], generator=generator, device="cpu").split(self.batch_size):
             yield index, crops.draw(shape, generator, sources=index)
 
 
@@ -114,15 +116,29 @@ def relabel(
         on_epoch: called with the number of each epoch that is done; an exception from it ends the run.
 
     Raises:
-        ValueError: a teacher of other classes or images than the set's, or a store of other images or options.
+        ValueError: a teacher of other classes or images than the set's, or one whose last layer is no ``nn.Linear`` for
+            the format "features8", or a store of other images or options.
     """
     for teacher in teachers:
         check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
     images = distilled.images.to(device)
+    nets, classifier = [freeze(teacher.net) for teacher in teachers], None
+    if config.format == "features8":
+        heads = [last_linear(net, images[:1]) for net in nets]
+        nets, classifier = [_Features(net, head) for net, head in zip(nets, heads, strict=True)], _mean_of(heads)
+
+    def ask(x: Tensor) -> Tensor:
+        """The mean logits; or, of "features8", the features of all."""
+        found = [net(x) for net in nets]
+        return torch.stack(found).mean(0) if classifier is None else torch.cat(found, 1)
+
     if Path(path).exists():
         store = SoftLabelStore.open(path, writable=True)
         check_store(store, config, distilled)
+        if classifier is not None and not all(map(torch.equal, store.classifier, [each.cpu() for each in classifier])):
+            store.close()
+            raise ValueError(f"{path}: expected features of these teachers, got those of others")
     else:
         store = SoftLabelStore.create(
             path,
@@ -130,14 +146,11 @@ def relabel(
             num_classes=teachers[0].num_classes,
             epochs=config.epochs,
             **{name: getattr(config, name) for name in ("format", "k", "temperature", "batch_size")},
+            classifier=classifier,
             record_bytes=(1 if config.mix == "none" else 2) * PACKED.itemsize,
+            sources="images",
             metadata=_metadata(config, distilled),
         )
-    nets = [freeze(teacher.net) for teacher in teachers]
-
-    def ask(x: Tensor) -> Tensor:
-        return torch.stack([net(x) for net in nets]).mean(0)
-
     crops = config.crops(images.shape[2])
     whole = torch.cat([ask(part) for part in images.split(config.batch_size)]) if config.static else None
     with store:
@@ -146,13 +159,56 @@ def relabel(
                 if store.holds(epoch, block):
                     continue
                 if whole is None:
-                    logits = ask(crops(images, record))
+                    labels = ask(crops(images, record))
                 else:
-                    logits = mix_labels(whole, record.to(device), crops.size)
-                store.write(epoch, index, logits, _as_rows(record))
+                    labels = mix_labels(whole, record.to(device), crops.size)
+                store.write(epoch, index, labels, _as_rows(record))
             if on_epoch is not None:
                 on_epoch(epoch)
     return SoftLabelStore.open(path)
+
+
+def last_linear(net: nn.Module, images: Tensor) -> nn.Linear:
+    """The ``nn.Linear`` whose output is the network's, as some images show.
+
+    Raises:
+        ValueError: there is none.
+    """
+    seen: list[tuple[nn.Linear, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
+        for module in net.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        logits = net(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen:
+        head, x = seen[-1]
+        found = F.linear(x, head.weight, head.bias)
+        if found.shape == logits.shape and float((found - logits).abs().max()) <= 1e-4 * float(logits.abs().max()):
+            return head
+    raise ValueError(f"teachers: expected networks that end in an nn.Linear for 'features8', got {net!r:.60}")
+
+
+class _Features:
+    """A network up to its last layer."""
+
+    def __init__(self, net: nn.Module, head: nn.Linear):
+        self.net, self.found = net, []
+        head.register_forward_pre_hook(lambda module, inputs: self.found.append(inputs[0]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.net(x)
+        return self.found.pop()
+
+
+def _mean_of(heads: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """One layer that gives the mean of several from what goes into each, side by side."""
+    biases = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+    return torch.cat([head.weight for head in heads], 1) / len(heads), torch.stack(biases).mean(0)
 
 
 def replayed(labels: SoftLabels) -> Tensor:

@@ -110,7 +110,7 @@ def barlow_twins(
     losses = []
     for epoch in range(epochs):
         total = 0.0
-        order = torch.randperm(len(images), generator=generator).to(images.device)
+        order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
         batches = order[: len(images) // batch_size * batch_size].split(batch_size)
         for index in batches:
             x = images[index]

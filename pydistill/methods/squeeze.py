@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,23 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, read_safetensors, write_safetensors
 from pydistill.methods.options import check_numbers
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
+from pydistill.nn.description import describe, from_description, is_untouched
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 
 __all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "squeeze", "untrained"]
 
 NetworkName = Literal["convnet", "resnet18", "resnet50"]
 _KIND = "teacher"
+_BUILT_OF = ("network", "channels", "image_size", "width", "depth")  # of a teacher's config
 _IMAGENET = {
     "name": "imagenet-1k",
     "image_size": 224,
     "class_names": [f"class {number}" for number in range(1000)],
-    "mean": torch.tensor([0.485, 0.456, 0.406]),
-    "std": torch.tensor([0.229, 0.224, 0.225]),
+    "mean": torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32, device="cpu"),
+    "std": torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32, device="cpu"),
 }
 
 
@@ -103,7 +107,8 @@ class Teacher:
         net: gives logits ``[N, K]`` of images ``[N, C, image_size, image_size]``.
         mean, std: float32 ``[C]``: a pixel in ``[0, 1]`` is ``image * std + mean``.
         class_names: ``K`` names.
-        config: ``network``, ``width``, ``depth``, ``channels``, ``image_size``, ``dataset``, and what made it.
+        config: ``network``, ``width``, ``depth``, ``channels``, ``image_size``, ``dataset``, and what made it; of a
+            network that `build` does not make, ``channels``, ``image_size`` and ``dataset`` at least.
     """
 
     net: nn.Module
@@ -127,26 +132,87 @@ class Teacher:
         low, high = -self.mean / self.std, (1 - self.mean) / self.std
         return low[:, None, None], high[:, None, None]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, atomically."""
+    def save(self, path: str | os.PathLike[str], *, network: str | None = None) -> None:
+        """Writes a safetensors file, atomically.
+
+        The file says which network it is where ``config`` does (`build`) or where it is a ``Sequential`` of torch's
+        layers. `load` has to be given any other, whose code no file can hold; ``network``, such as
+        "package.module:function", is a note to whoever reads it, of what makes that network.
+        """
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {"mean": self.mean, "std": self.std}
-        write_safetensors(path, tensors, _KIND, self.config, class_names=list(self.class_names))
+        about = {"class_names": list(self.class_names)}
+        if not self._is_built():
+            about["custom"] = {"layers": describe(self.net), "network": network, "class": type(self.net).__qualname__}
+        write_safetensors(path, tensors, _KIND, self.config, **about)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Teacher:
-        """Reads what `save` wrote; ValueError for a damaged file, or one of another network than it says."""
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        network: nn.Module | Callable[[], nn.Module] | str | None = None,
+    ) -> Teacher:
+        """Reads what `save` wrote. Nothing that the file names is imported.
+
+        Args:
+            path: the file.
+            device: where the network shall be.
+            network: what receives the weights, where the file does not say it: a module, a function that makes one, or
+                "package.module:function", which is imported.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, its weights are of another network, or ``network`` is wanted and not given.
+        """
         tensors, header = read_safetensors(path, _KIND)
-        config = header["config"]
+        config, custom = header["config"], header.get("custom")
+        if network is None and custom is not None and custom["layers"] is None:
+            noted = f", by its maker's note {custom['network']!r}" if custom["network"] else ""
+            wanted = "the module that its weights are of, or what makes it"
+            raise ValueError(f"{path}: network: expected {wanted}: a {custom['class']}{noted}; got None")
+        given = None if network is None else _given(network)
+        state = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         try:
-            names = ("network", "channels", "image_size", "width", "depth")
-            options = {name: config[name] for name in names} | {"num_classes": len(header["class_names"])}
-            net = build(**options)
-            net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
-            mean, std = tensors["mean"], tensors["std"]
-        except (KeyError, RuntimeError) as error:
+            names, mean, std = tuple(header["class_names"]), tensors["mean"], tensors["std"]
+            if given is not None:
+                net = given
+                net.load_state_dict(state)
+            elif custom is None:
+                net = build(**{name: config[name] for name in _BUILT_OF}, num_classes=len(names))
+                net.load_state_dict(state)
+            else:
+                net = from_description(custom["layers"])
+                net.load_state_dict(state, assign=True)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected a whole teacher as squeeze writes it; {error}") from error
-        return cls(net.eval().to(device), mean, std, tuple(header["class_names"]), config)
+        return cls(net.eval().to(device), mean, std, names, config)
+
+    def _is_built(self) -> bool:
+        """Whether `build` makes this very network of ``config``."""
+        try:
+            with torch.device("meta"):
+                made = build(**{name: self.config[name] for name in _BUILT_OF}, num_classes=self.num_classes)
+        except (KeyError, TypeError, ValueError):
+            return False
+        types = [[type(module) for module in net.modules()] for net in (made, self.net)]
+        return types[0] == types[1] and repr(made) == repr(self.net) and all(map(is_untouched, self.net.modules()))
+
+
+def _given(network: nn.Module | Callable[[], nn.Module] | str) -> nn.Module:
+    if isinstance(network, str):
+        module, _, name = network.partition(":")
+        if not name:
+            raise ValueError(f"network: expected 'package.module:function', got {network!r}")
+        try:
+            network = getattr(importlib.import_module(module), name)
+        except (AttributeError, ImportError) as error:
+            raise ValueError(f"network: expected 'package.module:function', got {network!r} ({error})") from error
+    net = network if isinstance(network, nn.Module) else network()
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"network: expected a module or a function that makes one, got {type(net).__name__}")
+    return net
 
 
 def untrained(config: Squeeze, dataset: Dataset | None) -> Teacher:
@@ -185,7 +251,7 @@ def squeeze(
 
     def batches(epoch: int) -> Iterator[Any]:
         generator = seeded_generator(config.seed, 1, epoch)
-        for index in torch.randperm(len(images), generator=generator).split(config.batch_size):
+        for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
             index = index.to(images.device)
             record = crop.draw((len(index), *images.shape[1:]), generator)
             x, y = crop(images[index], record), labels[index]
@@ -197,26 +263,31 @@ def squeeze(
     return teacher
 
 
-def import_weights(config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None) -> Teacher:
-    """A teacher with the weights of a ``state_dict`` that torch saved, such as torchvision's; no code in it is run.
+def import_weights(
+    config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None, *, key: str | None = None
+) -> Teacher:
+    """A teacher with the weights of a checkpoint that torch saved, such as torchvision's; no code in it is run.
 
     Args:
         config: the network.
-        path: the file; the state may stand under ``state_dict`` or ``model`` in it, its keys may begin with "module.".
+        path: the file: a ``state_dict``, or a dict of training scripts in which one stands under "state_dict",
+            "model_state_dict", "model", "net" or the like, beside whatever describes the training. Prefixes that
+            DataParallel ("module.") and torch.compile ("_orig_mod.") put before its keys are taken away. The checksums
+            of the archive are verified; a file of torch before 1.6 has none.
         dataset: whose images the network sees; None: ImageNet-1K as torchvision's networks see it, 224 pixels a side.
+        key: where in the file the weights stand, such as "ema", to take others than the first that are found.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is none, or its keys and shapes are not those of ``config.network``.
+        ValueError: the file is none or damaged, its keys and shapes are not those of ``config.network``, or a number in
+            it is not finite.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected the weights of a {config.network}, found no file")
+    wanted = f"the weights of a {config.network}"
+    weights = read_state_dict(Path(path), wanted, key)
     teacher = untrained(config, dataset)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = weights.get("state_dict", weights.get("model", weights))
-        teacher.net.load_state_dict({key.removeprefix("module."): v for key, v in weights.items()})
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        raise ValueError(f"{path}: expected the weights of a {config.network}; {error}") from error
+        teacher.net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected {wanted}; {error}") from error
     teacher.net.eval()
     return teacher

@@ -46,7 +46,7 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     net.train()
     for epoch in range(done, epochs):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for step, loss in enumerate(batches(epoch)):
             falling = 0.5 + 0.5 * math.cos(math.pi * (epoch * steps + step) / (epochs * steps))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -63,7 +63,9 @@ def train(
 
 
 def _state(net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> dict[str, Tensor]:
-    state = {"epoch": torch.tensor(epoch)} | {f"net.{name}": value for name, value in net.state_dict().items()}
+    state = {"epoch": torch.tensor(epoch, device="cpu")} | {
+        f"net.{name}": value for name, value in net.state_dict().items()
+    }
     for name, p in net.named_parameters():
         kept = optimizer.state.get(p, {})
         state |= {f"optimizer.{key}.{name}": v for key, v in kept.items() if isinstance(v, Tensor)}

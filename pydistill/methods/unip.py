@@ -184,7 +184,7 @@ def fit(
     device = next(net.parameters()).device
     steps = -(-count // batch_size)
     for epoch in range(done, epochs):
-        order = torch.randperm(count, generator=seeded_generator(seed, phase, epoch)).to(device)
+        order = torch.randperm(count, generator=seeded_generator(seed, phase, epoch), device="cpu").to(device)
         total = 0.0
         for step, index in enumerate(order.split(batch_size)):
             at = epoch + step / steps
@@ -204,7 +204,7 @@ def fit(
 
 
 def _state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], epoch: int) -> dict[str, Tensor]:
-    state = {"epoch": torch.tensor(epoch)}
+    state = {"epoch": torch.tensor(epoch, device="cpu")}
     for name, p in named.items():
         state[f"net.{name}"] = p.detach()
         # the last block's parameters that have no part in its map have no gradient, and no moments

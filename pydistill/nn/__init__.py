@@ -4,7 +4,7 @@ from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool, accelerate
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.bn_stat_matcher import BNStatMatcher
 from pydistill.nn.convnet import ConvNet
-from pydistill.nn.frozen import FrozenConv2d, freeze
+from pydistill.nn.frozen import FrozenConv2d, freeze, frozen_convolutions
 from pydistill.nn.mlp import MLP
 from pydistill.nn.registry import NETS, make
 from pydistill.nn.resnet import ResNet18, ResNet50
@@ -28,5 +28,6 @@ __all__ = [
     "ViT",
     "accelerate",
     "freeze",
+    "frozen_convolutions",
     "make",
 ]

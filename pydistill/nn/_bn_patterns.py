@@ -1,128 +1,209 @@
 """Finds, in one module's own forward, BatchNorms whose output a ReLU takes, directly or behind a sum, and max poolings.
 
 The forward is traced with all children as leaves, so that a module called by it is called as before, hooks included.
+What is taken in, and that nothing in between can be noticed, has to be torch's own: `_what_runs` tells.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx, nn
 
-from pydistill.nn.frozen import pooling_of
+from pydistill.nn import _what_runs as what_runs
+from pydistill.nn._what_runs import Unproven
+from pydistill.nn.frozen import CONVOLUTIONS, POOLINGS, pooling_of
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Place = Literal["left", "right", "in place"]
+Make = Callable[[nn.Module, "tuple[int, int, int] | None", "Place | None"], nn.Module]
+
+_SUMS = {
+    ("call_function", operator.iadd): True,
+    ("call_method", "add_"): True,
+    ("call_function", operator.add): False,
+    ("call_function", torch.add): False,
+    ("call_method", "add"): False,
+}
+
+
+class Graph:
+    """A forward as a graph, with BatchNorms fused with what follows.
+
+    Attributes:
+        forward: takes the tensors among the arguments, in order.
+        fused: the BatchNorms and what each runs with: "relu", "add, relu" or "relu, max pool".
+        left: the other BatchNorms that it calls, and why nothing was taken in.
+    """
+
+    def __init__(self, module: nn.Module, arguments: Sequence[Any], make: Make):
+        """Trace ``module`` called with ``arguments``: each a tensor, which may be another one later, or a constant.
+
+        Raises:
+            Unproven: the graph would not do all that the forward does, whatever the tensors are.
+        """
+        try:
+            self._graph = _Shallow(arguments).trace(module)
+        except Exception as error:  # whatever a forward raises that asks a placeholder for a value
+            reason = str(error).partition("\n")[0]
+            raise Unproven(f"it depends on what is computed ({type(error).__name__}: {reason})") from None
+        if any(node.op == "get_attr" for node in self._graph.nodes):
+            # which may be exchanged later, and a graph would not see that
+            raise Unproven("it uses parameters, buffers or other tensors of its own")
+        self._children = {
+            node.target: module.get_submodule(node.target) for node in self._graph.nodes if node.op == "call_module"
+        }
+        self._places = [place for target in self._children for place in _places(module, target)]
+        self._taken: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []  # with what they have to be
+        self.fused: dict[nn.Module, str] = {}
+        self.left: dict[nn.Module, str] = {}
+        if any(isinstance(child, BATCH_NORMS) for child in self._children.values()):
+            self._drop_identities()
+        for node in list(self._graph.nodes):
+            bn = self._child(node)
+            if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+                why = self._fuse(node, bn, make)
+                if why is not None:
+                    self.left[bn] = why
+        used = {node.target for node in self._graph.nodes if node.op == "call_module"}
+        called = {name: child for name, child in self._children.items() if name in used}
+        self.forward = fx.GraphModule(called, self._graph).forward
+
+    def still_holds(self) -> bool:
+        """Whether the children are those that were traced, and those taken in run what they ran."""
+        if any(siblings.get(name) is not child for siblings, name, child in self._places):
+            return False
+        return not any(
+            what_runs.has_hooks(child) or what_runs.why_not_plain(child, *classes) for child, classes in self._taken
+        )
+
+    def _child(self, node: fx.Node | None) -> nn.Module | None:
+        return self._children[node.target] if node is not None and node.op == "call_module" else None
+
+    def _take(self, node: fx.Node | None, *classes: type[nn.Module]) -> nn.Module | None:
+        """The child that is called with one argument, if nobody could see that it is not."""
+        child = self._child(node)
+        if child is None or len(node.args) != 1 or node.kwargs:
+            return None
+        return None if what_runs.has_hooks(child) or what_runs.why_not_plain(child, *classes) else child
+
+    def _drop_identities(self) -> None:
+        for node in list(self._graph.nodes):
+            if (identity := self._take(node, nn.Identity)) is not None:
+                self._taken.append((identity, (nn.Identity,)))
+                node.replace_all_uses_with(node.args[0])
+                self._graph.erase_node(node)
+
+    def _fuse(self, node: fx.Node, bn: nn.Module, make: Make) -> str | None:
+        """Fuse a call of a BatchNorm with what follows it, or say why not."""
+        if (why := what_runs.why_not_plain(bn, *BATCH_NORMS)) is not None:
+            return why
+        if self._take(node, *BATCH_NORMS) is None:
+            return "it has hooks" if what_runs.has_hooks(bn) else "it is not called with one argument"
+        total, summand, place = _only_user(node), None, None
+        after = total
+        if total is not None and (found := _sum_of(total, node)) is not None:
+            summand, place = found
+            after = _only_user(total)
+        if after is None:
+            return "its output goes to more than one place, or out"
+        relu = self._take(after, nn.ReLU)
+        if relu is None and not _is_relu(after):
+            return "what follows is no plain ReLU"
+        chain = [node, after] if summand is None else [node, total, after]
+        if not self._nothing_between(chain):
+            return "something between it and the ReLU might change its input"
+        taken: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = [(bn, BATCH_NORMS)]
+        if relu is not None:
+            taken.append((relu, (nn.ReLU,)))
+        pool, behind = None, _only_user(after) if summand is None else None
+        pooling = self._take(behind, *POOLINGS)
+        if pooling is not None and (pool := pooling_of(pooling)) is not None:
+            if self._nothing_between([after, behind]):
+                taken.append((pooling, POOLINGS))
+                chain.append(behind)
+            else:
+                pool = None
+        name = f"{node.target.replace('.', '_')}_matched_{len(self._taken)}"
+        self._children[name] = make(bn, pool, place)
+        with self._graph.inserting_before(chain[-1]):
+            new = self._graph.call_module(name, node.args if summand is None else (*node.args, summand))
+        chain[-1].replace_all_uses_with(new)
+        for old in reversed(chain):  # in the order in which nobody uses them any more
+            self._graph.erase_node(old)
+        self._taken += taken
+        self.fused[bn] = "relu, max pool" if pool else "relu" if summand is None else "add, relu"
+        return None
+
+    def _nothing_between(self, chain: list[fx.Node]) -> bool:
+        """Whether the first of ``chain`` can as well be done with the last: nothing that runs between the two changes
+        what either reads, or would have seen what the first gives."""
+        first, *others = chain
+        nodes = list(self._graph.nodes)
+        between = nodes[nodes.index(first) + 1 : nodes.index(others[-1])]
+        behind_sum = nodes[nodes.index(others[0]) + 1 : nodes.index(others[-1])]
+        if any(node not in chain for node in behind_sum):
+            return False
+        # a residual's other branch runs there: it can't reach the fresh output of a convolution that only we read
+        source = first.args[0]
+        fresh = _only_user(source) is first and _is_convolution(self._child(source))
+        return fresh or all(node in chain for node in between)
 
 
 class _Shallow(fx.Tracer):
+    """Placeholders for the tensors alone, and children as leaves."""
+
+    def __init__(self, arguments: Sequence[Any]):
+        super().__init__()
+        self._arguments = arguments
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        given = [
+            self.create_proxy("placeholder", f"tensor{i}", (), {}) if isinstance(value, Tensor) else value
+            for i, value in enumerate(self._arguments)
+        ]
+        return root_fn, [self.root, *given]
 
-def fused(
-    module: nn.Module, make: Callable[[nn.Module, tuple[int, int, int] | None], nn.Module]
-) -> tuple[fx.GraphModule, list[tuple[nn.Module, str]]] | None:
-    """``module`` with the BatchNorms fused, and for each of them "relu", "add, relu" or "relu, max pool"; None where
-    there are none.
 
-    ``make(bn, pool)`` is called with the input, and the other summand if there is one, and includes the ReLU; and the
-    pooling, with its kernel, stride and padding, where ``pool`` is not None.
-    """
-    if not any(isinstance(child, _BatchNorm) for child in module.children()):
-        return None
-    graph = _traced(module)
-    # what the module itself holds (parameters, buffers) may be exchanged later, which a graph would not see
-    if graph is None or any(node.op == "get_attr" for node in graph.nodes):
-        return None
-    children = {node.target: module.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+def _places(module: nn.Module, target: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Where ``target`` and what is on the way to it are held."""
     found = []
-    for node in list(graph.nodes):
-        bn = children.get(node.target) if node.op == "call_module" else None
-        if not isinstance(bn, _BatchNorm) or _has_hooks(bn) or len(node.args) != 1 or node.kwargs:
-            continue
-        after, summand = _only_user(node), None
-        if after is not None and (summand := _other_summand(after, node)) is not None:
-            after = _only_user(after)
-        if after is None or not _is_relu(after, children):
-            continue
-        taken_in = [after, *_between(after, node), node]  # in the order in which nobody uses them any more
-        pool = None
-        behind = _only_user(after) if summand is None else None
-        if behind is not None and (pool := _pooling(behind, children)) is not None:
-            taken_in.insert(0, behind)
-        name = f"{node.target.replace('.', '_')}_matched_{len(found)}"
-        children[name] = make(bn, pool)
-        with graph.inserting_before(taken_in[0]):
-            new = graph.call_module(name, node.args if summand is None else (*node.args, summand))
-        taken_in[0].replace_all_uses_with(new)
-        for old in taken_in:
-            graph.erase_node(old)
-        found.append((bn, "relu, max pool" if pool else "relu" if summand is None else "add, relu"))
-    if not found:
-        return None
-    used = {node.target for node in graph.nodes if node.op == "call_module"}
-    return fx.GraphModule({name: child for name, child in children.items() if name in used}, graph), found
-
-
-def _traced(module: nn.Module) -> fx.Graph | None:
-    before = dict(vars(module))
-    try:
-        graph = _Shallow().trace(module)
-    except Exception:  # whatever a forward raises that asks a placeholder for a value: it runs unfused then
-        graph = None
-    if any(vars(module).get(name) is not value for name, value in before.items()) or len(vars(module)) != len(before):
-        # a forward that leaves something on the module does more than its graph says
-        vars(module).clear()
-        vars(module).update(before)
-        return None
-    return graph
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    for name in target.split("."):
+        child = module._modules[name]
+        found.append((module._modules, name, child))
+        module = child
+    return found
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    return next(iter(node.users)) if isinstance(node, fx.Node) and len(node.users) == 1 else None
 
 
-def _other_summand(node: fx.Node, one: fx.Node) -> fx.Node | None:
-    """Of a sum of two nodes, ``one`` among them, the other."""
-    in_place = (node.op, node.target) in (("call_function", operator.iadd), ("call_method", "add_"))
-    plain = (node.op, node.target) in (
-        ("call_function", operator.add),
-        ("call_function", torch.add),
-        ("call_method", "add"),
-    )
-    if not (in_place or plain) or node.kwargs or len(node.args) != 2:
+def _sum_of(node: fx.Node, one: fx.Node) -> tuple[fx.Node, Place] | None:
+    """Of a sum of two nodes, ``one`` among them, the other, and where ``one`` stands."""
+    in_place = _SUMS.get((node.op, node.target))
+    if in_place is None or node.kwargs or len(node.args) != 2:
         return None
     a, b = node.args
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
         return None
     if a is one:
-        return b
-    return None if in_place else a  # in place of the other summand, others may look at the sum
+        return b, "in place" if in_place else "left"
+    return None if in_place else (a, "right")  # in place of the other summand, others may look at the sum
 
 
-def _between(relu: fx.Node, bn: fx.Node) -> list[fx.Node]:
-    """The sum, where there is one."""
-    return [node for node in relu.all_input_nodes if node is not bn]
+def _is_convolution(child: nn.Module | None) -> bool:
+    return child is not None and what_runs.why_not_plain(child, *CONVOLUTIONS) is None
 
 
-def _pooling(node: fx.Node, children: dict[str, Any]) -> tuple[int, int, int] | None:
-    child = children[node.target] if node.op == "call_module" else None
-    if child is None or _has_hooks(child) or len(node.args) != 1 or node.kwargs:
-        return None
-    return pooling_of(child)
-
-
-def _is_relu(node: fx.Node, children: dict[str, Any]) -> bool:
-    if node.op == "call_module":
-        child = children[node.target]
-        return type(child) is nn.ReLU and not _has_hooks(child)
+def _is_relu(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in (F.relu, torch.relu, torch.relu_)
     return node.op == "call_method" and node.target in ("relu", "relu_")

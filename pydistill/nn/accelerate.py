@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pydistill.nn import _what_runs as what_runs
 from pydistill.ops import conv2d, instance_norm_relu_avg_pool
 
 
@@ -56,61 +57,88 @@ def accelerate(module: nn.Module) -> nn.Module:
     such a block runs in channels-last on the CPU and gives its output in NCHW. Parameters stay the same objects under
     the same ``state_dict`` keys in the same order; outputs and gradients are the same up to rounding.
 
+    Left alone are layers and Sequentials that are no longer torch's own (subclasses with another forward, methods set
+    on an instance, compiled ones), and Sequentials that a method of ``module`` or of its parts takes apart (loops over,
+    indexes), since between the layers something else would be seen then. So it would where somebody outside does that:
+    call the Sequentials as wholes.
+
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
-        ValueError: nothing to replace was found, or a module to be replaced has hooks, which would be lost.
+        ValueError: nothing to replace was found, or a module to be replaced has hooks, which would be lost; ``module``
+            is then as it was.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
-    replaced = sum(_accelerate_sequential(m) for m in list(module.modules()) if isinstance(m, nn.Sequential))
-    if not replaced:
+    apart = what_runs.taken_apart(module)
+    stretches, left = [], []
+    for name, layers in module.named_modules():
+        if not isinstance(layers, nn.Sequential):
+            continue
+        leaf = name.rpartition(".")[2]
+        if not what_runs.is_sequential(layers):
+            left.append(f"{name or type(layers).__name__} is no plain nn.Sequential")
+        elif leaf in apart:
+            left.append(f"{name} is taken apart by {apart[leaf]}")
+        else:
+            stretches.append((layers, _blocks(layers)))
+    if not any(blocks for _, blocks in stretches):
         raise ValueError(
             "module: found no GroupNorm(C, C) in an nn.Sequential to replace; expected a ConvNet of blocks "
-            "Conv2d, GroupNorm(C, C), ReLU, AvgPool2d(2)"
+            "Conv2d, GroupNorm(C, C), ReLU, AvgPool2d(2)" + "".join(f"; {why}" for why in left)
         )
+    for layers, blocks in stretches:
+        _replace(layers, blocks)
     return module
 
 
-def _accelerate_sequential(layers: nn.Sequential) -> int:
-    replaced = 0
-    for i, layer in enumerate(layers):
-        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-            _refuse_hooks(layer)
-            layer.__class__ = Conv2d  # same state; only forward differs
-        if type(layer) is not nn.GroupNorm or layer.num_groups != layer.num_channels or not layer.affine:
+def _blocks(layers: nn.Sequential) -> list[tuple[int, bool, bool]]:
+    """Of every block, where its norm stands and whether a ReLU and a pool follow. Changes nothing."""
+    blocks = []
+    for i, norm in enumerate(layers):
+        if not _is_instance_norm(norm):
             continue
-        following = [layers[j] if j < len(layers) else None for j in (i + 1, i + 2)]
-        relu = type(following[0]) is nn.ReLU
-        pool_at = i + 1 + relu
+        following = [*list(layers)[i + 1 : i + 3], None, None]
+        relu = following[0] is not None and what_runs.why_not_plain(following[0], nn.ReLU) is None
         pool = _is_pool(following[int(relu)])
-        fused = InstanceNormReLUAvgPool(layer.num_channels, layer.eps, relu, pool)
-        fused.weight, fused.bias = layer.weight, layer.bias
-        fused.train(layer.training)
-        gone = [i, *([i + 1] if relu else []), *([pool_at] if pool else [])]
-        for j in gone:
-            _refuse_hooks(layers[j])
+        for layer in list(layers)[i : i + 1 + relu + pool]:
+            if what_runs.has_hooks(layer):
+                raise ValueError(f"module: {layer} has hooks, which replacing it would lose; remove them first")
+        blocks.append((i, relu, pool))
+    return blocks
+
+
+def _replace(layers: nn.Sequential, blocks: list[tuple[int, bool, bool]]) -> None:
+    for i, relu, pool in blocks:
+        norm = layers[i]
+        fused = InstanceNormReLUAvgPool(norm.num_channels, norm.eps, relu, pool)
+        fused.weight, fused.bias = norm.weight, norm.bias
+        fused.train(norm.training)
         layers[i] = fused
-        for j in gone[1:]:
+        for j in range(i + 1, i + 1 + relu + pool):
             layers[j] = nn.Identity()  # keeps the indices, and so the state_dict keys, of what follows
-        replaced += 1
+    for layer in layers:
+        plain = what_runs.why_not_plain(layer, nn.Conv2d) is None
+        if plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer.__class__ = Conv2d  # same state; only forward differs
     # A stretch that begins with a convolution and ends with a fused block may choose its own layout in between.
     inner = [layer for layer in layers if not isinstance(layer, nn.Identity)]
     if inner and isinstance(inner[0], Conv2d) and isinstance(inner[-1], InstanceNormReLUAvgPool):
         inner[0].channels_last = inner[-1].contiguous = True
-    return replaced
+
+
+def _is_instance_norm(layer: nn.Module) -> bool:
+    plain = what_runs.why_not_plain(layer, nn.GroupNorm) is None
+    return plain and layer.num_groups == layer.num_channels and layer.affine
 
 
 def _is_pool(layer: nn.Module | None) -> bool:
     """A 2x2 average pool with stride 2 that neither pads nor rounds up."""
-    if type(layer) is not nn.AvgPool2d or layer.ceil_mode or layer.divisor_override is not None:
+    if layer is None or what_runs.why_not_plain(layer, nn.AvgPool2d) is not None:
+        return False
+    if layer.ceil_mode or layer.divisor_override is not None:
         return False
     return [_both(v) for v in (layer.kernel_size, layer.stride, layer.padding)] == [(2, 2), (2, 2), (0, 0)]
 
 
 def _both(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _refuse_hooks(layer: nn.Module) -> None:
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        raise ValueError(f"module: {layer} has hooks, which replacing it would lose; remove them first")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pydistill.nn import _what_runs as what_runs
 from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters, max_pool2d
 from pydistill.ops.max_pool2d import MAX_KERNEL
 
+_log = logging.getLogger("pydistill")
 MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer than the products that are saved
 # in times out, with stride 2: the filters of more, which take 32 times the weight's memory, are read for longer
 MAX_STRIDED = 128 * 256
@@ -100,9 +104,14 @@ class _MaxPool2d(nn.MaxPool2d):
         return max_pool2d(x, *(_side(value) for value in (self.kernel_size, self.stride, self.padding)))
 
 
+POOLINGS = (nn.MaxPool2d, _MaxPool2d)
+# those whose output is new and only of their input
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FrozenConv2d, _OtherConv2d)
+
+
 def pooling_of(module: nn.Module) -> tuple[int, int, int] | None:
     """Kernel, stride and padding of a max pooling that `pydistill.ops.max_pool2d` does; None of any other module."""
-    if type(module) not in (nn.MaxPool2d, _MaxPool2d) or module.ceil_mode or module.return_indices:
+    if what_runs.why_not_plain(module, *POOLINGS) is not None or module.ceil_mode or module.return_indices:
         return None
     sizes = [_side(value) for value in (module.kernel_size, module.stride, module.padding, module.dilation)]
     if None in sizes:
@@ -136,9 +145,12 @@ def freeze(model: nn.Module) -> nn.Module:
     ResNet's 7x7 stem (stride 2, padding 3) to as many channels; others stay torch's
     (under autocast in float32 where the processor has no convolution in half precision, for which torch's takes many
     times as long). Every ``nn.MaxPool2d`` with square windows of at most 15 a side, no dilation, ``ceil_mode`` or
-    indices pools on `pydistill.ops.max_pool2d`, with equal bits.
+    indices pools on `pydistill.ops.max_pool2d`, with equal bits. Hooks stay where they are and are called as before;
+    subclasses of these modules, and instances that something was set on, compute what they computed.
     ``state_dict`` keys and values are those of ``model``, which itself is left as it is. Give it channels-last images
-    for best speed. Works on any network of ``nn.Conv2d`` modules, such as torchvision's.
+    for best speed. `frozen_convolutions` tells which convolutions were replaced and why others were not; the logger
+    "pydistill" says how many, as a warning where there are none: depthwise and 1x1 convolutions, which networks like
+    MobileNet are made of, gain nothing.
 
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)``.
 
@@ -146,35 +158,71 @@ def freeze(model: nn.Module) -> nn.Module:
         model: the network.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        ValueError: a convolution that would be replaced has hooks, which would be lost.
+        TypeError: ``model`` is no ``nn.Module``, or a `BNStatMatcher` is attached to it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if is_replaced(module) and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
-            raise ValueError(f"model: {name} ({module}) has hooks; freeze the network before they are attached")
     with torch.inference_mode(False):  # what is made in it does not count what is written to it
-        frozen = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        # as .to(memory_format=torch.channels_last), which raises for other tensors than images'
+        frozen._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    _say(frozen_convolutions(frozen))
     for module in frozen.modules():
         if is_replaced(module):
             module.__class__ = FrozenConv2d  # same state; only forward differs
-        elif type(module) is nn.Conv2d:
+        elif what_runs.why_not_plain(module, nn.Conv2d) is None:
             module.__class__ = _OtherConv2d
         elif pooling_of(module) is not None:
             module.__class__ = _MaxPool2d
     return frozen
 
 
+def frozen_convolutions(model: nn.Module) -> dict[str, str]:
+    """Of each ``nn.Conv2d`` of a network, before `freeze` or after, "frozen" or why it is left to torch; by name."""
+    return {
+        name: _why_not_replaced(module) or "frozen"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether `freeze` puts a `FrozenConv2d` in this module's place."""
-    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
-        return False
-    if module.dilation != (1, 1) or module.groups != 1:
-        return False
-    if (module.kernel_size, module.stride, module.padding) == ((7, 7), (2, 2), (3, 3)):
-        return module.out_channels >= MIN_CHANNELS
-    if module.kernel_size != (3, 3) or module.padding != (1, 1) or module.stride not in ((1, 1), (2, 2)):
-        return False
+    return isinstance(module, nn.Conv2d) and _why_not_replaced(module) is None
+
+
+def _why_not_replaced(module: nn.Conv2d) -> str | None:
+    if (why := what_runs.why_not_plain(module, nn.Conv2d, FrozenConv2d, _OtherConv2d)) is not None:
+        return why
+    if module._parameters.get("weight") is None:
+        return "its weight is no parameter, but made anew in each call"
+    if module.padding_mode != "zeros":
+        return f"it pads with padding_mode={module.padding_mode!r}"
+    if module.groups != 1:
+        return "it has groups"
+    if module.dilation != (1, 1):
+        return "it is dilated"
     C, K = module.in_channels, module.out_channels
-    return min(C, K) >= MIN_CHANNELS and (module.stride == (1, 1) or C * K <= MAX_STRIDED)
+    form = (module.kernel_size, module.stride, module.padding)
+    if form == ((7, 7), (2, 2), (3, 3)):
+        return None if K >= MIN_CHANNELS else f"it has fewer than {MIN_CHANNELS} channels"
+    if form not in (((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1))):
+        (H, W), (stride, _), padding = form
+        return f"it is {H}x{W} with stride {stride} and padding {padding if isinstance(padding, str) else padding[0]}"
+    if min(C, K) < MIN_CHANNELS:
+        return f"it has fewer than {MIN_CHANNELS} channels"
+    return None if module.stride == (1, 1) or C * K <= MAX_STRIDED else "it has a stride and too many channels"
+
+
+def _say(convolutions: dict[str, str]) -> None:
+    counts = Counter(convolutions.values())
+    frozen = counts.pop("frozen", 0)
+    reasons = "; ".join(f"{count}: {why}" for why, count in counts.most_common())
+    level = logging.INFO if frozen or not convolutions else logging.WARNING
+    _log.log(
+        level,
+        "freeze: %d of %d convolutions run on frozen filters%s",
+        frozen,
+        len(convolutions),
+        reasons and f" ({reasons})",
+    )

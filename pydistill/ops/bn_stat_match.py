@@ -16,7 +16,7 @@ from pydistill.ops._bn_match_pool import forward as bn_match_pool
 from pydistill.ops._bn_stat_match_operators import compute_dtype, native, triton
 from pydistill.ops._operator import choose_backend
 from pydistill.ops.max_pool2d import check_pooling
-from pydistill.reference.bn_stat_match import Reduction
+from pydistill.reference.bn_stat_match import Reduction, norm
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -156,6 +156,15 @@ def statistics_forward(
     return y, _unbiased(statistics, x) if unbiased else statistics
 
 
+def statistics_of(x: Tensor, bn: nn.Module, reduction: str, unbiased: bool) -> Tensor:
+    """Means and variances ``[2, C]`` of what a frozen BatchNorm, of whatever forward, is given."""
+    check_frozen(bn)
+    _check(x, bn.running_mean, bn.running_var, reduction, unbiased)
+    ops = triton if choose_backend("bn_stat_match", "auto", x.device, BACKENDS) == "triton" else native
+    _, statistics, _ = ops.forward(_as_planes(x), None, None, None, False)
+    return _unbiased(statistics, x) if unbiased else statistics
+
+
 def check_frozen(bn: nn.Module) -> None:
     """Raise unless ``bn`` is a BatchNorm that normalises by its running statistics."""
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
@@ -233,8 +242,7 @@ def _loss(
     statistics: Tensor, running_mean: Tensor, running_var: Tensor, w_mean: float, w_var: float, reduction: str
 ) -> Tensor:
     apart = statistics - torch.stack([running_mean, running_var]).to(statistics.dtype)
-    # torch's norm has the gradient zero where it is zero itself
-    terms = apart.square().sum(1) if reduction == "sq" else torch.linalg.vector_norm(apart, dim=1)
+    terms = apart.square().sum(1) if reduction == "sq" else norm(apart)
     return w_mean * terms.sum() if w_mean == w_var else w_mean * terms[0] + w_var * terms[1]
 
 

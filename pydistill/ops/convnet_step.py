@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._operator import choose_backend
 from pydistill.ops.attention_map import AXES, Axis, check_power
-from pydistill.reference.convnet_shape import ConvNetShape
+from pydistill.reference.convnet_shape import Activation, ConvNetShape, Norm, Pool
 
 __all__ = [
     "BACKENDS",
@@ -72,6 +72,7 @@ def convnet_logits(
     images: Tensor,
     *,
     precision: Precision = "fp32",
+    running: Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -84,14 +85,14 @@ def convnet_logits(
         ``[E, N, classes]``, dtype of theta.
     """
     chosen = _check(shape, theta, images, precision, backend)
+    _check_statistics(shape, theta, running, None)
     if chosen == "reference":
-        return reference.convnet_logits(shape, theta, images)
+        return reference.convnet_logits(shape, theta, images, running)
     if chosen == "cuda":
         return layers.logits(shape, theta, images, precision=precision)
     memory = _memory(workspace, shape, "logits", theta, images, precision)
-    return _OPS.convnet_step_logits(
-        theta.contiguous(), images.contiguous(), _sizes(shape), shape.eps, precision == "bf16", memory
-    )
+    numbers = (shape.eps, shape.slope, precision == "bf16")
+    return _OPS.convnet_step_logits(theta.contiguous(), images.contiguous(), _sizes(shape), running, *numbers, memory)
 
 
 def convnet_gradient(
@@ -102,6 +103,8 @@ def convnet_gradient(
     *,
     label_kind: LabelKind = "hard",
     precision: Precision = "fp32",
+    running: Tensor | None = None,
+    statistics: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
     backend: str = "auto",
@@ -124,8 +127,12 @@ def convnet_gradient(
         label_kind: what ``labels`` holds.
         precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32" (theta float32,
             CUDA): factors of convolutions and of the classifier are rounded to TF32. "bf16" (theta float32): the
-            convolutions' factors are rounded to bfloat16; sums, statistics, parameters, classifier and loss are
-            float32.
+            convolutions' factors are rounded to bfloat16, but for those of the pass that decides which ReLUs are open,
+            and of the first layer's outputs; sums, statistics, parameters, classifier and loss are float32.
+        running: ``[2, sum of widths]``, or with E in front, dtype of theta: the means and variances side by side,
+            for the norm "running" and only there. Constants.
+        statistics: ``[E, 2, sum of widths]``, dtype of theta: receives the means and biased variances of the batch that
+            the norm "batch" has used, in that order.
         workspace: working memory to reuse; fresh when None.
         tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would else compute again, in
             theta's dtype or, for precision "bf16", in bfloat16. CPU.
@@ -140,8 +147,9 @@ def convnet_gradient(
         RuntimeError: an argument requires a gradient, and grad mode is on.
     """
     chosen = _check(shape, theta, images, precision, backend, labels, label_kind, tape)
+    _check_statistics(shape, theta, running, statistics)
     if chosen == "reference":
-        return reference.convnet_gradient(shape, theta, images, labels, label_kind)
+        return reference.convnet_gradient(shape, theta, images, labels, label_kind, running, statistics)
     if chosen == "cuda":
         run = workspace.graphs.gradient if workspace else layers.gradient
         return run(shape, theta, images, labels, label_kind=label_kind, precision=precision)
@@ -151,7 +159,10 @@ def convnet_gradient(
         images.contiguous(),
         labels.contiguous(),
         _sizes(shape),
+        running,
+        statistics,
         shape.eps,
+        shape.slope,
         _KINDS.index(label_kind),
         precision == "bf16",
         memory,
@@ -170,6 +181,7 @@ def convnet_tangent(
     precision: Precision = "fp32",
     curvature: bool = True,
     scale: Tensor | None = None,
+    running: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
     backend: str = "auto",
@@ -198,6 +210,7 @@ def convnet_tangent(
         raise ValueError(f"direction: expected {wanted} as theta, got {got}")
     if scale is not None and (scale.shape != theta.shape[:1] or scale.dtype != theta.dtype):
         raise ValueError(f"scale: expected {theta.dtype} [{len(theta)}], got {scale.dtype} {list(scale.shape)}")
+    _check_statistics(shape, theta, running, None)
     if chosen == "cpu":
         memory = _memory(workspace, shape, "tangent", theta, images, precision)
         slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
@@ -206,7 +219,9 @@ def convnet_tangent(
             images.contiguous(),
             labels.contiguous(),
             _sizes(shape),
+            running,
             shape.eps,
+            shape.slope,
             _KINDS.index(label_kind),
             precision == "bf16",
             curvature,
@@ -216,7 +231,7 @@ def convnet_tangent(
         )
         return slope, grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
     if chosen == "reference":
-        found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind)
+        found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind, running)
     else:
         run = workspace.graphs.tangent if workspace else layers.tangent
         found = run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
@@ -236,6 +251,7 @@ def convnet_features(
     attended: Sequence[int] = (),
     axis: Axis = "spatial",
     precision: Precision = "fp32",
+    running: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
     backend: str = "auto",
@@ -261,11 +277,12 @@ def convnet_features(
     """
     chosen = _check(shape, theta, images, precision, backend, tape=tape)
     mask = _mask(shape, p, attended, axis)
+    _check_statistics(shape, theta, running, None)
     if chosen == "reference":
-        return reference.convnet_features(shape, theta, images, p, attended, axis)
+        return reference.convnet_features(shape, theta, images, p, attended, axis, running)
     _refuse_cuda(chosen)
     memory = _memory(workspace, shape, "features", theta, images, precision)
-    options = (shape.eps, precision == "bf16", p, mask)
+    options = (running, shape.eps, shape.slope, precision == "bf16", p, mask)
     wanted = (axis != "channel", axis != "spatial")
     return _OPS.convnet_step_features(
         theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory, tape
@@ -283,6 +300,7 @@ def convnet_features_backward(
     p: float = 4.0,
     attended: Sequence[int] = (),
     precision: Precision = "fp32",
+    running: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
     backend: str = "auto",
@@ -300,6 +318,7 @@ def convnet_features_backward(
         ``[E, N, C, H, W]``, a student's own also where the images are shared.
     """
     chosen = _check(shape, theta, images, precision, backend, tape=tape)
+    _check_statistics(shape, theta, running, None)
     mask = _mask(shape, p, attended, "both")
     grads = (spatial_grad, channel_grad, embedding_grad)
     layers = [shape.layers[block] for block in attended]
@@ -311,7 +330,7 @@ def convnet_features_backward(
     if chosen == "reference":
         own = images.expand(len(theta), *images.shape[-4:]).detach().requires_grad_()
         with torch.enable_grad():
-            outputs = reference.convnet_features(shape, theta.detach(), own, p, attended, "both")
+            outputs = reference.convnet_features(shape, theta.detach(), own, p, attended, "both", running)
             total = sum((out * grad).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None)
             return torch.autograd.grad(total + 0 * own.sum(), own)[0]
     _refuse_cuda(chosen)
@@ -319,7 +338,7 @@ def convnet_features_backward(
     return _OPS.convnet_step_features_backward(
         *(None if grad is None else grad.contiguous() for grad in grads),
         *(theta.contiguous(), images.contiguous(), _sizes(shape)),
-        *(shape.eps, precision == "bf16", p, mask, memory, tape),
+        *(running, shape.eps, shape.slope, precision == "bf16", p, mask, memory, tape),
     )
 
 
@@ -374,7 +393,27 @@ def _memory(
 @lru_cache(maxsize=64)
 def _sizes(shape: ConvNetShape) -> Tensor:
     sizes = (shape.channels, shape.height, shape.width_px, shape.first_padding, shape.classes)
-    return torch.tensor((*sizes, *shape.widths), device="cpu")  # whatever the default device is
+    kinds = [(Norm, shape.norm), (Activation, shape.activation), (Pool, shape.pool)]
+    norm, activation, pool = (get_args(known).index(kind) for known, kind in kinds)
+    block = (norm, shape.groups, activation, pool, shape.biased)
+    return torch.tensor((*sizes, *block, *shape.widths), dtype=torch.int64, device="cpu")
+
+
+def _check_statistics(shape: ConvNetShape, theta: Tensor, running: Tensor | None, statistics: Tensor | None) -> None:
+    channels = sum(shape.widths)
+    if (running is not None) != (shape.norm == "running"):
+        raise ValueError(f"running: expected statistics for the norm 'running' alone, which here is {shape.norm!r}")
+    if statistics is not None and shape.norm != "batch":
+        raise ValueError(f"statistics: expected them of the norm 'batch' alone, which here is {shape.norm!r}")
+    each = (len(theta), 2, channels)
+    wanted = (
+        ("running", running, each[1:] if running is None or running.dim() == 2 else each),
+        ("statistics", statistics, each),
+    )
+    for name, given, size in wanted:
+        if given is not None and (given.shape != size or given.dtype != theta.dtype or given.device != theta.device):
+            got = f"{given.dtype} {list(given.shape)} on {given.device}"
+            raise ValueError(f"{name}: expected {theta.dtype} {list(size)} on {theta.device} as theta, got {got}")
 
 
 def _check(
@@ -438,6 +477,10 @@ def _check_all(
     chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
     if chosen == "reference" and precision != "fp32":
         raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
+    if chosen == "cuda" and not shape.fused:
+        raise NotImplementedError(
+            "convnet_step: backend='cuda' has blocks of instance norm, ReLU and average pool only"
+        )
     if chosen == "cpu" and precision == "tf32":
         raise NotImplementedError("convnet_step: backend='cpu' has no precision='tf32'")
     if chosen != "cpu" and tape is not None:

@@ -64,11 +64,15 @@ def kd_divergence(
     ofa       ``-sum ((p + 1_y)**gamma - 1_y) log q`` with y from ``labels`` (Hao et al., "One-for-All", NeurIPS 2023)
     ========= ==========================================================================================
 
-    A class without probability adds nothing, so that classes masked with -inf on both sides take no part. The gradient
-    goes to the student's logits, and to ``weight``. It is made in the forward pass, where the probabilities are at
-    hand; the first backward pass only scales it. Differentiable twice, in reverse and forward mode, under
-    ``torch.func`` and ``torch.compile``; a third derivative raises ``NotImplementedError``. On the CPU, results have
-    equal bits from run to run, over thread counts and over instruction sets. NaN and Inf propagate.
+    A class without probability adds nothing (``0 * inf`` is 0), so that classes masked with -inf on both sides take no
+    part. One that is masked on a single side makes infinite what is divided by its probability: "fkl", "soft_ce" and
+    "ofa" of a student that lacks it (with the gradient ``q - p`` all the same), "rkl" of a target that does (the
+    gradient is NaN). Logits of any size and T do: no exponential overflows, no mixture of "jsd" underflows.
+
+    The gradient goes to the student's logits, and to ``weight``. It is made in the forward pass, where the
+    probabilities are at hand; the first backward pass only scales it. Differentiable twice, in reverse and forward
+    mode, under ``torch.func`` and ``torch.compile``; a third derivative raises ``NotImplementedError``. On the CPU,
+    results have equal bits from run to run, over thread counts and over instruction sets. NaN and Inf propagate.
 
     Args:
         student_logits: ``[..., C]`` with C >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is

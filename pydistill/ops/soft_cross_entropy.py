@@ -43,7 +43,8 @@ def soft_cross_entropy(
     them, as probabilities or as logits. Differentiable twice in logits and floating labels, in reverse and forward
     mode, under ``torch.func`` and ``torch.compile``; a third derivative raises ``NotImplementedError``. Deterministic:
     equal bits from run to run, over thread counts and, on the CPU, over instruction sets. NaN and Inf propagate as in
-    torch.
+    torch, but for a class with a logit of -inf whose label is zero (with "logits": -inf too): it takes no part, in no
+    derivative either, where torch has ``0 * inf``, NaN.
 
     Args:
         logits: ``[N, K]`` with K >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is in float32

@@ -49,7 +49,8 @@ def sparse_label_loss(
 
     The gradient goes to ``logits``. It is made in the forward pass; the first backward pass only scales it. A second
     derivative raises ``NotImplementedError``, and so does forward mode. On the CPU, results have equal bits from run to
-    run, over thread counts and over instruction sets. NaN and Inf propagate.
+    run, over thread counts and over instruction sets. NaN and Inf propagate. A logit of -inf takes out a class that has
+    no probability; the loss is infinite where it has some, as all that are not stored have under "smooth".
 
     Args:
         logits: ``[N, C]`` with C >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is in float32

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 Reduction = Literal["norm", "sq"]
 
 
+def norm(x: Tensor) -> Tensor:
+    """The norm over the last dimension, whatever the dtype makes of the squares; its gradient is zero where it is."""
+    unit = x.detach().abs().amax(-1).clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
+    return unit * torch.linalg.vector_norm(x / unit.unsqueeze(-1), dim=-1)
+
+
 def bn_stat_match(
     x: Tensor,
     running_mean: Tensor,
@@ -23,7 +29,7 @@ def bn_stat_match(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     others = [d for d in range(x.dim()) if d != 1]
     apart = x.mean(others) - running_mean, x.var(others, unbiased=unbiased) - running_var
-    of_mean, of_var = (d.square().sum() if reduction == "sq" else d.norm() for d in apart)
+    of_mean, of_var = (d.square().sum() if reduction == "sq" else norm(d) for d in apart)
     return w_mean * of_mean + w_var * of_var
 
 

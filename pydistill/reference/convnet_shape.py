@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 KERNEL = 3  # pixels a side of every convolution
+
+Norm = Literal["instance", "batch", "group", "layer", "none", "running"]  # in the order of ConvNetStep::Norm
+Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh", "swish"]
+Pool = Literal["avg", "max", "none"]
 
 
 class Layer(NamedTuple):
@@ -24,13 +28,16 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class ConvNetShape:
-    """Blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pool, then a linear classifier.
+    """Blocks of 3x3 convolution, norm, activation and 2x2 pool, then a linear classifier.
 
     Parameters lie in a flat vector in the order of `pydistill.nn.ConvNet`: per block the convolution's weight and bias
     and the norm's weight and bias, then the classifier's weight and bias.
 
+    Norms are ``GroupNorm(C, C)`` ("instance"), ``GroupNorm(groups, C)``, ``LayerNorm([C, H, W])``, ``BatchNorm2d`` with
+    the batch's statistics ("batch") or with the kept ones ("running"), or "none"; the others have affine parameters.
+
     Raises:
-        ValueError: a size below 1, or images too small for the depth.
+        ValueError: a size below 1, images too small for the depth, or a name that is unknown.
     """
 
     channels: int
@@ -40,8 +47,21 @@ class ConvNetShape:
     first_padding: int  # of the first convolution; the others have 1
     classes: int
     eps: float = 1e-5  # added to the variance
+    norm: Norm = "instance"
+    groups: int = 1  # of a "group" norm
+    activation: Activation = "relu"
+    slope: float = 0.01  # of a "leaky_relu" below zero
+    pool: Pool = "avg"
+    biased: bool = True  # whether convolutions have a bias
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("norm", self.norm, Norm),
+            ("activation", self.activation, Activation),
+            ("pool", self.pool, Pool),
+        ):
+            if value not in get_args(known):
+                raise ValueError(f"{name}: expected one of {get_args(known)}, got {value!r}")
         if not self.widths:
             raise ValueError("widths: expected at least one block, got none")
         sizes = [("channels", self.channels), ("height", self.height), ("width_px", self.width_px)]
@@ -51,7 +71,9 @@ class ConvNetShape:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if self.first_padding < 0:
             raise ValueError(f"first_padding: expected at least 0, got {self.first_padding}")
-        if any(min(layer.height, layer.width) < 2 for layer in self.layers):
+        if self.norm == "group" and (self.groups < 1 or any(width % self.groups for width in self.widths)):
+            raise ValueError(f"groups: expected a divisor of every width {self.widths}, got {self.groups}")
+        if any(min(layer.height, layer.width) < self.stride for layer in self.layers):
             raise ValueError(f"widths: {len(self.widths)} blocks leave nothing of {self.height}x{self.width_px} images")
 
     @cached_property
@@ -62,21 +84,37 @@ class ConvNetShape:
             padding = 1 if block else self.first_padding
             height, width = (size + 2 * padding - KERNEL + 1 for size in (height, width))
             found.append(Layer(channels, out_channels, height, width, padding))
-            channels, height, width = out_channels, height // 2, width // 2
+            channels, height, width = out_channels, height // self.stride, width // self.stride
         return tuple(found)
+
+    @property
+    def fused(self) -> bool:
+        """Whether a block is that of `pydistill.instance_norm_relu_avg_pool`."""
+        return (self.norm, self.activation, self.pool) == ("instance", "relu", "avg")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side that a pool makes one of."""
+        return 1 if self.pool == "none" else 2
 
     @property
     def features(self) -> int:
         """What the classifier sees of an image."""
         last = self.layers[-1]
-        return last.out_channels * (last.height // 2) * (last.width // 2)
+        return last.out_channels * (last.height // self.stride) * (last.width // self.stride)
 
     @cached_property
     def parameter_shapes(self) -> tuple[tuple[int, ...], ...]:
         shapes: list[tuple[int, ...]] = []
         for layer in self.layers:
             channels = (layer.out_channels,)
-            shapes += [(*channels, layer.in_channels, KERNEL, KERNEL), channels, channels, channels]
+            shapes.append((*channels, layer.in_channels, KERNEL, KERNEL))
+            if self.biased:
+                shapes.append(channels)
+            if self.norm == "layer":
+                shapes += [(*channels, layer.height, layer.width)] * 2
+            elif self.norm != "none":
+                shapes += [channels, channels]
         return (*shapes, (self.classes, self.features), (self.classes,))
 
     @cached_property

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,29 +23,31 @@ def kd_divergence(
 ) -> Tensor:
     """See `pydistill.kd_divergence`: each term as it stands there, on ``[..., C]``."""
     C = student_logits.shape[-1]
-    z = student_logits / T
-    log_q = z.log_softmax(-1)
+    log_q = _log_softmax(student_logits, T)
     if kind == "mse":
-        rows = (z - target / T).square().sum(-1)
+        rows = ((student_logits - target) / T).square().sum(-1)
     elif kind == "ce":
         rows = -log_q.gather(-1, target[..., None]).squeeze(-1)
     else:
-        p, log_p = (target / T).softmax(-1), (target / T).log_softmax(-1)
-        if target_is == "probs":
-            p, log_p = target, target.log()
-        q = log_q.exp()
+        log_p = target.log() if target_is == "probs" else _log_softmax(target, T)
+        p, q = target if target_is == "probs" else log_p.exp(), log_q.exp()
         if kind == "fkl":
             rows = _weighted(p, log_p - log_q).sum(-1)
         elif kind == "rkl":
             rows = _weighted(q, log_q - log_p).sum(-1)
         elif kind == "jsd":
-            log_m = (beta * p + (1 - beta) * q).log()
-            rows = beta * _weighted(p, log_p - log_m).sum(-1) + (1 - beta) * _weighted(q, log_q - log_m).sum(-1)
+            # the mixture in units of the larger of p and q: as it is it may be too small a number
+            apart = torch.where((p == 0) & (q == 0), 0, log_q - log_p)
+            less = apart <= 0
+            to_q, to_p = torch.where(less, apart, 0), torch.where(less, 0, -apart)  # log q and log p in these units
+            log_m = torch.where(less, (1 - beta) * to_q.expm1(), beta * to_p.expm1()).log1p()
+            rows = (beta * _weighted(p, to_p - log_m) + (1 - beta) * _weighted(q, to_q - log_m)).sum(-1)
         elif kind == "soft_ce":
             rows = -_weighted(p, log_q).sum(-1)
         else:
-            one = torch.nn.functional.one_hot(labels, C).to(p.dtype)
-            rows = -_weighted((p + one) ** gamma - one, log_q).sum(-1)
+            own = F.one_hot(labels, C).bool()
+            t = torch.where(own, torch.expm1(gamma * p.log1p()), torch.exp(gamma * log_p))  # (p + 1_y)^gamma - 1_y
+            rows = -_weighted(t, log_q).sum(-1)
     if scale_T2:
         rows = rows * T**2
     if reduction == "mean":
@@ -54,6 +57,11 @@ def kd_divergence(
     if weight is not None:
         rows = rows * weight
     return {"none": rows, "sum": rows.sum()}[reduction] if reduction in ("none", "sum") else rows.mean()
+
+
+def _log_softmax(x: Tensor, T: float) -> Tensor:
+    """Of x / T; without the largest x first, which would be rounded in the place of what counts."""
+    return ((x - x.detach().amax(-1, keepdim=True)) / T).log_softmax(-1)
 
 
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:

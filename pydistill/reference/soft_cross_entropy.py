@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,6 +13,11 @@ def soft_cross_entropy(
     kind: Literal["hard", "logits", "probs"] = "hard",
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """``cross_entropy(logits, labels.softmax(1) if kind == "logits" else labels)``; no class number is ignored."""
+    """``cross_entropy(logits, labels.softmax(1) if kind == "logits" else labels)``, but that ``0 * inf`` is 0."""
+    if kind == "hard":
+        return F.cross_entropy(logits, labels, reduction=reduction, ignore_index=-(2**63))  # that of -100 would be
     target = labels.softmax(1) if kind == "logits" else labels
-    return F.cross_entropy(logits, target, reduction=reduction, ignore_index=-(2**63))  # that of -100 would be
+    log_p = logits.log_softmax(1)
+    out = (target == 0) & (log_p == -torch.inf)
+    rows = -(target * torch.where(out, 0, log_p)).sum(1)
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()

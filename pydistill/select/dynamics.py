@@ -20,11 +20,11 @@ class TrainingDynamics:
     def __init__(self, num_samples: int):
         if num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-        self._margins = torch.zeros(num_samples, dtype=torch.float64)
-        self._seen = torch.zeros(num_samples, dtype=torch.int64)
-        self._forgotten = torch.zeros(num_samples, dtype=torch.int64)
-        self._right = torch.zeros(num_samples, dtype=torch.bool)
-        self._learnt = torch.zeros(num_samples, dtype=torch.bool)
+        self._margins = torch.zeros(num_samples, dtype=torch.float64, device="cpu")
+        self._seen = torch.zeros(num_samples, dtype=torch.int64, device="cpu")
+        self._forgotten = torch.zeros(num_samples, dtype=torch.int64, device="cpu")
+        self._right = torch.zeros(num_samples, dtype=torch.bool, device="cpu")
+        self._learnt = torch.zeros(num_samples, dtype=torch.bool, device="cpu")
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
@@ -41,7 +41,7 @@ class TrainingDynamics:
         """
         n = len(self._seen)
         logits, labels = logits.cpu(), labels.cpu()
-        index = torch.arange(n) if index is None else index.cpu()
+        index = torch.arange(n, device="cpu") if index is None else index.cpu()
         if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
             raise ValueError(f"logits: expected floating [B, K] with K >= 2, got {logits.dtype} {list(logits.shape)}")
         B, K = logits.shape

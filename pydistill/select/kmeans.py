@@ -24,7 +24,7 @@ def kmeans(x: Tensor, k: int, *, iterations: int = 50, generator: torch.Generato
     """
     if x.dim() != 2 or not 1 <= k <= len(x):
         raise ValueError(f"k: expected 1..N for x [N, d], got {k} for {list(x.shape)}")
-    index = int(torch.randint(len(x), (), generator=generator))
+    index = int(torch.randint(len(x), (), generator=generator, device="cpu"))
     centres = x[index : index + 1]
     while len(centres) < k:
         # of each row to its nearest centre; where all lie on centres any row will do

@@ -157,9 +157,9 @@ def best_crops(
         best = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         chosen = torch.zeros_like(F.avg_pool2d(x, factor))
         for _ in range(crops):
-            area, down, across = torch.rand(3, len(x), generator=generator)
+            area, down, across = torch.rand(3, len(x), generator=generator, dtype=torch.float32, device="cpu")
             side = (least_area + (1 - least_area) * area).sqrt()
-            theta = torch.zeros(len(x), 2, 3)
+            theta = torch.zeros(len(x), 2, 3, dtype=torch.float32, device="cpu")
             theta[:, 0, 0] = theta[:, 1, 1] = side
             theta[:, 0, 2], theta[:, 1, 2] = ((1 - side) * (2 * place - 1) for place in (across, down))
             grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)

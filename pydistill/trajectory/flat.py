@@ -6,13 +6,17 @@ passes over memory, and never wait for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import logging
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+_log = logging.getLogger("pydistill")
 _LEAST_NORM = 1e-12  # a gradient shorter than this counts as this long, so that zero has a direction: none
 
 
@@ -21,23 +25,76 @@ class FlatModule:
 
     Equivalent to filling the parameters by ``nn.utils.vector_to_parameters(theta, net.parameters())`` and calling
     ``net``, but differentiable in theta.
+
+    ``nn.DataParallel``, ``DistributedDataParallel``, what ``torch.compile`` makes of a module and
+    `pydistill.compat.ReparamModule` stand for the network inside them. So does the class ReparamModule that the
+    trajectory-matching repositories share (a module whose one parameter is ``flat_param`` and whose forward takes
+    ``flat_param=``), where one call of it, with its network replaced, shows that it fills the network's parameters from
+    consecutive pieces of the vector and does nothing else; where it does not, it is called with ``flat_param=theta``.
+
+    Raises:
+        TypeError: net is no module of Python.
+        ValueError: it has no parameters, or it is a wrapper with hooks of its own.
     """
 
     def __init__(self, net: nn.Module):
         if not isinstance(net, nn.Module):
             raise TypeError(f"net: expected an nn.Module, got {type(net).__name__}")
-        net = getattr(net, "reparametrised", net)  # a wrapper names the network that its flat vector belongs to
-        self.net = net
-        self.names = [name for name, _ in net.named_parameters()]
-        self.shapes = [p.shape for p in net.parameters()]
-        self.sizes = [p.numel() for p in net.parameters()]
+        if isinstance(net, torch.jit.ScriptModule):
+            raise TypeError(f"net: expected the nn.Module that was scripted, got a {type(net).__name__}")
+        net = _unwrapped(net)
+        self._flat_param: nn.Parameter | None = None  # of a foreign ReparamModule
+        self._called_with_theta = False
+        self._aliases: dict[str, str] = {}
+        if _is_reparametrised(net):
+            self._flat_param = net.flat_param
+            pieces = _pieces(net)
+            if pieces is None:
+                self.net, self._called_with_theta = net, True
+                self.names, self.shapes = ["flat_param"], [net.flat_param.shape]
+            else:
+                self.net = net.module
+                self.names, self.shapes, self._aliases = pieces
+            trained = [True] * len(self.names)
+        else:
+            self.net = net
+            self.names = [name for name, _ in net.named_parameters()]
+            self.shapes = [p.shape for p in net.parameters()]
+            trained = [p.requires_grad for p in net.parameters()]
+        self.sizes = [shape.numel() for shape in self.shapes]
         self.numel = sum(self.sizes)
+        # a net of which nothing is to be trained is somebody's template: theta alone says what is
+        self.frozen = [not each for each in trained] if any(trained) else [False] * len(trained)
         if self.numel == 0:
             raise ValueError("net: it has no parameters")
 
     def parameters(self) -> Tensor:
         """The module's own parameters as one detached vector ``[P]``."""
+        if self._flat_param is not None:
+            return self._flat_param.detach().clone()
         return torch.cat([p.detach().reshape(-1) for p in self.net.parameters()])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the module's first parameter."""
+        return self._flat_param.dtype if self._flat_param is not None else next(self.net.parameters()).dtype
+
+    @torch.no_grad()
+    def overwrite(self, theta: Tensor) -> None:
+        """Give the module the parameters theta ``[P]``."""
+        if self._flat_param is not None:
+            self._flat_param.copy_(theta)
+            return
+        own = self.unflatten(theta)
+        for name, parameter in self.net.named_parameters():
+            parameter.copy_(own[name])
+
+    def trained(self, like: Tensor, unused: Iterable[str] = ()) -> Tensor | None:
+        """``[P]`` like ``like``: zero where a parameter is frozen or one of ``unused``, else one; None: no zero."""
+        still = [frozen or name in unused for frozen, name in zip(self.frozen, self.names, strict=True)]
+        if not any(still):
+            return None
+        return torch.cat([like.new_full((size,), not each) for size, each in zip(self.sizes, still, strict=True)])
 
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """Views of theta by parameter name."""
@@ -48,7 +105,84 @@ class FlatModule:
 
     def __call__(self, theta: Tensor, *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """``net(*inputs)`` at theta; ``buffers`` stand in for the module's own, which are then left untouched."""
-        return functional_call(self.net, {**self.unflatten(theta), **(buffers or {})}, inputs, kwargs)
+        return self.at(self.unflatten(theta), *inputs, buffers=buffers, **kwargs)
+
+    def at(
+        self, named: Mapping[str, Tensor], *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """``net(*inputs)`` with the parameters that `unflatten` gave, or others by their names."""
+        if self._called_with_theta:
+            kwargs["flat_param"] = named["flat_param"]
+        tied = {alias: named[name] for alias, name in self._aliases.items()}
+        return functional_call(self.net, {**named, **tied, **(buffers or {})}, inputs, kwargs)
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    while True:
+        compiler = sys.modules.get("torch._dynamo.eval_frame")
+        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = net.module
+        elif compiler is not None and isinstance(net, compiler.OptimizedModule):
+            inner = net._orig_mod
+        else:
+            inner = getattr(net, "reparametrised", None)  # a wrapper names the network that its flat vector belongs to
+            if not isinstance(inner, nn.Module):
+                return net
+        if net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
+            raise ValueError(
+                f"net: expected the {type(inner).__name__} inside, got a {type(net).__name__} with hooks of its own, "
+                "which would not be called"
+            )
+        net = inner
+
+
+def _is_reparametrised(net: nn.Module) -> bool:
+    own = [name for name, _ in net.named_parameters()]
+    return own == ["flat_param"] and "flat_param" in inspect.signature(type(net).forward).parameters
+
+
+def _pieces(net: nn.Module) -> tuple[list[str], list[torch.Size], dict[str, str]] | None:
+    """Names, shapes and aliases of the parameters that a foreign ReparamModule fills its ``module`` with, in the order
+    of the flat vector; None where it does anything else."""
+    inner = getattr(net, "module", None)
+    if not isinstance(inner, nn.Module) or "forward" in vars(inner) or has_hooks(net) or has_hooks(inner):
+        return None
+    theta = net.flat_param.detach().clone()
+    storage = theta.untyped_storage().data_ptr()
+    image, logits = (theta.new_zeros(1, 1, 1, 1) for _ in range(2))
+    seen: dict[tuple[int, torch.Size], list[str]] = {}
+
+    def stand_in(*inputs: Any, **kwargs: Any) -> Tensor:
+        if len(inputs) == 1 and inputs[0] is image and not kwargs:
+            for path, module in inner.named_modules():
+                for leaf, value in vars(module).items():
+                    if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == storage:
+                        at = (value.storage_offset(), value.shape)
+                        if value.is_contiguous():
+                            seen.setdefault(at, []).append(f"{path}.{leaf}" if path else leaf)
+        return logits
+
+    inner.forward = stand_in
+    try:
+        plain = net(image, flat_param=theta) is logits
+    except Exception as error:
+        _log.debug("net: %s is called as it is, as one call of it raised %r", type(net).__name__, error)
+        return None
+    finally:
+        del inner.forward
+    places = sorted(seen)
+    ends = [offset + shape.numel() for offset, shape in places]
+    if not plain or [offset for offset, _ in places] != [0, *ends[:-1]] or ends[-1] != len(theta):
+        return None
+    names = [seen[place][0] for place in places]
+    aliases = {alias: seen[place][0] for place in places for alias in seen[place][1:]}
+    return names, [shape for _, shape in places], aliases
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs more than its forward: its hooks, or those on all modules."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 @torch.no_grad()

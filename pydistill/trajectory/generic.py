@@ -27,10 +27,15 @@ class GenericStudents:
         rows = images if images.dim() == 5 else [images] * len(theta)
         return torch.stack([self._logits(row, x) for row, x in zip(theta, rows, strict=True)])
 
-    def _logits(self, theta: Tensor, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+    def in_evaluation(self) -> GenericStudents:
+        """The same students: they go by the mode that the module is in."""
+        return self
+
+    def _logits(self, theta: Tensor | dict[str, Tensor], x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        """theta as a vector, or what `FlatModule.unflatten` makes of it."""
         half = self.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
-            logits = self.flat(theta, x, buffers=buffers)
+            logits = (self.flat if isinstance(theta, Tensor) else self.flat.at)(theta, x, buffers=buffers)
         if self.output is not None:
             logits = logits[self.output]
         if not isinstance(logits, Tensor):
@@ -42,8 +47,10 @@ class GenericStudents:
             raise ValueError(f"net: expected logits [{len(x)}, K], got shape {list(logits.shape)}")
         return logits.float() if half else logits
 
-    def loss(self, theta: Tensor, x: Tensor, y: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
-        """One student's: theta [P], x [B, C, H, W]."""
+    def loss(
+        self, theta: Tensor | dict[str, Tensor], x: Tensor, y: Tensor, buffers: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """One student's: theta [P], or unflattened, x [B, C, H, W]."""
         return self._loss(self._logits(theta, x, buffers), y)
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -62,13 +69,13 @@ class GenericStudents:
         found = []
         for e, row in enumerate(theta):
             with torch.enable_grad():
-                row = row.detach().requires_grad_()
+                named = {name: part.requires_grad_() for name, part in self.flat.unflatten(row.detach()).items()}
                 x, y = of_student(batch, e)
-                logits = self._logits(row, x.detach(), buffers)
+                logits = self._logits(named, x.detach(), buffers)
                 loss = self._loss(logits, y.detach())
-                found.append((loss.detach(), torch.autograd.grad(loss, row)[0], logits.detach()))
-        losses, grads, logits = zip(*found, strict=True)
-        return Descent(torch.stack(losses), torch.stack(grads), torch.stack(logits) if with_logits else None)
+                found.append((loss.detach(), *flat_gradient(loss, named), logits.detach()))
+        losses, grads, unused, logits = zip(*found, strict=True)
+        return Descent(torch.stack(losses), torch.stack(grads), torch.stack(logits) if with_logits else None, unused)
 
     def penalty_gradient(self, theta: Tensor, images: Tensor, buffers: dict[str, Tensor] | None) -> Tensor:
         """[E, P]: gradient of mean((||d sum(logits) / d images||_2 over channels - 1)^2); images [E, B, C, H, W]."""
@@ -119,3 +126,12 @@ class GenericStudents:
             found.append({"slope": torch.dot(g.detach(), direction[e]), **dict(zip(wanted, parts, strict=True))})
         joined = {name: torch.stack([f[name] for f in found]) for name in found[0]}
         return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
+
+
+def flat_gradient(loss: Tensor, named: dict[str, Tensor], create_graph: bool = False) -> tuple[Tensor, frozenset[str]]:
+    """The gradient in parameters by name, as one vector [P] with zeros for those that ``loss`` does not use, and their
+    names."""
+    grads = torch.autograd.grad(loss, list(named.values()), create_graph=create_graph, allow_unused=True)
+    found = dict(zip(named, grads, strict=True))
+    parts = [torch.zeros_like(named[name]) if grad is None else grad for name, grad in found.items()]
+    return torch.cat([part.reshape(-1) for part in parts]), frozenset(n for n, grad in found.items() if grad is None)

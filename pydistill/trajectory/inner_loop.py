@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.generic import flat_gradient
 from pydistill.trajectory.optimizers import SGD, Adam, State
-from pydistill.trajectory.step import Adjoint, Batch
+from pydistill.trajectory.step import Adjoint, Batch, of_student
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
+from pydistill.trajectory.surroundings import Surroundings
 
 
 class NonFiniteError(FloatingPointError):
@@ -32,12 +34,13 @@ class Step:
     number: int
     index: Tensor | None  # of the batch, [B] or [E, B]; None: all images
     records: list[Any] | None  # the augmentation's parameters, one per student, where it draws them
+    began: tuple[Tensor, Tensor | None] | None = None  # generator states before it, where it was augmented ahead
     rng: tuple[Tensor, Tensor | None] | None = None  # generator states before the step, if the step moved them
     buffers: dict[str, Tensor] | None = None  # the module's buffers before the step, if it has any
 
-    def copied_buffers(self) -> dict[str, Tensor] | None:
+    def copied_buffers(self) -> dict[str, Tensor]:
         """Buffers for a replay to change as it likes; None to run on the module's own."""
-        return {name: b.clone() for name, b in self.buffers.items()} if self.buffers else None
+        return {name: b.clone() for name, b in (self.buffers or {}).items()}
 
 
 class InnerLoop:
@@ -97,19 +100,25 @@ class InnerLoop:
             raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
         if memory != "auto" and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
             raise ValueError(f"memory: expected 'auto' or a number of bytes, got {memory!r}")
+        self.steps = self._draw(steps, batch_size, batches, images)
+        self.first: Batch | None = None  # step 0's, where it had to be augmented ahead
         blocked = "mode='full' is autograd through the module" if mode == "full" else None
+        ahead = augment is not None and blocked is None and engine != "generic"
+        image = self._shape_after(images, labels) if ahead else None
         self.students = choose_students(
-            engine, self.flat, images, label_kind, output, largest_label, precision, blocked
+            engine, self.flat, images, label_kind, output, largest_label, precision, blocked, image
         )
         if memory != "auto" and not isinstance(self.students, ConvNetStudents):
             raise ValueError("memory: only the student engine works within a budget, and this unroll runs without it")
         self.memory = memory
-        self.steps = self._draw(steps, batch_size, batches, images)
+        self.remembers = self.optimizer.num_moments > 0 or weight_decay > 0
+        self.trained = self.decayed = self.flat.trained(theta0)  # [P], zeros at what SGD leaves alone; None: ones
+        self.unused: tuple[frozenset[str], ...] | None = None  # parameters that the first step's losses did not use
         # the student engine asks nothing of the surroundings and does nothing to them
         self.secluded = isinstance(self.students, ConvNetStudents) and augment is None
-        # the backward pass replays steps: it has to find the net in the mode, and autocast as, it was
+        # the backward pass replays steps: it has to find the net in the mode, and torch in the state, they were in
         self.training = tuple(m.training for m in self.flat.net.modules())
-        self.autocast = (torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type))
+        self.surroundings = None if self.secluded else Surroundings(self.device)
 
     def _draw(self, steps: int, batch_size: int | None, batches: Sequence[Tensor] | None, images: Tensor) -> list[Step]:
         """All that the steps leave to chance, in the order of students that train one after the other."""
@@ -123,7 +132,7 @@ class InnerLoop:
             indices.append(own)
             if draws:
                 counts = [N if index is None else index.shape[-1] for index in own]
-                records.append([self.augment.draw((n, *images.shape[-3:]), generator) for n in counts])
+                records.append([_own(self.augment.draw((n, *images.shape[-3:]), generator)) for n in counts])
         shared = given is not None or batch_size is None or self.num_students == 1
         return [
             Step(
@@ -155,15 +164,51 @@ class InnerLoop:
             images=rows[0] if alone else torch.stack(rows), labels=repeat(batch.labels, times, batch.per_student)
         )
 
+    def _shape_after(self, images: Tensor, labels: Tensor) -> Sequence[int]:
+        """(C, H, W) of augmented images; an augmentation that does not tell it has its first batch now."""
+        if hasattr(self.augment, "shape_after"):
+            return self.augment.shape_after(images.shape[-4:])[-3:]
+        step = self.steps[0]
+        step.began = self._rng()
+        with torch.no_grad():
+            self.first = self.augmented(self.batch(step, images.detach(), labels.detach()), step)
+        return self.first.images.shape[-3:]
+
     def gradient(
         self, theta: Tensor, step: Step, images: Tensor, labels: Tensor, *, replay: bool, keep: bool
     ) -> Tensor:
         """Every student's g ``[E, P]``; a replay leaves generators and buffers as they are."""
         with torch.no_grad(), self.replaying(step) if replay else contextlib.nullcontext():
-            batch = self.augmented(self.batch(step, images, labels), step)
+            batch = None
+            if step.number == 0 and not replay:
+                batch, self.first = self.first, None
+            if batch is None:
+                batch = self.augmented(self.batch(step, images, labels), step)
             buffers = step.copied_buffers() if replay else None
-            grad = self.students.gradient(theta, batch, buffers, step.number if keep else None).grad
+            found = self.students.gradient(theta, batch, buffers, step.number if keep else None)
+        self.check_unused(step, theta, found.unused)
+        grad = found.grad if self.trained is None else found.grad * self.trained
         return grad if self.loss_scale == 1 else grad * self.loss_scale
+
+    def check_unused(self, step: Step, theta: Tensor, unused: tuple[frozenset[str], ...]) -> None:
+        """Parameters that no loss uses are left alone; those of some steps' losses would need moments of their own."""
+        if not self.remembers or unused == (self.unused or ()):
+            return
+        if self.unused is None:
+            self.unused = unused
+            if any(unused):
+                rows = [self.flat.trained(theta, names) for names in unused]
+                self.decayed = torch.stack([torch.ones_like(theta[0]) if row is None else row for row in rows])
+            return
+        names = next(a ^ b for a, b in zip(unused, self.unused, strict=True) if a != b)
+        raise RuntimeError(
+            f"net: its loss in step {step.number + 1} does not use the same parameters as in the first one, but "
+            f"{min(names)!r} in one of them alone, which momentum and weight_decay are not differentiated for"
+        )
+
+    def decay(self, theta: Tensor) -> Tensor:
+        """weight_decay times theta ``[E, P]``, but for the parameters that SGD leaves alone."""
+        return self.weight_decay * (theta if self.decayed is None else theta * self.decayed)
 
     def adjoint(
         self,
@@ -238,14 +283,15 @@ class InnerLoop:
                     state = state._replace(theta=state.theta + (theta0 - theta0))
                 batch = self.augmented(self.batch(self.steps[k], images, labels), self.steps[k])
                 theta = state.theta if state.theta.requires_grad else state.theta.requires_grad_()
-                losses = []
+                differentiable, found = k >= self.warmup, []
                 for e, row in enumerate(theta):
-                    x = batch.images[e] if batch.images.dim() == 5 else batch.images
-                    y = batch.labels[e] if batch.per_student else batch.labels
-                    losses.append(self.loss_scale * self.students.loss(row, x, y))
-                differentiable = k >= self.warmup
-                (grad,) = torch.autograd.grad(torch.stack(losses).sum(), theta, create_graph=differentiable)
+                    named = self.flat.unflatten(row)
+                    loss = self.loss_scale * self.students.loss(named, *of_student(batch, e))
+                    found.append(flat_gradient(loss, named, create_graph=differentiable))
+                grads, unused = zip(*found, strict=True)
+                self.check_unused(self.steps[k], theta.detach(), unused)
                 with torch.set_grad_enabled(differentiable):
+                    grad = torch.stack(grads) if self.trained is None else torch.stack(grads) * self.trained
                     state = self.update(k, State(theta, state.moments), grad, lr)
                 largest.append(largest_of(state.theta.detach()[None])[0])
                 kept[k + 1] = state.theta
@@ -253,7 +299,7 @@ class InnerLoop:
         return [kept[t] for t in wanted]
 
     def update(self, k: int, state: State, grad: Tensor, lr: Tensor) -> State:
-        q = grad + self.weight_decay * state.theta if self.weight_decay else grad
+        q = grad + self.decay(state.theta) if self.weight_decay else grad
         return self.optimizer.step(k, state, q, lr.view(-1, 1))
 
     def raise_if_not_finite(self, largest: list[Tensor]) -> None:
@@ -268,6 +314,10 @@ class InnerLoop:
         if self.training != tuple(m.training for m in self.flat.net.modules()):
             raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
 
+    def as_in_forward(self) -> contextlib.AbstractContextManager[None]:
+        """What was set in torch when the unroll began."""
+        return contextlib.nullcontext() if self.surroundings is None else self.surroundings.restored()
+
     def recording(self, step: Step) -> contextlib.AbstractContextManager[None]:
         """Note in ``step`` what running it takes from and does to the surroundings."""
         return contextlib.nullcontext() if self.secluded else self._recording(step)
@@ -277,7 +327,7 @@ class InnerLoop:
         buffers = dict(self.flat.net.named_buffers())
         if buffers:
             step.buffers = {name: b.detach().clone() for name, b in buffers.items()}
-        before = self._rng()
+        before = step.began or self._rng()
         yield
         if not all(torch.equal(a, b) for a, b in zip(before, self._rng(), strict=True) if a is not None):
             step.rng = before
@@ -288,9 +338,7 @@ class InnerLoop:
 
     @contextlib.contextmanager
     def _replaying(self, step: Step) -> Iterator[None]:
-        enabled, dtype = self.autocast
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=enabled))
             if step.rng is not None:
                 cuda = self.device.type == "cuda"
                 stack.enter_context(torch.random.fork_rng([self.device] if cuda else []))
@@ -432,7 +480,12 @@ def _check_batches(
     low, high = (int(v) for v in torch.cat([index.flatten() for index in batches]).aminmax())
     if low < 0 or high >= N:
         raise ValueError(f"batches: expected image numbers in 0..{N - 1}, got {low if low < 0 else high}")
-    return list(batches)
+    return [index.clone() for index in batches]  # the caller may fill the next unroll's into the same tensors
+
+
+def _own(record: Any) -> Any:
+    """A record that whoever drew it will not overwrite."""
+    return record.clone() if isinstance(record, Tensor) else record
 
 
 def _draw_batches(

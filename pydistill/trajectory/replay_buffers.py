@@ -7,16 +7,17 @@ Such a file is a list of experts, an expert a list of epochs + 1 snapshots, a sn
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pydistill._atomic import replacing, sync
+from pydistill._torch_files import read_torch
 
-__all__ = ["check_replay_buffers", "read_replay_buffer", "write_replay_buffer"]
+__all__ = ["check_replay_buffers", "read_replay_buffer", "replay_buffer_shapes", "write_replay_buffer"]
 
 Parameters = Sequence[tuple[str, tuple[int, ...]]]  # names and shapes
 
@@ -28,7 +29,9 @@ def check_replay_buffers(paths: Sequence[Path], parameters: Parameters) -> tuple
 
     Raises:
         FileNotFoundError: one of them is not there.
-        ValueError: a file is truncated, foreign, or does not fit the parameters or the first file; says where.
+        ValueError: a file is truncated, foreign or damaged, does not fit the parameters or the first file, or holds
+            experts that cannot be matched: with numbers that are not finite, or with an epoch that changed nothing;
+            says where.
     """
     experts, snapshots = 0, None
     for path in paths:
@@ -39,9 +42,17 @@ def check_replay_buffers(paths: Sequence[Path], parameters: Parameters) -> tuple
     return experts, snapshots
 
 
+def replay_buffer_shapes(path: Path) -> list[tuple[int, ...]]:
+    """The shapes of the parameters in a file, by its first snapshot; errors are those of `check_replay_buffers`."""
+    snapshot = _load(path, verified=True)[0][0]  # whoever takes the numbers verifies them
+    if not snapshot or not all(isinstance(tensor, Tensor) for tensor in snapshot):
+        raise ValueError(f"{path}: expected {_WANTED}; got something else")
+    return [tuple(tensor.shape) for tensor in snapshot]
+
+
 def read_replay_buffer(path: Path) -> Iterator[Tensor]:
     """The flat snapshots of a checked file: of each epoch in turn those of all its experts, float32 ``[E, P]``."""
-    for snapshots in zip(*_load(path), strict=True):
+    for snapshots in zip(*_load(path, verified=True), strict=True):
         yield torch.stack([torch.cat([tensor.reshape(-1) for tensor in snapshot]) for snapshot in snapshots])
 
 
@@ -59,15 +70,8 @@ def write_replay_buffer(path: Path, experts: Iterable[Iterable[Tensor]], paramet
         sync(file)
 
 
-def _load(path: Path) -> list[list[list[Tensor]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected {_WANTED}; found no file")
-    try:
-        # files of torch before 1.6 are no zip files, and cannot be mapped
-        buffer = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a foreign stream makes the unpickler raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected {_WANTED}; it is truncated or foreign ({reason})") from error
+def _load(path: Path, verified: bool = False) -> list[list[list[Tensor]]]:
+    buffer = read_torch(path, _WANTED, mmap=True, verified=verified)
     lists = isinstance(buffer, list) and buffer and all(isinstance(expert, list) and expert for expert in buffer)
     if not lists or not all(isinstance(snapshot, list) for expert in buffer for snapshot in expert):
         raise ValueError(f"{path}: expected {_WANTED}; got something else")
@@ -89,3 +93,13 @@ def _check(path: Path, buffer: list[list[list[Tensor]]], parameters: Parameters,
                     is_tensor = isinstance(tensor, Tensor)
                     got = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
                     raise ValueError(f"{place}: {name}: expected torch.float32 {list(shape)}, got {got}")
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{place}: {name}: expected finite numbers, got some that are not")
+        for t, (before, after) in enumerate(pairwise(expert)):
+            if all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+                shared = before[0].data_ptr() == after[0].data_ptr()
+                why = "they are the same tensors, which training on a CPU keeps changing: clone them" if shared else ""
+                raise ValueError(
+                    f"{path}: expert {i}: expected an epoch to change its parameters, snapshots {t} and {t + 1} are "
+                    f"equal{why and f' ({why})'}"
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ class Descent(NamedTuple):
     losses: Tensor  # [E]
     grad: Tensor  # [E, P]
     logits: Tensor | None  # [E, B, K]
+    unused: tuple[frozenset[str], ...] = ()  # each student's parameters that its loss did not use; empty: none
 
 
 class Adjoint(NamedTuple):
@@ -43,3 +44,16 @@ def check_classes(label_kind: str, largest_label: int, labels: Tensor, classes: 
             raise ValueError(f"labels: expected class numbers below the net's {classes} classes, got {largest_label}")
     elif labels.shape[-1] != classes:
         raise ValueError(f"labels: expected [N, {classes}] for the net's classes, got [N, {labels.shape[-1]}]")
+
+
+def saved_tensors(ctx: Any, names: str) -> tuple[Tensor, ...]:
+    """What the forward pass saved, or RuntimeError where one of ``names`` has changed since."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{names}: one of them was changed in place between the forward pass and its backward pass, which computes "
+            "from it again; change a clone instead"
+        ) from error

@@ -1,6 +1,6 @@
-"""Expert trajectories in one memory-mapped file.
+"""Expert trajectories in one file.
 
-A `MappedFile`. All integers are little-endian::
+A `StoreFile`. All integers are little-endian::
 
     header    JSON: sizes, layout of the parameters, architecture, data set, training options
     table     [epochs + 1, experts] entries: checksums of a row and its state, the append that wrote them
@@ -15,6 +15,7 @@ state never overwrites that of the epoch before, what the append started from is
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill._atomic import PathLike, check_replaceable, replacing
-from pydistill._mapped_file import MappedFile, check_of, round_up
+from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.replay_buffers import check_replay_buffers, read_replay_buffer, write_replay_buffer
 
@@ -49,10 +50,10 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what each field has to be
 StoreDtype = Literal["fp32", "bf16"]
 
 
-class ExpertStore(MappedFile):
+class ExpertStore(StoreFile):
     """Trajectories of experts, ``[experts, epochs + 1, P]``; snapshot 0 is the initialisation.
 
-    Reading maps the file and touches only the rows asked for. The checksum of a row is verified the first time that an
+    Reading touches only the rows asked for. The checksum of a row is verified the first time that an
     object reads it, and of all rows by `verify`. A store is a context manager, and closes its file.
 
     Attributes:
@@ -78,7 +79,8 @@ class ExpertStore(MappedFile):
 
     def _open(self) -> None:
         super()._open()
-        self._table = np.ndarray((self.epochs + 1, len(self)), _ENTRY, self._map, self._table_at).copy()
+        grid = self.epochs + 1, len(self)
+        self._table = np.frombuffer(self._read(self._table_at, math.prod(grid) * _ENTRY.itemsize), _ENTRY).reshape(grid)
         self._complete = _complete(self._table)
         self._verified: set[tuple[int, int]] = set()
 
@@ -181,7 +183,7 @@ class ExpertStore(MappedFile):
         if (expert, epoch) not in self._verified:
             self._check_crc(raw, "row", expert, epoch)
             self._verified.add((expert, epoch))
-        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[self.dtype]).float()
+        return torch.frombuffer(raw, dtype=_DTYPES[self.dtype]).float()
 
     def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
         """What a student starts from and should arrive at: the rows at ``epoch`` and ``epoch + length``.
@@ -216,6 +218,28 @@ class ExpertStore(MappedFile):
             raise ValueError(
                 f"{self.path}: expected experts of this net, of {len(wanted)} parameters "
                 f"up to {wanted[-1][0]}; got {len(have)} up to {have[-1][0]}"
+            )
+
+    def check_whitening(self, zca: bool) -> None:
+        """Whether imported experts may be matched on images that are ZCA-whitened (``zca``) or are not.
+
+        Raises:
+            ValueError: they were imported as experts that saw the other kind.
+
+        Warns:
+            UserWarning: their import did not say what they saw.
+        """
+        saw, are = self.options.get("zca"), "ZCA-whitened" if zca else "not whitened"
+        if saw is None and "replay_buffers" in self.options:
+            warnings.warn(
+                f"{self.path}: expected experts that saw images as these are, {are}; their import did not say whether "
+                "they did: zca=True or False there (--zca, --no-zca) does",
+                stacklevel=2,
+            )
+        elif saw not in (None, zca):
+            raise ValueError(
+                f"{self.path}: expected experts that saw images as these are, {are} (zca={zca}), got experts imported "
+                f"with zca={saw}"
             )
 
     def append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
@@ -268,7 +292,7 @@ class ExpertStore(MappedFile):
         self._check_crc(raw, "state", expert, epoch)
         if not self.state_names:
             return {}
-        vectors = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(len(self.state_names), self._numel)
+        vectors = torch.frombuffer(raw, dtype=torch.float32).view(len(self.state_names), self._numel)
         return dict(zip(self.state_names, vectors, strict=True))
 
     @classmethod
@@ -280,19 +304,23 @@ class ExpertStore(MappedFile):
         *,
         dtype: StoreDtype = "fp32",
         dataset: str | None = None,
+        zca: bool | None = None,
         overwrite: bool = False,
     ) -> ExpertStore:
         """Makes a store of the ``replay_buffer_*.pt`` that the code of MTT, TESLA, FTD and others writes.
 
         Each file is a list of experts, an expert a list of epochs + 1 snapshots, a snapshot a list of float32 tensors
         in ``net.parameters()`` order. Files are read by ``torch.load(weights_only=True)``, one at a time, and all are
-        checked before anything is written.
+        checked before anything is written: the checksums of the archives (files of torch before 1.6 have none), every
+        shape, that every number is finite and that every epoch changed something.
 
         Args:
             paths: the files, in the order of their experts.
             net: a network of the experts' structure.
             path: the store to make, atomically.
             dtype, dataset, overwrite: as of `create`.
+            zca: whether the experts saw ZCA-whitened images (``buffer.py --zca``), which the files do not say and the
+                store keeps; None: nobody knows.
 
         Returns:
             The store, open for reading.
@@ -300,7 +328,8 @@ class ExpertStore(MappedFile):
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
             FileNotFoundError: one of ``paths`` is not there.
-            ValueError: a file is truncated, foreign or does not fit ``net``; says where.
+            ValueError: a file is truncated, foreign or damaged, does not fit ``net``, or holds experts that cannot be
+                matched; says where.
         """
         path, paths = Path(path), [Path(each) for each in paths]
         if not paths:
@@ -308,7 +337,7 @@ class ExpertStore(MappedFile):
         check_replaceable(path, overwrite)
         found, snapshots = check_replay_buffers(paths, _parameters_of(net))
         sizes = {"experts": found, "epochs": snapshots - 1}
-        options = {"replay_buffers": [each.name for each in paths]}
+        options = {"replay_buffers": [each.name for each in paths]} | ({} if zca is None else {"zca": zca})
         with (
             replacing(path, "import") as partial,
             cls.create(partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True) as store,
@@ -343,17 +372,13 @@ class ExpertStore(MappedFile):
     def _state_at(self, expert: int, epoch: int) -> int:
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
-    def _read(self, at: int, count: int) -> memoryview:
-        self._check_open()
-        return memoryview(self._map)[at : at + count]
-
     def _check_place(self, expert: int, epoch: int) -> None:
         if not 0 <= expert < len(self):
             raise IndexError(f"{self.path}: expert: expected one of 0..{len(self) - 1}, got {expert}")
         if not 0 <= epoch <= self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs}, got {epoch}")
 
-    def _check_crc(self, raw: memoryview, what: str, expert: int, epoch: int) -> None:
+    def _check_crc(self, raw: bytearray, what: str, expert: int, epoch: int) -> None:
         wanted, found = int(self._table[epoch, expert][what]), zlib.crc32(raw)
         if wanted != found:
             raise ValueError(

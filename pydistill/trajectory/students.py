@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -30,7 +31,8 @@ from pydistill.ops.convnet_step import (
 )
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents
-from pydistill.trajectory.recognition import convnet_shape
+from pydistill.trajectory.kept_statistics import KeptStatistics
+from pydistill.trajectory.recognition import Output, recognised
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes
 
 Engine = Literal["auto", "student", "generic"]
@@ -48,9 +50,18 @@ class ConvNetStudents:
 
     _idle: ClassVar[list[Tensor]] = []  # at most one: the tapes' memory that an unroll has left to the next
 
-    def __init__(self, shape: ConvNetShape, label_kind: LabelKind, largest_label: int, precision: Precision):
+    def __init__(
+        self,
+        shape: ConvNetShape,
+        label_kind: LabelKind,
+        largest_label: int,
+        precision: Precision,
+        statistics: KeptStatistics | None,
+    ):
         self.shape, self.label_kind, self.precision = shape, label_kind, precision
         self.largest_label = largest_label
+        self.statistics = statistics  # of batch norms
+        self._running = statistics.running() if shape.norm == "running" else None
         self.workspace = Workspace()
         self.tapes: dict[int, Tensor] = {}
         self._first_kept, self._tapes_bytes = 0, 0
@@ -80,8 +91,16 @@ class ConvNetStudents:
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """[E, B, K]."""
+        options = {"precision": self.precision, "running": self._running, "workspace": self.workspace}
         with torch.no_grad():
-            return convnet_logits(self.shape, theta, images, precision=self.precision, workspace=self.workspace)
+            return convnet_logits(self.shape, theta, images, **options)
+
+    def in_evaluation(self) -> ConvNetStudents:
+        """The same students with their nets in evaluation mode."""
+        if self.shape.norm != "batch" or not self.statistics.tracked:
+            return self
+        shape = replace(self.shape, norm="running")
+        return ConvNetStudents(shape, self.label_kind, self.largest_label, self.precision, self.statistics)
 
     def gradient(
         self,
@@ -100,6 +119,8 @@ class ConvNetStudents:
                 tape = self.tapes[keep] = self._memory[:size]
                 self._memory = self._memory[size:]
         logits = self.logits(theta, batch.images) if with_logits else None
+        moving = self.shape.norm == "batch" and buffers is None and self.statistics.tracked
+        statistics = theta.new_empty(len(theta), 2, sum(self.shape.widths)) if moving else None
         with torch.no_grad():
             losses, grad = convnet_gradient(
                 self.shape,
@@ -108,9 +129,13 @@ class ConvNetStudents:
                 batch.labels,
                 label_kind=self.label_kind,
                 precision=self.precision,
+                running=self._running,
+                statistics=statistics,
                 workspace=self.workspace,
                 tape=tape,
             )
+            if moving:
+                self.statistics.update(self.shape, statistics, batch.images.shape[-4])
         return Descent(losses, grad, logits)
 
     def features(
@@ -122,7 +147,7 @@ class ConvNetStudents:
             self.plan("auto", 1, len(theta), images.shape[-4], theta, 0)
             if self._first_kept == 0:
                 tape = self.tapes[0] = self._tape_memory()[: self._tapes_bytes]
-        options = {"precision": self.precision, "workspace": self.workspace, "tape": tape}
+        options = {"precision": self.precision, "running": self._running, "workspace": self.workspace, "tape": tape}
         with torch.no_grad():
             return convnet_features(self.shape, theta, images, p=p, attended=attended, axis=axis, **options)
 
@@ -130,7 +155,8 @@ class ConvNetStudents:
         self, theta: Tensor, images: Tensor, grads: Sequence[Tensor | None], p: float, attended: Sequence[int]
     ) -> Tensor:
         """[E, N, C, H, W], from the gradients of what `features` gave."""
-        options = {"precision": self.precision, "workspace": self.workspace, "tape": self.tapes.get(0)}
+        options = {"precision": self.precision, "running": self._running, "workspace": self.workspace}
+        options["tape"] = self.tapes.get(0)
         with torch.no_grad():
             return convnet_features_backward(self.shape, theta, images, *grads, p=p, attended=attended, **options)
 
@@ -177,6 +203,7 @@ class ConvNetStudents:
                     precision=self.precision,
                     curvature=curvature,
                     scale=scale,
+                    running=self._running,
                     workspace=self.workspace,
                     tape=self.tapes.pop(kept, None),
                 )
@@ -189,12 +216,14 @@ def choose_students(
     flat: FlatModule,
     images: Tensor,
     label_kind: LabelKind,
-    output: int | None,
+    output: Output,
     largest_label: int,
     precision: Precision,
     blocked: str | None = None,
+    image: Sequence[int] | None = None,
 ) -> GenericStudents | ConvNetStudents:
-    """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's.
+    """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's;
+    ``image``: (C, H, W) where an augmentation makes other ones of them.
 
     Raises ``ValueError`` with the reason where ``engine="student"`` cannot be had.
     """
@@ -207,14 +236,13 @@ def choose_students(
     if precision == "tf32" and images.device.type != "cuda":
         raise ValueError(f"precision: expected 'fp32' or 'bf16' on {images.device.type}, got 'tf32'")
     if engine != "generic":
-        if output is not None:
-            blocked = blocked or f"output={output} takes an element of a tuple"
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
-        found = blocked or convnet_shape(flat.net, tuple(images.shape[-3:]), images.dtype, images.device)
+        found = blocked or recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
         if isinstance(found, ConvNetShape):
             _log.debug("student engine: %s", found)
-            return ConvNetStudents(found, label_kind, largest_label, precision)
+            kept = KeptStatistics(flat.net) if found.norm in ("batch", "running") else None
+            return ConvNetStudents(found, label_kind, largest_label, precision, kept)
         if engine == "student":
             raise ValueError(f"engine: expected a net that the student engine can run, but {found}")
         _log.debug("generic engine: %s", found)

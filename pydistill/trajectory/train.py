@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +59,9 @@ class TrainResult:
     def copy_into(self, net: nn.Module, student: int) -> None:
         """Overwrites the parameters and buffers of ``net``, built as the one that was trained, with a student's."""
         flat = FlatModule(net)
-        own = {**flat.unflatten(self.theta[student]), **{name: each[student] for name, each in self.buffers.items()}}
-        for name, tensor in (*flat.net.named_parameters(), *flat.net.named_buffers()):
-            tensor.copy_(own[name])
+        flat.overwrite(self.theta[student])
+        for name, buffer in flat.net.named_buffers():
+            buffer.copy_(self.buffers[name][student])
 
 
 class DivergedError(FloatingPointError):
@@ -92,6 +94,7 @@ def train_students(
     eval_data: tuple[Tensor, Tensor] | None = None,
     train_accuracy: bool = False,
     check_finite: bool = True,
+    output: int | None = None,
     engine: Engine = "auto",
     precision: Precision = "fp32",
     on_step: Callable[[], None] | None = None,
@@ -114,8 +117,10 @@ def train_students(
     bits of a student's parameters depend on how many are trained at once.
 
     Args:
-        net: the students' structure, all of ``net.parameters()`` being trained. Neither its parameters, its buffers nor
-            its mode are changed: students train in training mode, each from the buffers that ``net`` has.
+        net: the students' structure. As with ``torch.optim.SGD``, parameters that do not require a gradient (unless
+            none does) and those that a step's loss does not use keep their values, without decay or momentum. Neither
+            the module's parameters, its buffers nor its mode are changed: students train in training mode, each from
+            the buffers that ``net`` has.
         theta0: ``[E, P]`` starting parameters, in ``net.parameters()`` order.
         images: ``[N, C, H, W]``, dtype and device of theta0; or a student's own, ``[E, N, C, H, W]``.
         labels: int64 ``[N]`` for label_kind "hard"; dtype of theta0 and ``[N, K]`` for "logits" (a softmax is taken)
@@ -137,7 +142,9 @@ def train_students(
         augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
             ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
             those draws alone come in another order on the student engine than when students train one by one. Where m
-            times as many images come out, one copy of the batch after the other, the labels are repeated.
+            times as many images come out, one copy of the batch after the other, the labels are repeated. Which size
+            of images comes out decides which engine runs: an object may tell it by ``shape_after(shape)``, any other
+            augmentation is tried on a batch beforehand, without a trace in any generator.
             `pydistill.augment.DiffAugment` is one.
         generator: source of the orders and of ``augment.draw``. One, torch's default when None: what students take
             from it is what they would take one after the other. Or E of them, a student's own each.
@@ -145,6 +152,7 @@ def train_students(
         train_accuracy: also count the images that are classified right while training (soft labels: whose largest is
             found), which takes a third more time on the student engine.
         check_finite: raise where a loss is not finite; False returns what comes of it.
+        output: which element to take where ``net`` returns a tuple.
         engine: "student", "generic" or "auto", as in `pydistill.unroll`; "generic" alone has the gradient penalty.
         precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
@@ -188,21 +196,33 @@ def train_students(
     for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
+    given = check_generators(generator, len(theta0))
+    image = _shape_after(augment, images, batch_size, given[0])
     if eval_data is not None:
-        _check_eval_data(eval_data, images)
+        _check_eval_data(eval_data, images, image)
     E, N = len(theta0), images.shape[-4]
     rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
     factors = schedule_factors(schedule, epochs)
-    given = check_generators(generator, E)
     penalised = smoothing is not None and smoothing.gradient_penalty > 0
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
-    students = choose_students(engine, flat, images, label_kind, None, largest_label, precision, blocked)
+    with _training_mode(flat.net):
+        found = []
+        for mode in [True] if eval_data is None else [True, False]:  # a forward may differ by it
+            flat.net.train(mode)
+            found.append(
+                choose_students(engine, flat, images, label_kind, output, largest_label, precision, blocked, image)
+            )
+    students = next((each for each in found if isinstance(each, GenericStudents)), found[0])
     together = isinstance(students, ConvNetStudents)
+    kept = students.statistics if together else None
+    if kept is not None:
+        kept.split(E)
     if len(given) < E:
         given = _forked(given[0], E, epochs, batch_size, images, augment) if together else given * E
 
     training = _Training(
-        net=flat.net,
+        flat=flat,
+        trained=flat.trained(theta0),
         students=students,
         images=images.detach(),
         labels=labels.detach(),
@@ -237,12 +257,13 @@ def train_students(
                 flat.net.eval()
                 training.test(theta[own], tested[own])
             buffers.append(now())
+    joined = {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]}
     return TrainResult(
         theta,
         training.means(losses),
         None if eval_data is None else tested.double() / len(eval_data[0]),
         right / N if train_accuracy else None,
-        {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]},
+        joined if kept is None else kept.buffers(),
         torch.cat(velocities) if momentum else None,
     )
 
@@ -251,7 +272,8 @@ def train_students(
 class _Training:
     """What students that train together share."""
 
-    net: nn.Module
+    flat: FlatModule
+    trained: Tensor | None  # [P], zeros at frozen parameters; None: there are none
     students: GenericStudents | ConvNetStudents
     images: Tensor
     labels: Tensor
@@ -301,12 +323,12 @@ class _Training:
                         times = copies(x.shape[1], index.shape[1])
                         y = repeat(y, times, True)
                         batch = Batch(x, y, True)
-                    found = self._gradient(theta, batch, plain, epoch)
+                    found, moving = self._gradient(theta, batch, plain, epoch)
                     losses[epoch, step] = found.losses
                     if found.logits is not None:
                         classes = y if y.dim() == 2 else y.argmax(-1)
                         right[epoch] += (found.logits.argmax(-1) == classes).sum(1) / times
-                    velocity = self._descend(theta, found.grad, velocity, minus_rates)
+                    velocity = self._descend(theta, found.grad, velocity, minus_rates, moving)
                 self._stepped(rows)
             if self.check_finite and ((epoch + 1 - checked) * steps >= _STEPS_BETWEEN_CHECKS or epoch + 1 == epochs):
                 _raise_if_not_finite(losses[: epoch + 1], theta, rows)
@@ -317,17 +339,20 @@ class _Training:
                 self.on_epoch(record | {"train_accuracy": counted})
         return velocity
 
-    def _gradient(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int) -> Descent:
-        """The losses of ``batch``, and the gradient to descend along; ``plain``: the batch before augmentation."""
+    def _gradient(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int) -> tuple[Descent, Tensor | None]:
+        """The losses of ``batch``, and the gradient to descend along; ``plain``: the batch before augmentation. With
+        them [P], zeros at parameters that have no gradient (None: there are none), which stay as they are."""
         found = self._objective(theta, batch, plain, epoch)
         grad = found.grad
+        (unused,) = set(found.unused) or (frozenset(),)
+        moving = self.flat.trained(theta, unused) if unused else self.trained
         if self.sharpness is not None:
             rho, alpha = self.sharpness.rho, self.sharpness.alpha
             perturbed = theta + sam_perturbation(grad, rho, theta if self.sharpness.adaptive else None)
             grad = gsam_combine(self._objective(perturbed, batch, plain, epoch, again=True).grad, grad, alpha)
         if self.smoothing is not None and self.smoothing.clip_norm is not None:
             grad = clipped(grad, self.smoothing.clip_norm)
-        return found._replace(grad=grad)
+        return found._replace(grad=grad), moving
 
     def _objective(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int, *, again: bool = False) -> Descent:
         """The losses, and the gradient of all that is minimised at theta."""
@@ -340,30 +365,38 @@ class _Training:
             if weight := self.smoothing.gradient_penalty:
                 penalty = self.students.penalty_gradient(theta, plain.images, self._spare_buffers())
                 found.grad.add_(penalty, alpha=weight)
+        if self.trained is not None:
+            found.grad.mul_(self.trained)
         return found
 
     def _spare_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        return {name: buffer.clone() for name, buffer in self.flat.net.named_buffers()}
 
     def _augmented(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if hasattr(self.augment, "draw"):
             return self.augment(x, self.augment.draw(x.shape, generator))
         return self.augment(x)
 
-    def _descend(self, theta: Tensor, grad: Tensor, velocity: Tensor | None, minus_rates: Tensor) -> Tensor:
+    def _descend(
+        self, theta: Tensor, grad: Tensor, velocity: Tensor | None, minus_rates: Tensor, moving: Tensor | None
+    ) -> Tensor:
         """A step of SGD in place: ``grad`` is used up, and is the velocity after a first step."""
         if self.weight_decay:
-            grad.add_(theta, alpha=self.weight_decay)
+            grad.add_(theta if moving is None else theta * moving, alpha=self.weight_decay)
         if self.momentum and velocity is not None:
-            grad = velocity.mul_(self.momentum).add_(grad)
-        theta.addcmul_(grad, minus_rates)
+            if moving is None:
+                grad = velocity.mul_(self.momentum).add_(grad)
+            else:
+                grad = torch.where(moving > 0, grad.add_(velocity, alpha=self.momentum), velocity)
+        theta.addcmul_(grad if moving is None else grad * moving, minus_rates)
         return grad
 
     @torch.no_grad()
     def test(self, theta: Tensor, right: Tensor) -> None:
         """Adds to ``right`` [E] how many of eval_data's images are classified right."""
+        students = self.students.in_evaluation()
         for x, y in zip(*(tensor.split(EVAL_BATCH) for tensor in self.eval_data), strict=True):
-            right += (self.students.logits(theta, x).argmax(-1) == y).sum(1)
+            right += (students.logits(theta, x).argmax(-1) == y).sum(1)
             self._stepped(range(len(theta)))
 
     def means(self, losses: Tensor) -> Tensor:
@@ -467,7 +500,29 @@ def _check_positive(lr: Tensor) -> Tensor:
     return lr
 
 
-def _check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor) -> None:
+def _shape_after(
+    augment: Callable[..., Tensor] | None, images: Tensor, batch_size: int, generator: torch.Generator | None
+) -> Sequence[int]:
+    """(C, H, W) of augmented images; leaves torch's, numpy's and Python's generators as they are."""
+    if augment is None:
+        return images.shape[-3:]
+    if hasattr(augment, "shape_after"):
+        return augment.shape_after(images.shape[-4:])[-3:]
+    x = (images[0] if images.dim() == 5 else images).detach()[:batch_size]
+    numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002, the global one is meant
+    with torch.no_grad(), torch.random.fork_rng([images.device] if images.is_cuda else []):
+        try:
+            if not hasattr(augment, "draw"):
+                return augment(x).shape[-3:]
+            source = torch.default_generator if generator is None else generator
+            spare = torch.Generator(source.device).set_state(source.get_state())
+            return augment(x, augment.draw(x.shape, spare)).shape[-3:]
+        finally:
+            np.random.set_state(numbers)  # noqa: NPY002
+            random.setstate(python)
+
+
+def _check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor, image: Sequence[int]) -> None:
     if not isinstance(eval_data, (tuple, list)) or len(eval_data) != 2:
         raise TypeError(f"eval_data: expected a pair of images and labels, got {type(eval_data).__name__}")
     x, y = eval_data
@@ -477,6 +532,6 @@ def _check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor) -> None:
         raise TypeError(f"eval_data: expected {images.dtype} images and int64 labels, got {x.dtype} and {y.dtype}")
     if x.device != images.device or y.device != images.device:
         raise ValueError(f"eval_data: expected device {images.device} as images, got {x.device} and {y.device}")
-    if x.shape[1:] != images.shape[-3:] or not len(x) or y.shape != x.shape[:1]:
-        wanted = f"[M, {', '.join(map(str, images.shape[-3:]))}] and labels [M], M >= 1"
+    if x.shape[1:] != tuple(image) or not len(x) or y.shape != x.shape[:1]:
+        wanted = f"[M, {', '.join(map(str, image))}] and labels [M], M >= 1"
         raise ValueError(f"eval_data: expected images {wanted}, got {list(x.shape)} and {list(y.shape)}")

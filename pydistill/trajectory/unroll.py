@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr, largest_of
 from pydistill.trajectory.optimizers import Adam, State
+from pydistill.trajectory.step import saved_tensors
 from pydistill.trajectory.students import ConvNetStudents, Engine
 
 Mode = Literal["exact", "first_order", "full"]
@@ -290,9 +291,14 @@ class _Unroll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("unroll: this gradient cannot be differentiated again; mode='full' can")
+        ctx.loop.raise_if_changed()
+        with ctx.loop.as_in_forward():
+            return _Unroll._sweep(ctx, grads)
+
+    @staticmethod
+    def _sweep(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         loop, options = ctx.loop, ctx.options
-        loop.raise_if_changed()
-        images, labels, lr = ctx.saved_tensors
+        images, labels, lr = saved_tensors(ctx, "images, labels, lr")
         _, _, needs_theta0, needs_images, needs_labels, needs_lr = ctx.needs_input_grad
         incoming: dict[int, Tensor] = {}
         for t, grad in zip(options.wanted, grads, strict=True):
@@ -312,6 +318,8 @@ class _Unroll(torch.autograd.Function):
                     adjoint = adjoint + incoming[k + 1]
                 # nu = scale direction
                 direction, scale, lr_part = sweep.pull(k, adjoint, before.moments, moments_after)
+                if loop.trained is not None:
+                    direction = direction * loop.trained
                 found = loop.adjoint(
                     before.theta,
                     direction,
@@ -327,14 +335,14 @@ class _Unroll(torch.autograd.Function):
                     if lr_part is None:
                         lr_part = -found.slope
                         if loop.weight_decay:
-                            lr_part = lr_part - loop.weight_decay * (direction * before.theta).sum(1)
+                            lr_part = lr_part - (direction * loop.decay(before.theta)).sum(1)
                     d_lr += _per_rate(lr_part, d_lr)
                 loop.accumulate(d_images, step, found.images, images.dim() == 5)
                 loop.accumulate(d_labels, step, found.labels, loop.own_labels)
                 if options.exact:
                     adjoint = adjoint + found.curvature
                     if loop.weight_decay:
-                        adjoint = adjoint + loop.weight_decay * scale[:, None] * direction
+                        adjoint = adjoint + scale[:, None] * loop.decay(direction)
                 moments_after = before.moments
         if loop.warmup:
             if d_lr is not None and (lr_part := sweep.lr_of_start(ctx.trajectory.first_moments)) is not None:

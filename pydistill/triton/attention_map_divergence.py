@@ -58,6 +58,20 @@ def _live(
 
 
 @triton.jit
+def _of_mixture(p_t, log_p_t, p_s, log_p_s, beta):
+    """The logarithms of p_t and of p_s over their mixture; 0 where the probability is 0, which has no part.
+
+    In units of the larger probability, where the mixture is near one: by itself it may be too small a number.
+    """
+    more = p_t > p_s
+    unit, log_unit = tl.where(more, p_t, p_s), tl.where(more, log_p_t, log_p_s)
+    log_mix = tl.log(beta * (p_t / unit) + (1 - beta) * (p_s / unit))
+    of_t = tl.where(p_t == 0, 0.0, (log_p_t - log_unit) - log_mix)
+    of_s = tl.where(p_s == 0, 0.0, (log_p_s - log_unit) - log_mix)
+    return of_t, of_s
+
+
+@triton.jit
 def _slope(s, t, live, lse_s, lse_t, centre, g, beta, KIND: tl.constexpr):
     """d loss/d s times g, [ROWS, KEYS]; the rest are columns [ROWS, 1]."""
     p_s = tl.where(live, tl.exp(s - lse_s), 0.0)
@@ -65,8 +79,7 @@ def _slope(s, t, live, lse_s, lse_t, centre, g, beta, KIND: tl.constexpr):
         slope = p_s * (s - t - centre)
     elif KIND == JSD:
         p_t = tl.where(live, tl.exp(t - lse_t), 0.0)
-        log_mix = tl.log(beta * p_t + (1 - beta) * p_s)
-        b = tl.where(p_s == 0, 0.0, s - lse_s - log_mix)
+        _of_t, b = _of_mixture(p_t, t - lse_t, p_s, s - lse_s, beta)
         slope = (1 - beta) * p_s * (b - centre)
     else:
         slope = p_s - tl.where(live, tl.exp(t - lse_t), 0.0)
@@ -152,10 +165,9 @@ def attention_map_divergence_rows_kernel(
             s = scale_s * tl.dot(queries_s, tl.trans(block_s), input_precision=PRECISION) - log_s[:, None]
             t = scale_t * tl.dot(queries_t, tl.trans(block_t), input_precision=PRECISION) - log_t[:, None]
             p_s, p_t = tl.where(live, tl.exp(s), 0.0), tl.where(live, tl.exp(t), 0.0)
-            log_mix = tl.log(beta * p_t + (1 - beta) * p_s)
-            # a probability of zero has no part, though its logarithm is infinite
-            sum_a += tl.sum(p_t * tl.where(p_t == 0, 0.0, t - log_mix), 1)
-            middle += tl.sum(p_s * tl.where(p_s == 0, 0.0, s - log_mix), 1)
+            of_t, of_s = _of_mixture(p_t, t, p_s, s, beta)
+            sum_a += tl.sum(p_t * of_t, 1)
+            middle += tl.sum(p_s * of_s, 1)
         rows = beta * sum_a + (1 - beta) * middle
 
     r = n + tl.arange(0, ROWS)

@@ -29,17 +29,17 @@ def load_row(row, at, column, inside, FILL: tl.constexpr):
 
 @triton.jit
 def softmax_row(row, column, C, factor, BLOCK: tl.constexpr):
-    """The maximum of ``row * factor``, and the logarithm of the sum of exponentials after it is taken off."""
+    """The row's maximum, and the logarithm of the sum of exponentials of ``(row - maximum) * factor``."""
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     tops = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, C, BLOCK):
         at = start + lanes
-        tops = tl.maximum(tops, load_row(row, at, column, at < C, float("-inf")) * factor)
+        tops = tl.maximum(tops, load_row(row, at, column, at < C, float("-inf")))
     top = tl.max(tops, 0)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, C, BLOCK):
         at = start + lanes
-        total += tl.exp(load_row(row, at, column, at < C, float("-inf")) * factor - top)
+        total += tl.exp((load_row(row, at, column, at < C, float("-inf")) - top) * factor)
     return top, tl.log(tl.sum(total, 0))
 
 
@@ -58,19 +58,36 @@ def _target(row, column, at, inside, label, cold, top, log_sum, gamma, KIND: tl.
         p = load_row(row, at, column, inside, 0.0)
         log_p = tl.log(p)
     else:
-        log_p = (load_row(row, at, column, inside, float("-inf")) * cold - top) - log_sum
+        log_p = (load_row(row, at, column, inside, float("-inf")) - top) * cold - log_sum
         p = tl.exp(log_p)
     if KIND == _OFA:
-        power = tl.where(p == 0, 0.0, tl.exp(gamma * log_p))
-        p = tl.where(at == label, tl.exp(gamma * tl.log(p + 1)) - 1, power)
+        p = tl.where(at == label, _grown(p, gamma), tl.exp(gamma * log_p))  # p itself may have been too small
         p = tl.where(inside, p, 0.0)
     return p, log_p
 
 
 @triton.jit
-def _log_middle(p, q, beta):
-    m = beta * p + (1 - beta) * q
-    return tl.where(m == 0, 0.0, tl.log(m)), m
+def _grown(x, gamma):
+    """``(1 + x)**gamma - 1``; log1p and expm1 by Kahan's corrections, for Triton has neither."""
+    w = 1 + x
+    y = gamma * tl.where(w == 1, x, tl.log(w) * (x / (w - 1)))
+    e = tl.exp(y)
+    return tl.where(e == 1, y, (e - 1) * (y / tl.log(e)))
+
+
+@triton.jit
+def _middle(p, log_p, q, log_q, beta):
+    """The logarithms of p / m and of q / m, and (1 - beta) q / m, with m = beta p + (1 - beta) q.
+
+    In units of the larger of p and q, where m is near one: as it is it may be too small a number. NaN, for `weighted`
+    to pass over, where both are zero.
+    """
+    more = p > q
+    unit, log_unit = tl.where(more, p, q), tl.where(more, log_p, log_q)
+    share = (1 - beta) * (q / unit)
+    m = beta * (p / unit) + share
+    log_m = tl.log(m)
+    return (log_p - log_unit) - log_m, (log_q - log_unit) - log_m, share / m
 
 
 @triton.jit(do_not_specialize=("C", *(f"{name}_{way}" for name in ROWS for way in ("row", "column"))))
@@ -115,7 +132,7 @@ def kd_divergence_kernel(
         at = start + lanes
         inside = at < C
         x = load_row(student, at, student_column, inside, float("-inf"))
-        log_q = (x * cold - top) - log_sum
+        log_q = (x - top) * cold - log_sum
         q = tl.exp(log_q)
         if KIND == _MSE:
             y = load_row(target, at, target_column, inside, 0.0)
@@ -129,9 +146,9 @@ def kd_divergence_kernel(
             elif KIND == _RKL:
                 means += weighted(q, log_q - log_p)
             elif KIND == _JSD:
-                log_m, _m = _log_middle(p, q, beta)
-                losses += beta * weighted(p, log_p - log_m)
-                means += weighted(q, (1 - beta) * (log_q - log_m))
+                of_p, of_q, _share = _middle(p, log_p, q, log_q, beta)
+                losses += beta * weighted(p, of_p)
+                means += weighted(q, (1 - beta) * of_q)
             else:
                 losses -= weighted(p, log_q)
         if HAS_CE:
@@ -153,16 +170,15 @@ def kd_divergence_kernel(
         for start in range(0, C, BLOCK):
             at = start + lanes
             inside = at < C
-            log_q = (load_row(student, at, student_column, inside, float("-inf")) * cold - top) - log_sum
+            log_q = (load_row(student, at, student_column, inside, float("-inf")) - top) * cold - log_sum
             q = tl.exp(log_q)
             v = load_row(student_t, at, student_t_column, inside, 0.0) * cold - drift
             p, log_p = _target(target, target_column, at, inside, label, cold, top_t, log_sum_t, gamma, KIND, PROBS)
             if KIND == _RKL:
                 means += weighted(q, v * (log_q - log_p) + v)
             else:
-                log_m, m = _log_middle(p, q, beta)
-                a = (1 - beta) * (log_q - log_m)
-                means += weighted(q, v * a + (1 - beta) * v * (1 - (1 - beta) * q / m))
+                _of_p, of_q, share = _middle(p, log_p, q, log_q, beta)
+                means += weighted(q, v * ((1 - beta) * of_q) + (1 - beta) * v * (1 - share))
         mean_t = tl.sum(means, 0)
 
     if grad_logits is not None or student_t is not None:
@@ -171,7 +187,7 @@ def kd_divergence_kernel(
             at = start + lanes
             inside = at < C
             x = load_row(student, at, student_column, inside, float("-inf"))
-            log_q = (x * cold - top) - log_sum
+            log_q = (x - top) * cold - log_sum
             q = tl.exp(log_q)
             x_t = tl.zeros((BLOCK,), tl.float32)
             if student_t is not None:
@@ -188,10 +204,10 @@ def kd_divergence_kernel(
                     g = weighted(q, a - mean)
                     h = weighted(q, v * (a - mean) + v - mean_t)
                 elif KIND == _JSD:
-                    log_m, m = _log_middle(p, q, beta)
-                    a = (1 - beta) * (log_q - log_m)
+                    _of_p, of_q, share = _middle(p, log_p, q, log_q, beta)
+                    a = (1 - beta) * of_q
                     g = weighted(q, a - mean)
-                    h = weighted(q, v * (a - mean) + (1 - beta) * v * (1 - (1 - beta) * q / m) - mean_t)
+                    h = weighted(q, v * (a - mean) + (1 - beta) * v * (1 - share) - mean_t)
                 else:
                     g = mass * q - p
                     h = mass * (q * v)

@@ -68,7 +68,7 @@ def sparse_label_loss_kernel(
     for start in range(0, C, BLOCK):
         at = start + lanes
         inside = at < C
-        log_q = (load_row(logits, at, logits_column, inside, float("-inf")) * cold - top) - log_sum
+        log_q = (load_row(logits, at, logits_column, inside, float("-inf")) - top) * cold - log_sum
         here = tl.zeros((BLOCK,), tl.int32)
         for j in range(0, k):
             p = _stored(values, j, values_column, step, CODES) / divisor
@@ -97,7 +97,7 @@ def sparse_label_loss_kernel(
         for start in range(0, C, BLOCK):
             at = start + lanes
             inside = at < C
-            q = tl.exp((load_row(logits, at, logits_column, inside, float("-inf")) * cold - top) - log_sum)
+            q = tl.exp((load_row(logits, at, logits_column, inside, float("-inf")) - top) * cold - log_sum)
             target = tl.zeros((BLOCK,), tl.float32) + u
             for j in range(0, k):
                 p = _stored(values, j, values_column, step, CODES) / divisor

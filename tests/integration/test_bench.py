@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, memory, ours, run
+from bench import gpu, label_error, memory, ours, run
 from bench.case import Case, Check, Entry
 from bench.peers import (
     distribution,
@@ -232,7 +232,7 @@ def test_expert_store_must_be_fifty_times_as_fast() -> None:
 
 
 def test_soft_label_read_is_green(tmp_path: Path) -> None:
-    providers = ["pydistill-fp16", "pydistill-topk", "pydistill-topk8"]
+    providers = ["pydistill-fp16", "pydistill-logits8", "pydistill-topk", "pydistill-topk8"]
     assert run.main(["soft_label_read", "--quick", "--providers", ",".join(providers), "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "soft_label_read.csv")
     assert {(row["mode"], row["provider"]) for row in rows} == {
@@ -246,6 +246,21 @@ def test_soft_label_bytes_are_counted(tmp_path: Path) -> None:
     found = {(row["mode"], row["provider"]): float(row["median"]) for row in rows}
     assert {name for mode, name in found if mode == "labels and records"} == set(CASES["soft_label_bytes"].providers)
     assert found["labels and records", "topk8"] >= 58 + 34
+    assert found["labels", "logits8"] < found["labels", "fp16"]
+
+
+def test_label_errors_are_those_of_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CLASSES": 40, "ROWS": 8, "BATCH": 4, "KEPT": (1, 40)}.items():
+        monkeypatch.setattr(label_error, name, value)
+    monkeypatch.setattr("sys.argv", ["label_error", "--results", str(tmp_path)])
+    label_error.main()
+    rows = rows_in(tmp_path / "soft_label_error.csv")
+    found = {(row["format"], int(row["k"]), int(row["T"])): float(row["near"]) for row in rows}
+    assert len(found) == len(rows) == (5 + 2 * 2) * 3
+    for T in label_error.TEMPERATURES:
+        assert found["fp32", 0, T] == 0 < found["fp16", 0, T] < found["logits8", 0, T] < found["topk", 1, T]
+    assert {row["bytes"] for row in rows if row["format"] == "logits8"} == {"48"}
+    assert (tmp_path / "soft_label_error.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["soft_label_read", "soft_label_bytes"])

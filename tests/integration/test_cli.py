@@ -20,12 +20,13 @@ from PIL import Image
 from pydistill.cli import main
 from pydistill.cli.distill import Distill, MethodName
 from pydistill.cli.evaluate import NetName
-from pydistill.cli.settings import SETTINGS, DatasetName
+from pydistill.cli.settings import SETTINGS, SHAPES, DatasetName
 from pydistill.data import DATASETS, REPOSITORY_NORMALISATION, DistilledSet, load, read_safetensors, renormalise
 from pydistill.evaluate import evaluate
 from pydistill.methods import METHODS
-from pydistill.nn import NETS, make
+from pydistill.nn import NETS, ConvNet, make
 from pydistill.trajectory.store import ExpertStore
+from pydistill.whitening import ZCA
 
 OPTIONS = {
     "width": 4,
@@ -265,7 +266,7 @@ def test_a_run_may_take_ready_experts(few_experts, tmp_path):
     torch.save([[[torch.zeros(1)]]], tmp_path / "replay_buffer_0.pt")
     imported, exported = tmp_path / "imported.store", tmp_path / "replay_buffer_1.pt"
     ExpertStore(few_experts).export_replay_buffer(exported)
-    main(["experts", "--width=4", "--depth=2", "--image-size=8", "--import", str(exported), "--out", str(imported)])
+    main(["experts", "--import", str(exported), "--dataset=digits", "--no-zca", "--out", str(imported)])
     assert torch.equal(ExpertStore(imported).tensor(), ExpertStore(few_experts).tensor())
     main(["distill", *options, "--out", str(tmp_path / "other"), "--experts", str(imported)])
     names = ("distilled.safetensors", "state.safetensors", "images.png", "results.json")
@@ -316,6 +317,49 @@ def test_wrong_arguments_of_experts_are_named_and_leave_nothing(tmp_path, capsys
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        (ConvNet(3, 7, 5, 2, 32), ()),
+        (ConvNet(3, 7, 5, 2, 12), ()),  # of images of another size than the data set's
+        (ConvNet(3, 7, 2, 6, 70), ()),
+        (ConvNet(3, 7, 5, 3, 30, norm="layer"), ("--norm", "layer", "--image-size", "30")),
+        (ConvNet(1, 7, 5, 3, 28, norm="none"), ("--norm", "none")),
+        (ConvNet(1, 7, 5, 3, 28, norm="layer"), ("--norm", "layer", "--dataset", "fashion-mnist")),
+        (ConvNet(3, 7, 5, 2, 12, norm="batch"), ("--norm", "batch", "--image-size", "12")),
+        (make("mlp", 1, 10, 28, 9), ("--net", "mlp", "--width", "9", "--dataset", "fashion-mnist")),
+        (make("vit", 3, 100, 32, 16, 2), ("--net", "vit", "--width=16", "--depth=2", "--dataset=cifar100")),
+    ],
+)
+def test_replay_buffers_of_any_network_are_imported_without_a_data_set(tmp_path, net, options):
+    source, out = tmp_path / "replay_buffer_0.pt", tmp_path / "experts.store"
+    torch.save([[[p.detach() + epoch for p in net.parameters()] for epoch in range(2)]], source)
+    main(["experts", "--import", str(source), "--out", str(out), *options])
+    with ExpertStore(out) as store:
+        store.check_fits(net)
+        assert store.architecture == repr(net)
+        assert torch.equal(store.row(0, 0), torch.nn.utils.parameters_to_vector(net.parameters()))
+        assert store.dataset == next((each for each in ("fashion-mnist", "cifar100") if each in str(options)), None)
+
+
+def test_an_import_says_what_differs(tmp_path, capsys):
+    net, source = ConvNet(3, 7, 5, 2, 12), tmp_path / "replay_buffer_0.pt"
+    torch.save([[[p.detach() + epoch for p in net.parameters()] for epoch in range(2)]], source)
+    command = ("experts", "--import", source, "--out", tmp_path / "experts.store")
+    assert "features.0.weight: expected torch.float32 [6, 3, 3, 3], got" in refused(capsys, *command, "--width", 6)
+    assert "classifier.weight: expected torch.float32 [7, 80]" in refused(capsys, *command, "--image-size", 16)
+    assert "expected 6 tensors as net has, got 10" in refused(capsys, *command, "--norm", "none")
+    assert "--zca, --no-zca: expected one of them" in refused(capsys, *command, "--zca", "--no-zca")
+    assert "--no-zca: expected with --import only" in refused(capsys, "experts", "--out", source, "--no-zca")
+    assert os.listdir(tmp_path) == ["replay_buffer_0.pt"]
+
+
+def test_shapes_are_those_of_the_sets_as_they_are_read():
+    digits = load("digits")
+    assert SHAPES["digits"] == (digits.channels, digits.num_classes, digits.image_size)
+    assert SHAPES.keys() == set(typing.get_args(DatasetName)) == set(DATASETS)
 
 
 def evaluated(tmp_path, *arguments):
@@ -469,7 +513,7 @@ def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
     torch.save(logits, folder / "labels_best.pt")
     of = ("--dataset", "fashion-mnist", "--root", tmp_path / "fashion")
     assert "--lr: expected a learning rate" in refused(capsys, "evaluate", folder, *of, "--label-kind", "logits")
-    assert "label_kind: expected 'logits' or 'probs'" in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
+    assert "'logits' or 'probs' (--label-kind), " in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
     assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01)
     assert "fashion-mnist or cifar10; got digits" in refused(capsys, "evaluate", folder, "--dataset", "digits")
     options = ("--lr", 0.01, "--epochs", 10, "--students", 3, "--label-kind", "logits")
@@ -481,6 +525,13 @@ def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
     own = (pixels - pixels.mean()) / pixels.std()
     assert evaluate(lambda: make("mlp", 1, 10, 28), images, logits, own, labels, **by_hand) != accuracies
     assert (found["label_kind"], found["images"], found["lr"]) == ("logits", 20, 0.01)
+
+    zca = ZCA.fit(pixels)
+    torch.save(zca(pixels), folder / "images_best.pt")
+    found = evaluated(tmp_path, folder, *of, *options, "--net", "mlp", "--zca")
+    accuracies = evaluate(lambda: make("mlp", 1, 10, 28), zca(pixels), logits, zca(pixels), labels, **by_hand)
+    assert found["nets"]["mlp"]["accuracies"] == accuracies
+    assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01, "--zca")
 
 
 def test_an_export_in_the_repositories_normalisation(finished, tmp_path, capsys):
@@ -497,6 +548,7 @@ def test_an_export_in_the_repositories_normalisation(finished, tmp_path, capsys)
     assert "fashion-mnist or cifar10; got digits" in refused(capsys, "export", digits, *options)
     assert not (tmp_path / "digits").exists()
     assert "--label-kind: expected none" in refused(capsys, "evaluate", digits, "--label-kind", "probs")
+    assert "--zca: expected none" in refused(capsys, "evaluate", digits, "--zca")
 
 
 def test_every_network_can_be_named():

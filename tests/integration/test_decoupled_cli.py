@@ -94,6 +94,33 @@ def test_each_step_takes_the_files_of_the_one_before(made, tmp_path):
     assert with_student.net(distilled.images).shape == (20, 10)
 
 
+def test_what_a_format_costs_is_said_where_labels_are_made_and_used(made, tmp_path, capsys):
+    capsys.readouterr()
+    relabel = (
+        "relabel",
+        "--images",
+        made["images"],
+        "--teacher",
+        made["teacher"],
+        "--epochs",
+        "2",
+        "--batch-size",
+        "8",
+    )
+    said = "error of the student's gradients: "
+    for format, bound in (("features8", 0.05), ("topk8", 10.0)):
+        run(*relabel, "--format", format, "--k", "2", "--out", tmp_path / format)
+        error = json.loads((tmp_path / format / "results.json").read_text())["gradient_error"]
+        assert 0 < error["fresh"] < bound
+        assert 0 < error["near"] < bound
+        shown = f"labels in {'topk8, k=2 of 10' if format == 'topk8' else format}, at temperature 20; {said}"
+        told = " ".join(capsys.readouterr().out.split())  # lines are wrapped
+        assert f"{shown}{100 * error['fresh']:.2g} % for a fresh student, " in told
+    labels = tmp_path / "features8" / "labels.store"
+    run("post-train", "--images", made["images"], "--labels", labels, *NET, "--out", tmp_path / "student")
+    assert f"labels in features8, at temperature 20; {said}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("step", ["recover", "relabel"])
 def test_a_killed_run_resumes_to_the_same_bytes(made, tmp_path, step):
     out = tmp_path / "killed"
@@ -159,6 +186,10 @@ def test_what_does_not_fit_is_refused_by_name(made, tmp_path, capsys):
     torch.save({"conv1.weight": torch.zeros(1)}, weights)
     imported = ("squeeze", "--dataset", "digits", "--weights", weights, "--out", tmp_path / "c")
     assert "weights.pth: expected the weights of a convnet" in fails(capsys, *imported)
+    assert "convnet under 'ema'; got a dict of conv1.weight" in fails(capsys, *imported, "--weights-key", "ema")
+    assert "network: expected 'package.module:function', got 'make'" in fails(
+        capsys, *recover, "--network", "make", "--out", tmp_path / "b"
+    )
 
     half = tmp_path / "half.store"
     whole = SoftLabelStore.open(made["labels"])

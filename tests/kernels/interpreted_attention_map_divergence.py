@@ -13,6 +13,7 @@ from torch import Tensor
 from pydistill import reference
 from pydistill.ops import attention_map_divergence
 from pydistill.testing import assert_close
+from tests.divergence.edges import check_attention
 
 KINDS = ("fkl", "rkl", "jsd", "ce")
 OPS = torch.ops.pydistill_triton
@@ -115,3 +116,11 @@ def test_what_it_has_no_kernel_for() -> None:
         attention_map_divergence(*tensors, backend="triton")
     with pytest.raises(NotImplementedError, match=r"more than 128 features, got torch.float32, 129 and 4"):
         attention_map_divergence(*(x.float() for x in problem((), 5, 6, 129, 4)), backend="triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_the_edges(kind: str) -> None:
+    def loss(*args, **options):
+        return attention_map_divergence(*args, backend="triton", **options)
+
+    check_attention(loss, kind, torch.float32)

@@ -16,6 +16,7 @@ from pydistill import kd_divergence, reference
 from pydistill.ops.kd_divergence import KINDS
 from pydistill.testing import assert_close
 from pydistill.triton import kd_divergence as kernels
+from tests.divergence.edges import ROWS, check_divergence
 
 OPS = torch.ops.pydistill_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -124,6 +125,17 @@ def test_masked_classes_take_no_part(kind: str) -> None:
         if name not in ("second in x", "in the gradient"):  # their direction has other numbers
             torch.testing.assert_close(value, truth[name], rtol=1e-5, atol=1e-6)
         assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_the_edges(kind: str) -> None:
+    def loss(*args, **options):
+        return kd_divergence(*args, backend="triton", **options)
+
+    for edge in ROWS:
+        for T in (0.05, 50.0):
+            for probs in (False, True) if kind not in ("ce", "mse") else (False,):
+                check_divergence(loss, edge, kind, T, probs, torch.float32)
 
 
 def test_nan_shows_where_it_is() -> None:

@@ -15,6 +15,7 @@ from pydistill.labels import sparse_label_loss
 from pydistill.ops.sparse_label_loss import TAILS
 from pydistill.testing import assert_close
 from pydistill.triton import sparse_label_loss as kernels
+from tests.divergence.edges import ROWS, TEMPERATURES, check_sparse
 
 OPS = torch.ops.pydistill_triton
 
@@ -48,6 +49,14 @@ def compare(logits, indices, values, step, dtype, **options) -> None:
         assert value.dtype == dtype
         rtol = max(1e-5, 16 * torch.finfo(dtype).eps)
         assert_close(name, value, truth[name], plain[name], rtol=rtol)
+
+
+@pytest.mark.parametrize("T", TEMPERATURES)
+def test_at_the_edges(T: float) -> None:
+    for edge in ROWS:
+        check_sparse(
+            lambda *args, **options: sparse_label_loss(*args, backend="triton", **options), edge, T, torch.float32
+        )
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pydistill.labels import SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
+from pydistill.augment import MultiCrop, multi_crop
+from pydistill.labels import CROP_BYTES, SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
 from tests.labels.test_label_store import EPOCHS, OPTIONS, N, batches, create, fill, records
 
 
@@ -90,3 +91,64 @@ def test_wrong_data_sets_are_refused(store, tmp_path):
         with pytest.raises(ValueError, match="epoch 1 lacks the labels of 25 of 25 images, the first of them image 0"):
             data.set_epoch(EPOCHS - 2)
         assert data.epoch == 0
+
+
+@pytest.fixture(params=["batch", "images"])
+def mixed(request, tmp_path):
+    """Stores of two batches of views with cutmix, and without, of 10 images; what the views are, by image."""
+    images = torch.rand(10, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    stores, views = {}, {}
+    for mix in ("cutmix", None):
+        path = tmp_path / f"{mix}.store"
+        options = {"num_images": 10, "num_classes": 4, "epochs": 1, "batch_size": 5, "sources": request.param}
+        views[mix] = torch.empty(10, 3, 8, 8)
+        with SoftLabelStore.create(path, **options, record_bytes=CROP_BYTES * (2 if mix else 1)) as store:
+            for b, ids in enumerate(torch.randperm(10, generator=torch.Generator().manual_seed(1)).split(5)):
+                crops = MultiCrop(8, mix=mix)
+                shown, sources = (images, ids) if request.param == "images" else (images[ids], None)
+                record = crops.draw(shown.shape, torch.Generator().manual_seed(b), sources=sources)
+                views[mix][ids] = multi_crop(shown, record, 8)
+                store.write(0, ids, torch.zeros(5, 4), record)
+        stores[mix] = SoftLabelStore(path)
+    yield images, stores, views
+    for store in stores.values():
+        store.close()
+
+
+@pytest.mark.parametrize("kind", [SoftLabelDataset, PerItem])
+def test_views_are_replayed_from_the_batch_in_whatever_order_it_comes(mixed, kind):
+    images, stores, views = mixed
+    for mix, store in stores.items():
+        data = kind(images, store)
+        batches = list(StoredBatches(data))
+        orders = [batches, [batch[::-1] for batch in batches], [batches[0] + batches[1]]]
+        for order in [*orders, *([] if mix else [[[3, 7], [0, 9, 1]], [[8]]])]:
+            for batch, labels in DataLoader(data, batch_sampler=order, collate_fn=collate_soft_labels):
+                assert torch.equal(multi_crop(batch, labels.crops(), 8), views[mix][labels.images])
+                if not mix:
+                    part = slice(1, 3)
+                    assert torch.equal(
+                        multi_crop(batch[part], labels[part].crops(), 8), views[mix][labels.images][part]
+                    )
+
+
+@pytest.mark.parametrize("kind", [SoftLabelDataset, PerItem])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_partner_that_is_not_in_the_batch_is_refused(mixed, kind, workers):
+    images, stores, _ = mixed
+    data = kind(images, stores["cutmix"])
+    order = list(StoredBatches(data))
+    shuffled = [order[0][:3] + order[1][:2], order[0][3:] + order[1][2:]]
+    loader = DataLoader(data, batch_sampler=shuffled, collate_fn=collate_soft_labels, num_workers=workers)
+    message = (
+        r"records: image \d was mixed with an image of the batch that it was labelled in, which is not in this one"
+    )
+    refused = 0
+    for _, labels in loader:
+        with pytest.raises(ValueError, match=message):
+            labels.crops()
+        refused += 1
+    assert refused == 2
+    _, labels = next(iter(DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels)))
+    with pytest.raises(ValueError, match="StoredBatches"):
+        labels[:2].crops()

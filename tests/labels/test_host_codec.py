@@ -155,3 +155,30 @@ def test_other_threads_run_meanwhile():
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
+def test_a_row_has_steps_as_fine_as_it_lets_them_be(T):
+    """Half a step off at most, of 255 that reach from the first class kept to the last."""
+    logits = random_logits(20, 50, 2.0)
+    for probs in (False, True):
+        values = softmax(logits, T).astype(np.float32) if probs else logits
+        rows = _host.encode_topk(values, 50, 1 / 16, probs, T, True)
+        indices, found, tail = _host.decode_topk(rows, 50, 50, 1 / 16)
+        assert not tail.any()
+        truth = np.take_along_axis(softmax(logits, T), indices, 1)
+        off = np.log(found.astype(float) / found[:, :1]) - np.log(truth / truth[:, :1])
+        span = np.log(truth[:, 0] / truth[:, -1])
+        assert (np.abs(off).max(1) <= 0.5 * 2 ** (1 / 16) * span / 255 + 1e-6).all()
+    flat = np.zeros((2, 9), np.float32)
+    for form in ((9, 1 / 16), (1, 1 / 16), (1, 0.0)):
+        _, found, tail = _host.decode_topk(_host.encode_topk(flat, *form, False, T, True), 9, *form)
+        np.testing.assert_allclose(found, 1 / 9, rtol=1e-6)
+
+
+def test_steps_that_are_no_finer_are_those_of_old_rows():
+    """A class of no probability takes all steps to reach, and the first class's byte was zero before."""
+    probs = np.array([[0.75, 0.25, 0.0]], np.float32)
+    rows = [_host.encode_topk(probs, 3, 1 / 16, True, 1.0, row_step) for row_step in (False, True)]
+    assert np.array_equal(*rows)
+    assert rows[0][0, 10] == 0

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from pydistill import _atomic
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.labels import CROP_BYTES, SoftLabelStore
-from pydistill.labels._reader import FORMATS
 
 N, C, EPOCHS, BATCH, RECORD = 25, 12, 3, 8, 5
 T = 4.0
 OPTIONS = {
     **{"num_images": N, "num_classes": C, "epochs": EPOCHS, "batch_size": BATCH, "record_bytes": RECORD},
-    **{"temperature": T, "k": 3},
+    **{"temperature": T, "format": "topk8", "k": 3},
 }
+BLOCK = 64 + 192  # bytes: images, and rows of 4 + 9 + 5 bytes, to the next multiple of 64
+ENTRY = 24
 
 
 def create(path, **options):
@@ -67,8 +68,14 @@ def filled(path):
     return path
 
 
-@pytest.mark.parametrize("target", ["logits", "probs"])
-@pytest.mark.parametrize("format", FORMATS)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL = (*DTYPES, "logits8", "topk", "topk8")  # that take logits
+BOTH = [
+    (format, target) for format in ALL for target in ("logits", "probs") if (format, target) != ("logits8", "probs")
+]
+
+
+@pytest.mark.parametrize(("format", "target"), BOTH)
 def test_labels_come_back(path, format, target):
     with create(path, format=format, target=target, metadata={"teacher": "resnet18"}) as store:
         fill(store)
@@ -87,9 +94,10 @@ def test_labels_come_back(path, format, target):
             assert np.array_equal(labels.records.numpy(), records(epoch, ids))
             truth = logits(epoch, ids)
             probs = (truth / T if target == "logits" else truth).softmax(1)
-            if format in ("fp16", "bf16"):
-                kind = {"fp16": torch.float16, "bf16": torch.bfloat16}[format]
-                assert torch.equal(labels.dense, (truth if target == "logits" else truth.softmax(1)).to(kind))
+            if "topk" not in format:
+                if format in DTYPES:
+                    kind = DTYPES[format]
+                    assert torch.equal(labels.dense, (truth if target == "logits" else truth.softmax(1)).to(kind))
                 torch.testing.assert_close(labels.densify(), probs, rtol=2e-2, atol=1e-6)
             else:
                 values, indices = probs.topk(3)
@@ -98,12 +106,12 @@ def test_labels_come_back(path, format, target):
                 torch.testing.assert_close(labels.tail, 1 - values.sum(1), rtol=1e-4, atol=1e-6)
 
 
-def test_create_defaults_to_the_small_format(path):
+def test_create_defaults_to_a_format_that_keeps_all_classes(path):
     with SoftLabelStore.create(path, num_images=4, num_classes=1000, epochs=1, batch_size=4) as store:
-        assert (store.format, store.k, store.layout.label_bytes, store.layout.row_bytes) == ("topk8", 10, 34, 34)
+        assert (store.format, store.k, store.layout.label_bytes, store.layout.row_bytes) == ("fp16", 0, 2000, 2000)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL)
 def test_the_loss_is_that_of_the_densified_labels(path, format):
     with create(path, format=format) as store:
         fill(store)
@@ -123,7 +131,7 @@ def test_the_loss_is_that_of_the_densified_labels(path, format):
         torch.testing.assert_close(labels[2:5].loss(student[2:5], reduction="none"), rows[2:5])
         with pytest.raises(ValueError, match=r"logits: expected \[6, 12\] as the labels, got \[6, 10\]"):
             labels.loss(student[:, :10])
-        if format in ("fp16", "bf16"):  # logits serve any temperature
+        if "topk" not in format:  # logits serve any temperature
             truth = F.kl_div(student.log_softmax(1), labels.dense.float().softmax(1), reduction="batchmean")
             torch.testing.assert_close(labels.loss(student, T=1.0), truth)
             with pytest.raises(ValueError, match="indices, values, tail: expected top-k labels"):
@@ -133,7 +141,7 @@ def test_the_loss_is_that_of_the_densified_labels(path, format):
                 ValueError, match="T: expected 4, at which these labels' probabilities were taken, got 1"
             ):
                 labels.loss(student, T=1.0)
-            with pytest.raises(ValueError, match="dense: expected labels in fp16 or bf16"):
+            with pytest.raises(ValueError, match="dense: expected labels of all classes"):
                 _ = labels.dense
 
 
@@ -201,11 +209,11 @@ def test_a_damaged_block_is_named_and_the_others_stay(filled, what):
         assert np.array_equal(store.read(2, ids).records.numpy(), records(2, ids))
 
 
-@pytest.mark.parametrize("field", range(4))
+@pytest.mark.parametrize("field", range(6))
 def test_a_damaged_entry_makes_its_block_missing_and_it_can_be_written_again(filled, field):
     whole = filled.read_bytes()
     with SoftLabelStore(filled) as store:
-        flip(filled, store._table_at + 16 * (1 * store.blocks + 2) + 4 * field)
+        flip(filled, store._table_at + ENTRY * (1 * store.blocks + 2) + 4 * field)
     ids = batches(1)[2]
     with SoftLabelStore(filled, writable=True) as store:
         assert (store.completed, store.holds(1, 2), store.missing(1).tolist()) == (1, False, sorted(ids))
@@ -248,6 +256,35 @@ def test_missing_epochs_and_places_are_named(path):
         store.read(0, [0])
 
 
+def test_a_file_that_is_cut_under_its_reader_is_named(filled):
+    """And the process goes on; what is still there is read."""
+    size = filled.stat().st_size
+    with SoftLabelStore(filled) as seen, SoftLabelStore(filled) as new:
+        seen.read(2, range(N))
+        new.missing(2)
+        os.truncate(filled, row_at(new, 2, 0))
+        for store in (seen, new):
+            for _ in range(2):
+                with pytest.raises(
+                    ValueError, match=rf"labels\.store: expected {size} bytes as it had, it was cut to \d+"
+                ):
+                    store.read(2, [int(batches(2)[0][0])])
+            assert np.array_equal(store.read(1, range(N)).records.numpy(), records(1, range(N)))
+        with pytest.raises(ValueError, match="it was cut to"):
+            new.verify()
+
+
+def test_shuffled_rows_are_those_of_whole_blocks(filled):
+    """Few rows of a block that is verified are read one by one."""
+    with SoftLabelStore(filled) as store:
+        whole = [store.rows(1, range(N)), store.rows(2, range(N))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pydistill.labels._reader._READ", 0)
+            for epoch, rows in enumerate(whole, 1):
+                order = np.random.default_rng(0).permutation(N)
+                assert np.array_equal(store.rows(epoch, order), rows[order])
+
+
 def test_batches_are_those_that_were_written(filled):
     with SoftLabelStore(filled) as store:
         for epoch in range(EPOCHS):
@@ -260,12 +297,14 @@ def test_what_is_no_store_is_refused(filled, tmp_path):
 
     def with_header(**changes):
         text = json.dumps(json.loads(whole[20 : 20 + length]) | changes).encode()
-        return struct.pack("<8sIII", b"PYDLABEL", 1, len(text), zlib.crc32(text)) + text
+        return struct.pack("<8sIII", b"PYDLABEL", 2, len(text), zlib.crc32(text)) + text
 
     for content, message in (
         (b"", r"expected a label store, which starts with .*; got 0 bytes that start with nothing"),
         (b"PK\x03\x04" + bytes(99), "got 103 bytes that start with 50 4b 03 04"),
-        (whole[:8] + struct.pack("<I", 2) + whole[12:], "of version 1, got 2, which a newer pydistill reads"),
+        (whole[:8] + struct.pack("<I", 3) + whole[12:], "of version 1 or 2, got 3, which a newer pydistill reads"),
+        (whole[:8] + struct.pack("<I", 0) + whole[12:], "of version 1 or 2, got 0"),
+        (with_header(flags=["row_step", "zstd"]), "has 'zstd', which a newer pydistill reads"),
         (whole[:30], r"expected a header of \d+ bytes, it is truncated to 10"),
         (whole[:25] + b"\0" + whole[26:], "its header is damaged: expected crc32"),
         (whole[:-1], r"expected \d+ bytes as its header says, it is truncated: \d+"),
@@ -288,9 +327,28 @@ def test_what_is_no_store_is_refused(filled, tmp_path):
         ({"num_images": 0}, "num_images: expected at least 1, got 0"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"record_bytes": -1}, "record_bytes: expected at least 0, got -1"),
-        ({"format": "fp8"}, "format: expected one of fp16, bf16, topk, topk8, got 'fp8'"),
+        ({"format": "fp8"}, "format: expected one of fp32, fp16, bf16, logits8, features8, topk, topk8, got 'fp8'"),
         ({"target": "hard"}, "target: expected 'logits' or 'probs', got 'hard'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0"),
+        ({"sources": "place"}, "sources: expected 'batch' or 'images', got 'place'"),
+        ({"format": "logits8", "target": "probs"}, "target: expected 'logits' for 'logits8', got 'probs'"),
+        (
+            {"format": "features8"},
+            "classifier: expected the weight and bias of the last layer for 'features8', got None",
+        ),
+        ({"classifier": (torch.zeros(C, 2), None)}, "classifier: expected None for 'topk8', got"),
+        (
+            {"format": "features8", "classifier": (torch.zeros(2, C), None)},
+            r"classifier: expected a weight of \[12, D\], got \[2, 12\]",
+        ),
+        (
+            {"format": "features8", "classifier": (torch.zeros(C, 2), torch.zeros(2))},
+            r"classifier: expected a bias of \[12\], got \[2\]",
+        ),
+        (
+            {"format": "features8", "classifier": (torch.full((C, 2), float("nan")), None)},
+            "classifier: expected finite numbers, got others",
+        ),
         ({"k": 0}, "k: expected 1 to the 12 classes, got 0"),
         ({"k": C + 1}, "k: expected 1 to the 12 classes, got 13"),
         ({"num_classes": 65537}, "num_classes: expected up to 65536 for 'topk8', got 65537"),
@@ -348,6 +406,8 @@ def test_wrong_writes_are_refused_and_write_nothing(path):
         ("fp16", "logits", 70000.0, "labels: row 1: expected finite numbers that fp16 can hold"),
         ("bf16", "logits", float("inf"), "labels: row 1: expected finite numbers that bf16 can hold"),
         ("fp16", "probs", 0.5, "labels: row 1: expected probabilities that add up to one"),
+        ("fp32", "logits", float("nan"), "labels: row 1: expected finite numbers that fp32 can hold"),
+        ("logits8", "logits", -1e5, "labels: row 1: expected finite numbers that logits8 can hold"),
         ("bf16", "probs", -0.1, "labels: row 1: expected probabilities that add up to one"),
     ],
 )
@@ -410,10 +470,7 @@ class Disk:
         monkeypatch.setattr(SoftLabelStore, "_sync", logged)
 
 
-BLOCK = 64 + 192  # bytes: images, and rows of 4 + 9 + 5 bytes, to the next multiple of 64
-
-
-@pytest.mark.parametrize("left", [0, 1, 31, 64, 65, 150, BLOCK, *range(BLOCK + 1, BLOCK + 16, 3), BLOCK + 16])
+@pytest.mark.parametrize("left", [0, 1, 31, 64, 65, 150, BLOCK, *range(BLOCK + 1, BLOCK + ENTRY, 4), BLOCK + ENTRY])
 @pytest.mark.parametrize("block", [1, 3])
 def test_a_write_cut_off_anywhere_is_wholly_there_or_not_at_all(path, filled, monkeypatch, left, block):
     whole, order = filled.read_bytes(), batches(1)
@@ -428,13 +485,13 @@ def test_a_write_cut_off_anywhere_is_wholly_there_or_not_at_all(path, filled, mo
             Disk(patch, left)
             try:
                 store.write(1, ids, logits(1, ids), records(1, ids))
-                assert left == BLOCK + 16
+                assert left == BLOCK + ENTRY
             except KilledError:
-                assert left < BLOCK + 16
+                assert left < BLOCK + ENTRY
     with SoftLabelStore(path, writable=True) as store:
-        assert [store.holds(1, b) for b in range(4)] == [*[True] * block, left == BLOCK + 16, *[False] * (3 - block)]
+        assert [store.holds(1, b) for b in range(4)] == [*[True] * block, left == BLOCK + ENTRY, *[False] * (3 - block)]
         store.verify()
-        if left < BLOCK + 16:
+        if left < BLOCK + ENTRY:
             with pytest.raises(ValueError, match="epoch 1 lacks the labels of 1 of the 1"):
                 store.read(1, ids[:1])
         fill(store)
@@ -462,7 +519,7 @@ def test_the_entry_is_written_once_its_block_is_on_the_disk(path, monkeypatch):
     with create(path) as store:
         disk = Disk(monkeypatch, 1 << 30)
         store.write(0, ids, logits(0, ids), records(0, ids))
-        assert disk.log == [(store._blocks_at, BLOCK), "sync", (store._table_at, 16), "sync"]
+        assert disk.log == [(store._blocks_at, BLOCK), "sync", (store._table_at, ENTRY), "sync"]
 
 
 def relabel(path):

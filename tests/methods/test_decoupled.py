@@ -2,12 +2,14 @@
 
 import copy
 import math
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pydistill.augment import multi_crop
 from pydistill.data import DistilledSet
@@ -15,9 +17,10 @@ from pydistill.labels import SoftLabelStore
 from pydistill.methods import CDA, DECOUPLED, DWA, INFER, RandomImages, SRe2L
 from pydistill.methods.decoupled import merge, real_images, recover
 from pydistill.methods.post_train import PostTrain, post_train
-from pydistill.methods.relabel import Relabel, relabel, replayed
+from pydistill.methods.relabel import Relabel, last_linear, relabel, replayed
 from pydistill.methods.squeeze import Squeeze, Teacher, build, import_weights, squeeze
-from pydistill.nn import ResNet18
+from pydistill.nn import ConvNet, ResNet18
+from pydistill.nn.description import from_description
 from pydistill.trajectory.experts import seeded_generator
 from tests.bars import make_dataset
 
@@ -350,6 +353,43 @@ def test_labels_are_the_teachers_mean_on_the_views_that_the_student_sees(teacher
     assert not torch.equal(seen[0][:2], seen[3][:2])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_features_are_stored_for_the_logits_that_they_make(teacher, data, distilled, tmp_path, static):
+    """Of two teachers, whose mean is one layer on the features of both."""
+    other = squeeze(replace(SQUEEZE, seed=1), data)
+    views = replace(VIEWS, epochs=1, format="fp32", **({"static": True, "mix": "mixup"} if static else {}))
+    found = {
+        format: relabel(replace(views, format=format), distilled, [teacher, other], tmp_path / format)
+        for format in ("fp32", "features8")
+    }
+    weights = [next(m for m in net.modules() if isinstance(m, nn.Linear)).weight for net in (teacher.net, other.net)]
+    assert torch.equal(found["features8"].classifier[0], torch.cat([w.detach() / 2 for w in weights], 1))
+    for index in found["fp32"].batches(0):
+        wanted, labels = (found[format].read(0, index) for format in ("fp32", "features8"))
+        assert torch.equal(labels.records, wanted.records)
+        span = labels.features.amax(1) - labels.features.amin(1)
+        bound = float(span.max()) / 255 * float(found["features8"].classifier[0].abs().sum(1).max())
+        torch.testing.assert_close(labels.dense, wanted.dense, rtol=0, atol=bound)
+        assert not torch.equal(labels.dense, wanted.dense)
+    post_train(STUDENT, distilled, replace(views, format="features8"), found["features8"], num_classes=data.num_classes)
+    with pytest.raises(ValueError, match="features8: expected features of these teachers, got those of others"):
+        relabel(replace(views, format="features8"), distilled, [other, teacher], tmp_path / "features8")
+
+
+def test_features_are_those_of_a_last_linear_layer():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, last = torch.randn(2, 4), nn.Linear(3, 2)
+    assert last_linear(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), last), x) is last
+    for wrong in (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), nn.Sequential(nn.Flatten()), Scaled(4, 2)):
+        with pytest.raises(
+            ValueError, match=r"teachers: expected networks that end in an nn\.Linear for 'features8', got"
+        ):
+            last_linear(wrong, x)
+
+
 def test_static_labels_are_mixed_as_the_images_are(teacher, data, distilled, tmp_path):
     views = replace(VIEWS, static=True, mix="mixup", alpha=0.8, crop=1.0, flip=0.0)
     store = relabel(views, distilled, [teacher], tmp_path / "labels.store")
@@ -484,3 +524,100 @@ def test_resnets_are_squeezed_and_recovered_from(data, tmp_path):
     low, high = teacher.bounds()
     assert images.shape == x.shape
     assert (images - x.clamp(low, high)).abs().max() > 0.1
+
+
+class Branches(nn.Module):
+    """Somebody's own network, of no plain layers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.left(x.flatten(1)) * self.right(x.flatten(1))
+
+
+def plain():
+    blocks = OrderedDict(norm=nn.GroupNorm(2, 8, affine=False), act=nn.LeakyReLU(0.2), pool=nn.MaxPool2d((1, 2)))
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding="same", bias=False), nn.BatchNorm2d(8, momentum=0.2), nn.ReLU(inplace=True)),
+        *(nn.Sequential(blocks), nn.Conv2d(8, 8, (2, 1), groups=2), nn.LayerNorm([8, 1, 1], bias=False)),
+        *(nn.AvgPool2d(1, count_include_pad=False), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, 3)),
+    )
+
+
+def kept(net, path, **options):
+    images = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    config = {"channels": 3, "image_size": 2, "dataset": "mine"}
+    teacher = Teacher(net.eval(), torch.zeros(3), torch.ones(3), ("a", "b", "c"), config)
+    teacher.save(path, **options)
+    return images, teacher.net(images)
+
+
+def test_a_teacher_of_plain_layers_needs_no_more_than_its_file(tmp_path):
+    net = plain()
+    net[1].running_var.uniform_(0.5, 2)
+    images, logits = kept(net, tmp_path / "t.safetensors")
+    read = Teacher.load(tmp_path / "t.safetensors")
+    assert torch.equal(read.net(images), logits)
+    assert repr(read.net) == repr(net)
+    assert all(p.requires_grad for p in read.net.parameters())
+    assert (read.num_classes, read.shape) == (3, (3, 2, 2))
+
+
+def test_a_teacher_of_ones_own_network_is_read_into_it(tmp_path):
+    path, net = tmp_path / "t.safetensors", Branches()
+    images, logits = kept(net, path, network="collections:OrderedDict")
+    wanted = (
+        r"t\.safetensors: network: expected .*: a Branches, by its maker's note 'collections:OrderedDict'; got None"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        Teacher.load(path)
+    for network in (Branches(), Branches, f"{__name__}:Branches"):
+        read = Teacher.load(path, network=network)
+        assert torch.equal(read.net(images), logits)
+        assert not read.net.training
+    with pytest.raises(TypeError, match="network: expected a module or a function that makes one, got OrderedDict"):
+        Teacher.load(path, network="collections:OrderedDict")
+    for wrong in ("collections", "collections:Absent", "no.such.module:make"):
+        with pytest.raises(ValueError, match=r"network: expected 'package\.module:function', got"):
+            Teacher.load(path, network=wrong)
+    with pytest.raises(ValueError, match=r"t\.safetensors: expected a whole teacher (?s:.*)Missing key"):
+        Teacher.load(path, network=plain)
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "subclass", "option"])
+def test_what_only_looks_like_plain_layers_is_not_read_as_such(tmp_path, change):
+    """Nor is a network that the configuration names, with another activation, read as that one."""
+    path, net = tmp_path / "t.safetensors", plain()
+    if change == "hook":
+        net[2].register_forward_hook(lambda module, inputs, output: output + 1)
+    elif change == "forward":
+        net[2].forward = torch.tanh
+    elif change == "subclass":
+        net[2] = type("ReLU", (nn.ReLU,), {"forward": lambda self, x: x})()
+    else:
+        net = ConvNet(3, 3, 4, 1, 2, norm="batch", act="leakyrelu")
+    config = {"channels": 3, "image_size": 2, "dataset": "mine", "network": "convnet", "width": 4, "depth": 1}
+    Teacher(net.eval(), torch.zeros(3), torch.ones(3), ("a", "b", "c"), config).save(path)
+    with pytest.raises(ValueError, match="network: expected the module that its weights are of"):
+        Teacher.load(path)
+    assert Teacher.load(path, network=net).net is net
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"layer": "Linear"},
+        {"layer": "Linear", "options": {"in_features": -1, "out_features": 2}},
+        {"layer": "Linear", "options": {"in_features": 1, "out_features": 2, "device": "cpu"}},
+        {"layer": "Transformer", "options": {}},
+        {"sequential": {"a.b": {"layer": "ReLU", "options": {}}}},
+        {"sequential": [1]},
+        ["Linear"],
+        "os:system",
+    ],
+)
+def test_a_description_of_something_else_is_refused(description):
+    with pytest.raises(ValueError, match="description: expected layers of torch and their options, got others"):
+        from_description(description)

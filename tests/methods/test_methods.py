@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from pydistill.methods import (
 )
 from pydistill.methods.outer import fresh_parameters
 from pydistill.nn import ConvNet
-from pydistill.trajectory import GSAM, Adam, FlatModule, Smoothing, unroll
+from pydistill.trajectory import GSAM, Adam, ExpertStore, FlatModule, Smoothing, unroll
 from pydistill.trajectory.experts import seeded_generator
 from pydistill.trajectory.flat import perturb_towards
 from tests.bars import make_net
@@ -444,3 +445,31 @@ def test_rat_bptt_differentiates_its_window(dataset):
     assert F.cosine_similarity(moved, (images.detach() - start["images"]).flatten(), 0) > 0.99
     assert torch.equal(fresh_parameters(make_net(), 1), fresh_parameters(make_net(), 1))
     assert not torch.equal(fresh_parameters(make_net(), 1), fresh_parameters(make_net(), 2))
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_imported_experts_are_matched_on_images_like_those_that_they_saw(dataset, experts, tmp_path, whitened):
+    """Replay buffers do not say whether their experts saw whitened images; who imports them may."""
+    shapes = [p.shape for p in make_net().parameters()]
+    sizes = [shape.numel() for shape in shapes]
+    split = [
+        [[p.view(s).clone() for p, s in zip(row.split(sizes), shapes, strict=True)] for row in expert]
+        for expert in experts
+    ]
+    source = tmp_path / "replay_buffer_0.pt"
+    torch.save(split, source)
+    data, config = dataset.whitened() if whitened else dataset, MTT(**SMALL, zca=whitened)
+
+    def check(zca):
+        with ExpertStore.import_replay_buffers([source], make_net(), tmp_path / "e", zca=zca, overwrite=True) as store:
+            assert store.options == {"replay_buffers": ["replay_buffer_0.pt"]} | ({} if zca is None else {"zca": zca})
+            config.check(data, make_net(), store)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(whitened)
+    are = "ZCA-whitened" if whitened else "not whitened"
+    with pytest.warns(UserWarning, match=rf"e: expected experts that saw images as these are, {are}; their import did"):
+        check(None)
+    with pytest.raises(ValueError, match=rf"images as these are, {are} \(zca={whitened}\), got .* zca={not whitened}"):
+        check(not whitened)

@@ -163,14 +163,15 @@ def test_workspace_serves_any_shape():
             assert all(a is b or torch.equal(a, b) for a, b in zip(fresh, reused, strict=True))
 
 
-def test_equal_bits_over_threads():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equal_bits_over_threads(precision):
     shape = SHAPES["odd sizes, padded channels"]
     theta, direction, images, labels = problem(shape, 40, E=2, dtype=torch.float32)
     threads = torch.get_num_threads()
     found = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        found.append(convnet_tangent(shape, theta, direction, images, labels))
+        found.append(convnet_tangent(shape, theta, direction, images, labels, precision=precision))
     torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(a is b or torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -205,6 +206,20 @@ def test_bf16_is_close_to_fp32(N):
     assert [cosine(a, b) > 0.998 for a, b in zip(half[1:3], truth[1:3], strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize("name", ["usual", "odd sizes, padded channels", "one block", "one channel"])
+def test_bf16_of_every_shape(name):
+    """Channels, tiles and taps that fill no whole pairs, vectors or matrix tiles; 11 images leave a chunk unfilled."""
+    theta, direction, images, labels = problem(SHAPES[name], 11, E=2, dtype=torch.float32)
+    truth = convnet_gradient(SHAPES[name], theta, images, labels)
+    half = convnet_gradient(SHAPES[name], theta, images, labels, precision="bf16")
+    assert relative(half[0], truth[0]) < 1e-3
+    assert cosine(half[1], truth[1]) > 0.999
+    truth = convnet_tangent(SHAPES[name], theta, direction, images, labels)
+    half = convnet_tangent(SHAPES[name], theta, direction, images, labels, precision="bf16")
+    assert relative(half[0], truth[0]) < 0.02
+    assert [cosine(a, b) > 0.998 for a, b in zip(half[1:3], truth[1:3], strict=True)] == [True, True]
+
+
 ISA_SCRIPT = """
 import torch
 from pydistill import _host
@@ -222,7 +237,7 @@ torch.save([_host.isa(), *found], sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path):
-    """Each that this machine has; bf16 on matrix tiles against bf16 emulated by rounding."""
+    """Each that this machine has; bf16 on matrix tiles or in pairs against bf16 emulated by rounding."""
     names = ("base", "avx2", "avx512", "avx512_bf16", "amx")
     results = {}
     for isa in names[: names.index(_host.isa()) + 1]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import pickle
 import struct
@@ -318,6 +319,7 @@ def test_a_distilled_set_comes_back_bit_for_bit(tmp_path, label_kind):
     assert (read.lr, read.config, read.label_kind) == (written.lr, written.config, label_kind)
     with safe_open(tmp_path / "d.safetensors", "pt") as file:
         header = json.loads(file.metadata()["pydistill"])
+    assert isinstance(header.pop("crc32"), int)
     assert header == {"kind": "distilled", "version": 1, "config": written.config, "label_kind": label_kind}
 
 
@@ -355,6 +357,37 @@ def test_damaged_distilled_files_are_refused_by_name(tmp_path):
     data.write_safetensors(path, {"x": torch.zeros(1)}, "experts", {})
     with pytest.raises(ValueError, match=r"expected a pydistill file of kind 'distilled', version 1; got 'experts'"):
         DistilledSet.load(path)
+
+
+def test_a_flipped_bit_is_never_read_as_another_number(tmp_path):
+    """What is not the checksum's to see, such as a space more in the JSON, changes nothing that is read."""
+    path = tmp_path / "d.safetensors"
+    written = distilled_set()
+    written.save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(8, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            read = DistilledSet.load(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert all(torch.equal(getattr(read, name), getattr(written, name)) for name in ("images", "labels", "std"))
+            assert (read.config, read.lr) == (written.config, written.lr)
+    assert refused > 0.9 * len(whole) / 7
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x10]))
+    with pytest.raises(ValueError, match=r"d\.safetensors: expected .*; it is damaged: expected crc32 \d+, got \d+"):
+        DistilledSet.load(path)
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path):
+    """As versions before it was there wrote them."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(2)}, path, {"pydistill": '{"kind": "x", "version": 1, "config": {"a": 1}}'})
+    tensors, header = data.read_safetensors(path, "x")
+    assert tensors["x"].tolist() == [1, 1]
+    assert header["config"] == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -470,6 +503,9 @@ def test_another_normalisation_keeps_the_pixels():
     assert (other.lr, other.config) == (written.lr, written.config)
 
 
+WHITENING = {"mean": torch.zeros(3, 5, 6), "matrix": torch.eye(90), "inverse_matrix": torch.eye(90)}
+
+
 def save_export(folder, **contents):
     distilled_set("logits").export(folder, overwrite=True)
     for name, content in contents.items():
@@ -487,12 +523,21 @@ def save_export(folder, **contents):
     [
         ({"images": None}, FileNotFoundError, r"images\.pt: expected a tensor that torch\.save wrote, found no file"),
         ({"labels": None}, FileNotFoundError, r"labels\.pt: expected a tensor"),
-        ({"labels": b"PK"}, ValueError, r"labels\.pt: expected a tensor .*truncated or foreign"),
-        ({"images": b""}, ValueError, r"images\.pt: expected a tensor .*truncated or foreign"),
+        ({"labels": b"PK"}, ValueError, r"labels\.pt: expected a tensor .*truncated, damaged or foreign"),
+        ({"images": b""}, ValueError, r"images\.pt: expected a tensor .*truncated, damaged or foreign"),
         ({"images": [torch.zeros(4)]}, ValueError, r"images\.pt: expected a tensor .*got a list"),
         ({"images": torch.zeros(4, 5, 6)}, ValueError, r"images: expected float32 \[N, C, H, W\], got float32"),
         ({"images": torch.zeros(4, 1, 5, 6)}, ValueError, r"mean: expected float32 \[1\], got float32 \[3\]"),
         ({"labels": torch.zeros(3, 4)}, ValueError, r"labels: expected float32 \[4, K\] for logits labels"),
+        ({"images": torch.full((4, 3, 5, 6), math.nan)}, ValueError, r"images\.pt: expected finite numbers"),
+        ({"labels": torch.full((4, 4), math.inf)}, ValueError, r"labels\.pt: expected finite numbers"),
+        ({"labels": torch.tensor([0, 1, -1, 2])}, ValueError, r"labels\.pt: expected classes from 0 on, got -1"),
+        ({"lr": torch.tensor(math.nan)}, ValueError, r"lr\.pt: expected finite numbers"),
+        ({"zca": {"mean": torch.zeros(3, 5, 6)}}, ValueError, r"zca\.pt: expected mean, matrix and .*something else"),
+        ({"zca": WHITENING | {"matrix": torch.eye(3)}}, ValueError, r"zca\.pt: .*matrix: expected torch\.float32 \[90"),
+        ({"zca": WHITENING | {"mean": torch.zeros(3, 6, 5)}}, ValueError, r"zca: expected .*\[3, 5, 6\], got one of"),
+        ({"zca": WHITENING | {"matrix": torch.eye(90) * math.nan}}, ValueError, r"zca\.pt: expected finite numbers"),
+        ({"zca": b"PK"}, ValueError, r"zca\.pt: expected mean, matrix and inverse_matrix .*truncated, damaged"),
         ({"lr": torch.zeros(2)}, ValueError, r"lr\.pt: expected one number, got float32 \[2\]"),
         ({"lr": None}, ValueError, r"lr: expected a learning rate, .*lr\.pt is not there"),
         ({"header": None}, ValueError, "mean, std: expected those of the images' normalised space"),
@@ -508,14 +553,14 @@ def test_folders_of_tensors_that_do_not_fit_are_refused(tmp_path, contents, erro
 
 def test_a_folder_does_not_guess_what_its_soft_labels_are(tmp_path):
     save_export(tmp_path, header=None)
-    with pytest.raises(ValueError, match=r"label_kind: expected 'logits' or 'probs', which .* does not say"):
+    with pytest.raises(ValueError, match=r"label_kind: expected 'logits' or 'probs' \(--label-kind\), .* does not say"):
         DistilledSet.import_tensors(tmp_path, mean=[0.5] * 3, std=[1.0] * 3)
 
 
 def test_a_tensor_file_that_runs_code_is_refused_and_does_not_run(tmp_path):
     save_export(tmp_path)
     torch.save(RunsCode(tmp_path / "ran"), tmp_path / "images.pt")
-    with pytest.raises(ValueError, match=r"images\.pt: expected a tensor that torch\.save wrote; the file is trunc"):
+    with pytest.raises(ValueError, match=r"images\.pt: expected a tensor that torch\.save wrote; .*which may run code"):
         DistilledSet.import_tensors(tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -30,6 +30,18 @@ def test_report_names_every_operator_and_reason():
     assert facts["operators"]["conv2d"]["triton"] == "no such kernel"
 
 
+def test_every_folder_is_an_attribute_and_some_are_imported_only_then():
+    code = (
+        "import sys, pydistill; assert not {'pydistill.methods', 'pydistill.evaluate'} & set(sys.modules); "
+        "names = ['data', 'evaluate', 'info', 'methods', 'trajectory']; assert set(names) <= set(dir(pydistill)); "
+        "print(*[getattr(pydistill, name).__name__ for name in names])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert out.split() == [f"pydistill.{name}" for name in ("data", "evaluate", "info", "methods", "trajectory")]
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        pydistill.nothing  # noqa: B018
+
+
 def test_host_module_does_without_torch():
     code = (
         "import importlib.util as u, sys; "

@@ -224,8 +224,8 @@ def test_reparam_module_and_net_give_the_same():
     net, theta0, _, images, labels, lr = problem()
     wrapped = pydistill.compat.ReparamModule(net)
     assert torch.equal(wrapped.flat_param.detach(), theta0)
-    assert torch.equal(wrapped(images, flat_param=theta0), net(images))
-    assert torch.equal(wrapped(images, flat_param=theta0[None]), net(images))
+    for flat_param in (theta0, theta0[None]):  # weights at other addresses: torch's products may have other bits
+        torch.testing.assert_close(wrapped(images, flat_param=flat_param), net(images), rtol=1e-12, atol=1e-12)
     options = {"steps": 3, "label_kind": "logits"}
     expected = pydistill.unroll(net, theta0, images, labels, lr, **options)
     assert torch.equal(pydistill.unroll(wrapped, theta0, images, labels, lr, **options), expected)
@@ -287,7 +287,7 @@ def test_changes_between_the_passes_are_noticed():
     theta = pydistill.unroll(net, theta0, X, labels, lr, **options)
     with torch.no_grad():
         X += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="images, labels, lr: one of them was changed in place"):
         theta.sum().backward()
 
 

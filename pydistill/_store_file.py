@@ -1,16 +1,18 @@
-"""Files of a fixed size that are written in place and read through a memory map. Needs no torch: workers import it.
+"""Files of a fixed size that are written in place and read where it is asked for. Needs no torch: workers import it.
 
 All kinds start alike, with little-endian integers, and are sparse until they are written to::
 
     prefix    magic, version, length and crc32 of the header
-    header    JSON
+    header    JSON; "flags", where there are some, name what a reader has to know about
     ...       what the kind lays out
+
+They are read by pread and not through a memory map: where a file becomes shorter under its reader, as when somebody
+copies another over it, that is an error with a name, and touching a map is the end of the process.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 import zlib
@@ -22,35 +24,40 @@ import numpy as np
 
 from pydistill._atomic import PathLike, replacing, sync
 
-__all__ = ["MappedFile", "check_of", "round_up"]
+__all__ = ["StoreFile", "check_of", "round_up"]
 
 _PREFIX = struct.Struct("<8sIII")
-_File = TypeVar("_File", bound="MappedFile")
+_File = TypeVar("_File", bound="StoreFile")
 
 
-class MappedFile:
+class StoreFile:
     """A file of some kind. The kind is a subclass, which sets the names below, defines `_layout` and extends `_open`.
 
     Attributes:
         path: the file.
         header: what its header says.
+        version: of the file.
     """
 
     _kind: str  # with its article
     _magic: bytes  # 8 of them
-    _version: int
+    _version: int  # that is written
+    _oldest = 1  # that is read
+    _flags: frozenset[str] = frozenset()  # that are known
     _fields: Mapping[str, Callable[[Any], bool]]  # what each field of the header has to be
     _size: int  # of the file in bytes, which `_layout` sets
+    _fixed_at: int  # where a kind has something that is written once; `_layout` sets it
 
     path: Path
     header: dict[str, Any]
+    version: int
 
     def __init__(self, path: PathLike, *, writable: bool = False):
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: expected {self._kind}, found no file")
         self._file = self.path.open("r+b" if writable else "rb")
-        self._writable, self._map = writable, None
+        self._writable = writable
         try:
             if writable:
                 self._lock()
@@ -60,22 +67,25 @@ class MappedFile:
             raise
 
     def _open(self) -> None:
-        """Checks prefix, header and size, and maps the file."""
+        """Checks prefix, header and size."""
         size = os.fstat(self._file.fileno()).st_size
         prefix = self._file.read(_PREFIX.size)
         magic, version, length, checksum = _PREFIX.unpack(prefix.ljust(_PREFIX.size, b"\0"))
         if magic != self._magic:
             got = f"{size} bytes that start with {prefix[:8].hex(' ') or 'nothing'}"
             raise ValueError(f"{self.path}: expected {self._kind}, which starts with {self._magic.hex(' ')}; got {got}")
-        if version != self._version:
+        if not self._oldest <= version <= self._version:
+            known = " or ".join(map(str, range(self._oldest, self._version + 1)))
             newer = ", which a newer pydistill reads" if version > self._version else ""
-            raise ValueError(f"{self.path}: expected {self._kind} of version {self._version}, got {version}{newer}")
+            raise ValueError(f"{self.path}: expected {self._kind} of version {known}, got {version}{newer}")
         text = self._file.read(min(length, size))
         if len(text) != length:
             raise ValueError(f"{self.path}: expected a header of {length} bytes, it is truncated to {len(text)}")
         if zlib.crc32(text) != checksum:
             raise ValueError(f"{self.path}: its header is damaged: expected crc32 {checksum}, got {zlib.crc32(text)}")
-        self.header = json.loads(text)
+        self.version, self.header = version, self._current(json.loads(text), version)
+        if unknown := [flag for flag in self.header.get("flags", []) if flag not in self._flags]:
+            raise ValueError(f"{self.path}: has {', '.join(map(repr, unknown))}, which a newer pydistill reads")
         for name, is_right in self._fields.items():
             if not is_right(self.header.get(name, ...)):
                 raise ValueError(f"{self.path}: its header has no right {name}, got {self.header.get(name)!r}")
@@ -83,36 +93,63 @@ class MappedFile:
         if size != self._size:
             what = "truncated" if size < self._size else "longer than it says"
             raise ValueError(f"{self.path}: expected {self._size} bytes as its header says, it is {what}: {size}")
-        self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+
+    def _current(self, header: dict[str, Any], version: int) -> dict[str, Any]:
+        """The header of a file of some version, as one of the newest says the same."""
+        return header
 
     def _layout(self, start: int) -> None:
         """Takes `_size` and all places from the header, behind which the file goes on at ``start``."""
         raise NotImplementedError
 
     @classmethod
-    def _make(cls, path: Path, header: dict[str, Any]) -> None:
-        """Makes an empty file, atomically, in the place of one that is there."""
+    def _make(cls, path: Path, header: dict[str, Any], fixed: bytes = b"") -> None:
+        """Makes an empty file, atomically, in the place of one that is there; ``fixed`` goes to `_fixed_at`."""
         text = json.dumps(header, allow_nan=False).encode()
         sizes = cls.__new__(cls)
-        sizes.header = header
+        sizes.version, sizes.header = cls._version, header
         sizes._layout(_PREFIX.size + len(text))
         with replacing(path) as partial, partial.open("wb") as file:
             file.write(_PREFIX.pack(cls._magic, cls._version, len(text), zlib.crc32(text)) + text)
+            if fixed:
+                file.seek(sizes._fixed_at)
+                file.write(fixed)
             file.truncate(sizes._size)
             sync(file)
 
     def close(self) -> None:
         """Closes the file, which cannot be read from then on; a second time it does nothing."""
-        if self._map is not None:
-            self._map.close()
-            self._map = None
         self._file.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._writable:
+            raise ValueError(f"{self.path}: a store that is open for writing stays in its process: open it again")
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        StoreFile.__init__(self, state["path"])
 
     def __enter__(self: _File) -> _File:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _read(self, at: int, count: int) -> bytearray:
+        """Bytes of the file; ValueError where it has become shorter than that."""
+        data = bytearray(count)
+        self._read_into(memoryview(data), at)
+        return data
+
+    def _read_into(self, data: memoryview, at: int) -> None:
+        self._check_open()
+        done = 0
+        while done < len(data):
+            got = os.preadv(self._file.fileno(), [data[done:]], at + done)
+            if not got:
+                size = os.fstat(self._file.fileno()).st_size
+                raise ValueError(f"{self.path}: expected {self._size} bytes as it had, it was cut to {size} since")
+            done += got
 
     def _write(self, at: int, data: bytes | memoryview) -> None:
         self._file.seek(at)
@@ -133,7 +170,7 @@ class MappedFile:
             raise ValueError(f"{self.path}: expected a store that nobody writes to, another process does") from error
 
     def _check_open(self) -> None:
-        if self._map is None:
+        if self._file.closed:
             raise ValueError(f"{self.path}: the store is closed")
 
     def _check_writable(self) -> None:
