@@ -345,7 +345,8 @@ class Run:
     def finish(self, results: dict[str, Any], made: str) -> None:
         if self.first:
             write_atomic(self.folder / "results.json", as_json(results))
-            shown = "".join(f"{name} {_shown(name, value)}; " for name, value in results.items())
+            brief = {name: value for name, value in results.items() if not isinstance(value, dict | None)}
+            shown = "".join(f"{name} {_shown(name, value)}; " for name, value in brief.items())
             self.console.print(f"{shown}{time.monotonic() - self.began:.0f} s; {made} is in {self.folder}")
         self.wait()
 
