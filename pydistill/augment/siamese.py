@@ -39,7 +39,7 @@ class _Draws:
         return {"generator": self.generator, "device": self.device}
 
     def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.rand(self.images, dtype=dtype, **self._next())
+        return torch.rand(self.images, dtype=dtype, **self._next()).to(torch.promote_types(dtype, torch.float32))
 
     def colour(self) -> Tensor:
         return self.uniform(self.colours)
@@ -219,7 +219,8 @@ def diff_augment(
         seed: -1: a draw for each image; any other: siamese, one draw for all.
         param: an object with the attributes of the repositories' ``ParamDiffAug``: ``aug_mode`` ("S" or "M") and the
             ratios; their defaults when None.
-        align_corners: as in `DiffAugment`; False for repositories that leave it at torch's default.
+        align_corners: of the grids of "scale" and "rotate": MTT and what descends from it say True, DC, DSA and DM
+            leave it at torch's False. It makes a difference to images that are not square.
 
     Returns:
         ``[B, C, H, W]``.

@@ -19,6 +19,14 @@ from pydistill.trajectory.students import ConvNetStudents, Engine, choose_studen
 from pydistill.trajectory.surroundings import Surroundings
 
 
+class NonFiniteError(FloatingPointError):
+    """A student's parameters stopped being finite; ``where`` says in which step."""
+
+    def __init__(self, where: str):
+        super().__init__(f"{where}: the learning rate may be too large; check_finite=False returns them as they are")
+        self.where = where
+
+
 @dataclass
 class Step:
     """What it takes to run a step again, bit for bit."""
@@ -301,10 +309,7 @@ class InnerLoop:
         flags = torch.stack(largest).isfinite().tolist()  # the loop's one synchronisation
         if not all(flags):
             step = flags.index(False) + 1
-            raise FloatingPointError(
-                f"the student's parameters became non-finite in step {step} of {len(flags)}: the learning rate may be "
-                "too large; check_finite=False returns them as they are"
-            )
+            raise NonFiniteError(f"the student's parameters became non-finite in step {step} of {len(flags)}")
 
     def raise_if_changed(self) -> None:
         if self.modes != self._modes():

@@ -69,10 +69,8 @@ class DivergedError(FloatingPointError):
     """A student's loss or parameters stopped being finite; says which, in which epoch and step (both from 1)."""
 
     def __init__(self, student: int, epoch: int, step: int, what: str):
-        super().__init__(
-            f"{what.format(f'student {student}')} in epoch {epoch}, step {step}: the learning rate may be too large; "
-            "check_finite=False goes on regardless"
-        )
+        self.where = f"{what.format(f'student {student}')} in epoch {epoch}, step {step}"
+        super().__init__(f"{self.where}: the learning rate may be too large; check_finite=False goes on regardless")
         self.student, self.epoch, self.step, self.what = student, epoch, step, what
 
 

@@ -138,6 +138,22 @@ def test_diff_augment_draws_colours_in_the_dtype_of_the_images(seed, align_corne
     torch.testing.assert_close(actual, truth, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["scale", "rotate"])
+def test_diff_augment_takes_either_grid_of_the_repositories(strategy):
+    """Which is one and the same for square images, but not for others."""
+    for shape in ((2, 3, 9, 12), (2, 3, 8, 8)):
+        x, found = images_of(*shape), {}
+        for align_corners in (True, False):
+            torch.manual_seed(0)
+            truth = repository_augment(x, strategy, -1, Parameters(), align_corners)
+            torch.manual_seed(0)
+            found[align_corners] = diff_augment(x, strategy, align_corners=align_corners)
+            torch.testing.assert_close(found[align_corners], truth, rtol=0, atol=1e-5)
+        apart = (found[True] - found[False]).abs().max()
+        assert (apart > 1e-2) == (strategy == "rotate" and shape[2] != shape[3])
+        assert apart > 1e-2 or apart < 1e-5
+
+
 def test_diff_augment_leaves_the_default_generator_alone_where_a_seed_is_given():
     before = torch.get_rng_state()
     out = diff_augment(images_of(3, 3, 8, 8), EVERYTHING, seed=3)
