@@ -97,6 +97,16 @@ class Precise(Plain):
         return self.relu(y)
 
 
+class ChangesUnderAnotherName(Plain):
+    """What is added in place is there under both names."""
+
+    def forward(self, x):
+        x = other = x * 1.0
+        x += 1
+        x *= 2
+        return self.relu(self.bn(self.conv(other)))
+
+
 class Narrow(Plain):
     def forward(self, x):
         return self.relu(x[:1] + self.bn(self.conv(x)))
@@ -182,7 +192,7 @@ class Loops(Plain):
 
 
 FUSED = {
-    *(OptionalShortcut, OptionalNone, Precise, Narrow, FlattensThePool, Several, Loops, Plain),
+    *(OptionalShortcut, OptionalNone, ChangesUnderAnotherName, Precise, Narrow, FlattensThePool, Several, Loops, Plain),
 }
 UNUSUAL = [
     *(AsksForTypes, ChangesTheInput, ChangesTheInputInAChild, WithoutGradient, ReversesTheGradient, KeepsInAList),
