@@ -155,12 +155,30 @@ class Graph:
         return fresh or all(node in chain for node in between)
 
 
+class _Proxy(fx.Proxy):
+    """A placeholder that is changed in place by ``+=``, as tensors are; torch.fx's own becomes another."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def change(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return change
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class _Shallow(fx.Tracer):
     """Placeholders for the tensors alone, and children as leaves."""
 
     def __init__(self, arguments: Sequence[Any]):
         super().__init__()
         self._arguments = arguments
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

@@ -93,8 +93,18 @@ class Precise(Plain):
 
     def forward(self, x):
         y = self.bn(self.conv(x))
-        y += x.to(torch.float64)
+        y += x.cumsum(1, dtype=torch.float64)
         return self.relu(y)
+
+
+class ChangesUnderAnotherName(Plain):
+    """What is added in place is there under both names."""
+
+    def forward(self, x):
+        x = other = x * 1.0
+        x += 1
+        x *= 2
+        return self.relu(self.bn(self.conv(other)))
 
 
 class Narrow(Plain):
@@ -182,7 +192,7 @@ class Loops(Plain):
 
 
 FUSED = {
-    *(OptionalShortcut, OptionalNone, Precise, Narrow, FlattensThePool, Several, Loops, Plain),
+    *(OptionalShortcut, OptionalNone, ChangesUnderAnotherName, Precise, Narrow, FlattensThePool, Several, Loops, Plain),
 }
 UNUSUAL = [
     *(AsksForTypes, ChangesTheInput, ChangesTheInputInAChild, WithoutGradient, ReversesTheGradient, KeepsInAList),
