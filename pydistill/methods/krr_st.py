@@ -204,7 +204,7 @@ def krr_st(
         loss = krr_loss(f_real, net.embed(x), y, targets[index], lam=config.lam, bias=True)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of iteration {iteration + 1} is {float(loss)}: "
+                f"the loss of iteration {iteration + 1} is {float(loss.detach())}: "
                 f"a smaller lr or lr_net may help ({config.lr}, {config.lr_net})"
             )
         optimizer.param_groups[0]["lr"] = config.lr * (1 - iteration / config.iterations)
