@@ -12,14 +12,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-
-from . import ROOT
 
 # For every provider alike: blocks of 64 KiB and more go back to the system when they are freed, so the peak is what the
 # work keeps alive and not what the allocator happens to hoard (which moves by tens of MiB from run to run).
@@ -60,14 +59,31 @@ def _sampled_peak_of(work: Callable[[], object]) -> int:
 
 def measure(case: str, provider: str, xs: list[int], size: str) -> dict[int, int]:
     """Peak bytes above the baseline for every x, from one fresh process."""
-    command = [sys.executable, "-m", __spec__.name, case, provider, *map(str, xs), "--size", size]
-    finished = subprocess.run(
-        command, cwd=ROOT, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=False
-    )
+    finished = in_process(__spec__.name, case, provider, *map(str, xs), "--size", size)
     if finished.returncode != 0:
         raise RuntimeError(f"peak memory of {case}/{provider} at {xs}: the process ended with {finished.returncode}")
     rows = [json.loads(line) for line in finished.stdout.splitlines()]
     return {row["x"]: row["peak"] - row["baseline"] for row in rows}
+
+
+def in_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module of this package in a process of its own, under `ALLOCATOR`, and takes what it prints.
+
+    In an empty folder: Python looks for modules in the one that it is started in, where ours (`pydistill/select`) or
+    the user's may have the names of Python's own.
+    """
+    # the folder that holds the whole package, be it a checkout's root or site-packages
+    root = Path(__file__).resolve().parents[module.count(".")]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=folder,
+            env=os.environ | ALLOCATOR | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def tensors(output: Any) -> list[Tensor]:
 
 def apart(found: Any, truth: Any) -> float:
     """The largest difference of two outputs, relative to the largest number."""
-    pairs = list(zip(tensors(found), tensors(truth), strict=True))
+    pairs = [(a.detach(), b.detach()) for a, b in zip(tensors(found), tensors(truth), strict=True)]
     if not pairs or any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return float("inf")
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 
 import psutil
@@ -23,7 +20,7 @@ from pydistill.methods.squeeze import Teacher
 from pydistill.methods.sre2l import SRe2L
 from pydistill.nn import ResNet18
 
-from .memory import ALLOCATOR, peak_of
+from .memory import in_process, peak_of
 
 BATCHES = (4, 8, 16, 32)
 
@@ -61,8 +58,9 @@ def main() -> None:
         print(json.dumps(measure(options.batch[0], options.classes)), flush=True)
         return
     for batch in options.batch:
-        command = [sys.executable, "-m", __spec__.name, str(batch), "--classes", str(options.classes), "--here"]
-        subprocess.run(command, env=os.environ | ALLOCATOR, check=True)
+        finished = in_process(__spec__.name, str(batch), "--classes", str(options.classes), "--here")
+        finished.check_returncode()
+        print(finished.stdout, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -244,6 +244,8 @@ def versions() -> str:
 
 def commit() -> str:
     """The commit that was measured; marked where the tree differs from it in more than results."""
+    if not (ROOT / ".git").exists():  # installed: the folder may lie in somebody else's repository
+        return "none"
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode != 0:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["PathLike", "check_replaceable", "put_in_place", "replacing", "sync", "write_atomic"]
+__all__ = ["PathLike", "check_replaceable", "naming", "put_in_place", "replacing", "sync", "write_atomic"]
 
 PathLike = str | os.PathLike[str]
 
@@ -22,7 +22,7 @@ def write_atomic(path: PathLike, data: bytes) -> None:
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             sync(file)
         # mkstemp makes files private; a result should be as readable as any other file of this user.
@@ -36,6 +36,17 @@ def write_atomic(path: PathLike, data: bytes) -> None:
 
 
 @contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Gives an error of the system that names no file, such as that of a full disk, the name of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextmanager
 def replacing(path: Path, ending: str = "partial") -> Iterator[Path]:
     """Names a file that the block writes and syncs, and that takes the place of ``path`` unless the block raises.
 
@@ -43,8 +54,9 @@ def replacing(path: Path, ending: str = "partial") -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{ending}")
     try:
-        yield partial
-        put_in_place(partial, path)
+        with naming(path):
+            yield partial
+            put_in_place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

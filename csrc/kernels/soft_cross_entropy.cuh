@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(32 * rows_per_block, blocks_at_once<T>) kernel
     return probs ? q : std::exp(q - max_labels) / total_labels;
   };
   // A class that neither side gives a probability takes no part: its u counts as a constant 0.
-  const auto surprise = [&](A l, A t) -> A { return t == 0 && l == -A(INFINITY) ? A(0) : log_total - l; };
-  const auto surprise_t = [&](A l, A t, A change) -> A { return t == 0 && l == -A(INFINITY) ? A(0) : change; };
+  const auto out = [](A l, A t) { return t == 0 && l == -A(INFINITY); };
+  const auto surprise = [&](A l, A t) { return out(l, t) ? A(0) : log_total - l; };
   const auto weighted = [](A weight, A x) { return weight == 0 ? A(0) : weight * x; };
 
   // loss, <P, logits_t>, and <t, labels_t> or for probs sum labels_t
@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(32 * rows_per_block, blocks_at_once<T>) kernel
     loss += weighted(t, surprise(l, t));
     if constexpr (tangents) {
       a += std::exp(l) / total * load(call.logits_t, k);
-      if (!hard) b += (probs ? A(1) : t) * load(call.labels_t, k);
+      if (!hard && !out(l, t)) b += (probs ? A(1) : t) * load(call.labels_t, k);
     }
   }
   loss = sum_over_warp(loss);
-  const auto target_t = [&](A t, int64_t k) -> A {
-    if (hard) return 0;
+  const auto target_t = [&](A l, A t, int64_t k) -> A {
+    if (hard || out(l, t)) return 0;
     return probs ? load(call.labels_t, k) : t * (load(call.labels_t, k) - b);
   };
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(32 * rows_per_block, blocks_at_once<T>) kernel
     a = sum_over_warp(a), b = sum_over_warp(b);
     for (int64_t k = lane; k < K; k += 32) {
       const A l = load(call.logits, k) - max, t = target(k);
-      loss_t += weighted(target_t(t, k), surprise(l, t)) + weighted(t, a - load(call.logits_t, k));
+      loss_t += weighted(target_t(l, t, k), surprise(l, t)) + weighted(t, a - load(call.logits_t, k));
     }
     loss_t = sum_over_warp(loss_t);
   }
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(32 * rows_per_block, blocks_at_once<T>) kernel
       const A first_logits = s * p - t, first_labels = probs ? u : t * (u - loss);
       A to_logits = g * first_logits, to_labels = g * first_labels;
       if constexpr (tangents) {
-        const A u_t = surprise_t(l, t, a - load(call.logits_t, k)), t_t = target_t(t, k), s_t = probs ? b : A(0);
+        const A u_t = out(l, t) ? A(0) : a - load(call.logits_t, k), t_t = target_t(l, t, k), s_t = probs ? b : A(0);
         to_logits = g * (s_t * p - s * (p * u_t) - t_t);
         to_labels = g * (probs ? u_t : t_t * (u - loss) + t * (u_t - loss_t));
         if (moving) to_logits += g_t * first_logits, to_labels += g_t * first_labels;

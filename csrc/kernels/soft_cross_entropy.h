@@ -5,7 +5,7 @@
 //   logits  t = softmax(labels)
 //   probs   t = labels, whatever they sum to
 //   loss = <t, u>     d loss/d logits = s P - t     d loss/d labels = u (probs), t (u - loss) (logits)
-// Where t = 0 and P = 0 because of a logit of minus infinity, u counts as a constant 0: the class takes no part.
+// Where t = 0 and P = 0 because of a logit of minus infinity, u and t count as constants: the class takes no part.
 // The forms, with _t for the derivative along a direction (logits_t, labels_t, grad_t):
 //   forward       logits, labels                               -> loss
 //   backward      logits, labels, grad                         -> grad_logits, grad_labels

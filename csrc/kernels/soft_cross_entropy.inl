@@ -53,13 +53,15 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     load_row(call.scalar, call.logits_t, n, K, l_t);
     const T a = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return p[k] * l_t[k]; });
     T* const u_t = l_t;
-    for (int64_t k = 0; k < K; ++k) u_t[k] = p[k] == 0 && u[k] == 0 ? T(0) : a - l_t[k];
+    const auto out = [&](int64_t k) PYDISTILL_LAMBDA { return p[k] == 0 && u[k] == 0; };
+    for (int64_t k = 0; k < K; ++k) u_t[k] = out(k) ? T(0) : a - l_t[k];
     T s_t = 0;
     if (hard) {
       for (int64_t k = 0; k < K; ++k) t_t[k] = 0;
     } else {
       load_row(call.scalar, call.labels_t, n, K, t_t);
       if (probs) {
+        for (int64_t k = 0; k < K; ++k) t_t[k] = out(k) ? T(0) : t_t[k];
         s_t = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return t_t[k]; });
       } else {
         const T b = sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return t[k] * t_t[k]; });

@@ -22,8 +22,14 @@ OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 class _Draws:
     """Independent draws for some images, from a generator in whatever state it is, or seeded anew for each draw."""
 
-    def __init__(self, images: int, generator: torch.Generator | None, seed: int | None = None):
-        self.images, self.generator, self.seed = images, generator, seed
+    def __init__(
+        self,
+        images: int,
+        generator: torch.Generator | None,
+        seed: int | None = None,
+        colours: torch.dtype = torch.float32,
+    ):
+        self.images, self.generator, self.seed, self.colours = images, generator, seed, colours
         self.device = "cpu" if generator is None else generator.device
 
     def _next(self) -> dict[str, Any]:
@@ -32,8 +38,11 @@ class _Draws:
             self.seed += 1
         return {"generator": self.generator, "device": self.device}
 
-    def uniform(self) -> Tensor:
-        return torch.rand(self.images, dtype=torch.float32, **self._next())
+    def uniform(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(self.images, dtype=dtype, **self._next()).to(torch.promote_types(dtype, torch.float32))
+
+    def colour(self) -> Tensor:
+        return self.uniform(self.colours)
 
     def integers(self, low: int, high: int) -> Tensor:
         """From ``low`` up to and without ``high``."""
@@ -157,9 +166,9 @@ class DiffAugment:
 
     def _color(self, draws: _Draws, H: int, W: int) -> dict[str, Any]:
         return {
-            "brightness": (draws.uniform() - 0.5) * self.brightness,
-            "saturation": draws.uniform() * self.saturation,
-            "contrast": draws.uniform() + self.contrast,
+            "brightness": (draws.colour() - 0.5) * self.brightness,
+            "saturation": draws.colour() * self.saturation,
+            "contrast": draws.colour() + self.contrast,
         }
 
     def _crop(self, draws: _Draws, H: int, W: int) -> dict[str, Any]:
@@ -195,11 +204,14 @@ class DiffAugment:
         return augment_images(images, record, flip_batch=self.flip_batch, align_corners=self.align_corners)
 
 
-def diff_augment(images: Tensor, strategy: str = "", seed: int = -1, param: Any = None) -> Tensor:
+def diff_augment(
+    images: Tensor, strategy: str = "", seed: int = -1, param: Any = None, *, align_corners: bool = True
+) -> Tensor:
     """The repositories' ``DiffAugment(x, strategy, seed, param)``: draws and applies at once.
 
     Parameters are those that they draw for images on the CPU from the same seed (or, with seed -1, from the same state
-    of torch's default generator). Unlike them it leaves the default generator alone where a seed is given.
+    of torch's default generator), colours in the images' dtype as they do, kept in float32. Unlike them it leaves the
+    default generator alone where a seed is given.
 
     Args:
         images: ``[B, C, H, W]``.
@@ -207,6 +219,8 @@ def diff_augment(images: Tensor, strategy: str = "", seed: int = -1, param: Any 
         seed: -1: a draw for each image; any other: siamese, one draw for all.
         param: an object with the attributes of the repositories' ``ParamDiffAug``: ``aug_mode`` ("S" or "M") and the
             ratios; their defaults when None.
+        align_corners: of the grids of "scale" and "rotate": MTT and what descends from it say True, DC, DSA and DM
+            leave it at torch's False. It makes a difference to images that are not square.
 
     Returns:
         ``[B, C, H, W]``.
@@ -219,12 +233,14 @@ def diff_augment(images: Tensor, strategy: str = "", seed: int = -1, param: Any 
         if param.aug_mode not in ("S", "M"):
             raise ValueError(f"param.aug_mode: expected 'S' or 'M', got {param.aug_mode!r}")
         options["mode"] = "single" if param.aug_mode == "S" else "all"
-    augment = DiffAugment(strategy, siamese=seed != -1, **options)
+    augment = DiffAugment(strategy, siamese=seed != -1, align_corners=align_corners, **options)
     if not augment.operations:
         return images
     if seed == -1:
-        return augment(images, augment.draw(images.shape))
-    return augment(images, augment._record(images.shape, _Draws(1, torch.Generator(), seed)))
+        draws = _Draws(len(images), None, colours=images.dtype)
+    else:
+        draws = _Draws(1, torch.Generator(), seed, images.dtype)
+    return augment(images, augment._record(images.shape, draws))
 
 
 _RATIOS = (

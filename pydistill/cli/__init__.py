@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-_PACKAGES = {"tyro": "tyro", "rich": "rich", "PIL": "pillow"}
+_PACKAGES = {"tyro": "tyro", "rich": "rich", "PIL": "pillow", "psutil": "psutil"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,11 +8,10 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-import rich.console
 import tyro
 
 from pydistill.cli import decoupled
-from pydistill.cli.console import Interrupted, Stop
+from pydistill.cli.console import Interrupted, Stop, plain_console
 from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
@@ -46,7 +45,7 @@ class Bench:
 
 def run(argv: list[str], description: str) -> None:
     """Parses ``argv`` and does what it says; exits as ``main`` does."""
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     try:
         for words, (command, rest) in _OWN.items():
             if tuple(argv[: len(words)]) == words:

@@ -17,6 +17,7 @@ import rich.table
 import torch
 from PIL import Image
 
+from pydistill._atomic import naming
 from pydistill.data import DistilledSet, write_atomic
 
 
@@ -51,9 +52,17 @@ class Stop:
                 signal.signal(number, handler)
 
 
+def plain_console(**options: Any) -> rich.console.Console:
+    """A console that prints what it is given: brackets and colons in a path or a name are no markup."""
+    return rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+
 def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
-    return rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+    # the default's column of descriptions reads markup whatever the console does
+    described = rich.progress.TextColumn("{task.description}", style="progress.description", markup=False)
+    columns = rich.progress.Progress.get_default_columns()[1:]
+    noted = rich.progress.TextColumn("{task.fields[note]}", markup=False)
+    return rich.progress.Progress(described, *columns, noted, console=console, disable=not console.is_terminal)
 
 
 def accuracy_table(title: str, rows: str, students: int) -> rich.table.Table:
@@ -67,8 +76,14 @@ def accuracy_table(title: str, rows: str, students: int) -> rich.table.Table:
 def add_row(
     table: rich.table.Table, label: str, images: int, epochs: int, lr: float, accuracies: Sequence[float]
 ) -> None:
-    accuracy = f"{100 * mean(accuracies):.1f} ± {100 * pstdev(accuracies):.1f} %"
-    table.add_row(label, str(images), str(epochs), f"{lr:.4f}", accuracy)
+    table.add_row(label, str(images), str(epochs), f"{lr:.4f}", percentage(accuracies, deviation=True))
+
+
+def percentage(accuracies: Sequence[float], *, deviation: bool | None = None) -> str:
+    """The mean of accuracies in ``[0, 1]``, and their deviation; by default where there are several."""
+    deviation = len(accuracies) > 1 if deviation is None else deviation
+    more = f" ± {100 * pstdev(accuracies):.1f}" if deviation else ""
+    return f"{100 * mean(accuracies):.1f}{more} %"
 
 
 def picture(distilled: DistilledSet, ipc: int) -> bytes:
@@ -94,16 +109,20 @@ def as_json(value: Any) -> bytes:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the other records of a file of JSON lines, and the line that a killed process was writing."""
-    if not path.exists():
-        return
+def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> bytes:
+    """A file of JSON lines without the records that are not to stay, and without what a killed process half wrote."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            kept += [line] if keep(json.loads(line)) else []
-    write_atomic(path, "".join(kept).encode())
+            kept += [line + "\n"] if keep(json.loads(line)) else []
+    return "".join(kept).encode()
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves of a file of JSON lines, if it is there, what `kept_lines` does."""
+    if path.exists():
+        write_atomic(path, kept_lines(path, keep))

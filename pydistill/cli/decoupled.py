@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,17 +14,30 @@ import rich.console
 import torch
 import tyro
 
-from pydistill.cli.console import Interrupted, Stop, append_line, as_json, device_of, keep_lines, picture, progress_bars
-from pydistill.cli.distill import ranks, value_of
+from pydistill.cli.console import (
+    Interrupted,
+    Stop,
+    append_line,
+    as_json,
+    device_of,
+    kept_lines,
+    percentage,
+    picture,
+    progress_bars,
+)
+from pydistill.cli.distill import ranks
+from pydistill.cli.folder import Folder
+from pydistill.cli.settings import dataset_of, value_of
 from pydistill.data import Dataset, DistilledSet, load, read_safetensors, write_atomic, write_safetensors
 from pydistill.evaluate import accuracy
 from pydistill.labels import SoftLabelStore
 from pydistill.methods import DECOUPLED
-from pydistill.methods.decoupled import Recover, merge, real_images, recover, stored
+from pydistill.methods.decoupled import Recover, check, iterations_done, merge, real_images, recover, stored
+from pydistill.methods.options import check_numbers
 from pydistill.methods.outer import world
-from pydistill.methods.post_train import PostTrain, post_train
-from pydistill.methods.relabel import Relabel, relabel
-from pydistill.methods.squeeze import Squeeze, Teacher, import_weights, squeeze
+from pydistill.methods.post_train import PostTrain, new_student, post_train
+from pydistill.methods.relabel import Relabel, check_fit, relabel, views_of
+from pydistill.methods.squeeze import Squeeze, Teacher, import_weights, squeeze, untrained
 
 __all__ = ["COMMANDS", "run"]
 
@@ -65,17 +78,19 @@ class SqueezeCommand:
     """Where to compute, as torch names it; auto is cuda where there is one."""
 
     def go(self, run: Run) -> None:
-        run.start(self, {"config": asdict(self.config), "dataset": self.dataset, "image_size": self.image_size})
+        imagenet = self.weights is not None and self.dataset == "imagenet-1k"
+        data = None if imagenet else _load(self.dataset, self.root, self.image_size).to(device_of(self.device))
         if self.weights is not None:
-            data = None if self.dataset == "imagenet-1k" else _load(self.dataset, self.root, self.image_size)
             teacher = import_weights(self.config, self.weights, data, key=self.weights_key)
         else:
-            data = _load(self.dataset, self.root, self.image_size).to(device_of(self.device))
-            with run.epochs("squeeze", self.config.epochs) as (state, on_epoch):
-                teacher = squeeze(self.config, data, state=state, on_epoch=on_epoch)
-        teacher.save(run.folder / "teacher.safetensors")
-        results = {} if data is None else {"accuracy": accuracy(teacher.net, data.test_images, data.test_labels)}
-        run.finish(results, "teacher.safetensors")
+            untrained(self.config, data)  # refuses a network that its images are too small for
+        with run.started({"config": asdict(self.config), "dataset": self.dataset, "image_size": self.image_size}):
+            if self.weights is None:
+                with run.epochs("squeeze", self.config.epochs) as (state, on_epoch):
+                    teacher = squeeze(self.config, data, state=state, on_epoch=on_epoch)
+            teacher.save(run.folder / "teacher.safetensors")
+            found = {} if data is None else {"accuracy": accuracy(teacher.net, data.test_images, data.test_labels)}
+            run.finish(found, "teacher.safetensors")
 
 
 @dataclass(frozen=True)
@@ -105,31 +120,37 @@ class RecoverCommand:
     """package.module:function that makes the network of your own whose weights the files of --teacher are."""
 
     def go(self, run: Run) -> None:
+        check_numbers(self, flags=True, checkpoint_every=1)
         device = device_of(self.device)
         teachers = [Teacher.load(path, device, network=self.network) for path in self.teacher]
-        run.start(self, stored(self.config, teachers))
         about, real = teachers[0].config, None
         if self.config.starts_real:
             data = _load(about["dataset"], self.root, about["image_size"])
             real = real_images(self.config, data, teachers)
+        check(self.config, teachers, real)
         rank, size = world()
         share = self.config.batches(teachers[0].num_classes, len(teachers))[rank::size]
-        with run.phase("recover", len(share) * self.config.iterations) as note:
-            recover(
-                *(self.config, teachers, run.folder),
-                **{"real": real, "rank": rank, "world": size},
-                checkpoint_every=self.checkpoint_every,
-                on_step=lambda record: note(record, self.checkpoint_every),
-            )
-        run.wait()
-        if run.first:
-            distilled = merge(self.config, teachers, run.folder)
-            distilled.save(run.folder / "distilled.safetensors")
-            shown = len(distilled.images) // teachers[0].num_classes
-            write_atomic(run.folder / "images.png", picture(distilled, shown))
-        run.finish(
-            {"images": self.config.per_class(teachers[0].num_classes, len(teachers))[0]}, "distilled.safetensors"
-        )
+
+        def logged(record: dict[str, Any]) -> bool:
+            return record["iteration"] <= iterations_done(self.config, teachers, run.folder, record["batch"])
+
+        with run.started(stored(self.config, teachers), logged):
+            with run.phase("recover", len(share) * self.config.iterations) as note:
+                recover(
+                    *(self.config, teachers, run.folder),
+                    **{"real": real, "rank": rank, "world": size},
+                    checkpoint_every=self.checkpoint_every,
+                    before_checkpoint=lambda record: note(record, self.checkpoint_every),
+                    on_step=lambda _: run.stop(),
+                )
+            run.wait()
+            if run.first:
+                distilled = merge(self.config, teachers, run.folder)
+                distilled.save(run.folder / "distilled.safetensors")
+                shown = len(distilled.images) // teachers[0].num_classes
+                write_atomic(run.folder / "images.png", picture(distilled, shown))
+            per_class = self.config.per_class(teachers[0].num_classes, len(teachers))[0]
+            run.finish({"images": per_class}, "distilled.safetensors")
 
 
 @dataclass(frozen=True)
@@ -157,24 +178,31 @@ class RelabelCommand:
         distilled = DistilledSet.load(self.images)
         device = device_of(self.device)
         teachers = [Teacher.load(path, device, network=self.network) for path in self.teacher]
-        run.start(self, asdict(self.config))
+        for teacher in teachers:
+            check_fit(distilled, teacher.num_classes, teacher.shape)
         rank, size = world()
+        # every epoch of the views is reported again where they are gone through again, to find what lacks
         whole = run.folder / "labels.store"
-        path = whole if size == 1 else run.folder / f"labels-rank{rank}-of-{size}.store"
-        with run.phase("relabel", -(-self.config.epochs // size)) as note:
-            if not (size > 1 and whole.exists()):
-                on_epoch = lambda epoch: note({"epoch": epoch}, 1)  # noqa: E731
-                relabel(self.config, distilled, teachers, path, rank=rank, world=size, on_epoch=on_epoch)
-        run.wait()
-        if run.first and size > 1 and not whole.exists():
-            parts = [run.folder / f"labels-rank{each}-of-{size}.store" for each in range(size)]
-            SoftLabelStore.merge(parts, whole)
-        results: dict[str, Any] = {"epochs": self.config.epochs}
-        if run.first:
-            with SoftLabelStore.open(whole) as store:
-                run.console.print(told(store), markup=False)
-                results["gradient_error"] = store.gradient_error and store.gradient_error._asdict()
-        run.finish(results, "labels.store")
+        with run.started(asdict(self.config), lambda record: size > 1 and whole.exists()):
+            path = whole if size == 1 else run.folder / f"labels-rank{rank}-of-{size}.store"
+            with run.phase("relabel", -(-self.config.epochs // size)) as note:
+                if not (size > 1 and whole.exists()):
+
+                    def on_epoch(epoch: int) -> None:
+                        note({"epoch": epoch}, 1)
+                        run.stop()
+
+                    relabel(self.config, distilled, teachers, path, rank=rank, world=size, on_epoch=on_epoch)
+            run.wait()
+            if run.first and size > 1 and not whole.exists():
+                parts = [run.folder / f"labels-rank{each}-of-{size}.store" for each in range(size)]
+                SoftLabelStore.merge(parts, whole)
+            results: dict[str, Any] = {"epochs": self.config.epochs}
+            if run.first:
+                with SoftLabelStore.open(whole) as store:
+                    run.console.print(told(store))
+                    results["gradient_error"] = store.gradient_error and store.gradient_error._asdict()
+            run.finish(results, "labels.store")
 
 
 @dataclass(frozen=True)
@@ -203,28 +231,31 @@ class PostTrainCommand:
     """Where to compute, as torch names it; auto is cuda where there is one."""
 
     def go(self, run: Run) -> None:
+        check_numbers(self, flags=True, students=1)
         distilled = DistilledSet.load(self.images)
         store = SoftLabelStore.open(self.labels)
-        views = Relabel(**store.metadata["relabel"])
-        run.start(self, {"config": asdict(self.config), "hard": self.hard, "students": self.students})
-        if run.first and not self.hard:
-            run.console.print(told(store), markup=False)
-        data = _load(distilled.config["dataset"], self.root, distilled.images.shape[2])
+        views = views_of(store)
+        if (dataset := distilled.config.get("dataset")) is None:
+            raise ValueError(f"{self.images}: expected a set that says what it was made from, to be tested on that")
+        data = _load(dataset, self.root, distilled.images.shape[2])
         test = distilled.normalise(data.test_images, data)
         device, found = device_of(self.device), []
-        for student in range(self.students):
-            config = PostTrain(**{**asdict(self.config), "seed": self.config.seed + student})
-            with run.epochs(f"student{student}", views.epochs) as (state, on_epoch):
-                net = post_train(
-                    *(config, distilled, views, None if self.hard else store),
-                    **{"num_classes": data.num_classes, "device": device, "state": state, "on_epoch": on_epoch},
-                )
-            found.append(accuracy(net, test.to(device), data.test_labels.to(device)))
-            about = asdict(config) | {"channels": data.channels, "image_size": distilled.images.shape[2]}
-            about["dataset"] = data.name
-            name = "student.safetensors" if self.students == 1 else f"student{student}.safetensors"
-            Teacher(net, distilled.mean, distilled.std, data.class_names, about).save(run.folder / name)
-        run.finish({"accuracy": found}, "results.json")
+        options = {"num_classes": data.num_classes, "device": device}
+        soft = None if self.hard else store
+        new_student(self.config, distilled, views, soft, **options)  # refuses what does not fit
+        with run.started({"config": asdict(self.config), "hard": self.hard, "students": self.students}):
+            if run.first and not self.hard:
+                run.console.print(told(store))
+            for student in range(self.students):
+                config = PostTrain(**{**asdict(self.config), "seed": self.config.seed + student})
+                with run.epochs(f"student{student}", views.epochs) as (state, on_epoch):
+                    net = post_train(config, distilled, views, soft, **options, state=state, on_epoch=on_epoch)
+                found.append(accuracy(net, test.to(device), data.test_labels.to(device)))
+                about = asdict(config) | {"channels": data.channels, "image_size": distilled.images.shape[2]}
+                about["dataset"] = data.name
+                name = "student.safetensors" if self.students == 1 else f"student{student}.safetensors"
+                Teacher(net, distilled.mean, distilled.std, data.class_names, about).save(run.folder / name)
+            run.finish({"accuracy": found}, "results.json")
 
 
 def told(store: SoftLabelStore) -> str:
@@ -241,43 +272,36 @@ _Command = SqueezeCommand | RecoverCommand | RelabelCommand | PostTrainCommand
 class Run:
     """What the four commands share: the folder, its metrics and checkpoints, and the ranks."""
 
-    def __init__(self, name: str, console: rich.console.Console, stop: Stop):
+    def __init__(self, name: str, command: _Command, console: rich.console.Console, stop: Stop):
         self.name, self.console, self.stop = name, console, stop
-        self.began = time.monotonic()
+        self.began, self.first = time.monotonic(), world()[0] == 0
+        self._folder = Folder(command.out, name, name, resume=command.resume, first=self.first)
+        self.folder = command.out
+        self.metrics = self.folder / f"metrics{'' if self.first else f'-rank{world()[0]}'}.jsonl"
 
-    def start(self, command: _Command, options: dict[str, Any]) -> None:
-        """Makes the folder, or finds the run to go on with in it; ValueError for another's."""
-        self.folder, self.first = command.out, world()[0] == 0
-        rank = "" if self.first else f"-rank{world()[0]}"
-        self.metrics = self.folder / f"metrics{rank}.jsonl"
-        kept, options = self.folder / "config.json", json.loads(json.dumps({"command": self.name, **options}))
-        if self.first:
-            if command.resume:
-                if not kept.is_file():
-                    raise FileNotFoundError(f"{kept}: expected the options of a run of {self.name}, found no file")
-                try:
-                    found = json.loads(kept.read_text())
-                except ValueError as error:
-                    raise ValueError(
-                        f"{kept}: expected options as JSON; it is truncated or foreign ({error})"
-                    ) from error
-                if found != options:
-                    raise ValueError(
-                        f"--resume: expected the options of the run in {self.folder}, {found}, got {options}"
-                    )
-            elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise ValueError(
-                    f"--out: expected a new or empty folder, got {self.folder}; --resume goes on with a run"
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
-                left.unlink()
-            write_atomic(kept, as_json(options))
-        self.wait()
-        keep_lines(self.metrics, lambda record: True)
-        self.resume = command.resume
-        if self.first:
-            self.console.print(f"{self.name} -> {self.folder}")
+    @contextlib.contextmanager
+    def started(
+        self, options: dict[str, Any], logged: Callable[[dict[str, Any]], bool] | None = None
+    ) -> Iterator[None]:
+        """Holds the folder, which is made or is that of a run with the same options, ValueError for another's.
+
+        ``logged`` tells which records of the metrics stand; the others are of steps that are taken once more. By
+        default those of the epochs that a phase's state has behind it.
+        """
+        options = {"command": self.name, **options}
+        self._folder.check_same(options)
+        with self._folder.held():
+            if self.first:
+                states = {path: self._done(path) for path in self.folder.glob("*-state.safetensors")}
+                stands = logged or (lambda record: record["epoch"] <= states.get(self._state(record["phase"]), 0))
+                lines = {path: kept_lines(path, stands) for path in self.folder.glob("metrics*.jsonl")}
+                self._folder.begin(options)
+                for path, kept in lines.items():
+                    write_atomic(path, kept)
+            self.wait()
+            if self.first:
+                self.console.print(f"{self.name} -> {self.folder}")
+            yield
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -294,29 +318,43 @@ class Run:
                 append_line(self.metrics, {"phase": name, **record})
                 shown = f"loss {record['loss']:.4f}" if "loss" in record else ""
                 progress.update(task, advance=advance, note=shown)
-                self.stop()
 
             yield note
 
     @contextlib.contextmanager
     def epochs(self, name: str, total: int) -> Iterator[tuple[dict[str, Any] | None, Callable[..., None]]]:
         """A training's state to go on from, and what keeps the next one after each epoch."""
-        path = self.folder / f"{name}-state.safetensors"
-        state = read_safetensors(path, _STATE)[0] if self.resume and path.exists() else None
+        path = self._state(name)
+        state = read_safetensors(path, _STATE)[0] if path.exists() else None
         with self.phase(name, total) as note:
 
             def on_epoch(record: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-                write_safetensors(path, state, _STATE, {})
+                # the line first: a run that is killed before it has the state drops it again, and never lacks it
                 note(record, 1)
+                write_safetensors(path, state, _STATE, {})
+                self.stop()
 
             yield state, on_epoch
+
+    def _state(self, phase: str) -> Path:
+        return self.folder / f"{phase}-state.safetensors"
+
+    def _done(self, path: Path) -> int:
+        return int(read_safetensors(path, _STATE)[0]["epoch"])
 
     def finish(self, results: dict[str, Any], made: str) -> None:
         if self.first:
             write_atomic(self.folder / "results.json", as_json(results))
-            shown = "".join(f"{name} {value}; " for name, value in results.items())
+            brief = {name: value for name, value in results.items() if not isinstance(value, dict | None)}
+            shown = "".join(f"{name} {_shown(name, value)}; " for name, value in brief.items())
             self.console.print(f"{shown}{time.monotonic() - self.began:.0f} s; {made} is in {self.folder}")
         self.wait()
+
+
+def _shown(name: str, value: Any) -> str:
+    if name != "accuracy":
+        return str(value)
+    return percentage([value] if isinstance(value, float) else value)
 
 
 def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
@@ -324,10 +362,12 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     name, rest = argv[0], argv[1:]
     command = _parse(name, rest)
     with ranks(command.device):
+        run = Run(name, command, console, stop)
         try:
-            command.go(Run(name, console, stop))
+            command.go(run)
         except Interrupted:
-            console.print(f"stopped; go on with the same options and --out {command.out} --resume")
+            again = f"--out {shlex.quote(str(command.out))} --resume"
+            console.print(f"stopped; go on with the same options and {again}")
             raise
 
 
@@ -337,9 +377,7 @@ def _parse(name: str, argv: list[str]) -> _Command:
     if method is not None and method not in get_args(MethodName):
         raise ValueError(f"--method: expected one of {', '.join(get_args(MethodName))}, got {method!r}")
     if name == "squeeze":
-        dataset = value_of(argv, "--dataset") or "digits"
-        if dataset not in get_args(SetName):
-            raise ValueError(f"--dataset: expected one of {', '.join(get_args(SetName))}, got {dataset!r}")
+        dataset = dataset_of(argv, SetName)
         default: Any = SqueezeCommand(Squeeze.preset(dataset), dataset)  # type: ignore[arg-type]
     elif name == "recover":
         teacher = value_of(argv, "--teacher")

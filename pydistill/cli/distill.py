@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import rich.console
 import rich.progress
@@ -35,10 +35,12 @@ from pydistill.cli.console import (
     progress_bars,
 )
 from pydistill.cli.experts import completed, train_with_progress
-from pydistill.cli.settings import SETTINGS, DatasetName, convnet, load_for
+from pydistill.cli.folder import Folder, options_in
+from pydistill.cli.settings import SETTINGS, DatasetName, convnet, dataset_of, load_for, value_of
 from pydistill.data import DistilledSet, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.methods import METHODS, Config, State, distill
+from pydistill.methods.options import check_numbers
 from pydistill.methods.outer import world
 from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
 from pydistill.trajectory.store import ExpertStore
@@ -121,15 +123,12 @@ class Distill:
             return cls._of_run(value_of(argv, "--out"))
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        dataset, ipc = value_of(argv, "--dataset") or "digits", value_of(argv, "--ipc") or "1"
-        if dataset not in get_args(DatasetName):
-            raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
+        dataset, ipc = dataset_of(argv), value_of(argv, "--ipc") or "1"
         if not ipc.lstrip("-").isdecimal():
             raise ValueError(f"--ipc: expected a whole number, got {ipc!r}")
         config, setting = METHODS[method].nearest_preset(dataset, int(ipc)), SETTINGS[dataset]
         if config.needs_experts:
-            needed = config.max_start_epoch - 1 + config.expert_epochs
-            setting = replace(setting, train_epochs=max(needed, setting.train_epochs))
+            setting = replace(setting, train_epochs=max(config.epochs_needed()[0], setting.train_epochs))
         return cls(method, config, dataset, **asdict(setting))
 
     @classmethod
@@ -137,12 +136,7 @@ class Distill:
         if out is None:
             raise ValueError("--resume: expected --out with the folder of the run to go on with")
         path, wanted = Path(out) / "config.json", "the options of a run of pydistill distill"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: expected {wanted} to go on with, found no file")
-        try:
-            options = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: expected {wanted}; it is truncated or foreign ({error})") from error
+        options = options_in(Path(out), "distill")
         try:
             config = METHODS[options["method"]](**options["config"])
             paths = {name: Path(options[name]) if options[name] else None for name in ("root", "experts")}
@@ -161,8 +155,8 @@ class Distill:
 
     def check(self, default: Distill) -> None:
         """ValueError for options that contradict each other, or the run that is resumed."""
-        if self.students < 1 or self.checkpoint_every < 1:
-            raise ValueError("--students, --checkpoint-every: expected at least 1 of each")
+        counts = ("students", "checkpoint_every", "student_epochs", "num_experts", "train_epochs", "batch_train")
+        check_numbers(self, flags=True, **dict.fromkeys(counts, 1), whole_epochs=0, lr_student=0.0, lr_expert=0.0)
         changed = {n: (v, w) for (n, v), w in zip(_flat(self).items(), _flat(default).values(), strict=True) if v != w}
         if self.resume:
             for name, (given, kept) in changed.items():
@@ -174,36 +168,15 @@ class Distill:
                 if name in changed:
                     flag, given = "--" + name.replace("_", "-"), changed[name][0]
                     raise ValueError(f"{flag}: expected none with --experts, whose file says it, got {given}")
-
-    def folder(self) -> Path:
-        if self.out is None:
-            if "WORLD_SIZE" in os.environ:
-                raise ValueError("--out: expected a folder, which several processes have to agree on")
-            name = f"{self.method}-{self.dataset}-ipc{self.config.ipc}-{time.strftime('%Y%m%d-%H%M%S')}"
-            return Path("runs") / name
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out: expected a folder, {self.out} is a file")
-        if not self.resume and self.out.exists() and any(self.out.iterdir()):
-            raise ValueError(
-                f"--out: expected a new or empty folder, {self.out} is not empty; --resume goes on with a run"
-            )
-        return self.out
+        elif self.config.needs_experts:
+            needed, why = self.config.epochs_needed()
+            if self.train_epochs < needed:
+                raise ValueError(f"--train-epochs: expected at least {needed} ({why}), got {self.train_epochs}")
 
 
 def _flat(options: Distill) -> dict[str, Any]:
     stored = options.stored()
     return stored.pop("config") | stored
-
-
-def value_of(argv: list[str], flag: str) -> str | None:
-    """What ``argv`` says to ``flag`` last, before it is parsed in earnest."""
-    found = None
-    for i, part in enumerate(argv):
-        if part.startswith(f"{flag}="):
-            found = part.removeprefix(f"{flag}=")
-        elif part == flag and i + 1 < len(argv):
-            found = argv[i + 1]
-    return found
 
 
 @contextlib.contextmanager
@@ -231,42 +204,38 @@ class Run:
     def go(self, default: Distill) -> None:
         began, options = time.monotonic(), self.options
         options.check(default)
-        self.folder = options.folder()
-        self.experts_file = options.experts or self.folder / "experts.store"
-        self.state_file, self.results_file = self.folder / "state.safetensors", self.folder / "results.json"
-        self.metrics = self.folder / "metrics.jsonl"
         self.progress = progress_bars(self.console)
         kept = options.resume
         with ranks(options.device):
             self.first = world()[0] == 0
+            name = f"{options.method}-{options.dataset}-ipc{self.config.ipc}"
+            run = Folder(options.out, name, "distill", resume=options.resume, first=self.first)
+            self.folder = run.path
+            self.experts_file = options.experts or self.folder / "experts.store"
+            self.state_file, self.results_file = self.folder / "state.safetensors", self.folder / "results.json"
+            self.metrics = self.folder / "metrics.jsonl"
             try:
                 self.dataset = load_for(options)
                 self.net = seeded_net(self.make_net, self.config.seed, device=self.device)
                 self.dataset.sample(self.config.ipc)  # refuses more than there are
-                state = State.load(self.state_file, self.config, self.device) if self.state_file.exists() else None
-                if state is not None and state.iteration > self.config.iterations:
-                    raise ValueError(
-                        f"--iterations: expected at least {state.iteration}, already done, got {self.config.iterations}"
-                    )
+                self.config.check_start(self.dataset, self.net)
                 experts = self._ready_experts() if options.experts else None
                 self.stop()
-                # Whatever can be refused has been: from here on the folder holds a run that can go on.
-                iteration = state.iteration if state is not None else 0
-                results = self._results()
-                if self.first:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    for left in self.folder.glob(".*.tmp"):  # by a process that was killed while it wrote
-                        left.unlink()
-                    write_atomic(self.folder / "config.json", as_json(options.stored()))
-                    self._forget_metrics(iteration, results)
-                    self.console.print(f"{self.dataset.name} -> {self.folder}")
-                kept = True
-                with self.progress:
-                    if experts is None and self.config.needs_experts:
-                        experts = self._train_experts()
-                    distilled = self._distill(experts, state)
+                with run.held():
+                    state = self._state()
+                    results = self._results()
+                    # Whatever can be refused has been: from here on the folder holds a run that can go on.
+                    run.begin(options.stored())
+                    kept = True
                     if self.first:
-                        self._test(distilled, results)
+                        self._forget_metrics(state.iteration if state is not None else 0, results)
+                        self.console.print(f"{self.dataset.name} -> {self.folder}")
+                    with self.progress:
+                        if experts is None and self.config.needs_experts:
+                            experts = self._train_experts()
+                        distilled = self._distill(experts, state)
+                        if self.first:
+                            self._test(distilled, results)
             except Interrupted:
                 again = f"go on with: pydistill distill --out {shlex.quote(str(self.folder))} --resume"
                 self.console.print(f"stopped; {again if kept else 'nothing was begun, the same command starts anew'}")
@@ -275,6 +244,17 @@ class Run:
             self.console.print(self._table(results))
             seconds = time.monotonic() - began
             self.console.print(f"{seconds:.0f} s; images.png and distilled.safetensors are in {self.folder}")
+
+    def _state(self) -> State | None:
+        """What the last checkpoint holds."""
+        if not self.state_file.exists():
+            return None
+        state = State.load(self.state_file, self.config, self.device)
+        if state.iteration > self.config.iterations:
+            raise ValueError(
+                f"--iterations: expected at least {state.iteration}, already done, got {self.config.iterations}"
+            )
+        return state
 
     @property
     def device(self) -> torch.device:
@@ -344,8 +324,17 @@ class Run:
         done = state.iteration if state is not None else 0
         task = self.progress.add_task("distil", total=total, completed=done, note="")
 
+        told = False
+
         def on_step(state: State, record: dict[str, float]) -> None:
+            nonlocal told
             self._log({"phase": "distill", **record})
+            if "lr_below" in record and self.first and not told:
+                told = True
+                self.console.print(
+                    f"iteration {record['iteration']}: the learnt rate would go from there to {record['lr_below']:.3g} "
+                    f"and is kept at {record['lr']:.3g}, now and whenever it happens again: a smaller --lr-lr may help"
+                )
             note = f"loss {record['loss']:.3f}, lr {record['lr']:.4f}"
             self.progress.update(task, completed=state.iteration, note=note)
             due = state.iteration == total or state.iteration % self.options.checkpoint_every == 0
@@ -406,8 +395,9 @@ class Run:
             self.progress.update(task, note=f"accuracy {mean(accuracies):.1%}")
             results[name] = {"accuracies": accuracies, "lr": lr, "epochs": epochs, "images": images}
             results["iterations"] = self.config.iterations
-            write_atomic(self.results_file, as_json(results))
+            # the line first: what is killed between the two drops it again, and never lacks it
             self._log({"phase": "evaluate", "set": name, **results[name]})
+            write_atomic(self.results_file, as_json(results))
 
     def _table(self, results: dict[str, Any]) -> rich.table.Table:
         options = self.options

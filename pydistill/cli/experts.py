@@ -18,6 +18,7 @@ from torch import nn
 
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Interrupted, Stop, append_line, keep_lines, progress_bars
+from pydistill.cli.folder import locked
 from pydistill.cli.settings import SETTINGS, SHAPES, DatasetName, NetName, load_for
 from pydistill.data import Dataset
 from pydistill.methods import METHODS
@@ -108,29 +109,43 @@ class Experts:
         return options | {"augment": DiffAugment(self.augment) if self.augment else None}
 
     def run(self, console: rich.console.Console, stop: Stop) -> None:
-        if self.replay_buffers:
-            self._import(console)
-            return
-        if self.no_zca:
+        if not self.out.parent.is_dir() or self.out.is_dir():
+            raise ValueError(f"--out: expected a file in a folder that is there, got {self.out}")
+        if self.no_zca and not self.replay_buffers:
             raise ValueError("--no-zca: expected with --import only; nothing is whitened without --zca")
-        config = self.resolved()
-        dataset = load_for(config)
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        with locked(lock, f"--out: expected a file that no other process writes to, got {self.out}"):
+            if self.replay_buffers:
+                self._import(console)
+            else:
+                self.resolved()._train(console, stop)
+
+    def _train(self, console: rich.console.Console, stop: Stop) -> None:
+        dataset = load_for(self)
         shape = dataset.channels, dataset.num_classes, dataset.image_size
-        make_net = partial(make, config.net, *shape, width=config.width, depth=config.depth, norm=config.norm)
-        began, metrics = time.monotonic(), config.out.with_name(f"{config.out.name}.jsonl")
-        epochs = {} if config.overwrite else dict(enumerate(completed(config.out)))
-        keep_lines(metrics, lambda record: record["epoch"] <= epochs.get(record["expert"], 0))
+        make_net = partial(make, self.net, *shape, width=self.width, depth=self.depth, norm=self.norm)
+        began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")
+        epochs = {} if self.overwrite else dict(enumerate(completed(self.out)))
+        begun = False
+
+        def log(record: dict[str, Any]) -> None:
+            nonlocal begun
+            if not begun:  # not before all that may be refused has been
+                keep_lines(metrics, lambda record: record["epoch"] <= epochs.get(record["expert"], 0))
+                begun = True
+            append_line(metrics, record)
+
         try:
             with progress_bars(console) as progress:
                 store = train_with_progress(
-                    *(make_net, dataset, config.out, progress, stop, lambda record: append_line(metrics, record)),
-                    **config.training(),
+                    *(make_net, dataset, self.out, progress, stop, log),
+                    **self.training(),
                 )
         except Interrupted:
             console.print("stopped; the same command, without --overwrite, goes on")
             raise
         seconds = time.monotonic() - began
-        console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {config.out}")
+        console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {self.out}")
 
     def _import(self, console: rich.console.Console) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(Experts)}

@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from pydistill.cli.console import Stop, append_line, as_json
+from pydistill.cli.console import Stop, append_line, as_json, keep_lines
 from pydistill.cli.phases import Phases, parse
 from pydistill.cli.settings import SETTINGS, DatasetName, convnet, load_for
 from pydistill.data import Dataset, write_atomic
@@ -70,13 +70,16 @@ class DistillHeLlO:
 def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     """``argv``: what follows ``distill hello``."""
     options = parse(argv, "hello", DistillHeLlO, HeLlO.preset)
-    phases = Phases("hello", options.stored(), options.out, options.resume, console, stop)
-    began, folder, data = time.monotonic(), phases.checked(options.dataset), load_for(options)
+    phases = Phases("hello", options, options.dataset, console, stop)
+    began, folder, data = time.monotonic(), phases.folder, load_for(options)
+    phases.check_encoder(data)
     least = int(data.train_labels.bincount(minlength=data.num_classes).min())
     if options.config.ipc > least:
         raise ValueError(f"--ipc: expected at most {least}, the images of the smallest class, got {options.config.ipc}")
-    with phases.opened(folder, data.name):
-        results = _Run(options, phases, folder, data).go()
+    run = _Run(options, phases, folder, data)
+    run.networks()  # refuses images that are too small
+    with phases.opened(data.name):
+        results = run.go()
         write_atomic(folder / "results.json", as_json(results))
     console.print(_table(results, options))
     console.print(f"{time.monotonic() - began:.0f} s; projector.safetensors is in {folder}")
@@ -89,12 +92,18 @@ class _Run:
         self.config, self.phases, self.folder, self.data = options.config, phases, folder, data
         self.setting, self.device = SETTINGS[options.dataset], data.train_images.device
 
-    def go(self) -> dict[str, Any]:
-        config, data, folder, stop = self.config, self.data, self.folder, self.phases.stop
-        kept = self.phases.kept
+    def networks(self) -> tuple[Any, list[nn.Module]]:
+        """The encoder and the teachers, untrained."""
+        config, data = self.config, self.data
         encoder = seeded_net(
             lambda: config.encoder(data.channels, data.image_size), config.seed, 44, device=self.device
         )
+        return encoder, [self._convnet(45, number) for number in range(config.teachers)]
+
+    def go(self) -> dict[str, Any]:
+        config, data, folder, stop = self.config, self.data, self.folder, self.phases.stop
+        kept = self.phases.kept
+        encoder, teachers = self.networks()
         epochs = config.encoder_epochs
 
         def train_encoder() -> dict[str, Tensor]:
@@ -103,7 +112,6 @@ class _Run:
 
         encoder.load_state_dict(kept(folder / "encoder.safetensors", train_encoder))
         encoder.eval()
-        teachers = [self._convnet(45, number) for number in range(config.teachers)]
         found = kept(folder / "teachers.safetensors", lambda: self._train(teachers))
         for number, teacher in enumerate(teachers):
             teacher.load_state_dict({name: found[f"{number}.{name}"] for name in teacher.state_dict()})
@@ -127,15 +135,15 @@ class _Run:
             "teachers": [accuracy(teacher, data.test_images, data.test_labels) for teacher in teachers],
             "labeller": accuracy(projector, data.test_images, data.test_labels),
         }
+        metrics = folder / "metrics.jsonl"
+        keep_lines(metrics, lambda _: False)  # of students that are trained again
         for name, source in sources.items():
             results[name] = []
             for student in range(config.students):
                 net = self._convnet(46, student)
                 post_train(config, net, x, y, source, student, stop)
                 results[name].append(accuracy(net, data.test_images, data.test_labels))
-                append_line(
-                    folder / "metrics.jsonl", {"labels": name, "student": student, "accuracy": results[name][-1]}
-                )
+                append_line(metrics, {"labels": name, "student": student, "accuracy": results[name][-1]})
         return results
 
     def _convnet(self, kind: int, number: int) -> nn.Module:

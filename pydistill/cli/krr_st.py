@@ -19,6 +19,7 @@ from pydistill.cli.phases import Phases, keep_iterations, parse
 from pydistill.cli.settings import DatasetName, load_for
 from pydistill.data import write_atomic
 from pydistill.methods.krr_st import KRRST, initial, krr_st, pretrain, target_features
+from pydistill.methods.options import check_numbers
 from pydistill.methods.self_supervised import barlow_twins
 from pydistill.methods.unip import linear_probe
 from pydistill.trajectory.experts import seeded_net
@@ -62,15 +63,17 @@ class DistillKRRST:
 def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     """``argv``: what follows ``distill krr_st``."""
     options = parse(argv, "krr_st", DistillKRRST, KRRST.preset)
-    if options.checkpoint_every < 1:
-        raise ValueError(f"--checkpoint-every: expected at least 1, got {options.checkpoint_every}")
-    phases = Phases("krr_st", options.stored(), options.out, options.resume, console, stop)
-    began, folder, data, config = time.monotonic(), phases.checked(options.dataset), load_for(options), options.config
-    if len(data.train_images) < config.images:
-        raise ValueError(f"--images: expected at most {len(data.train_images)}, got {config.images}")
-    with phases.opened(folder, data.name):
-        images, device = data.train_images, data.train_images.device
-        target = seeded_net(lambda: config.encoder(data.channels, 1, data.image_size), config.seed, 10, device=device)
+    check_numbers(options, flags=True, checkpoint_every=1)
+    phases = Phases("krr_st", options, options.dataset, console, stop)
+    began, folder, data, config = time.monotonic(), phases.folder, load_for(options), options.config
+    phases.check_encoder(data)
+    for name in ("images", "batch_real"):
+        if len(data.train_images) < getattr(config, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected at most {len(data.train_images)}, got {getattr(config, name)}")
+    images, device = data.train_images, data.train_images.device
+    target = seeded_net(lambda: config.encoder(data.channels, 1, data.image_size), config.seed, 10, device=device)
+    with phases.opened(data.name):
 
         def train_target() -> dict[str, Tensor]:
             barlow_twins(target, images, epochs=config.target_epochs, seed=config.seed, on_step=stop)
@@ -81,6 +84,7 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
         distilled = phases.kept(
             folder / "distilled.safetensors", lambda: _distil(options, phases, folder, images, targets)
         )
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
         sets = {
             "nothing": None,
             "random": initial(config, images, targets),
@@ -123,7 +127,6 @@ def _distil(options: DistillKRRST, phases: Phases, folder: Path, images: Tensor,
         phases.stop()
 
     x, y = krr_st(options.config, images, targets, state=state, on_step=on_step)
-    path.unlink(missing_ok=True)
     return {"x": x, "y": y}
 
 

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import rich.console
 import tyro
 from torch import Tensor
 
-from pydistill.cli.console import Interrupted, Stop, as_json, keep_lines
-from pydistill.cli.settings import DatasetName
-from pydistill.data import read_safetensors, write_atomic, write_safetensors
+from pydistill.cli.console import Interrupted, Stop, keep_lines
+from pydistill.cli.folder import Folder
+from pydistill.cli.settings import dataset_of
+from pydistill.data import Dataset, read_safetensors, write_safetensors
+from pydistill.methods.self_supervised import BATCH
 
 T = TypeVar("T")
 
 
 def parse(argv: list[str], name: str, command: type[T], preset: Callable[[str], Any]) -> T:
     """The options of ``distill <name>``, whose defaults are the data set's."""
-    dataset = next((value for flag, value in pairwise(argv) if flag == "--dataset"), "digits")
-    dataset = next((part.removeprefix("--dataset=") for part in argv if part.startswith("--dataset=")), dataset)
-    if dataset not in get_args(DatasetName):
-        raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
+    dataset = dataset_of(argv)
     return tyro.cli(
         command,
         args=argv,
@@ -38,59 +34,43 @@ def parse(argv: list[str], name: str, command: type[T], preset: Callable[[str], 
     )
 
 
-@dataclass(frozen=True)
 class Phases:
-    """The folder of a run that goes on with --resume after the last phase, or checkpoint, whose file is there."""
+    """The folder of a run that goes on with --resume after the last phase, or checkpoint, whose file is there.
 
-    method: str
-    stored: dict[str, Any]
-    """The options that say what the run makes."""
-    out: Path | None
-    resume: bool
-    console: rich.console.Console
-    stop: Stop
+    Raises:
+        ValueError: --out is not new or empty, or --resume does not fit it.
+        FileNotFoundError: --resume without a run.
+    """
 
-    def checked(self, dataset: str) -> Path:
-        """The folder; nothing is written.
+    def __init__(self, method: str, options: Any, dataset: str, console: rich.console.Console, stop: Stop):
+        self.method, self.stored, self.console, self.stop = method, options.stored(), console, stop
+        self._run = Folder(options.out, f"{method}-{dataset}", f"distill {method}", resume=options.resume)
+        self._run.check_same(self.stored)
+        self.folder = self._run.path
 
-        Raises:
-            ValueError: --out is not new or empty, or --resume does not fit it.
-            FileNotFoundError: --resume without a run.
-        """
-        if self.resume:
-            if self.out is None:
-                raise ValueError("--resume: expected --out with the folder of the run to go on with")
-            path, wanted = self.out / "config.json", f"the options of a run of pydistill distill {self.method}"
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
-            try:
-                kept = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path}: expected {wanted} as JSON; it is truncated or foreign ({error})") from error
-            if kept != self.stored:
-                raise ValueError(f"--resume: expected the options of the run in {self.out}, {kept}, got {self.stored}")
-            return self.out
-        if self.out is None:
-            return Path("runs") / f"{self.method}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"--out: expected a new or empty folder, got {self.out}; --resume goes on with a run")
-        return self.out
+    def check_encoder(self, data: Dataset) -> None:
+        """ValueError where the set is too small for the self-supervised network of the first phase."""
+        if (count := len(data.train_images)) < BATCH:
+            raise ValueError(f"--dataset: expected at least {BATCH} training images, a batch, got {count}")
 
     @contextmanager
-    def opened(self, folder: Path, dataset: str) -> Iterator[None]:
-        """Makes the folder; a run that is stopped inside says how to go on."""
+    def opened(self, dataset: str, check: Callable[[], None] | None = None) -> Iterator[None]:
+        """Makes the folder, this process's own inside the block; a run that is stopped inside says how to go on.
+
+        ``check`` reads what is in the folder, and raises for what no run can go on with.
+        """
         self.stop()
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
-        write_atomic(folder / "config.json", as_json(self.stored))
-        self.console.print(f"{dataset} -> {folder}")
-        try:
-            yield
-        except Interrupted:
-            quoted = shlex.quote(str(folder))
-            self.console.print(f"stopped; go on with the same options and: --out {quoted} --resume")
-            raise
+        with self._run.held():
+            if check is not None:
+                check()
+            self._run.begin(self.stored)
+            self.console.print(f"{dataset} -> {self.folder}")
+            try:
+                yield
+            except Interrupted:
+                quoted = shlex.quote(str(self.folder))
+                self.console.print(f"stopped; go on with the same options and: --out {quoted} --resume")
+                raise
 
     def kept(self, path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What a finished phase left in ``path``, else what ``make`` makes, which is written there."""

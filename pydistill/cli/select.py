@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any, get_args
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -17,10 +16,12 @@ import tyro
 from pydistill import __version__
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Interrupted, Stop, accuracy_table, add_row, as_json, picture, progress_bars
-from pydistill.cli.settings import SETTINGS, DatasetName, convnet, load_for
+from pydistill.cli.folder import Folder
+from pydistill.cli.settings import SETTINGS, DatasetName, convnet, dataset_of, load_for
 from pydistill.data import Dataset, DistilledSet, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.methods import dq, pca
+from pydistill.methods.options import check_numbers
 from pydistill.methods.picking import Picking, train_teacher
 from pydistill.trajectory.experts import seeded_generator
 from pydistill.trajectory.train import EVAL_BATCH
@@ -86,10 +87,7 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     method = argv[0] if argv else ""
     if method not in _COMMANDS:
         raise ValueError(f"method: expected pydistill select and one of {', '.join(_COMMANDS)}, got {method!r}")
-    dataset = next((value for flag, value in pairwise(argv) if flag == "--dataset"), "digits")
-    dataset = next((part.removeprefix("--dataset=") for part in argv if part.startswith("--dataset=")), dataset)
-    if dataset not in get_args(DatasetName):
-        raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
+    dataset = dataset_of(argv)
     setting = SETTINGS[dataset]
     sizes = {name: getattr(setting, name) for name in ("width", "depth", "student_epochs", "lr_student")}
     options = tyro.cli(
@@ -108,15 +106,15 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
 
 def _run(options: Any, console: rich.console.Console, stop: Stop) -> None:
     began, config = time.monotonic(), options.config
-    if options.students < 0 or options.student_epochs < 1 or not options.lr_student > 0:
-        raise ValueError("--students, --student-epochs, --lr-student: expected 0, 1 and a positive number at least")
-    folder = options.out or Path("runs") / f"{config.name}-{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out: expected a new or empty folder, got {folder}")
-    dataset = load_for(options)
+    check_numbers(options, flags=True, students=0, student_epochs=1, lr_student=0.0)
+    run = Folder(options.out, f"{config.name}-{options.dataset}", f"select {config.name}", resume=None)
+    folder, dataset = run.path, load_for(options)
     dataset.sample(config.ipc)  # refuses more than there are
+    config.check(dataset)
+    convnet(dataset, options.width, options.depth)  # refuses images that are too small
     stop()
-    with progress_bars(console) as progress:
+    with run.held(), progress_bars(console) as progress:
+        run.begin(None)
         steps = config.teacher_epochs * -(-len(dataset.train_images) // config.teacher_batch)
         teacher = train_teacher(
             *(config, dataset, lambda: convnet(dataset, options.width, options.depth)),
@@ -126,11 +124,10 @@ def _run(options: Any, console: rich.console.Console, stop: Stop) -> None:
         picked = _METHODS[config.name][1](config, dataset, teacher, lr=options.lr_student, on_class=on_class)
         sizes = {name: getattr(options, name) for name in ("width", "depth", "student_epochs")}
         picked.config |= {**sizes, "pydistill": __version__}
-        folder.mkdir(parents=True, exist_ok=True)
         picked.save(folder / "distilled.safetensors")
         write_atomic(folder / "images.png", picture(picked, config.ipc))
         results = _results(options, dataset, picked, progress, stop)
-    write_atomic(folder / "results.json", as_json(results))
+        write_atomic(folder / "results.json", as_json(results))
     if options.students:
         title = f"{options.dataset}, ipc {config.ipc}, ConvNet-D{options.depth}-W{options.width}"
         table = accuracy_table(title, "training set", options.students)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pydistill.cli.console import device_of
 from pydistill.data import Dataset, load
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Setting] = {
     "fashion-mnist": Setting(64, 3, 6, 1, 0.02, 256, 200, 1, 0.01),
     "cifar10": _PAPERS,
     "cifar100": _PAPERS,
-    "image-folder": _PAPERS,
+    "image-folder": replace(_PAPERS, batch_train=32),  # or an epoch of a few hundred pictures has a step or two
 }
 
 
@@ -53,6 +53,25 @@ SHAPES = {
 
 def convnet(dataset: Dataset, width: int, depth: int) -> ConvNet:
     return ConvNet(dataset.channels, dataset.num_classes, width, depth, dataset.image_size)
+
+
+def value_of(argv: list[str], flag: str) -> str | None:
+    """What ``argv`` says to ``flag`` last, before it is parsed in earnest."""
+    found = None
+    for i, part in enumerate(argv):
+        if part.startswith(f"{flag}="):
+            found = part.removeprefix(f"{flag}=")
+        elif part == flag and i + 1 < len(argv):
+            found = argv[i + 1]
+    return found
+
+
+def dataset_of(argv: list[str], names: Any = DatasetName) -> str:
+    """The data set that ``argv`` names, "digits" where it names none; ValueError for one that there is not."""
+    dataset = value_of(argv, "--dataset") or "digits"
+    if dataset not in get_args(names):
+        raise ValueError(f"--dataset: expected one of {', '.join(get_args(names))}, got {dataset!r}")
+    return dataset
 
 
 class _Options(Protocol):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import rich.console
 import rich.table
@@ -18,7 +15,8 @@ import tyro
 from torch import Tensor
 
 from pydistill import __version__
-from pydistill.cli.console import Interrupted, Stop, append_line, as_json, keep_lines, progress_bars
+from pydistill.cli.console import Stop, append_line, as_json, keep_lines, progress_bars
+from pydistill.cli.phases import Phases, parse
 from pydistill.cli.settings import DatasetName, load_for
 from pydistill.data import read_safetensors, write_atomic, write_safetensors
 from pydistill.methods.unip import UNIP, choose_layer, distill_attention, fit, linear_probe
@@ -61,30 +59,20 @@ class DistillUNIP:
 
 def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     """``argv``: what follows ``distill unip``."""
-    dataset = next((value for flag, value in pairwise(argv) if flag == "--dataset"), "digits")
-    dataset = next((part.removeprefix("--dataset=") for part in argv if part.startswith("--dataset=")), dataset)
-    if dataset not in get_args(DatasetName):
-        raise ValueError(f"--dataset: expected one of {', '.join(get_args(DatasetName))}, got {dataset!r}")
-    options = tyro.cli(
-        DistillUNIP,
-        args=argv,
-        prog="pydistill distill unip",
-        default=DistillUNIP(UNIP.preset(dataset), dataset),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    _Run(options, console, stop).go()
+    options = parse(argv, "unip", DistillUNIP, UNIP.preset)
+    _Run(options, Phases("unip", options, options.dataset, console, stop)).go()
 
 
 class _Run:
     """The folder of a run, and the phases that fill it: each goes on where its files end."""
 
-    def __init__(self, options: DistillUNIP, console: rich.console.Console, stop: Stop):
-        self.options, self.config, self.console, self.stop = options, options.config, console, stop
+    def __init__(self, options: DistillUNIP, phases: Phases):
+        self.options, self.config, self.phases = options, options.config, phases
+        self.folder, self.console, self.stop = phases.folder, phases.console, phases.stop
+        self.metrics = self.folder / "metrics.jsonl"
 
     def go(self) -> None:
         began = time.monotonic()
-        self.folder = self._folder()
-        self.metrics = self.folder / "metrics.jsonl"
         self.data = load_for(self.options)
         make_teacher, make_student = self.config.networks(
             self.data.channels, self.data.num_classes, self.data.image_size
@@ -94,56 +82,22 @@ class _Run:
             seeded_net(make, self.config.seed, key, device=device)
             for make, key in ((make_teacher, 0), (make_student, 1), (make_student, 1))
         )
-        states = {name: self._saved(f"{name}-state.safetensors") for name in ("teacher", "student")}
-        self.stop()
-        # Whatever can be refused has been: from here on the folder holds a run that can go on.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
-        write_atomic(self.folder / "config.json", as_json(self.options.stored()))
-        done = {name: int(state["epoch"]) if state else 0 for name, state in states.items()}
-        keep_lines(self.metrics, lambda record: record["epoch"] <= done.get(record["phase"], 0))
-        self.console.print(f"{self.data.name} -> {self.folder}")
-        try:
-            with progress_bars(self.console) as self.progress:
-                self._train_teacher(states["teacher"])
-                layer, nmi = choose_layer(self.teacher, self.data.train_images[:256], self.config.target_nmi)
-                layer = layer if self.config.layer < 0 else self.config.layer
-                self._train_student(layer, states["student"])
-                results = self._results(layer, nmi)
-        except Interrupted:
-            folder = shlex.quote(str(self.folder))
-            self.console.print(f"stopped; go on with the same options and: --out {folder} --resume")
-            raise
+        with self.phases.opened(self.data.name, self._read_states), progress_bars(self.console) as self.progress:
+            done = {name: int(state["epoch"]) if state else 0 for name, state in self.states.items()}
+            keep_lines(self.metrics, lambda record: record["epoch"] <= done.get(record["phase"], 0))
+            self._train_teacher(self.states["teacher"])
+            layer, nmi = choose_layer(self.teacher, self.data.train_images[:256], self.config.target_nmi)
+            layer = layer if self.config.layer < 0 else self.config.layer
+            self._train_student(layer, self.states["student"])
+            results = self._results(layer, nmi)
         self.console.print(_table(results, self.options.dataset))
         self.console.print(f"{time.monotonic() - began:.0f} s; student.safetensors is in {self.folder}")
 
-    def _folder(self) -> Path:
-        out, options = self.options.out, self.options
-        if options.resume:
-            if out is None:
-                raise ValueError("--resume: expected --out with the folder of the run to go on with")
-            path = out / "config.json"
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path}: expected the options of a run of pydistill distill unip, found no file"
-                )
-            try:
-                kept = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path}: expected options as JSON; it is truncated or foreign ({error})") from error
-            if kept != options.stored():
-                raise ValueError(f"--resume: expected the options of the run in {out}, {kept}, got {options.stored()}")
-            return out
-        if out is None:
-            return Path("runs") / f"unip-{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out: expected a new or empty folder, got {out}; --resume goes on with a run")
-        return out
-
-    def _saved(self, name: str) -> dict[str, Tensor] | None:
-        path = self.folder / name
-        return read_safetensors(path, _STATE)[0] if self.options.resume and path.exists() else None
+    def _read_states(self) -> None:
+        files = {name: self.folder / f"{name}-state.safetensors" for name in ("teacher", "student")}
+        self.states = {
+            name: read_safetensors(path, _STATE)[0] if path.exists() else None for name, path in files.items()
+        }
 
     def _on_epoch(self, phase: str, epochs: int, done: int) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
         task = self.progress.add_task(phase, total=epochs, completed=done, note="")

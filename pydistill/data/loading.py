@@ -40,7 +40,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
         ValueError: an unknown name, an argument that the set does not take, or a truncated or foreign file, named
             with what was expected in it.
         FileNotFoundError: a missing folder or file.
-        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed.
+        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed, or torchvision is broken
+            beside this torch.
     """
     if name not in DATASETS:
         raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -131,8 +132,15 @@ def _load_image_folder(folder: Path, image_size: int) -> Dataset:
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise RuntimeError("image-folder needs torchvision, which is not installed: pip install torchvision") from error
+    except (ImportError, OSError, RuntimeError) as error:  # of its compiled operators, which are of another torch
+        kind = f"whl/cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "whl/cpu"
+        raise RuntimeError(
+            f"image-folder needs torchvision, and the one that is installed is broken beside torch {torch.__version__} "
+            f"({error}): install the torchvision of this torch from where torch comes from, such as pip install "
+            f"--force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/{kind}"
+        ) from error
     tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     if not (folder / "train").is_dir() or not tests:
         raise FileNotFoundError(f"root: expected train/<class>/* and test/<class>/* (or val) in {folder}")

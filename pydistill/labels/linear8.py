@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["CLASSES", "pack", "unpack"]
@@ -38,10 +37,13 @@ def pack(values: np.ndarray, group: int) -> np.ndarray:
 def unpack(rows: Tensor, m: int, group: int, device: torch.device) -> Tensor:
     """The numbers, float32 ``[n, m]`` on ``device``, of rows on the CPU that may be longer."""
     groups = -(-m // group)
-    lines = rows[:, : 4 * groups].view(torch.float16).to(device).float().unflatten(1, (groups, 1, 2))
-    codes = rows[:, 4 * groups : 4 * groups + m].to(device).float()
-    codes = F.pad(codes, (0, groups * group - m)).unflatten(1, (groups, group))
-    return codes.mul_(lines[..., 1]).add_(lines[..., 0]).flatten(1)[:, :m]
+    lines = rows[:, : 4 * groups].view(torch.float16).to(device).float().view(-1, groups, 1, 2)
+    numbers = torch.empty(len(rows), groups * group, device=device, dtype=torch.float32)
+    numbers[:, :m] = rows[:, 4 * groups : 4 * groups + m].to(device)
+    numbers[:, m:] = 0
+    parts = numbers.view(-1, groups, group)
+    torch.addcmul(lines[..., 0], parts, lines[..., 1], out=parts)
+    return numbers[:, :m]
 
 
 def _towards(values: np.ndarray, end: float) -> np.ndarray:

@@ -50,6 +50,14 @@ class AST(Matching):
     gradient_penalty: float = 2.0  # of the experts; 0 leaves it out, and lets them train at once
     clip_norm: float | None = None  # longest gradient of an expert
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.match_between and self.syn_steps < self.expert_epochs:
+            raise ValueError(
+                f"syn_steps: expected at least {self.expert_epochs}, one for each of expert_epochs that match_between "
+                f"matches, got {self.syn_steps}"
+            )
+
     def expert_options(self, epochs: int) -> dict[str, Any]:
         smoothing = Smoothing(self.gradient_penalty, _LOSS_DECAY[:epochs], self.clip_norm)
         return {"momentum": 0.9, "weight_decay": 1e-3, "smoothing": smoothing}

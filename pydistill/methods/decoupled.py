@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
+from pydistill.methods.options import check_numbers
 from pydistill.methods.squeeze import Teacher
 from pydistill.nn import BNStatMatcher, freeze
 from pydistill.select import representatives
@@ -34,7 +35,7 @@ from pydistill.trajectory.experts import seeded_generator
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Batch", "RandomImages", "Recover", "merge", "real_images", "recover"]
+__all__ = ["Batch", "RandomImages", "Recover", "check", "iterations_done", "merge", "real_images", "recover"]
 
 _PART, _STATE = "recovered batch", "recovery under way"
 
@@ -88,13 +89,8 @@ class Recover:
         return replace(cls(), **cls.presets.get(dataset, {}))
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            least = 1 if f.name in ("ipc", "batch_size") else 0
-            if not least <= value < math.inf:
-                raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
+        numbers = [f.name for f in fields(self) if type(getattr(self, f.name)) in (int, float)]
+        check_numbers(self, **dict.fromkeys(numbers, 0) | {"ipc": 1, "batch_size": 1})
         for name in ("crop", "flip"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected at most 1, got {getattr(self, name)}")
@@ -170,6 +166,7 @@ def recover(
     rank: int = 0,
     world: int = 1,
     checkpoint_every: int = 100,
+    before_checkpoint: Callable[[dict[str, Any]], None] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Makes this rank's share of the batches, each into a file of ``folder / "parts"``; what is there already, stays.
@@ -184,20 +181,23 @@ def recover(
         real: of `real_images`, for methods that start from real images.
         rank, world: which share of the batches this process makes: every ``world``-th from ``rank`` on.
         checkpoint_every: iterations between two checkpoints of a batch, and between two calls of ``on_step``.
-        on_step: called with ``batch``, ``iteration`` and ``loss``; an exception from it ends the run, which can go on.
+        before_checkpoint: called with ``batch``, ``iteration`` and ``loss`` before each checkpoint is written: a log
+            whose lines are of more than `iterations_done` has those of steps that are taken again.
+        on_step: called with the same after it; an exception from it ends the run, which can go on.
 
     Raises:
         ValueError: teachers of different classes or images, one without BatchNorm or with it in training mode, no real
             images or others than the method starts from, or files of another run in ``folder``.
         FloatingPointError: a loss that is not finite.
     """
-    real = _check(config, teachers, real)
+    check(config, teachers, real)
     parts = Path(folder) / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     for batch in config.batches(teachers[0].num_classes, len(teachers))[rank::world]:
         path = parts / f"{batch.number:05d}.safetensors"
         if not path.exists():
-            images = _make(config, teachers, batch, real, parts, checkpoint_every, on_step)
+            start = real if config.starts_real else None
+            images = _make(config, teachers, batch, start, parts, checkpoint_every, before_checkpoint, on_step)
             tensors = {"images": images, "labels": batch.labels, "place": batch.place}
             write_safetensors(path, tensors, _PART, stored(config, teachers))
         _state_path(parts, batch).unlink(missing_ok=True)
@@ -228,6 +228,15 @@ def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLik
     return DistilledSet(images.flatten(0, 1), labels, 0.01, first.mean, first.std, {**settings, **asdict(config)})
 
 
+def iterations_done(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLike[str], batch: int) -> int:
+    """How many of a batch's iterations the files in ``folder`` hold; ValueError for a file that is none of this run."""
+    path = Path(folder) / "parts" / f"{batch:05d}.safetensors"
+    if path.exists():
+        return config.iterations
+    state = path.with_suffix(".state")
+    return int(_read(state, _STATE, config, teachers)["iteration"]) if state.exists() else 0
+
+
 def stored(config: Recover, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """The options that say what is made, as the files keep them."""
     return {"method": config.name, **asdict(config), "teachers": [teacher.config for teacher in teachers]}
@@ -240,6 +249,7 @@ def _make(
     real: Tensor | None,
     parts: Path,
     checkpoint_every: int,
+    before_checkpoint: Callable[[dict[str, Any]], None] | None,
     on_step: Callable[[dict[str, Any]], None] | None,
 ) -> Tensor:
     """One batch's images, ``[B, C, H, W]`` on the CPU."""
@@ -272,9 +282,9 @@ def _make(
     matcher = BNStatMatcher(net, w_var=config.r_var, first=config.first)
     x.requires_grad_()
     for iteration in range(done, steps):
-        record = config.view(teacher, batch, iteration)
+        shown = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
-        view = multi_crop(images, record.to(device), side, base=base)
+        view = multi_crop(images, shown.to(device), side, base=base)
         logits = net(view.contiguous(memory_format=torch.channels_last))  # in which a frozen network is fastest
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
         (x.grad,) = torch.autograd.grad(loss, x)
@@ -286,11 +296,15 @@ def _make(
                 torch.clamp(x, low, high, out=x)
         if (iteration + 1) % checkpoint_every == 0 or iteration + 1 == steps:
             if not math.isfinite(value := float(loss.detach())):
-                raise FloatingPointError(f"the loss of batch {batch.number} is {value}: a smaller lr may help")
+                where = f"batch {batch.number} is {value} in iteration {iteration + 1}"
+                raise FloatingPointError(f"the loss of {where}: a smaller lr than {config.lr} may help")
+            record = {"batch": batch.number, "iteration": iteration + 1, "loss": value}
+            if before_checkpoint is not None:
+                before_checkpoint(record)
             state = {"x": x, "iteration": torch.tensor(iteration + 1, device="cpu"), **optimizer.state[x]}
             write_safetensors(checkpoint, state, _STATE, stored(config, teachers))
             if on_step is not None:
-                on_step({"batch": batch.number, "iteration": iteration + 1, "loss": value})
+                on_step(record)
     matcher.remove()
     x = x.detach()
     return (x if fixed is None else fixed + x).clamp(low, high).cpu()
@@ -309,7 +323,8 @@ def _read(path: Path, kind: str, config: Recover, teachers: Sequence[Teacher]) -
     return tensors
 
 
-def _check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> Tensor | None:
+def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> None:
+    """What `recover` refuses before it begins, and how it says so."""
     if not teachers:
         raise ValueError("teachers: expected at least one, got none")
     first = teachers[0]
@@ -319,10 +334,9 @@ def _check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) ->
             raise ValueError(f"teachers: expected {wanted}, got {teacher.num_classes} and {list(teacher.shape)}")
         BNStatMatcher(teacher.net).remove()  # raises for a network without BatchNorm, or with it in training mode
     if not config.starts_real:
-        return None
+        return
     count = config.per_class(first.num_classes, len(teachers))[1]
     wanted = [first.num_classes, count, *first.shape]
     if real is None or list(real.shape) != wanted:
         got = "none" if real is None else list(real.shape)
         raise ValueError(f"real: expected the images {wanted} from which {config.name} starts, got {got}")
-    return real

@@ -58,6 +58,23 @@ class DQ(Picking):
     fill: Literal["mean", "bilinear"] = "bilinear"
     """What dropped patches get."""
 
+    def check(self, dataset: Dataset) -> None:
+        for members in self._members(dataset):
+            binned = self.bins * self._size(members)
+            if self.ipc > binned:
+                raise ValueError(f"ipc: expected at most {binned}, the images in the bins of a class, got {self.ipc}")
+        if self.keep < 1 and any(side % self.patch_size for side in dataset.train_images.shape[2:]):
+            sides = list(dataset.train_images.shape[2:])
+            raise ValueError(f"patch_size: expected a divisor of the images' {sides} pixels, got {self.patch_size}")
+
+    def _members(self, dataset: Dataset) -> list[Tensor]:
+        least = self.bins * (self.bin_size or 1)
+        return class_members(dataset, max(self.ipc, least), "ipc, bins * bin_size")
+
+    def _size(self, members: Tensor) -> int:
+        """Images of a class in each bin."""
+        return self.bin_size or len(members) // self.bins
+
 
 def quantize(config: DQ, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Any = None) -> DistilledSet:
     """The images of each class that DQ draws; the same seed gives the same.
@@ -72,14 +89,10 @@ def quantize(config: DQ, dataset: Dataset, teacher: Student, *, lr: float = 0.01
     Raises:
         ValueError: more images or bins than a class has, or patches that do not fill the images.
     """
+    config.check(dataset)
     chosen = []
-    least = config.bins * (config.bin_size or 1)
-    for label, members in enumerate(class_members(dataset, max(config.ipc, least), "ipc, bins * bin_size")):
+    for label, members in enumerate(config._members(dataset)):
         bins = class_bins(config, dataset, teacher, members)
-        if config.ipc > bins.numel():
-            raise ValueError(
-                f"ipc: expected at most {bins.numel()}, the images in the bins of a class, got {config.ipc}"
-            )
         generator = seeded_generator(config.seed, 6, label)
         # a bin's images in an order of its own; then the first of every bin, the second of every bin, ...
         drawn = torch.stack([members[row[torch.randperm(len(row), generator=generator, device="cpu")]] for row in bins])
@@ -104,6 +117,6 @@ def class_bins(config: DQ, dataset: Dataset, teacher: Student, members: Tensor) 
             logits = teacher.classifier(features)
         # d CE / d logits
         factors = logits.double().softmax(1) - F.one_hot(dataset.train_labels[members], logits.shape[1])
-    size = config.bin_size or len(members) // config.bins
+    size = config._size(members)
     picks = graph_cut_greedy(features, size, factors=factors, lam=config.lam, bins=config.bins)
     return picks.view(config.bins, size).cpu()

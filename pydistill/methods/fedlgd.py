@@ -50,6 +50,7 @@ class FedLGD(Config):
     """Hyper-parameters; an iteration is a federated round."""
 
     name: ClassVar[str] = "fedlgd"
+    student_lr: ClassVar[str] = "lr_model"
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
         "digits": {1: _SMALL, 10: _TEN},
         "fashion-mnist": {1: _SMALL, 10: _TEN},

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pydistill.augment import DiffAugment
 from pydistill.labels import Projector, feature_distance
+from pydistill.methods.options import check_numbers
 from pydistill.methods.self_supervised import Encoder
 from pydistill.trajectory.experts import seeded_generator
 
@@ -85,9 +86,10 @@ class HeLlO:
         return cls()
 
     def __post_init__(self) -> None:
-        for name in ("ipc", "teachers", "rank", "head_rank", "fit_epochs", "student_epochs", "batch_size", "students"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        counts = ("ipc", "teachers", "rank", "head_rank", "fit_epochs", "student_epochs", "batch_size", "students")
+        counts += ("encoder_width", "teacher_epochs")
+        weights = ("ce_weight", "beta", "image_steps", "encoder_epochs", "seed")
+        check_numbers(self, **dict.fromkeys(counts, 1), **dict.fromkeys(weights, 0), lr=0.0)
 
     def encoder(self, channels: int, image_size: int) -> Encoder:
         return Encoder(channels, 1, self.encoder_width, 3, image_size)

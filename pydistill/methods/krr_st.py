@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill.matching import krr_loss
+from pydistill.methods.options import check_numbers
 from pydistill.methods.self_supervised import Encoder
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 
@@ -73,9 +74,9 @@ class KRRST:
         return cls()
 
     def __post_init__(self) -> None:
-        for name in ("images", "iterations", "batch_real", "pool", "online_steps", "target_epochs", "students"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        counts = ("images", "iterations", "batch_real", "pool", "online_steps", "target_epochs", "students")
+        counts += ("width", "depth", "probe_images")
+        check_numbers(self, **dict.fromkeys(counts, 1), pretrain_steps=0, lr=0.0, lr_net=0.0, lam=0, seed=0)
 
     def encoder(self, channels: int, outputs: int, image_size: int) -> Encoder:
         return Encoder(channels, outputs, self.width, self.depth, image_size)
@@ -202,7 +203,10 @@ def krr_st(
             f_real = net.embed(images[index])
         loss = krr_loss(f_real, net.embed(x), y, targets[index], lam=config.lam, bias=True)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of iteration {iteration + 1} is {float(loss)}: try a smaller lr")
+            raise FloatingPointError(
+                f"the loss of iteration {iteration + 1} is {float(loss.detach())}: "
+                f"a smaller lr or lr_net may help ({config.lr}, {config.lr_net})"
+            )
         optimizer.param_groups[0]["lr"] = config.lr * (1 - iteration / config.iterations)
         x.grad, y.grad = torch.autograd.grad(loss, (x, y))
         optimizer.step()

@@ -32,6 +32,7 @@ FASHION_MNIST = {
     "lr_lr": 1e-5,
     "lr_teacher": 0.05,
 }
+LEAST_LR = 0.01  # the learnt rate stays at this share of lr_teacher or above
 DSA = "color_crop_cutout_flip_scale_rotate"  # what the papers augment photographs with
 SMALL = {"digits": {1: DIGITS, 10: DIGITS}, "fashion-mnist": {1: FASHION_MNIST, 10: FASHION_MNIST}}
 
@@ -52,10 +53,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Matching(Config):
-    """Hyper-parameters under the names of MTT's code."""
+    """Hyper-parameters under the names of MTT's code.
+
+    The students' learning rate, which is learnt, is kept at a hundredth of ``lr_teacher`` or above: an outer step that
+    would take it lower, or below zero where no student can be trained, ends there, and its record says where it would
+    have led (``lr_below``). HaBa and what descends from it keep it above 0.001.
+    """
 
     needs_experts: ClassVar[bool] = True
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed", "min_start_epoch")
+    student_lr: ClassVar[str] = "lr_teacher"
 
     syn_steps: int = 50  # inner steps on synthetic images
     expert_epochs: int = 2  # how far ahead of the start the target lies
@@ -64,7 +71,7 @@ class Matching(Config):
     batch_syn: int | None = None  # synthetic images per inner step, all of them by default
     lr_img: float = 100.0  # outer learning rate of the images
     lr_lr: float = 1e-7  # outer learning rate of the students' learning rate
-    lr_teacher: float = 0.01  # where the students' learning rate starts
+    lr_teacher: float = 0.01  # where the students' learning rate starts; it is kept above a hundredth of this
     momentum: float = 0.5  # of both outer updates
     student_momentum: float = 0.0  # of the students' SGD
     segments: int = 1  # segments of experts in an outer step, whose gradients are averaged
@@ -115,18 +122,26 @@ class Matching(Config):
 
     # ---- the outer step
 
+    def epochs_needed(self) -> tuple[int, str]:
+        """The least number of epochs of an expert, and by which hyper-parameters."""
+        why = f"max_start_epoch={self.max_start_epoch} and expert_epochs={self.expert_epochs}"
+        return self.max_start_epoch - 1 + self.expert_epochs, why
+
+    def check_start(self, dataset: Dataset, net: nn.Module) -> None:
+        if world()[1] > self.segments:
+            raise ValueError(f"segments: expected one for each of {world()[1]} ranks, got {self.segments}")
+
     def check(self, dataset: Dataset, net: nn.Module, experts: Trajectories | Tensor | None) -> Trajectories:
         if experts is None:
             raise ValueError(f"experts: expected trajectories, which {self.name} matches, got None")
-        if world()[1] > self.segments:
-            raise ValueError(f"segments: expected one for each of {world()[1]} ranks, got {self.segments}")
+        self.check_start(dataset, net)
         if isinstance(experts, ExpertStore):
             experts.check_whitening(dataset.zca is not None)
+        epochs, why = self.epochs_needed()
         try:
-            return as_trajectories(experts, net, self.max_start_epoch - 1 + self.expert_epochs)
+            return as_trajectories(experts, net, epochs)
         except ValueError as error:
-            wanted = f"max_start_epoch={self.max_start_epoch} and expert_epochs={self.expert_epochs}"
-            raise ValueError(f"{error} ({wanted})") from error
+            raise ValueError(f"{error} ({why})") from error
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         rank, ranks = world()
@@ -161,6 +176,11 @@ class Matching(Config):
         found = dict(zip(wanted, grads, strict=True))
         if counted:
             self.update(state, found)
-        record = {"loss": loss.item() / self.segments, "lr": state["lr"].item(), "counted": int(counted)}
+        lr, least = state["lr"].item(), LEAST_LR * self.lr_teacher
+        below = {"lr_below": lr} if lr < least else {}
+        if below:
+            state["lr"] = state["lr"].clamp_min(least)
+            lr = state["lr"].item()
+        record = {"loss": loss.item() / self.segments, "lr": lr, "counted": int(counted)}
         record |= {"grad_norm": found["images"].norm().item()}
-        return record | {"expert": mine[0].expert, "start_epoch": mine[0].start}
+        return record | {"expert": mine[0].expert, "start_epoch": mine[0].start} | below

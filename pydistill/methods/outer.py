@@ -72,6 +72,7 @@ class Config:
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
     needs_experts: ClassVar[bool] = False
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts of which there may be none
+    student_lr: ClassVar[str] = ""  # the learning rate of students on the result, which has to be positive
 
     ipc: int = 1  # synthetic images per class
     iterations: int = 5000  # outer steps
@@ -88,6 +89,8 @@ class Config:
             least = 1 if isinstance(value, int) and "int" in str(f.type) and f.name not in self.may_be_zero else 0
             if not least <= value < math.inf:
                 raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
+        if self.student_lr and not getattr(self, self.student_lr) > 0:
+            raise ValueError(f"{self.student_lr}: expected a positive number, got {getattr(self, self.student_lr)}")
         self.augmentation()  # raises for an unknown operation
 
     @classmethod
@@ -114,6 +117,11 @@ class Config:
     def augmentation(self) -> DiffAugment | None:
         """Of the students' batches, here and where the result is tested."""
         return DiffAugment(self.augment) if self.augment else None
+
+    def check_start(self, dataset: Dataset, net: nn.Module) -> None:
+        """ValueError for what does not fit, as far as it shows before there are experts."""
+        if not self.needs_experts:
+            self.check(dataset, net, None)
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Trajectories | Tensor | None) -> Any:
         """ValueError where the experts do not fit; gives what `step` gets as experts."""
@@ -159,12 +167,13 @@ def distill(
 
     Raises:
         ValueError: the experts do not fit the network, or have too few epochs.
-        FloatingPointError: a student's parameters stop being finite.
+        FloatingPointError: a student's parameters, a loss, a gradient or a learnt rate stops being finite; the
+            iteration is named, and which rates may be too large.
     """
     experts = config.check(dataset, net, experts)
     state = config.initial(dataset, net, experts) if state is None else state
     while state.iteration < config.iterations:
-        record = config.step(state, dataset, net, experts)
+        record = _finite_step(config, state, dataset, net, experts)
         state.iteration += 1
         if on_step is not None:
             on_step(state, {"iteration": state.iteration, **record})
@@ -174,6 +183,19 @@ def distill(
     settings |= {**asdict(config), "flip_batch": augmentation is not None and augmentation.flip_batch}
     space = (dataset.mean, dataset.std)
     return DistilledSet(images.cpu(), labels.cpu(), lr, *space, settings, state.label_kind, dataset.zca)
+
+
+def _finite_step(config: Config, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
+    rates = ", ".join(f"{f.name}={getattr(config, f.name)}" for f in fields(config) if f.name.startswith("lr_"))
+    where, advice = f"iteration {state.iteration + 1}", f"smaller rates may help ({rates})"
+    try:
+        record = config.step(state, dataset, net, experts)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{where}: {getattr(error, 'where', error)}; {advice}") from error
+    for name, value in record.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{where}: {name} is {value}; {advice}")
+    return record
 
 
 def world() -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Pairs(NamedTuple):
 @dataclass(frozen=True)
 class ClassPairs(Config):
     """Hyper-parameters under the names of the authors' code."""
+
+    student_lr: ClassVar[str] = "lr_net"
 
     batch_real: int = 256  # real images of each class, or all there are
     lr_img: float = 1.0  # outer learning rate of the images

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from pydistill.data import Dataset, DistilledSet
 from pydistill.methods.picking import Picking, class_members
@@ -47,6 +48,15 @@ class PCA(Picking):
     soft_labels: bool = False
     """The network's logits for the combined images, instead of their classes."""
 
+    def check(self, dataset: Dataset) -> None:
+        self._members(dataset)
+        height, width = dataset.train_images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"factor: expected a divisor of {height} and {width}, got {self.factor}")
+
+    def _members(self, dataset: Dataset) -> list[Tensor]:
+        return class_members(dataset, self.ipc * self.factor**2, "ipc * factor^2")
+
 
 def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Any = None) -> DistilledSet:
     """The images that PCA makes of each class; the same seed gives the same.
@@ -61,9 +71,10 @@ def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01
     Raises:
         ValueError: a class has too few images, or the factor does not divide the images.
     """
+    config.check(dataset)
     need = config.ipc * config.factor**2
     made, labels = [], []
-    for label, members in enumerate(class_members(dataset, need, "ipc * factor^2")):
+    for label, members in enumerate(config._members(dataset)):
         with torch.no_grad():
             logits = torch.cat([teacher(x) for x in dataset.train_images[members].split(500)])
         found = sample_scores(logits, dataset.train_labels[members], [config.score])[config.score]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, DistilledSet
 from pydistill.evaluate import train_student
+from pydistill.methods.options import check_numbers
 from pydistill.nn.student import Student
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 
@@ -48,16 +48,19 @@ class Picking:
             value = getattr(self, f.name)
             if f.name in self.shares and not 0 < value <= 1:
                 raise ValueError(f"{f.name}: expected a share in (0, 1], got {value}")
-            if f.type == "int" and f.name != "seed" and value < 1:
-                raise ValueError(f"{f.name}: expected at least 1, got {value}")
-        if not 0 < self.teacher_lr < math.inf:
-            raise ValueError(f"teacher_lr: expected a positive number, got {self.teacher_lr}")
+            if f.type == "int":
+                check_numbers(self, **{f.name: int(f.name != "seed")})
+        check_numbers(self, teacher_lr=0.0)
         DiffAugment(self.augment)  # raises for an unknown operation
 
     @classmethod
     def preset(cls, dataset: str, **given: Any) -> Self:
         """The values for a data set; the defaults for one without a preset."""
         return cls(**cls.presets.get(dataset, {}) | given)
+
+    def check(self, dataset: Dataset) -> None:
+        """ValueError for options that do not fit the data set, before a network is trained on it."""
+        raise NotImplementedError
 
     def distilled(
         self, dataset: Dataset, images: Tensor, labels: Tensor, lr: float, label_kind: str = "hard"

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from pydistill.augment import mix_labels
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabelStore
+from pydistill.methods.options import check_numbers
 from pydistill.methods.relabel import Relabel, check_store, replayed
 from pydistill.methods.squeeze import NetworkName, build
 from pydistill.methods.training import OnEpoch, train
 from pydistill.trajectory.experts import seeded_net
 
-__all__ = ["PostTrain", "post_train"]
+__all__ = ["PostTrain", "new_student", "post_train"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,32 @@ class PostTrain:
         """The values for a data set; the defaults for one that is not known."""
         return replace(cls(), **cls.presets.get(dataset, {}))
 
+    def __post_init__(self) -> None:
+        check_numbers(self, width=1, depth=1, lr=0.0, weight_decay=0, seed=0)
+
+
+def new_student(
+    config: PostTrain,
+    distilled: DistilledSet,
+    views: Relabel,
+    store: SoftLabelStore | None,
+    *,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The student before its training; raises what `post_train` does where its arguments do not fit."""
+    _, channels, side, _ = distilled.images.shape
+    if store is not None:
+        if store.num_classes != num_classes:
+            raise ValueError(f"store: expected labels of {num_classes} classes, got {store.num_classes}")
+        check_store(store, views, distilled)
+        store.check_complete()
+    elif distilled.label_kind != "hard" or int(distilled.labels.max()) >= num_classes:
+        raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
+    options = {"channels": channels, "num_classes": num_classes, "image_size": side}
+    make = partial(build, config.network, width=config.width, depth=config.depth, **options)
+    return seeded_net(make, config.seed, 3, device=device)
+
 
 def post_train(
     config: PostTrain,
@@ -80,18 +107,9 @@ def post_train(
     Raises:
         ValueError: a store of other images, classes or views, or without all epochs, which are named.
     """
+    net = new_student(config, distilled, views, store, num_classes=num_classes, device=device)
     images = distilled.images.to(device)
-    count, channels, side, _ = images.shape
-    if store is not None:
-        if store.num_classes != num_classes:
-            raise ValueError(f"store: expected labels of {num_classes} classes, got {store.num_classes}")
-        check_store(store, views, distilled)
-        store.check_complete()
-    elif distilled.label_kind != "hard" or int(distilled.labels.max()) >= num_classes:
-        raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
-    options = {"channels": channels, "num_classes": num_classes, "image_size": side}
-    make = partial(build, config.network, width=config.width, depth=config.depth, **options)
-    net = seeded_net(make, config.seed, 3, device=device)
+    count, side = images.shape[0], images.shape[2]
     optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=config.weight_decay)
     crops = views.crops(side)
 

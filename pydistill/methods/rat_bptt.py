@@ -41,6 +41,7 @@ class RaTBPTT(Config):
     """The paper's hyper-parameters."""
 
     name: ClassVar[str] = "rat_bptt"
+    student_lr: ClassVar[str] = "lr_eval"
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
         "digits": {1: _SMALL, 10: _SMALL},
@@ -77,6 +78,8 @@ class RaTBPTT(Config):
     def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
         if world()[1] > self.segments:
             raise ValueError(f"segments: expected one for each of {world()[1]} ranks, got {self.segments}")
+        if (self.classes or 1) > dataset.num_classes:
+            raise ValueError(f"classes: expected at most the {dataset.num_classes} there are, got {self.classes}")
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
         generator = seeded_generator(self.seed, 5)

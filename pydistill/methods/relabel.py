@@ -21,11 +21,12 @@ from pydistill.augment import MultiCrop, mix_labels, record_from_bytes, record_t
 from pydistill.augment.record import HEADER, MAGIC, PACKED
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabels, SoftLabelStore
+from pydistill.methods.options import check_numbers
 from pydistill.methods.squeeze import Teacher
 from pydistill.nn import freeze
 from pydistill.trajectory.experts import data_crc32, seeded_generator
 
-__all__ = ["Relabel", "check_store", "relabel", "replayed"]
+__all__ = ["Relabel", "check_fit", "check_store", "relabel", "replayed", "views_of"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ class Relabel:
         return replace(cls(), **cls.presets.get(dataset, {}) | (cls.infer if method == "infer" else {}))
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        check_numbers(self, epochs=1, batch_size=1, k=1, temperature=0.0, seed=0)
         self.crops(2)  # raises for numbers that are out of range
         if self.static and self.mix == "cutmix":
             raise ValueError("static: expected mix='mixup' or 'none': cutmix has no label without asking the teachers")
@@ -123,7 +120,7 @@ def relabel(
             the format "features8", or a store of other images or options.
     """
     for teacher in teachers:
-        _check_fit(distilled, teacher.num_classes, teacher.shape)
+        check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
     images = distilled.images.to(device)
     nets, classifier = [freeze(teacher.net) for teacher in teachers], None
@@ -171,6 +168,7 @@ def relabel(
     return SoftLabelStore.open(path)
 
 
+@torch.no_grad()
 def last_linear(net: nn.Module, images: Tensor) -> nn.Linear:
     """The ``nn.Linear`` whose output is the network's, as some images show.
 
@@ -230,6 +228,16 @@ def _metadata(config: Relabel, distilled: DistilledSet) -> dict[str, Any]:
     return {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
 
 
+def views_of(store: SoftLabelStore) -> Relabel:
+    """How the labels in a store were made; ValueError for one that `relabel` has not made."""
+    try:
+        return Relabel(**store.metadata["relabel"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{store.path}: expected labels and views that relabel made, got others ({error!r})"
+        ) from error
+
+
 def check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet) -> None:
     """ValueError for a store of other images than the set's, or of other views than ``config`` says."""
     wanted = _metadata(config, distilled)
@@ -241,7 +249,8 @@ def check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet)
         raise ValueError(f"{store.path}: expected labels of {config}, got some of {', '.join(different)}")
 
 
-def _check_fit(distilled: DistilledSet, num_classes: int, shape: tuple[int, ...]) -> None:
+def check_fit(distilled: DistilledSet, num_classes: int, shape: tuple[int, ...]) -> None:
+    """ValueError for a teacher of other classes or images than the set's."""
     found = len(distilled.config.get("class_names", ())) or int(distilled.labels.max()) + 1
     if found != num_classes:
         raise ValueError(f"teachers: expected {found} classes as the images have, got {num_classes}")

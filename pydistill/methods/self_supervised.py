@@ -56,6 +56,9 @@ class Encoder(Student):
         return self.features(x).mean((2, 3))
 
 
+BATCH = 256  # images of a step of `barlow_twins`, the fewest that it takes
+
+
 def barlow_twins_loss(a: Tensor, b: Tensor, weight: float = 5e-3) -> Tensor:
     """The loss of two views' projections ``[B, q]``."""
     a, b = ((z - z.mean(0)) / (z.std(0, correction=0) + 1e-6) for z in (a, b))
@@ -69,7 +72,7 @@ def barlow_twins(
     images: Tensor,
     *,
     epochs: int,
-    batch_size: int = 256,
+    batch_size: int = BATCH,
     lr: float = 1e-3,
     projection: int = 128,
     augment: DiffAugment | None = None,

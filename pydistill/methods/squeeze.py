@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, read_safetensors, write_safetensors
+from pydistill.methods.options import check_numbers
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.nn.description import describe, from_description, is_untouched
 from pydistill.trajectory.experts import seeded_generator, seeded_net
 
-__all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "squeeze"]
+__all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "squeeze", "untrained"]
 
 NetworkName = Literal["convnet", "resnet18", "resnet50"]
 _KIND = "teacher"
@@ -91,9 +92,7 @@ class Squeeze:
         return replace(cls(), **cls.presets.get(dataset, {}))
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_numbers(self, width=1, depth=1, epochs=1, batch_size=1, lr=0.0, momentum=0, weight_decay=0, seed=0)
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop: expected a share above 0 and at most 1, got {self.crop}")
         if not 0 <= self.flip <= 1:
@@ -216,7 +215,10 @@ def _given(network: nn.Module | Callable[[], nn.Module] | str) -> nn.Module:
     return net
 
 
-def _untrained(config: Squeeze, space: Mapping[str, Any], device: torch.device | str = "cpu") -> Teacher:
+def untrained(config: Squeeze, dataset: Dataset | None) -> Teacher:
+    """The teacher before its training, for a data set's images or for None ImageNet-1K's; ValueError if none fits."""
+    space = _IMAGENET if dataset is None else _space(dataset)
+    device = torch.device("cpu") if dataset is None else dataset.train_images.device
     names, mean, std = space["class_names"], space["mean"], space["std"]
     options = {"channels": len(mean), "num_classes": len(names), "image_size": space["image_size"]}
     make = partial(build, config.network, width=config.width, depth=config.depth, **options)
@@ -239,7 +241,7 @@ def squeeze(
         dataset: real images; their device is where the work is done.
         state, on_epoch: as `pydistill.methods.training.train` takes them.
     """
-    teacher = _untrained(config, _space(dataset), dataset.train_images.device)
+    teacher = untrained(config, dataset)
     images, labels = dataset.train_images, dataset.train_labels
     side = dataset.image_size
     crop = MultiCrop(side, scale=(config.crop, 1.0), flip=config.flip)
@@ -282,7 +284,7 @@ def import_weights(
     """
     wanted = f"the weights of a {config.network}"
     weights = read_state_dict(Path(path), wanted, key)
-    teacher = _untrained(config, _IMAGENET if dataset is None else _space(dataset))
+    teacher = untrained(config, dataset)
     try:
         teacher.net.load_state_dict(weights)
     except RuntimeError as error:

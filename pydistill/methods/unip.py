@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill.divergence import attention_map_divergence, attention_nmi
+from pydistill.methods.options import check_numbers
 from pydistill.nn.vit import ViT
 from pydistill.trajectory.experts import seeded_generator
 
@@ -73,9 +74,8 @@ class UNIP:
         return replace(cls(), target_nmi=0.07)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "teacher_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        counts = ("epochs", "teacher_epochs", "batch_size", "width", "depth", "teacher_width", "teacher_depth", "heads")
+        check_numbers(self, **dict.fromkeys(counts, 1), patch_size=1, lr=0.0, weight_decay=0, warmup_epochs=0, seed=0)
         if not 0 <= self.target_nmi <= 1:
             raise ValueError(f"target_nmi: expected a number in [0, 1], got {self.target_nmi}")
         if not -1 <= self.layer < self.teacher_depth:

@@ -7,7 +7,7 @@ What is taken in, and that nothing in between can be noticed, has to be torch's 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Literal
 
 import torch
@@ -40,8 +40,10 @@ class Graph:
         left: the other BatchNorms that it calls, and why nothing was taken in.
     """
 
-    def __init__(self, module: nn.Module, arguments: Sequence[Any], make: Make):
+    def __init__(self, module: nn.Module, arguments: Sequence[Any], known: Container[nn.Module], make: Make):
         """Trace ``module`` called with ``arguments``: each a tensor, which may be another one later, or a constant.
+
+        Of the BatchNorms the ``known`` ones are fused, if they can be.
 
         Raises:
             Unproven: the graph would not do all that the forward does, whatever the tensors are.
@@ -61,11 +63,10 @@ class Graph:
         self._taken: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []  # with what they have to be
         self.fused: dict[nn.Module, str] = {}
         self.left: dict[nn.Module, str] = {}
-        if any(isinstance(child, BATCH_NORMS) for child in self._children.values()):
-            self._drop_identities()
+        self._drop_identities()
         for node in list(self._graph.nodes):
             bn = self._child(node)
-            if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            if bn is not None and bn in known:
                 why = self._fuse(node, bn, make)
                 if why is not None:
                     self.left[bn] = why
@@ -154,12 +155,30 @@ class Graph:
         return fresh or all(node in chain for node in between)
 
 
+class _Proxy(fx.Proxy):
+    """A placeholder that is changed in place by ``+=``, as tensors are; torch.fx's own becomes another."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def change(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return change
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class _Shallow(fx.Tracer):
     """Placeholders for the tensors alone, and children as leaves."""
 
     def __init__(self, arguments: Sequence[Any]):
         super().__init__()
         self._arguments = arguments
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

@@ -189,7 +189,7 @@ class Reads:
             found = getattr(of, name, None)
             if isinstance(found, ModuleType) and _is_torchs(found):
                 return found
-            if name not in _OPERATORS:
+            if name not in _OPERATORS and not isinstance(found, torch.dtype):
                 raise Unproven(f"it uses {of.__name__}.{name}")
             return _UNKNOWN
         if not isinstance(of, nn.Module):

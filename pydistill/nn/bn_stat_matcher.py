@@ -309,7 +309,7 @@ class _Fused(_Replaced):
             self._graph(self._arguments((torch.empty(0, device="cpu"),), {}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._attached and not what_runs.has_global_hooks() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._attached and not what_runs.has_global_hooks():
             arguments = self._arguments(args, kwargs)
             graph = self._graph(arguments)
             if graph is not None:
@@ -350,7 +350,7 @@ class _Fused(_Replaced):
     def _traced(self, arguments: Sequence[Any]) -> Graph | None:
         module, matcher = self._module, self._matcher
         try:
-            graph = Graph(module, arguments, partial(_FusedBatchNorm, matcher))
+            graph = Graph(module, arguments, matcher._names, partial(_FusedBatchNorm, matcher))
         except Unproven as error:
             for child in module.children():
                 if child in matcher._names:

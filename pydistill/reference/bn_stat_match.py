@@ -11,7 +11,8 @@ Reduction = Literal["norm", "sq"]
 
 def norm(x: Tensor) -> Tensor:
     """The norm over the last dimension, whatever the dtype makes of the squares; its gradient is zero where it is."""
-    unit = x.detach().abs().amax(-1).clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
+    largest = x.detach().abs().amax(-1).clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
+    unit = torch.where((largest > 1e-15) & (largest < 1e15), 1, largest)  # of usual numbers nothing is rounded more
     return unit * torch.linalg.vector_norm(x / unit.unsqueeze(-1), dim=-1)
 
 

@@ -54,6 +54,10 @@ class GenericStudents:
         return self._loss(self._logits(theta, x, buffers), y)
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the generic engine takes gradients, which torch.inference_mode() rules out; torch.no_grad() does not"
+            )
         check_classes(self.label_kind, self.largest_label, y, logits.shape[1])
         return F.cross_entropy(logits, y.softmax(-1) if self.label_kind == "logits" else y)
 

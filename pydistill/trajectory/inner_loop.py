@@ -19,6 +19,14 @@ from pydistill.trajectory.students import ConvNetStudents, Engine, choose_studen
 from pydistill.trajectory.surroundings import Surroundings
 
 
+class NonFiniteError(FloatingPointError):
+    """A student's parameters stopped being finite; ``where`` says in which step."""
+
+    def __init__(self, where: str):
+        super().__init__(f"{where}: the learning rate may be too large; check_finite=False returns them as they are")
+        self.where = where
+
+
 @dataclass
 class Step:
     """What it takes to run a step again, bit for bit."""
@@ -109,7 +117,8 @@ class InnerLoop:
         # the student engine asks nothing of the surroundings and does nothing to them
         self.secluded = isinstance(self.students, ConvNetStudents) and augment is None
         # the backward pass replays steps: it has to find the net in the mode, and torch in the state, they were in
-        self.training = tuple(m.training for m in self.flat.net.modules())
+        self.modes = self._modes()
+        self.code = self._code()
         self.surroundings = None if self.secluded else Surroundings(self.device)
 
     def _draw(self, steps: int, batch_size: int | None, batches: Sequence[Tensor] | None, images: Tensor) -> list[Step]:
@@ -300,14 +309,25 @@ class InnerLoop:
         flags = torch.stack(largest).isfinite().tolist()  # the loop's one synchronisation
         if not all(flags):
             step = flags.index(False) + 1
-            raise FloatingPointError(
-                f"the student's parameters became non-finite in step {step} of {len(flags)}: the learning rate may be "
-                "too large; check_finite=False returns them as they are"
-            )
+            raise NonFiniteError(f"the student's parameters became non-finite in step {step} of {len(flags)}")
 
     def raise_if_changed(self) -> None:
-        if self.training != tuple(m.training for m in self.flat.net.modules()):
+        if self.modes != self._modes():
             raise RuntimeError("net: its training mode changed between the unroll and its backward pass")
+        if self.code != self._code():
+            raise RuntimeError("net: modules, hooks or a forward changed between the unroll and its backward pass")
+
+    def _modes(self) -> list[bool]:
+        return [module.training for module in self.flat.net.modules()]
+
+    def _code(self) -> list[Any] | None:
+        """What calling the net runs; None where the backward pass calls none."""
+        if isinstance(self.students, ConvNetStudents):
+            return None
+        return [
+            (module, vars(module).get("forward"), *module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            for module in self.flat.net.modules()
+        ]
 
     def as_in_forward(self) -> contextlib.AbstractContextManager[None]:
         """What was set in torch when the unroll began."""

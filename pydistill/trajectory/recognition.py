@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-import operator
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pydistill import _library
 from pydistill.nn import Conv2d, InstanceNormReLUAvgPool
@@ -47,9 +47,9 @@ def convnet_shape(
     ``Sigmoid``, ``Tanh`` and ``SiLU``; pools: ``AvgPool2d(2)``, ``MaxPool2d(2)`` or none; convolutions with or without
     biases. On CUDA devices: ``GroupNorm(C, C)``, ReLU, average pool and biases. Nothing else may run: no
     hooks, also none on all modules, no forward set on an instance or in place of a class's own. The forward of a class
-    that is not `pydistill.nn.Student`'s is followed by ``torch.fx``, with whatever attributes and in whatever mode
-    ``net`` has now: what it does has to be just that, whatever the images. A forward that looks at its images' shape or
-    values, beyond ``size(0)`` for a ``view``, cannot be followed.
+    that is not `pydistill.nn.Student`'s is run on a tensor without values, with whatever attributes and in whatever
+    mode ``net`` has now: what it does has to be just that, whatever the images. One that looks at their values or at
+    their number, beyond ``size(0)`` for a ``view``, is not followed.
 
     Args:
         net: as for `FlatModule`.
@@ -119,7 +119,7 @@ def recognised(
         return (
             f"its classifier takes {classifier.in_features} features where {list(image)} images give {shape.features}"
         )
-    return _other_forward(net, device, output) or shape
+    return _other_forward(net, image, dtype, device, output) or shape
 
 
 class _Names:
@@ -245,23 +245,26 @@ def _replaced(kind: type) -> str | None:
     return None
 
 
-def _other_forward(net: nn.Module, device: torch.device, output: Output) -> str | None:
+def _other_forward(
+    net: nn.Module, image: Sequence[int], dtype: torch.dtype, device: torch.device, output: Output
+) -> str | None:
     """Why ``net``'s forward cannot be taken for ``classifier(flatten(features(x)))``, with its logits at ``output``."""
     kind = type(net)
     if kind.forward is Student.forward and kind.embed is Student.embed and not _replaced(kind):
         return f"output={output} takes an element of a tuple" if isinstance(output, int) else None
+    run = _Run(net, device, dtype, image)
     before = [(module, dict(vars(module))) for module in net.modules()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         try:
-            graph = _Tracer(device).trace(_Call(net))
-        except Exception as error:  # whatever a forward does with what is no tensor
-            reason = str(error).partition("\n")[0]
-            return f"{kind.__name__}.forward cannot be followed whatever its images are: {reason}"
+            with run.standing_in():
+                returned = net(run.current)
+        except Exception as error:  # whatever a forward does with what is hardly a tensor
+            run.refused = run.refused or f"it cannot be followed: {str(error).partition(chr(10))[0]}"
         finally:
             changed = [module for module, own in before if _restored(module, own)]
     if changed:
         return f"{kind.__name__}.forward sets attributes of {type(changed[0]).__name__}"
-    found = _follow(net, graph, output)
+    found = run.refused or run.left() or _returned_else(returned, run.current, output)
     return None if found is None else f"{kind.__name__}.forward computes something else than {_FORM}: {found}"
 
 
@@ -278,105 +281,152 @@ def _restored(module: nn.Module, own: dict[str, Any]) -> bool:
     return True
 
 
-class _Call(nn.Module):
-    """What calling ``net`` with images alone runs."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Any:
-        return self.net(x)
+class _Refused(Exception):
+    """A forward did what the engine does not."""
 
 
-class _Tracer(fx.Tracer):
-    """Notes which of torch's and our modules are called, and refuses contexts, of which a graph says nothing."""
+class _Unknown:
+    """A size that a forward may pass on, and not look at."""
 
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device = device.type
+    def __init__(self, run: _Run):
+        self.run = run
+
+    def _refuse(self, *_: Any) -> Any:
+        self.run.refuse("it looks at the number of images, or at sizes of its features")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __index__ = __hash__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __truediv__ = __mod__ = _refuse
+
+
+class _Followed(Tensor):
+    """Images, or what a network has made of them: a tensor without values, and all that is done to it is seen."""
+
+    run: _Run
+    sizes: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, run: _Run, sizes: tuple[Any, ...]) -> _Followed:
+        made = torch.empty(0, device="meta", dtype=run.dtype).as_subclass(cls)
+        made.run, made.sizes = run, sizes
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.flatten:
+            return args[0].flatten(*args[1:], **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            name = getattr(func.__self__, "__name__", name)
+        reason = f"it runs {name}"
+        for each in args:
+            for one in each if isinstance(each, (tuple, list)) else [each]:
+                if isinstance(one, cls):
+                    one.run.refuse(reason)
+        raise _Refused(reason)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.sizes
+
+    @property
+    def ndim(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.run.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.device
+
+    def dim(self) -> int:
+        return len(self.sizes)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.sizes if dim is None else self.sizes[dim]
+
+    def contiguous(self) -> _Followed:
+        return self
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> _Followed:
+        if start_dim != 1 or end_dim not in (-1, 3):
+            self.run.refuse("it runs flatten from another dimension than the first")
+        return self.run.flattened(self)
+
+    def view(self, *size: Any) -> _Followed:
+        rows, *columns = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+        features = self.run.net.classifier.in_features
+        known = len(columns) == 1 and isinstance(columns[0], int)
+        if not known or not (
+            (rows is self.run.count and columns[0] in (-1, features))
+            or (isinstance(rows, int) and rows == -1 and columns[0] == features)
+        ):
+            self.run.refuse("it runs view or reshape to other sizes than [N, features]")
+        return self.run.flattened(self)
+
+    reshape = view
+
+
+class _Run:
+    """A call of ``net`` with its features' layers and its classifier standing aside, who note that they were called."""
+
+    def __init__(self, net: nn.Module, device: torch.device, dtype: torch.dtype, image: Sequence[int]):
+        self.net, self.device, self.dtype, self.count = net, device, dtype, _Unknown(self)
+        self.layers = [layer for layer in net.features if type(layer) is not nn.Identity]
+        self.awaited: list[nn.Module | str] = [*self.layers, "flatten", net.classifier]
+        self.refused: str | None = None
         self.context = self._context()
+        self.current = _Followed.of(self, (self.count, *image))
 
     def _context(self) -> tuple:
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self.device)
+        enabled = torch.is_autocast_enabled(self.device.type)
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), enabled
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__.startswith("torch.nn.") or type(m) in (Conv2d, InstanceNormReLUAvgPool)
+    @contextlib.contextmanager
+    def standing_in(self) -> Iterator[None]:
+        self.context = self._context()
+        aside = [(self.net.features, self.layers), *((layer, [layer]) for layer in [*self.layers, self.net.classifier])]
+        for module, made in aside:
+            module.forward = lambda *args, _made=made, **kwargs: self.called(_made, *args, **kwargs)
+        try:
+            yield
+        finally:
+            for module, _ in aside:
+                del module.forward
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def refuse(self, reason: str) -> None:
+        self.refused = self.refused or reason
+        raise _Refused(reason)
+
+    def called(self, modules: list[Any], *args: Any, **kwargs: Any) -> _Followed:
+        kind = "flatten" if modules == ["flatten"] else type(modules[-1]).__name__
         if self._context() != self.context:
-            raise RuntimeError("it changes the grad mode or autocast")
-        return super().create_node(*args, **kwargs)
+            self.refuse("it changes the grad mode or autocast")
+        if len(args) != 1 or kwargs or args[0] is not self.current:
+            self.refuse(f"it runs {kind} on something else than what comes before")
+        for module in modules:
+            if not self.awaited or self.awaited[0] is not module:
+                self.refuse(f"it runs {kind} out of turn")
+            self.awaited.pop(0)
+        self.current = _Followed.of(
+            self, (self.count, *[_Unknown(self) for _ in range(3 if len(self.awaited) > 1 else 1)])
+        )
+        return self.current
+
+    def flattened(self, x: _Followed) -> _Followed:
+        if x is self.current and len(self.awaited) == 1:  # once more, of what is flat already
+            return x
+        return self.called(["flatten"], x)
+
+    def left(self) -> str | None:
+        if not self.awaited:
+            return None
+        names = [each if isinstance(each, str) else type(each).__name__ for each in self.awaited]
+        return f"it does not run {', '.join(names)}"
 
 
-def _follow(net: nn.Module, graph: fx.Graph, output: Output) -> str | None:
-    """What ``graph`` of a `_Call` has beside the form that the engine computes; None: nothing."""
-    features = [layer for layer in net.features if type(layer) is not nn.Identity]
-    modules = dict(_Call(net).named_modules())
-    called: list[nn.Module | str] = []
-    chain: list[fx.Node] = []  # the images, and what becomes of them
-    shapes, sizes = set(), set()  # nodes that are the shape of one in the chain, and the number of images
-    for node in graph.nodes:
-        args, kwargs, options = node.args, node.kwargs, node.args[1:]
-        onwards = bool(args) and bool(chain) and args[0] is chain[-1]
-        if node.op == "placeholder":
-            chain.append(node)
-        elif node.op == "call_module" and onwards and not options and not kwargs:
-            module = modules[node.target]
-            if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
-                called.append("flatten")
-            elif module is net.features:
-                called += features
-            elif type(module) is not nn.Identity:
-                called.append(module)
-            chain.append(node)
-        elif _is(node, "size") and args[0] in chain and not kwargs and options in ((), (0,)):
-            (sizes if options else shapes).add(node)
-        elif _is(node, getattr) and args[0] in chain and options == ("shape",):
-            shapes.add(node)
-        elif _is(node, operator.getitem) and isinstance(args[0], fx.Node) and args[0] in shapes and options == (0,):
-            sizes.add(node)
-        elif _is(node, "contiguous") and onwards and not options and not kwargs:
-            chain.append(node)
-        elif onwards and _flattens(node, sizes, net.classifier.in_features):
-            called.append("flatten")
-            chain.append(node)
-        elif node.op == "output":
-            return _called_else(called, [*features, "flatten", net.classifier]) or _returned_else(
-                args[0], chain[-1], output
-            )
-        else:
-            return f"it runs {getattr(node.target, '__name__', node.target)}"
-    raise AssertionError("a graph ends with its output")
-
-
-def _is(node: fx.Node, target: Any) -> bool:
-    return node.op == ("call_method" if isinstance(target, str) else "call_function") and node.target == target
-
-
-def _flattens(node: fx.Node, sizes: set[fx.Node], features: int) -> bool:
-    """Whether node makes [N, C, H, W] to [N, features]."""
-    options, kwargs = node.args[1:], dict(node.kwargs)
-    if _is(node, "flatten") or _is(node, torch.flatten):
-        named = dict(zip(("start_dim", "end_dim"), options, strict=False)) | kwargs
-        return named in ({"start_dim": 1}, {"start_dim": 1, "end_dim": -1})
-    if not (_is(node, "view") or _is(node, "reshape")) or kwargs:
-        return False
-    size = options[0] if len(options) == 1 else options
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        return False
-    rows, columns = size
-    return (rows in sizes and columns in (-1, features)) or (rows == -1 and columns == features)
-
-
-def _called_else(called: list[nn.Module | str], expected: list[nn.Module | str]) -> str | None:
-    if len(called) == len(expected) and all(a is b for a, b in zip(called, expected, strict=True)):
-        return None
-    names = [each if isinstance(each, str) else type(each).__name__ for each in called]
-    return f"it runs {', '.join(names) or 'nothing'}"
-
-
-def _returned_else(returned: Any, logits: fx.Node, output: Output) -> str | None:
+def _returned_else(returned: Any, logits: _Followed, output: Output) -> str | None:
     if output == "any":
         return None
     if isinstance(returned, (tuple, list)):

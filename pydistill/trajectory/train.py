@@ -32,6 +32,7 @@ from pydistill.trajectory.inner_loop import (
     repeat,
     select_rows,
 )
+from pydistill.trajectory.recognition import recognised
 from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
 from pydistill.trajectory.step import Batch, Descent
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
@@ -68,10 +69,8 @@ class DivergedError(FloatingPointError):
     """A student's loss or parameters stopped being finite; says which, in which epoch and step (both from 1)."""
 
     def __init__(self, student: int, epoch: int, step: int, what: str):
-        super().__init__(
-            f"{what.format(f'student {student}')} in epoch {epoch}, step {step}: the learning rate may be too large; "
-            "check_finite=False goes on regardless"
-        )
+        self.where = f"{what.format(f'student {student}')} in epoch {epoch}, step {step}"
+        super().__init__(f"{self.where}: the learning rate may be too large; check_finite=False goes on regardless")
         self.student, self.epoch, self.step, self.what = student, epoch, step, what
 
 
@@ -146,7 +145,7 @@ def train_students(
             those draws alone come in another order on the student engine than when students train one by one. Where m
             times as many images come out, one copy of the batch after the other, the labels are repeated. Which size
             of images comes out decides which engine runs: an object may tell it by ``shape_after(shape)``, any other
-            augmentation is tried on a batch beforehand, without a trace in any generator.
+            augmentation is tried on a batch beforehand, where the net does not take images as they are.
             `pydistill.augment.DiffAugment` is one.
         generator: source of the orders and of ``augment.draw``. One, torch's default when None: what students take
             from it is what they would take one after the other. Or E of them, a student's own each.
@@ -199,7 +198,13 @@ def train_students(
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
     given = check_generators(generator, len(theta0))
-    image = _shape_after(augment, images, batch_size, given[0])
+    image = images.shape[-3:]
+    if augment is not None:
+        # a net that takes images as they are says that the augmentation leaves their size
+        found = None if engine == "generic" else recognised(flat, image, images.dtype, images.device, "any")
+        told = hasattr(augment, "shape_after")
+        if told or isinstance(found, str) or _is_of_other_size(eval_data, image):
+            image = _shape_after(augment, images, batch_size, given[0])
     if eval_data is not None:
         _check_eval_data(eval_data, images, image)
     E, N = len(theta0), images.shape[-4]
@@ -502,12 +507,15 @@ def _check_positive(lr: Tensor) -> Tensor:
     return lr
 
 
+def _is_of_other_size(eval_data: Any, image: Sequence[int]) -> bool:
+    known = isinstance(eval_data, (tuple, list)) and eval_data and isinstance(eval_data[0], Tensor)
+    return bool(known) and eval_data[0].shape[1:] != tuple(image)
+
+
 def _shape_after(
-    augment: Callable[..., Tensor] | None, images: Tensor, batch_size: int, generator: torch.Generator | None
+    augment: Callable[..., Tensor], images: Tensor, batch_size: int, generator: torch.Generator | None
 ) -> Sequence[int]:
     """(C, H, W) of augmented images; leaves torch's, numpy's and Python's generators as they are."""
-    if augment is None:
-        return images.shape[-3:]
     if hasattr(augment, "shape_after"):
         return augment.shape_after(images.shape[-4:])[-3:]
     x = (images[0] if images.dim() == 5 else images).detach()[:batch_size]

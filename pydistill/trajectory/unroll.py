@@ -82,8 +82,10 @@ def unroll(
 
     Args:
         net: the student; its parameters are not used, only its structure. In training mode its buffers (BatchNorm's
-            running statistics) change as in the loop above, and not once more in the backward pass. A
-            `pydistill.compat.ReparamModule` is taken for the network inside it.
+            running statistics) change as in the loop above, and not once more in the backward pass. Wrappers, the
+            repositories' ReparamModule among them, stand for the network inside: see `pydistill.trajectory.FlatModule`.
+            As with ``torch.optim.SGD``, parameters that do not require a gradient (unless none does) and those that no
+            loss uses keep their values in theta, without decay or momentum; their gradient is zero.
         theta0: ``[P]`` starting parameters, in ``net.parameters()`` order, or ``[E, P]``: E students at once, the same
             as E calls one after the other.
         images: ``[N, C, H, W]`` synthetic images, dtype and device of theta0; with E students, all train on them, or
@@ -95,14 +97,15 @@ def unroll(
         batch_size: images per step: consecutive chunks of a permutation drawn from ``generator``, a new one when it is
             used up (the last chunk may be smaller), its own for every student. None: all images in every step.
         batches: the steps' batches explicitly, T int64 index vectors, each ``[B]`` or ``[E, B]``; instead of
-            batch_size.
+            batch_size. They are copied.
         generator: source of the permutations and of ``augment.draw``; torch's default when None. Or E of them, a
             student's own each.
         augment: applied to each batch, differentiable in the images. Either an object with
             ``draw(shape, generator) -> record`` and ``__call__(images, record)``, or a plain function of the images
             that draws from torch's global generators; both are replayed bitwise in the backward pass. Other sources
             of randomness (numpy's, Python's) are not. Where m times as many images come out, one copy of the batch
-            after the other, the labels are repeated. `pydistill.augment.DiffAugment` is one.
+            after the other, the labels are repeated. Other sizes of images may come out (MTT's texture mode crops a
+            canvas): those decide which engine runs. `pydistill.augment.DiffAugment` is one.
         label_kind: what ``labels`` holds.
         loss_scale: factor on every step's loss.
         optimizer: "sgd", or `pydistill.trajectory.Adam` with its betas and eps.
@@ -118,7 +121,7 @@ def unroll(
             "first_order": the estimator of TESLA (Cui et al., ICML 2023), **biased**: it takes every theta_k for a
             constant, dL/dX_k = -lr (d g_k / d X_k)^T dL/dtheta_T, dropping the product of (I - lr H_j) over the later
             steps, as it does in dL/dlr; moments are differentiated. Equal to the exact gradient for T = 1 only.
-        output: which element to take where ``net`` returns a tuple.
+        output: which element to take where ``net`` returns a tuple; the student engine computes no other.
         store: where "exact" keeps the vectors: on theta0's device or on the "host".
         store_every: keep every k-th vector (and moments) only; the others are recomputed in the backward pass.
         check_finite: raise if parameters become non-finite; False returns them as they are.
@@ -141,7 +144,9 @@ def unroll(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what it should be.
         FloatingPointError: non-finite parameters; the message names the step.
-        RuntimeError: the gradient of "exact" or "first_order" was itself to be differentiated.
+        RuntimeError: the gradient of "exact" or "first_order" was itself to be differentiated; images, labels, lr, or
+            the net's mode, hooks or modules changed before it was taken; with momentum, Adam or weight_decay, a
+            parameter is used by some steps' losses alone.
     """
     loop = InnerLoop(
         net,

@@ -23,7 +23,7 @@ class Parameters:
     brightness, saturation, contrast = 1.0, 2.0, 0.5
 
 
-def repository_augment(x, strategy, seed, param):
+def repository_augment(x, strategy, seed, param, align_corners=True):
     """One image at a time and one random number after the other, by torch's default generator."""
     B, C, H, W = x.shape
     state = {"seed": seed}
@@ -36,16 +36,16 @@ def repository_augment(x, strategy, seed, param):
         values = draw()
         return values[:1].expand(values.shape)
 
-    def uniform():
-        return random(lambda: torch.rand(B)).tolist()
+    def uniform(dtype=torch.float32):
+        return random(lambda: torch.rand(B, dtype=dtype)).tolist()
 
     def integer(low, high):
         return random(lambda: torch.randint(low, high, (B,))).tolist()
 
     def sampled(image, theta):
         theta = torch.tensor(theta)[None].to(image.dtype)
-        grid = F.affine_grid(theta, [1, C, H, W], align_corners=True)
-        return F.grid_sample(image[None], grid, align_corners=True)[0]
+        grid = F.affine_grid(theta, [1, C, H, W], align_corners=align_corners)
+        return F.grid_sample(image[None], grid, align_corners=align_corners)[0]
 
     names = strategy.split("_")
     if param.aug_mode == "S":
@@ -53,14 +53,14 @@ def repository_augment(x, strategy, seed, param):
     images = list(x)
     for name in names:
         if name == "color":
-            images = [image + (u - 0.5) * param.brightness for image, u in zip(images, uniform(), strict=True)]
+            images = [image + (u - 0.5) * param.brightness for image, u in zip(images, uniform(x.dtype), strict=True)]
             images = [
                 (image - image.mean(0)) * (u * param.saturation) + image.mean(0)
-                for image, u in zip(images, uniform(), strict=True)
+                for image, u in zip(images, uniform(x.dtype), strict=True)
             ]
             images = [
                 (image - image.mean()) * (u + param.contrast) + image.mean()
-                for image, u in zip(images, uniform(), strict=True)
+                for image, u in zip(images, uniform(x.dtype), strict=True)
             ]
         elif name == "crop":
             far = [int(side * param.ratio_crop_pad + 0.5) for side in (H, W)]
@@ -123,6 +123,35 @@ def test_diff_augment_is_the_repositories_function(strategy, mode, seed):
             weights = images_of(*shape)
             grads = (torch.autograd.grad(out, x, weights)[0] for out in (actual, truth))
             torch.testing.assert_close(*grads, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [-1, 12345])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_diff_augment_draws_colours_in_the_dtype_of_the_images(seed, align_corners):
+    param = Parameters()
+    param.aug_mode = "M"
+    x = images_of(3, 3, 9, 12, dtype=torch.float64)
+    torch.manual_seed(5)
+    truth = repository_augment(x, EVERYTHING, seed, param, align_corners)
+    torch.manual_seed(5)
+    actual = diff_augment(x, EVERYTHING, seed, param, align_corners=align_corners)
+    torch.testing.assert_close(actual, truth, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["scale", "rotate"])
+def test_diff_augment_takes_either_grid_of_the_repositories(strategy):
+    """Which is one and the same for square images, but not for others."""
+    for shape in ((2, 3, 9, 12), (2, 3, 8, 8)):
+        x, found = images_of(*shape), {}
+        for align_corners in (True, False):
+            torch.manual_seed(0)
+            truth = repository_augment(x, strategy, -1, Parameters(), align_corners)
+            torch.manual_seed(0)
+            found[align_corners] = diff_augment(x, strategy, align_corners=align_corners)
+            torch.testing.assert_close(found[align_corners], truth, rtol=0, atol=1e-5)
+        apart = (found[True] - found[False]).abs().max()
+        assert (apart > 1e-2) == (strategy == "rotate" and shape[2] != shape[3])
+        assert apart > 1e-2 or apart < 1e-5
 
 
 def test_diff_augment_leaves_the_default_generator_alone_where_a_seed_is_given():

@@ -169,5 +169,5 @@ def check_attention(f, kind: str, dtype: torch.dtype) -> None:
                     assert ((loss - true).abs() <= 64 * eps * size).all(), (edge, tau, loss, true)
                     reach = float(size.max()) if kind == "rkl" else 1.0  # of a row's slope by its scores
                     for found, x, other in zip(torch.autograd.grad(loss.sum(), leaves), truth, (k_s, q_s), strict=True):
-                        bound = 256 * eps * reach * (float(other.abs().max()) / tau + 1e-44)
+                        bound = 256 * eps * reach * float(other.abs().max()) / tau + 1e-40
                         assert (found - x).abs().max() <= bound, (edge, tau, found, x)

@@ -24,10 +24,10 @@ BACKENDS = ["cpu", "reference"]
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("edge", ROWS)
+# a distance to minus infinity is none
+@pytest.mark.parametrize(("kind", "edge"), [(k, e) for k in KINDS for e in ROWS if k != "mse" or "masked" not in e])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kd_divergence(backend, edge, kind):
+def test_kd_divergence(backend, kind, edge):
     def loss(*args, **options):
         return kd_divergence(*args, backend=backend, **options)
 
@@ -96,12 +96,8 @@ def test_a_class_masked_on_both_sides_takes_no_part_in_learned_labels():
                 a, b = (t[:, columns].clone().requires_grad_() for t in (x, labels))
                 first = torch.autograd.grad(loss(a, b), (a, b), create_graph=True)
                 second = torch.autograd.grad(sum(g.sin().sum() for g in first), (a, b))
-                directions = tuple(torch.ones_like(t).cumsum(1)[:, columns] / 9 for t in (x, x))
-                directions = tuple(torch.linspace(-1, 1, x.shape[1]).double().expand_as(x)[:, columns] for _ in (x, x))
-                if kind == "probs":  # a direction into the mask has no derivative
-                    mass = torch.zeros_like(x).index_fill(1, torch.tensor(MASKED), 1) == 0
-                    directions = (directions[0], directions[1] * mass[:, columns])
-                results += [*first, *second, torch.func.jvp(loss, (a.detach(), b.detach()), directions)[1]]
+                directions = [torch.linspace(-1, 1, x.shape[1]).double().expand_as(x)[:, columns]] * 2
+                results += [*first, *second, torch.func.jvp(loss, (a.detach(), b.detach()), tuple(directions))[1]]
             for a, b in zip(found, truth, strict=True):
                 if a.dim():
                     assert (a[:, MASKED] == 0).all()
@@ -144,8 +140,12 @@ def test_contrastive_ce(edge, normalise):
         loss = contrastive_ce(*leaves, **options)
         torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=1e-6)
         found, truth = torch.autograd.grad(loss, leaves), torch.autograd.grad(true, wide)
+        # slopes of scores have errors of a rounding, and differences of them are what is left
+        reach = (
+            scale * float(a.detach().abs().max()) / (float(q.norm(dim=1).max().clamp_min(1e-12)) if normalise else 1)
+        )
         for g, t in zip(found, truth, strict=True):
-            torch.testing.assert_close(g.double(), t, rtol=1e-5, atol=1e-5 * (1e-30 + float(t.abs().max())))
+            torch.testing.assert_close(g.double(), t, rtol=1e-5, atol=1e-6 * reach + 1e-43)
 
 
 @pytest.mark.parametrize("edge", FEATURES)

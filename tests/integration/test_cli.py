@@ -574,7 +574,7 @@ def test_a_resumed_run_keeps_its_options(finished, capsys):
         (["--out", "{tmp}/new", "--dataset", "cifar10", "--root", "{tmp}/full"], "data_batch_1: expected a CIFAR-10"),
         (["--out", "{tmp}/new", "--ipc", "0"], "ipc: expected a finite number of at least 1, got 0"),
         (["--out", "{tmp}/new", "--ipc", "5000"], "ipc: expected at most 142"),
-        (["--out", "{tmp}/new", "--students", "0"], "--students, --checkpoint-every: expected at least 1"),
+        (["--out", "{tmp}/new", "--students", "0"], "--students: expected at least 1, got 0"),
         (["--out", "{tmp}/new", "--depth", "9"], "depth: 9 blocks leave nothing"),
         (
             ["nonsense", "--out", "{tmp}/new"],
@@ -625,7 +625,9 @@ def test_a_run_that_diverges_says_where_and_can_be_looked_at(finished, tmp_path,
     assert len(records(tmp_path / "run", "experts")) == 4
 
 
-@pytest.mark.parametrize(("module", "package"), [("tyro", "tyro"), ("rich", "rich"), ("PIL", "pillow")])
+@pytest.mark.parametrize(
+    ("module", "package"), [("tyro", "tyro"), ("rich", "rich"), ("PIL", "pillow"), ("psutil", "psutil")]
+)
 def test_a_missing_package_is_one_sentence(module, package):
     code = f"import sys; sys.modules[{module!r}] = None; from pydistill.cli import main; main(['distill'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)

@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused_by_name(made, tmp_path, capsys):
         capsys, *recover, "--method", "mtt", "--out", tmp_path / "a"
     )
     assert "--out: expected a new or empty folder" in fails(capsys, *recover, "--out", made["folder"])
-    assert "expected the options of a run of recover, found no file" in fails(
+    assert "expected the options of a run of pydistill recover to go on with, found no file" in fails(
         capsys, *recover, "--out", tmp_path / "a", "--resume"
     )
     other = ("recover", "--teacher", made["teacher"], *RECOVER, "--lr", "0.3")

@@ -132,7 +132,7 @@ def test_at_the_edges(kind: str) -> None:
     def loss(*args, **options):
         return kd_divergence(*args, backend="triton", **options)
 
-    for edge in ROWS:
+    for edge in [name for name in ROWS if kind != "mse" or "masked" not in name]:
         for T in (0.05, 50.0):
             for probs in (False, True) if kind not in ("ce", "mse") else (False,):
                 check_divergence(loss, edge, kind, T, probs, torch.float32)

@@ -124,7 +124,7 @@ def test_pca_takes_the_hard_or_labels_softly(dataset, teacher):
         (lambda d, t: DQ(bins=0), "bins: expected at least 1, got 0"),
         (lambda d, t: DQ(keep=0.0), r"keep: expected a share in \(0, 1\], got 0.0"),
         (lambda d, t: PCA(prune=1.5), r"prune: expected a share in \(0, 1\], got 1.5"),
-        (lambda d, t: PCA(teacher_lr=-1), "teacher_lr: expected a positive number, got -1"),
+        (lambda d, t: PCA(teacher_lr=-1), "teacher_lr: expected a positive finite number, got -1"),
         (lambda d, t: PCA(augment="blur"), "blur"),
         (lambda d, t: quantize(DQ(ipc=1000), d, t), "ipc, bins . bin_size: expected at most 1.., .* got 1000"),
         (lambda d, t: quantize(DQ(ipc=5, bins=2, bin_size=2), d, t), "ipc: expected at most 4, the images in the bins"),
@@ -185,7 +185,7 @@ def test_a_stopped_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
         (["mtt"], "method: expected pydistill select and one of dq, pca, got 'mtt'"),
         (["dq", "--dataset", "cifar"], "--dataset: expected one of digits"),
         (["dq", "--ipc", "500"], "ipc: expected at most"),
-        (["pca", "--students", "-1"], "--students, --student-epochs, --lr-student: expected 0, 1"),
+        (["pca", "--students", "-1"], "--students: expected at least 0, got -1"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments, message, capsys):

@@ -284,6 +284,11 @@ def test_changes_between_the_passes_are_noticed():
     with pytest.raises(RuntimeError, match="training mode changed"):
         theta.sum().backward()
     net.train()
+    theta = pydistill.unroll(net, theta0, X, labels, lr, engine="generic", **options)
+    handle = net.classifier.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(RuntimeError, match="modules, hooks or a forward changed"):
+        theta.sum().backward()
+    handle.remove()
     theta = pydistill.unroll(net, theta0, X, labels, lr, **options)
     with torch.no_grad():
         X += 1
