@@ -477,9 +477,9 @@ def _check_all(
     chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
     if chosen == "reference" and precision != "fp32":
         raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
-    if chosen == "cuda" and not shape.fused:
+    if chosen == "cuda" and not (shape.fused and shape.biased):
         raise NotImplementedError(
-            "convnet_step: backend='cuda' has blocks of instance norm, ReLU and average pool only"
+            "convnet_step: backend='cuda' has blocks of biases, instance norm, ReLU and average pool only"
         )
     if chosen == "cpu" and precision == "tf32":
         raise NotImplementedError("convnet_step: backend='cpu' has no precision='tf32'")
