@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,13 @@ class GenericStudents:
         return self
 
     def _logits(self, theta: Tensor, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        return self._checked(lambda: self.flat(theta, x, buffers=buffers), x)
+
+    def _checked(self, forward: Callable[[], Any], x: Tensor) -> Tensor:
+        """What the net's ``forward`` of x gives, as logits."""
         half = self.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
-            logits = self.flat(theta, x, buffers=buffers)
+            logits = forward()
         if self.output is not None:
             logits = logits[self.output]
         if not isinstance(logits, Tensor):
