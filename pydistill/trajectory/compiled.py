@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pydistill.ops.frozen_conv2d import filter_points
-from pydistill.trajectory.generic import GenericStudents
+from pydistill.trajectory.generic import GenericStudents, stacked
 from pydistill.trajectory.step import Adjoint, Batch, Descent, of_student
 
 _log = logging.getLogger("pydistill")
@@ -66,7 +67,7 @@ class CompiledStudents(GenericStudents):
                     buffer.copy_(value)
             found.append((loss, grad, logits))
         losses, grads, logits = zip(*found, strict=True)
-        return Descent(_stacked(losses), _stacked(grads), _stacked(logits) if with_logits else None)
+        return Descent(stacked(losses), stacked(grads), stacked(logits) if with_logits else None)
 
     def adjoint(
         self,
@@ -88,8 +89,8 @@ class CompiledStudents(GenericStudents):
             own = dict(self.flat.net.named_buffers()) if buffers is None else buffers
             step = self._step("adjoint", row, direction[e], x, y, own, wanted)
             slope, *parts = step(row.detach(), direction[e].detach(), x.detach(), y.detach(), *own.values())
-            found.append((slope, *(part.mul_(scale[e]) for part in parts)))
-        joined = dict(zip(("slope", *wanted), (_stacked(parts) for parts in zip(*found, strict=True)), strict=True))
+            found.append((slope, *(part * scale[e] for part in parts)))
+        joined = dict(zip(("slope", *wanted), (stacked(parts) for parts in zip(*found, strict=True)), strict=True))
         return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
 
     def _step(
@@ -117,8 +118,7 @@ class CompiledStudents(GenericStudents):
         arguments = [t.detach() for t in (*given, *buffers.values())]
         started = time.perf_counter()
         with _watched(self.flat.net), torch.enable_grad():
-            function = self._gradient_of(buffers) if kind == "gradient" else self._adjoint_of(buffers, wanted)
-            graph = _traced(function, arguments, None if direction is None else 1)
+            graph = self._graph_of(kind, arguments, buffers, wanted)
         traced = time.perf_counter() - started
         step = torch.compile(graph, fullgraph=True, dynamic=False)
         with torch.no_grad():
@@ -137,9 +137,25 @@ class CompiledStudents(GenericStudents):
             _steps.popitem(last=False)
         return run
 
-    def _gradient_of(self, buffers: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
+    def _graph_of(
+        self, kind: str, arguments: Sequence[Tensor], buffers: dict[str, Tensor], wanted: tuple[str, ...]
+    ) -> fx.GraphModule:
+        """In channels-last, or as it comes where torch's forward mode cannot take a view of that."""
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            gradient = kind == "gradient"
+            make = self._gradient_of if gradient else partial(self._adjoint_of, wanted=wanted)
+            function = make(buffers, partial(_laid_out, memory_format))
+            try:
+                return _traced(function, arguments, None if gradient else 1)
+            except _Untraceable as error:
+                reason = error
+        raise ValueError(f"engine: expected a net that can be traced to be compiled, but {reason}") from reason
+
+    def _gradient_of(
+        self, buffers: dict[str, Tensor], lay_out: Callable[[Tensor], Tensor]
+    ) -> Callable[..., list[Tensor]]:
         def gradient(theta: Tensor, x: Tensor, y: Tensor, *own: Tensor) -> list[Tensor]:
-            x, parameters = _laid_out(x), _parts(self.flat.unflatten(theta))
+            x, parameters = lay_out(x), self._parts(theta, lay_out)
             grads, (loss, (logits, after)) = torch.func.grad_and_value(self._traceable_loss(buffers), has_aux=True)(
                 parameters, x, y, own
             )
@@ -147,12 +163,14 @@ class CompiledStudents(GenericStudents):
 
         return gradient
 
-    def _adjoint_of(self, buffers: dict[str, Tensor], wanted: tuple[str, ...]) -> Callable[..., list[Tensor]]:
+    def _adjoint_of(
+        self, buffers: dict[str, Tensor], lay_out: Callable[[Tensor], Tensor], wanted: tuple[str, ...]
+    ) -> Callable[..., list[Tensor]]:
         places = {"curvature": 0, "images": 1, "labels": 2}
         argnums = tuple(places[name] for name in wanted)
 
         def adjoint(theta: Tensor, direction: Tensor, x: Tensor, y: Tensor, *own: Tensor) -> list[Tensor]:
-            x = _laid_out(x)
+            x = lay_out(x)
             loss_of = self._traceable_loss(buffers)
 
             def at(parameters: dict[str, Tensor]) -> tuple[Tensor, tuple]:
@@ -161,7 +179,7 @@ class CompiledStudents(GenericStudents):
                 grads, (loss, _) = torch.func.grad_and_value(loss_of, argnums, has_aux=True)(parameters, x, y, own)
                 return loss, grads
 
-            parameters, along = (_parts(self.flat.unflatten(t)) for t in (theta, direction))
+            parameters, along = (self._parts(t, lay_out) for t in (theta, direction))
             _, (slope, grads) = torch.func.jvp(at, (parameters,), (along,))
             parts = dict(zip(wanted, grads, strict=True))
             if "curvature" in parts:
@@ -183,6 +201,9 @@ class CompiledStudents(GenericStudents):
             return found, (logits, list(after.values()))
 
         return loss
+
+    def _parts(self, theta: Tensor, lay_out: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {name: lay_out(p) for name, p in self.flat.unflatten(theta).items()}
 
     def _joined(self, grads: dict[str, Tensor]) -> Tensor:
         return torch.cat([grads[name].reshape(-1) for name in self.flat.names])
@@ -227,16 +248,12 @@ class CompiledStudents(GenericStudents):
 _steps: OrderedDict[tuple, Callable[..., list[Tensor]]] = OrderedDict()
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+def _laid_out(memory_format: torch.memory_format, x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def _parts(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _laid_out(p) for name, p in parameters.items()}
+class _Untraceable(Exception):
+    """What stopped a trace."""
 
 
 def _structure(net: nn.Module) -> tuple:
@@ -324,10 +341,11 @@ def _traced(
 ) -> fx.GraphModule:
     """``function`` as one graph of aten's operators, without what its results do not need."""
     try:
-        graph = make_fx(function, tracing_mode="fake")(*arguments)
+        # what the cache gives for a view has forgotten that it is one, and forward mode asserts that it is
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            graph = make_fx(function, tracing_mode="fake")(*arguments)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"engine: expected a net that can be traced to be compiled, but {reason[0]}") from error
+        raise _Untraceable((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
     for node in graph.graph.nodes:
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"engine: expected a net that draws no random numbers to be compiled, it calls {node}")
@@ -429,9 +447,9 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
             return graph.call_function(torch.ops.pydistill.frozen_conv2d.default, (x, *both, 3, 1))
 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    module.register_buffer("filter_points", filter_points(placeholders[0].meta["val"].dtype))
     with graph.inserting_before(placeholders[0]):
         points = graph.get_attr("filter_points")
-    module.register_buffer("filter_points", filter_points(placeholders[0].meta["val"].dtype))
     for node in list(graph.nodes):
         if node is points:
             continue
@@ -513,13 +531,14 @@ def _wide(x: Tensor) -> Tensor:
 def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    C = x.shape[1]
-    wide = _wide(x)
-    if num_groups == C:
-        y = _normalised(wide, tuple(range(2, x.dim())), eps)
-    else:
-        y = _normalised(wide.unflatten(1, (num_groups, C // num_groups)), tuple(range(2, x.dim() + 1)), eps)
-        y = y.flatten(1, 2)
+    wide, (N, C), dims = _wide(x), x.shape[:2], tuple(range(2, x.dim()))
+
+    def mean(of: Tensor) -> Tensor:  # first of the channels: a view of the whole would not keep channels-last strides
+        each = of.mean(dims).view(N, num_groups, C // num_groups)
+        return each.mean(2, keepdim=True).expand_as(each).reshape(N, C, *(1 for _ in dims))
+
+    centred = wide - mean(wide)
+    y = centred * torch.rsqrt(mean(centred.square()) + eps)
     return _affine(y, weight, bias).to(x.dtype)
 
 
