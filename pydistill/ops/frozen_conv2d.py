@@ -182,8 +182,8 @@ def filter_points(dtype: torch.dtype, device: torch.device | str = "cpu", taps: 
     finite = ((0.0, 1 / (a * b) ** 2), (a, of_a), (-a, of_a), (b, of_b), (-b, of_b))
     rows = [[point**i * scale for i in range(taps)] for point, scale in finite]
     rows.append([0.0] * (taps - 1) + [1.0])  # infinity
-    g = torch.tensor(rows, dtype=torch.float64)  # [6, taps]
-    return torch.kron(g, g).to(device=device, dtype=dtype)
+    g = torch.tensor(rows, dtype=torch.float64, device=device)  # [6, taps]
+    return torch.kron(g, g).to(dtype)
 
 
 def _transformed(weight: Tensor, form: torch.dtype) -> Tensor:
