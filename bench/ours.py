@@ -95,6 +95,16 @@ def exact_students(scaled: Any) -> Thunk:
     return trajectory_match(scaled.problem, scaled.students, mode="exact", engine="student")
 
 
+def exact_compiled(problem: Problem) -> Thunk:
+    return trajectory_match(problem, mode="exact", engine="compiled")
+
+
+def exact_generic(problem: Problem, share: float) -> Thunk:
+    """Within ``share`` of what the loop by hand keeps."""
+    memory = int(share * problem.steps * eager.graph_bytes(problem))
+    return trajectory_match(problem, mode="exact", engine="generic", memory=memory)
+
+
 def first_order(problem: Problem) -> Thunk:
     return trajectory_match(problem, mode="first_order", engine="student")
 

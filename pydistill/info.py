@@ -46,10 +46,11 @@ def engine(
         output: as for `pydistill.unroll`.
 
     Returns:
-        "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run.
+        "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run. Those nets
+        run on autograd: compiling a step takes minutes, which is done for ``engine="compiled"`` alone.
     """
     found = convnet_shape(net, image, FlatModule(net).dtype, device, output=output)
-    return f"generic: {found}" if isinstance(found, str) else f"student: {found}"
+    return f"generic: {found}; engine='compiled' would compile it" if isinstance(found, str) else f"student: {found}"
 
 
 def collect() -> dict[str, Any]:
@@ -76,7 +77,8 @@ def main() -> None:
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
     print("\nstudent engine: 3x3 convolutions, GroupNorm(C, C), ReLU, AvgPool2d(2) and a linear classifier;")
-    print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why")
+    print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why;")
+    print("    engine='compiled' compiles their steps (minutes), which 'auto' never does")
     for op, table in operators.items():
         print(f"\n{op}")
         for backend, state in table.items():

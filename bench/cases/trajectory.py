@@ -258,6 +258,53 @@ UNROLL_STEP_LARGE = _kinds_case(
 )
 
 
+def _network_points(case: Case, config: Config) -> list[Point]:
+    steps = config["steps"]
+    return [
+        Point(name, partial(_network, config, name), tuple(case.providers), per=steps) for name in config["networks"]
+    ]
+
+
+def _network(config: Config, name: str) -> Problem:
+    return make_problem(**{**config, "network": name})
+
+
+def _network_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    for name in config["networks"]:
+        values = {provider: value for (_, x, provider), value in medians.items() if x == name}
+        for provider, bound in (("compiled-engine", 1.5), ("generic-half", 1.0), ("generic-eighth", 0.9)):
+            if provider in values:
+                speedup = values["eager-plain"] / values[provider]
+                yield Check(provider, f"{name}, speed-up over eager-plain", speedup, bound, at_least=True)
+
+
+_NETWORK_GATE = {"network": "tiny", "channels": 3, "classes": 4, "image_size": 8, "images": 6, "batch": 4, "steps": 4}
+
+# the networks of the cross-architecture tables, which the student engine does not run
+UNROLL_NETWORKS = Case(
+    name="unroll_networks",
+    metric="time per inner step",
+    unit="s",
+    x_name="network",
+    providers={
+        "eager-plain": Entry(eager.prepare, "exact"),
+        "generic-half": Entry(partial(ours.exact_generic, share=0.5), "exact"),
+        "generic-eighth": Entry(partial(ours.exact_generic, share=0.125), "exact"),
+        "compiled-engine": Entry(ours.exact_compiled, "exact"),
+    },
+    full={"channels": 3, "classes": 10, "image_size": 32, "images": 50, "batch": 50, "steps": 10, "lr": 0.01}
+    | {"networks": ("resnet18", "vgg11", "alexnet"), "gate": {**_NETWORK_GATE, "lr": 0.05}},
+    quick={**_NETWORK_GATE, "networks": ("tiny",), "gate": {**_NETWORK_GATE, "lr": 0.05}},
+    repeats=3,
+    points=_network_points,
+    gate=_unroll_gate,
+    check=_unroll_check,
+    must_show=_network_must_show,
+    brief={"steps": 2, "networks": ("alexnet",)},
+    brief_providers=("eager-plain", "generic-half", "compiled-engine"),
+)
+
+
 @dataclass(frozen=True)
 class Scaled:
     """`Problem` for some students at once, all with its theta0, images and target."""
@@ -363,6 +410,44 @@ UNROLL_MEMORY = Case(
     problem=_memory_problem,
     brief={"steps": (1, 2, 5), "eager_steps": 5},
 )
+
+
+def _network_memory_points(case: Case, config: Config) -> list[Point]:
+    return [Point(config["steps"], partial(_network_memory_problem, config, config["steps"]), tuple(case.providers))]
+
+
+def _network_memory_problem(config: Config, steps: int) -> Problem:
+    return make_problem(**{**config, "steps": steps})
+
+
+def _network_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
+    values = {provider: value for (_, _, provider), value in medians.items()}
+    for provider, bound in (("compiled-engine", 8.0), ("generic-half", 2.0), ("generic-eighth", 8.0)):
+        if provider in values and "eager-plain" in values:
+            ratio = values["eager-plain"] / values[provider]
+            yield Check(provider, "eager-plain's peak over its own", ratio, bound, at_least=True)
+
+
+def _network_memory(network: str) -> Case:
+    return replace(
+        UNROLL_NETWORKS,
+        name=f"unroll_{network}_memory",
+        metric="peak memory above the process's baseline",
+        unit="MiB",
+        x_name="steps",
+        full={**UNROLL_NETWORKS.full, "network": network, "check_steps": 2},
+        quick={**UNROLL_NETWORKS.quick, "check_steps": 2},
+        repeats=1,
+        points=_network_memory_points,
+        must_show=_network_memory_must_show,
+        problem=_network_memory_problem,
+        brief={},
+    )
+
+
+UNROLL_RESNET18_MEMORY = _network_memory("resnet18")
+UNROLL_VGG11_MEMORY = _network_memory("vgg11")
+UNROLL_ALEXNET_MEMORY = _network_memory("alexnet")
 
 
 def _outer_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:

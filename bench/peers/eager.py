@@ -26,6 +26,23 @@ def matching_loss(theta: Tensor, problem: Problem) -> Tensor:
     return (theta - problem.target).square().sum() / (problem.theta0 - problem.target).square().sum()
 
 
+def graph_bytes(problem: Problem) -> int:
+    """What autograd keeps of the loop's first step, which is alive until the last."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    index, theta = problem.batches[0], problem.theta0.clone().requires_grad_()
+    images = problem.images[index].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = inner_loss(problem.net, theta, images, problem.labels[index])
+        torch.autograd.grad(loss, theta, create_graph=True)
+    return sum(sizes.values())
+
+
 def prepare(problem: Problem, net: nn.Module | None = None, *, first_order: bool = False) -> Thunk:
     """`net` replaces the plain ConvNet by an accelerated one of the same parameters (the drop-in level of adoption).
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .augment import draw_single
 from .plain_convnet import PlainConvNet
+from .plain_networks import NETWORKS
 
 
 class Result(NamedTuple):
@@ -26,7 +27,7 @@ Thunk = Callable[[], Result]
 class Problem:
     """T steps of plain SGD from `theta0` on `images`, step k seeing `images[batches[k]]`, matched with `target`."""
 
-    net: PlainConvNet
+    net: nn.Module  # a PlainConvNet, or one of NETWORKS
     theta0: Tensor  # [P], in net.parameters() order
     target: Tensor  # [P]
     images: Tensor  # [N, C, H, W]
@@ -48,8 +49,6 @@ def make_problem(
     *,
     channels: int,
     classes: int,
-    width: int,
-    depth: int,
     image_size: int,
     images: int,
     batch: int,
@@ -60,12 +59,21 @@ def make_problem(
     augment: bool = False,
     lambdas: bool = False,
     kind: dict[str, Any] | None = None,
+    network: str | None = None,
+    width: int = 0,
+    depth: int = 0,
     **_: Any,
 ) -> Problem:
-    """Drawn in float64 and rounded to `dtype`, so that the same seed is the same problem in every precision."""
+    """Drawn in float64 and rounded to `dtype`, so that the same seed is the same problem in every precision.
+
+    The net is one of `NETWORKS`, or else a ConvNet of ``width`` and ``depth``.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = PlainConvNet(channels, classes, width, depth, image_size, **(kind or {}))
+        if network is None:
+            net: nn.Module = PlainConvNet(channels, classes, width, depth, image_size, **(kind or {}))
+        else:
+            net = NETWORKS[network](channels, classes)
     generator = torch.Generator().manual_seed(seed)
     theta0 = torch.nn.utils.parameters_to_vector(net.parameters()).detach().double()
     # a random direction of an expert segment's length: it weighs every parameter, so no term of the gradient can hide

@@ -74,6 +74,8 @@ def class_gradients(
     blocked = None
     if min(groups.sizes) < max(groups.sizes) and any(isinstance(m, nn.BatchNorm2d) for m in flat.net.modules()):
         blocked = "its BatchNorm takes each class as one batch, and the classes have unequal numbers of images"
+    if engine == "compiled":
+        raise ValueError("engine: expected 'auto', 'student' or 'generic', got 'compiled', which trains students")
     students = choose_students(engine, flat, images, "hard", output, max(groups.classes), precision, blocked)
     trained = flat.trained(theta)
     if isinstance(students, GenericStudents):

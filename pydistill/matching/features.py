@@ -90,6 +90,8 @@ def features(
         blocked = "theta requires a gradient, which the features of the student engine do not have"
     elif images.device.type != "cpu":
         blocked = f"its features have no kernel for {images.device.type} tensors"
+    if engine == "compiled":
+        raise ValueError("engine: expected 'auto', 'student' or 'generic', got 'compiled', which trains students")
     students = choose_students(engine, flat, images, "hard", "any", 0, precision, blocked)
     if isinstance(students, GenericStudents):
         return _by_autograd(flat, theta, images, p, axis, layers, precision == "bf16")

@@ -175,16 +175,21 @@ def _by_cells(weight: Tensor) -> Tensor:
     return even.view(K, C, taps, 2, taps, 2).permute(0, 3, 5, 1, 2, 4).reshape(K, 4 * C, taps, taps)
 
 
-def _transformed(weight: Tensor, form: torch.dtype) -> Tensor:
-    """G w G^T in float64, as FrozenFilters has it."""
-    K, C, taps, _ = weight.shape
+def filter_points(dtype: torch.dtype, device: torch.device | str = "cpu", taps: int = 3) -> Tensor:
+    """``[36, taps * taps]``: what makes a filter's value at each point of its taps."""
     a, b = _POINTS
     of_a, of_b = 1 / (2 * a**2 * (a**2 - b**2)), 1 / (2 * b**2 * (b**2 - a**2))
     finite = ((0.0, 1 / (a * b) ** 2), (a, of_a), (-a, of_a), (b, of_b), (-b, of_b))
     rows = [[point**i * scale for i in range(taps)] for point, scale in finite]
     rows.append([0.0] * (taps - 1) + [1.0])  # infinity
-    g = torch.tensor(rows, dtype=torch.float64, device=weight.device)  # [6, taps]
-    both = torch.kron(g, g)  # [36, taps * taps]
+    g = torch.tensor(rows, dtype=torch.float64, device=device)  # [6, taps]
+    return torch.kron(g, g).to(dtype)
+
+
+def _transformed(weight: Tensor, form: torch.dtype) -> Tensor:
+    """G w G^T in float64, as FrozenFilters has it."""
+    K, C, taps, _ = weight.shape
+    both = filter_points(torch.float64, weight.device, taps)
     lanes = 16 if form == torch.int16 else _VECTOR // form.itemsize
     vectors = -(-K // lanes)
     out = torch.zeros((36, vectors * lanes, C), dtype=form, device=weight.device)

@@ -1,26 +1,60 @@
-"""Students that are any module: a step by autograd."""
+"""Students that are any module: a step by autograd.
+
+Two things make it cheaper than the same loop by hand. Convolutions, and group norms with a group a channel, run on
+operators whose second derivative is made of ordinary convolutions and of one pass over memory. And the steps at the
+end keep their graphs for the reverse sweep, as many as a budget allows, which then need not be run again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from pydistill.ops import conv2d, instance_norm_relu_avg_pool
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes, of_student
 
 
+class _Graph(NamedTuple):
+    """A student's step whose gradient can be differentiated: its leaves and that gradient."""
+
+    theta: Tensor
+    images: Tensor
+    labels: Tensor
+    grad: Tensor
+
+
 class GenericStudents:
     """Any module, by autograd, one student after the other."""
+
+    AUTO = 256 << 20  # bytes of graphs that memory="auto" allows
 
     def __init__(
         self, flat: FlatModule, label_kind: LabelKind, output: int | None, largest_label: int, precision: Precision
     ):
         self.flat, self.label_kind, self.output = flat, label_kind, output
         self.largest_label, self.precision = largest_label, precision
+        self.graphs: dict[int, list[_Graph]] = {}
+        self._room, self._steps = 0, 0
+        self._first_kept: int | None = 0  # None: not known yet
+        self._moving = (False, False)
+
+    def plan(self, memory: Literal["auto"] | int, steps: int, stored: int, *, images: bool, labels: bool) -> None:
+        """Steps, the last first, keep their graphs within ``memory``; ``stored``: what the unroll keeps of parameters.
+
+        How large a graph is turns out in the first step. ``images``, ``labels``: what they are differentiated in.
+        """
+        self._room = self.AUTO if memory == "auto" else memory - stored
+        if self._room < 0:
+            raise ValueError(f"memory: expected at least {stored} bytes for this unroll, got {memory}")
+        self._steps, self._first_kept, self._moving = steps, None, (images, labels)
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """[E, B, K], with the module in the mode it is in."""
@@ -33,9 +67,14 @@ class GenericStudents:
 
     def _logits(self, theta: Tensor | dict[str, Tensor], x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         """theta as a vector, or what `FlatModule.unflatten` makes of it."""
+        call = self.flat if isinstance(theta, Tensor) else self.flat.at
+        return self._checked(lambda: call(theta, x, buffers=buffers), x)
+
+    def _checked(self, forward: Callable[[], Any], x: Tensor) -> Tensor:
+        """What the net's ``forward`` of x gives, as logits."""
         half = self.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
-            logits = (self.flat if isinstance(theta, Tensor) else self.flat.at)(theta, x, buffers=buffers)
+            logits = forward()
         if self.output is not None:
             logits = logits[self.output]
         if not isinstance(logits, Tensor):
@@ -70,16 +109,42 @@ class GenericStudents:
         *,
         with_logits: bool = False,
     ) -> Descent:
-        found = []
+        found, graphs = [], []
         for e, row in enumerate(theta):
+            x, y = (t.detach() for t in of_student(batch, e))
+            measured = keep is not None and self._first_kept is None
+            if measured or (keep is not None and keep >= self._first_kept):
+                with _saved_bytes(measured) as saved:
+                    graph, loss, unused, logits = self._graph(row, x, y, buffers, *self._moving)
+                if measured:
+                    self._first_kept = max(0, self._steps - self._room // max(1, len(theta) * saved()))
+                if keep >= self._first_kept:
+                    graphs.append(graph)
+                found.append((loss, graph.grad.detach(), unused, logits))
+                continue
             with torch.enable_grad():
                 named = {name: part.requires_grad_() for name, part in self.flat.unflatten(row.detach()).items()}
-                x, y = of_student(batch, e)
-                logits = self._logits(named, x.detach(), buffers)
-                loss = self._loss(logits, y.detach())
+                logits = self._logits(named, x, buffers)
+                loss = self._loss(logits, y)
                 found.append((loss.detach(), *flat_gradient(loss, named), logits.detach()))
+        if graphs:
+            self.graphs[keep] = graphs
         losses, grads, unused, logits = zip(*found, strict=True)
         return Descent(torch.stack(losses), torch.stack(grads), torch.stack(logits) if with_logits else None, unused)
+
+    def _graph(
+        self, theta: Tensor, x: Tensor, y: Tensor, buffers: dict[str, Tensor] | None, images: bool, labels: bool
+    ) -> tuple[_Graph, Tensor, frozenset[str], Tensor]:
+        """One student's step, its loss, the parameters that it does not use, and its logits."""
+        with torch.enable_grad(), _TwiceDifferentiable():
+            row, x, y = theta.detach().requires_grad_(), x.detach().requires_grad_(images), y.detach()
+            if labels:
+                y.requires_grad_()
+            named = self.flat.unflatten(row)
+            logits = self._logits(named, x, buffers)
+            loss = self._loss(logits, y)
+            grad, unused = flat_gradient(loss, named, create_graph=True)
+        return _Graph(row, x, y, grad), loss.detach(), unused, logits.detach()
 
     def penalty_gradient(self, theta: Tensor, images: Tensor, buffers: dict[str, Tensor] | None) -> Tensor:
         """[E, P]: gradient of mean((||d sum(logits) / d images||_2 over channels - 1)^2); images [E, B, C, H, W]."""
@@ -108,27 +173,25 @@ class GenericStudents:
         images: bool,
         labels: bool,
     ) -> Adjoint:
-        found = []
+        found, graphs = [], self.graphs.pop(kept, None) if kept is not None else None
         for e, row in enumerate(theta):
-            with torch.enable_grad():
-                row = row.detach().requires_grad_()
-                x, y = (t.detach() for t in of_student(batch, e))
-                x.requires_grad_(images)
-                if labels:
-                    y.requires_grad_()
-                (g,) = torch.autograd.grad(self.loss(row, x, y, buffers), row, create_graph=True)
-                wanted = {"curvature": row} if curvature else {}
-                wanted |= {"images": x} if images else {}
-                wanted |= {"labels": y} if labels else {}
-                if wanted and g.requires_grad:
-                    parts = torch.autograd.grad(
-                        g, list(wanted.values()), direction[e], allow_unused=True, materialize_grads=True
-                    )
-                else:  # a loss linear in theta: nothing depends on anything
-                    parts = tuple(torch.zeros_like(t) for t in wanted.values())
-                parts = [part * scale[e] for part in parts]
-            found.append({"slope": torch.dot(g.detach(), direction[e]), **dict(zip(wanted, parts, strict=True))})
-        joined = {name: torch.stack([f[name] for f in found]) for name in found[0]}
+            if graphs is None:
+                graph, *_ = self._graph(row, *of_student(batch, e), buffers, images, labels)
+            else:
+                graph, graphs[e] = graphs[e], None  # it goes with the derivative that is taken of it
+            wanted = {"curvature": graph.theta} if curvature else {}
+            wanted |= {"images": graph.images} if images else {}
+            wanted |= {"labels": graph.labels} if labels else {}
+            if wanted and graph.grad.requires_grad:
+                parts = torch.autograd.grad(
+                    graph.grad, list(wanted.values()), direction[e], allow_unused=True, materialize_grads=True
+                )
+                parts = [part * scale[e] for part in parts]  # in place they might be the direction itself
+            else:  # a loss linear in theta: nothing depends on anything
+                parts = [torch.zeros_like(t) for t in wanted.values()]
+            slope = torch.dot(graph.grad.detach(), direction[e])
+            found.append({"slope": slope, **dict(zip(wanted, parts, strict=True))})
+        joined = {name: stacked([f[name] for f in found]) for name in found[0]}
         return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
 
 
@@ -139,3 +202,60 @@ def flat_gradient(loss: Tensor, named: dict[str, Tensor], create_graph: bool = F
     found = dict(zip(named, grads, strict=True))
     parts = [torch.zeros_like(named[name]) if grad is None else grad for name, grad in found.items()]
     return torch.cat([part.reshape(-1) for part in parts]), frozenset(n for n, grad in found.items() if grad is None)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """``torch.stack`` that copies nothing where there is one."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
+@contextlib.contextmanager
+def _saved_bytes(count: bool) -> Iterator[Callable[[], int]]:
+    """A function that says how many bytes of tensors autograd has kept inside; it does not look unless ``count``."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks if count else contextlib.nullcontext():
+        yield lambda: sum(sizes.values())
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Convolutions and instance norms on our operators, whose second derivative is the faster one."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.conv2d:
+            return _convolution(*args, **kwargs)
+        if function is F.group_norm:
+            return _group_norm(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    sizes = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+    plain = all(isinstance(v, (tuple, list)) and len(v) == 2 for v in sizes) and input.dim() == 4
+    op = conv2d if plain and type(input) is Tensor else torch.conv2d
+    return op(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    plain = type(input) is Tensor and input.dim() == 4 and input.device.type == "cpu" and min(input.shape) > 0
+    floats = all(t is not None and t.dtype == input.dtype for t in (weight, bias))
+    if plain and floats and num_groups == input.shape[1] and input.dtype in (torch.float32, torch.float64):
+        return instance_norm_relu_avg_pool(input, weight, bias, eps=eps, relu=False, pool=False)
+    return F.group_norm(input, num_groups, weight, bias, eps)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import flat_gradient
 from pydistill.trajectory.optimizers import SGD, Adam, State
@@ -108,8 +109,10 @@ class InnerLoop:
         self.students = choose_students(
             engine, self.flat, images, label_kind, output, largest_label, precision, blocked, image
         )
-        if memory != "auto" and not isinstance(self.students, ConvNetStudents):
-            raise ValueError("memory: only the student engine works within a budget, and this unroll runs without it")
+        if memory != "auto" and (mode == "full" or isinstance(self.students, CompiledStudents)):
+            how = "mode='full' keeps" if mode == "full" else "the compiled engine has none to choose: it keeps"
+            what = "every step" if mode == "full" else "parameters alone"
+            raise ValueError(f"memory: expected 'auto', {how} {what}, got {memory}")
         self.memory = memory
         self.remembers = self.optimizer.num_moments > 0 or weight_decay > 0
         self.trained = self.decayed = self.flat.trained(theta0)  # [P], zeros at what SGD leaves alone; None: ones

@@ -1,6 +1,6 @@
-"""How students take a step: by autograd through any module, or on the hand-written step where the module is a ConvNet.
+"""How students take a step: by autograd through any module, compiled, or by hand where the module is a ConvNet.
 
-Both answer the same two questions about a step of E students at theta ``[E, P]``: the gradient g of each student's loss
+All answer the same two questions about a step of E students at theta ``[E, P]``: the gradient g of each student's loss
 (`gradient`), and the derivatives of <g, direction> (`adjoint`).
 """
 
@@ -29,13 +29,14 @@ from pydistill.ops.convnet_step import (
     tape_bytes,
     workspace_bytes,
 )
+from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.kept_statistics import KeptStatistics
 from pydistill.trajectory.recognition import Output, recognised
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes
 
-Engine = Literal["auto", "student", "generic"]
+Engine = Literal["auto", "student", "compiled", "generic"]
 
 _log = logging.getLogger("pydistill")
 
@@ -227,15 +228,15 @@ def choose_students(
 
     Raises ``ValueError`` with the reason where ``engine="student"`` cannot be had.
     """
-    if engine not in ("auto", "student", "generic"):
-        raise ValueError(f"engine: expected 'auto', 'student' or 'generic', got {engine!r}")
+    if engine not in ("auto", "student", "compiled", "generic"):
+        raise ValueError(f"engine: expected 'auto', 'student', 'compiled' or 'generic', got {engine!r}")
     if precision not in ("fp32", "tf32", "bf16"):
         raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
     if precision != "fp32" and images.dtype != torch.float32:
         raise TypeError(f"precision: expected float32 images and theta0 for {precision!r}, got {images.dtype}")
     if precision == "tf32" and images.device.type != "cuda":
         raise ValueError(f"precision: expected 'fp32' or 'bf16' on {images.device.type}, got 'tf32'")
-    if engine != "generic":
+    if engine in ("auto", "student"):
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
         found = blocked or recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
@@ -245,7 +246,11 @@ def choose_students(
             return ConvNetStudents(found, label_kind, largest_label, precision, kept)
         if engine == "student":
             raise ValueError(f"engine: expected a net that the student engine can run, but {found}")
-        _log.debug("generic engine: %s", found)
+        _log.debug("generic engine: %s; engine='compiled' compiles its steps, which 'auto' never does", found)
     if precision == "tf32":
         raise ValueError("precision: 'tf32' is the student engine's; others do as torch.backends says")
+    if engine == "compiled":
+        if blocked is not None:
+            raise ValueError(f"engine: expected another than 'compiled' here: {blocked}")
+        return CompiledStudents(flat, label_kind, output, largest_label, precision)
     return GenericStudents(flat, label_kind, output, largest_label, precision)

@@ -154,7 +154,8 @@ def train_students(
             found), which takes a third more time on the student engine.
         check_finite: raise where a loss is not finite; False returns what comes of it.
         output: which element to take where ``net`` returns a tuple.
-        engine: "student", "generic" or "auto", as in `pydistill.unroll`; "generic" alone has the gradient penalty.
+        engine: "student", "compiled", "generic" or "auto", as in `pydistill.unroll`; "generic" alone has the gradient
+            penalty. An epoch's last, smaller batch has a compiled graph of its own.
         precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
             took it; an exception from it ends the training.

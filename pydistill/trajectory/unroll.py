@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr, largest_of
 from pydistill.trajectory.optimizers import Adam, State
 from pydistill.trajectory.step import saved_tensors
@@ -127,16 +128,22 @@ def unroll(
         check_finite: raise if parameters become non-finite; False returns them as they are.
         engine: "student": the hand-written step of `pydistill.ops.convnet_gradient` and `convnet_tangent`, for ConvNets
             as the method repositories define them (`pydistill.trajectory.convnet_shape` says which). "generic":
-            autograd, for any module. "auto": the first where it can run; the logger "pydistill" says at debug level
-            which it was, and why.
+            autograd, for any module. "compiled": for any module that can be traced (nothing at random, no hooks, no
+            branches on values), its step and the step's derivative, forward over reverse, as graphs under
+            ``torch.compile``. A graph serves all nets of a structure and all batches of a shape; the first call
+            compiles it, minutes for a ResNet-18, and compares it with autograd. "auto": "student" where it can run,
+            else "generic": it never compiles unasked. The logger "pydistill" says at debug level which it was, and
+            why.
         precision: "bf16": convolutions with factors rounded to bfloat16 (the generic engine: under autocast), and kept
             activations; sums, statistics, parameters and updates stay in float32. "tf32": the student engine on CUDA,
             with factors rounded to TF32. "fp32": the dtype of theta0 throughout (the generic engine: as
             ``torch.backends`` allows TF32).
-        memory: bytes that the student engine may work in. With room, some steps' activations are kept for the backward
-            pass, which else computes them again, up to a fifth slower: the same bits in "fp32", while "bf16" keeps
-            them in bfloat16. "auto": 256 MiB of them, beyond the stored parameters and one step's working memory. Up
-            to as much stays allocated for the next unroll.
+        memory: bytes that the student or the generic engine may work in. With room, some steps are kept for the
+            backward pass, which else computes them again, up to a fifth slower: the same bits in "fp32", while "bf16"
+            keeps the student engine's activations in bfloat16. "auto": 256 MiB of them, beyond the stored parameters
+            and one step's working memory; of the student engine, up to as much stays allocated for the next unroll.
+            The generic engine keeps its last steps' whole graphs, and finds out in the first step how large they are;
+            one step's graph it holds in any case.
 
     Returns:
         theta_T, shaped as theta0, or a tuple of such for ``at``.
@@ -268,6 +275,9 @@ class _Unroll(torch.autograd.Function):
             largest *= getattr(loop.augment, "copies", 1)
             stored = trajectory.nbytes if trajectory is not None else 0
             loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
+        elif trajectory is not None and not isinstance(loop.students, CompiledStudents):
+            needs = dict(zip(("images", "labels"), ctx.needs_input_grad[3:5], strict=True))
+            loop.students.plan(loop.memory, T, trajectory.nbytes, **needs)
         all_kept = trajectory is not None and options.every == 1
         magnitudes, out = [], {}
         state = State(theta0.detach(), ())

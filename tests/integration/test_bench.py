@@ -74,6 +74,14 @@ def test_unroll_step_is_green_and_its_rows_are_complete(tmp_path: Path) -> None:
     assert json.loads(rows[0]["config"])["steps"] == 3
 
 
+def test_networks_within_shares_of_the_loops_memory(tmp_path: Path) -> None:
+    """Without the compiled engine's provider, which takes a minute to compile."""
+    providers = ["generic-half", "generic-eighth"]
+    assert run.main(["unroll_networks", "--quick", "--providers", ",".join(providers), "--out", str(tmp_path)]) == 0
+    found = {row["provider"] for row in rows_in(tmp_path / "unroll_networks.csv")}
+    assert found == {"eager-plain", *providers}
+
+
 def test_unroll_memory_is_measured_in_subprocesses(tmp_path: Path) -> None:
     assert run.main(["unroll_memory", "--quick", "--providers", "exact", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "unroll_memory.csv")

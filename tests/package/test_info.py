@@ -104,9 +104,11 @@ def test_engine_names_what_runs_a_net():
     from pydistill.info import engine
 
     net = pydistill.nn.ConvNet(3, 10, width=16, depth=2, image_size=16)
-    shape = "widths=(16, 16), first_padding=1, classes=10, eps=1e-05)"
-    assert engine(net, (3, 16, 16)) == f"student: ConvNetShape(channels=3, height=16, width_px=16, {shape}"
+    sizes = "channels=3, height=16, width_px=16, widths=(16, 16), first_padding=1, classes=10, eps=1e-05"
+    block = "norm='instance', groups=1, activation='relu', slope=0.01, pool='avg', biased=True"
+    assert engine(net, (3, 16, 16)) == f"student: ConvNetShape({sizes}, {block})"
     net = pydistill.nn.ConvNet(3, 10, width=16, depth=2, image_size=16, norm="batch")
-    assert re.fullmatch(
-        r"generic: block 0 has BatchNorm2d\(.*\), not GroupNorm\(C, C\) with .*", engine(net, (3, 16, 16))
-    )
+    assert "norm='batch'" in engine(net, (3, 16, 16))
+    net.features[2] = torch.nn.PReLU()
+    wanted = "generic: block 0 has PReLU where a norm or an activation was expected; engine='compiled' would compile it"
+    assert engine(net, (3, 16, 16)) == wanted

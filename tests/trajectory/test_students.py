@@ -11,6 +11,8 @@ import pydistill
 from pydistill.nn import ConvNet, accelerate
 from pydistill.ops import ConvNetShape
 from pydistill.trajectory import FlatModule, convnet_shape
+from pydistill.trajectory.generic import GenericStudents
+from pydistill.trajectory.step import Batch
 
 
 def students(E, kind="logits", own_images=False, own_labels=False, dtype=torch.float64, N=9, width=6):
@@ -257,8 +259,6 @@ def test_memory_is_spent_from_the_end():
         runner.plan(least + tapes * size, 10, 2, 5, theta, stored=1000)
         for k in range(10):
             batch = (torch.zeros(5, 3, 10, 10), torch.zeros(5, dtype=torch.int64), False)
-            from pydistill.trajectory.step import Batch
-
             runner.gradient(theta, Batch(*batch), None, k)
         assert sorted(runner.tapes) == list(range(10 - min(tapes, 10), 10))
         runner.tapes.clear()
@@ -301,10 +301,10 @@ BAD = [
     ({"labels": lambda y: y.expand(3, *y.shape)}, r"labels: expected shape \[9, K\] or \[2, 9, K\], got \[3, 9, 4\]"),
     ({"lr": lambda _: torch.ones(3)}, r"lr: expected one element or \[2\], got shape \[3\]"),
     ({"batches": lambda _: [torch.zeros(3, 2, dtype=torch.int64)]}, r"batches\[0\]: expected a row for each of 2"),
-    ({"engine": lambda _: "fast"}, "engine: expected 'auto', 'student' or 'generic', got 'fast'"),
+    ({"engine": lambda _: "fast"}, "engine: expected 'auto', 'student', 'compiled' or 'generic', got 'fast'"),
     ({"precision": lambda _: "fp8"}, "precision: expected 'fp32', 'tf32' or 'bf16', got 'fp8'"),
     ({"memory": lambda _: -1}, "memory: expected 'auto' or a number of bytes, got -1"),
-    ({"memory": lambda _: 1 << 30, "engine": lambda _: "generic"}, "memory: only the student engine works within"),
+    ({"memory": lambda _: 1 << 30, "mode": lambda _: "full"}, "memory: expected 'auto', mode='full' keeps every step"),
 ]
 
 
@@ -330,3 +330,43 @@ def test_bf16_of_float64_is_refused():
     net, theta0, _, images, labels, lr = students(1)
     with pytest.raises(TypeError, match=r"precision: expected float32 images .* got torch\.float64"):
         pydistill.unroll(net, theta0, images, labels, lr, steps=1, label_kind="logits", precision="bf16")
+
+
+# ---- the generic engine's memory
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"kind": "hard", "mode": "first_order"}])
+def test_graphs_that_are_kept_change_no_bit(options):
+    """Whatever fits, of steps of two sizes and two students."""
+    kind, options = options.get("kind", "logits"), {k: v for k, v in options.items() if k != "kind"}
+    net, theta0, target, images, labels, lr = students(2, kind)
+    options = {"engine": "generic", "steps": 6, "batch_size": 4, "label_kind": kind, **options}
+    stored = 6 * theta0.nbytes
+    found = [
+        gradients(net, theta0, target, images, labels, lr, memory=memory, **options)
+        for memory in (stored, stored + (1 << 20), 1 << 30, "auto")
+    ]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    with pytest.raises(ValueError, match=f"memory: expected at least {stored} bytes for this unroll, got {stored - 1}"):
+        gradients(net, theta0, target, images, labels, lr, memory=stored - 1, **options)
+
+
+def test_graphs_are_kept_from_the_end():
+    net, theta, _, images, labels, _ = students(1)
+    runner = GenericStudents(FlatModule(net), "logits", None, 3, "fp32")
+    batch = Batch(images, labels, False)
+
+    def run(memory):
+        runner.plan(memory, 8, 0, images=True, labels=True)
+        runner.graphs.clear()
+        for k in range(8):
+            runner.gradient(theta, batch, None, k)
+        return sorted(runner.graphs)
+
+    assert run(1 << 40) == list(range(8))
+    assert run(0) == []
+    memory = 1 << 10
+    while len(run(memory)) < 3:  # a graph's size is autograd's affair
+        memory = memory * 5 // 4
+    assert run(memory) == [5, 6, 7]

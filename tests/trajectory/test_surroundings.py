@@ -82,7 +82,8 @@ def test_a_replay_finds_what_the_forward_pass_found(other_settings, store_every)
     net = Watching()
     theta, x, y = problem(net)
     with torch.autocast("cpu", dtype=torch.float16, cache_enabled=False), torch.device("meta"):
-        loss = pydistill.unroll(net, theta, x, y, 0.1, steps=3, store_every=store_every).sum()
+        options = {"steps": 3, "store_every": store_every, "memory": 3 * theta.nbytes}  # of which no graph is kept
+        loss = pydistill.unroll(net, theta, x, y, 0.1, **options).sum()
     forward = set(net.seen)
     assert len(forward) == 1
     assert len(net.seen) == 3

@@ -1,0 +1,641 @@
+"""Students that are any module, with the step traced to one graph and compiled.
+
+What is compiled is the derivative itself. A step's gradient is reverse mode, and its adjoint forward mode over that:
+along a direction nu of the parameters, the derivatives of the loss, its gradient in theta and that in the images are
+<g, nu>, H nu and d<g, nu>/dx, for second derivatives are symmetric. Forward mode keeps to convolutions of the usual
+shapes, where the double backward of a convolution swaps batch and channels, and <g, nu> comes without g.
+
+`make_fx` writes both down as graphs of plain operators, with nothing left to differentiate, and `torch.compile` gets
+those. A graph is what the module did once, on tensors without values: branches on values stop the trace, what it draws
+at random, keeps on itself or is hooked to is refused, and the first call of every graph is compared with autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from pydistill.ops.frozen_conv2d import filter_points
+from pydistill.trajectory.generic import GenericStudents, stacked
+from pydistill.trajectory.step import Adjoint, Batch, Descent, of_student
+
+_log = logging.getLogger("pydistill")
+aten = torch.ops.aten
+
+_MAX_STEPS = 32  # graphs that are kept
+
+# relative distances in L2 from autograd at which a graph counts as the same: in float32 an activation within rounding
+# of zero may fall on the ReLU's other side
+_TOLERANCES = {torch.float32: 2e-2, torch.float64: 1e-8}
+_BF16_TOLERANCE = 0.3
+
+
+class CompiledStudents(GenericStudents):
+    """Any module whose step can be traced, one student after the other, each step a compiled graph."""
+
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Batch,
+        buffers: dict[str, Tensor] | None,
+        keep: int | None,
+        *,
+        with_logits: bool = False,
+    ) -> Descent:
+        found = []
+        for e, row in enumerate(theta):
+            x, y = of_student(batch, e)
+            own = dict(self.flat.net.named_buffers()) if buffers is None else buffers
+            step, unused = self._step("gradient", row, None, x, y, own, ())
+            loss, grad, logits, *after = step(row.detach(), x.detach(), y.detach(), *own.values())
+            with torch.no_grad():
+                for buffer, value in zip(own.values(), after, strict=True):
+                    buffer.copy_(value)
+            found.append((loss, grad, logits, unused))
+        losses, grads, logits, unused = zip(*found, strict=True)
+        return Descent(stacked(losses), stacked(grads), stacked(logits) if with_logits else None, unused)
+
+    def adjoint(
+        self,
+        theta: Tensor,
+        direction: Tensor,
+        scale: Tensor,
+        batch: Batch,
+        buffers: dict[str, Tensor] | None,
+        kept: int | None,
+        *,
+        curvature: bool,
+        images: bool,
+        labels: bool,
+    ) -> Adjoint:
+        wanted = tuple(name for name, on in (("curvature", curvature), ("images", images), ("labels", labels)) if on)
+        found = []
+        for e, row in enumerate(theta):
+            x, y = of_student(batch, e)
+            own = dict(self.flat.net.named_buffers()) if buffers is None else buffers
+            step, _ = self._step("adjoint", row, direction[e], x, y, own, wanted)
+            slope, *parts = step(row.detach(), direction[e].detach(), x.detach(), y.detach(), *own.values())
+            found.append((slope, *(part * scale[e] for part in parts)))
+        joined = dict(zip(("slope", *wanted), (stacked(parts) for parts in zip(*found, strict=True)), strict=True))
+        return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
+
+    def _step(
+        self,
+        kind: str,
+        theta: Tensor,
+        direction: Tensor | None,
+        x: Tensor,
+        y: Tensor,
+        buffers: dict[str, Tensor],
+        wanted: tuple[str, ...],
+    ) -> _Step:
+        """The compiled graph for arguments like these."""
+        signature = (
+            *(kind, wanted, _structure(self.flat.net), self.label_kind, self.output, self.precision),
+            *((t.shape, t.dtype, t.device) for t in (theta, x, y, *buffers.values())),
+            torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_dtype(),
+        )
+        if signature in _steps:
+            _steps.move_to_end(signature)
+            return _steps[signature]
+        given = (theta, x, y) if direction is None else (theta, direction, x, y)
+        arguments = [t.detach() for t in (*given, *buffers.values())]
+        started = time.perf_counter()
+        with _watched(self.flat.net), torch.enable_grad():
+            graph = self._graph_of(kind, arguments, buffers, wanted)
+        traced = time.perf_counter() - started
+        step = torch.compile(graph, fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            found = step(*[t.clone() for t in arguments])
+        took = time.perf_counter() - started
+        nodes = len(graph.graph.nodes)
+        _log.info("compiled engine: %s of %d operators traced in %.1f s, compiled in %.1f s", kind, nodes, traced, took)
+        unused = self._compare(kind, found, theta, direction, x, y, buffers, wanted)
+
+        def run(*given: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                return step(*given)
+
+        _steps[signature] = run, unused
+        if len(_steps) > _MAX_STEPS:
+            _steps.popitem(last=False)
+        return run, unused
+
+    def _graph_of(
+        self, kind: str, arguments: Sequence[Tensor], buffers: dict[str, Tensor], wanted: tuple[str, ...]
+    ) -> fx.GraphModule:
+        """In channels-last, or as it comes where torch's forward mode cannot take a view of that."""
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            gradient = kind == "gradient"
+            make = self._gradient_of if gradient else partial(self._adjoint_of, wanted=wanted)
+            function = make(buffers, partial(_laid_out, memory_format))
+            try:
+                return _traced(function, arguments, None if gradient else 1)
+            except _Untraceable as error:
+                reason = error
+        raise ValueError(f"engine: expected a net that can be traced to be compiled, but {reason}") from reason
+
+    def _gradient_of(
+        self, buffers: dict[str, Tensor], lay_out: Callable[[Tensor], Tensor]
+    ) -> Callable[..., list[Tensor]]:
+        def gradient(theta: Tensor, x: Tensor, y: Tensor, *own: Tensor) -> list[Tensor]:
+            x, parameters = lay_out(x), self._parts(theta, lay_out)
+            grads, (loss, (logits, after)) = torch.func.grad_and_value(self._traceable_loss(buffers), has_aux=True)(
+                parameters, x, y, own
+            )
+            return [loss, self._joined(grads), logits, *after]
+
+        return gradient
+
+    def _adjoint_of(
+        self, buffers: dict[str, Tensor], lay_out: Callable[[Tensor], Tensor], wanted: tuple[str, ...]
+    ) -> Callable[..., list[Tensor]]:
+        places = {"curvature": 0, "images": 1, "labels": 2}
+        argnums = tuple(places[name] for name in wanted)
+
+        def adjoint(theta: Tensor, direction: Tensor, x: Tensor, y: Tensor, *own: Tensor) -> list[Tensor]:
+            x = lay_out(x)
+            loss_of = self._traceable_loss(buffers)
+
+            def at(parameters: dict[str, Tensor]) -> tuple[Tensor, tuple]:
+                if not argnums:
+                    return loss_of(parameters, x, y, own)[0], ()
+                grads, (loss, _) = torch.func.grad_and_value(loss_of, argnums, has_aux=True)(parameters, x, y, own)
+                return loss, grads
+
+            parameters, along = (self._parts(t, lay_out) for t in (theta, direction))
+            _, (slope, grads) = torch.func.jvp(at, (parameters,), (along,))
+            parts = dict(zip(wanted, grads, strict=True))
+            if "curvature" in parts:
+                parts["curvature"] = self._joined(parts["curvature"])
+            return [slope, *(part.contiguous() for part in parts.values())]
+
+        return adjoint
+
+    def _traceable_loss(self, buffers: dict[str, Tensor]) -> Callable[..., tuple[Tensor, tuple]]:
+        """(parameters, x, y, buffers) -> loss, (logits, the buffers after it)."""
+
+        def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor, own: Sequence[Tensor]) -> tuple[Tensor, tuple]:
+            after = {name: b.clone() for name, b in zip(buffers, own, strict=True)}  # for the module to change
+            with _WrittenOut():
+                logits = self._checked(lambda: self.flat.at(parameters, x, buffers=after), x)
+                found = self._loss(logits, y)
+            return found, (logits, list(after.values()))
+
+        return loss
+
+    def _parts(self, theta: Tensor, lay_out: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {name: lay_out(p) for name, p in self.flat.unflatten(theta).items()}
+
+    def _joined(self, grads: dict[str, Tensor]) -> Tensor:
+        return torch.cat([grads[name].reshape(-1) for name in self.flat.names])
+
+    def _compare(
+        self,
+        kind: str,
+        found: Sequence[Tensor],
+        theta: Tensor,
+        direction: Tensor | None,
+        x: Tensor,
+        y: Tensor,
+        buffers: dict[str, Tensor],
+        wanted: tuple[str, ...],
+    ) -> frozenset[str]:
+        """The parameters that the loss does not use. Raises unless the graph gives what autograd gives for the step."""
+        batch, own = Batch(x.detach(), y.detach(), False), {name: b.clone() for name, b in buffers.items()}
+        rows, unused = theta.detach()[None], frozenset()
+        if kind == "gradient":
+            truth = GenericStudents.gradient(self, rows, batch, own, None, with_logits=True)
+            names = ("losses", "grad", "logits", *own)
+            truths = [truth.losses[0], truth.grad[0], truth.logits[0], *own.values()]
+            unused = truth.unused[0]
+        else:
+            one = theta.new_ones(1)
+            options = {name: name in wanted for name in ("curvature", "images", "labels")}
+            truth = GenericStudents.adjoint(self, rows, direction.detach()[None], one, batch, own, None, **options)
+            names = ("slope", *wanted)
+            truths = [getattr(truth, name)[0] for name in names]
+        tolerance = _BF16_TOLERANCE if self.precision == "bf16" else _TOLERANCES.get(theta.dtype, _BF16_TOLERANCE)
+        for name, value, true in zip(names, found, truths, strict=True):
+            value, true = value.double(), true.double()
+            error, size = (value - true).norm(), true.norm()
+            if name == "slope":  # its terms may cancel
+                size = torch.maximum(size, 1e-3 * direction.norm())
+            if not bool(error <= tolerance * size) and bool(true.isfinite().all()):
+                raise ValueError(
+                    f"engine: expected a net whose compiled step computes what the net does, but {name} of the "
+                    f"{kind} is {float(error / size):.2g} off"
+                )
+        return unused
+
+
+_Step = tuple[Callable[..., list[Tensor]], frozenset[str]]  # and the parameters that its loss does not use
+
+_steps: OrderedDict[tuple, _Step] = OrderedDict()
+
+
+def _laid_out(memory_format: torch.memory_format, x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+
+
+class _Untraceable(Exception):
+    """What stopped a trace."""
+
+
+def _structure(net: nn.Module) -> tuple:
+    """All that the module's forward can depend on beside its tensors' values."""
+    found, places = [], {}
+
+    def place(thing: Any) -> int:  # the same for what is shared
+        return places.setdefault(id(thing), len(places))
+
+    for name, module in net.named_modules(remove_duplicate=False):
+        if _hooks_of(module):
+            raise ValueError(f"engine: expected a net without hooks, but {type(module).__name__} {name!r} has some")
+        own = vars(module)
+        plain = tuple((key, _plain(value)) for key, value in own.items() if key not in _TORCHS_OWN)
+        tensors = tuple(
+            (key, None if value is None else (place(value), value.shape, value.dtype, value.requires_grad))
+            for kind in ("_parameters", "_buffers")
+            for key, value in own[kind].items()
+        )
+        found.append((name, place(module), type(module), type(module).forward, plain, tensors))
+    return tuple(found)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _hooks_of(module: nn.Module) -> bool:
+    everywhere = nn.modules.module
+    return any(getattr(module, kind) for kind in _HOOKS) or any(
+        (
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+            everywhere._global_backward_hooks,
+            everywhere._global_backward_pre_hooks,
+        )
+    )
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
+        return type(value), value
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_plain(each) for each in value)
+    if isinstance(value, dict):
+        return dict, tuple((key, _plain(each)) for key, each in value.items())
+    if isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
+        return value  # kept by the key, so that its place is not another's later
+    raise ValueError(
+        f"engine: expected a net whose modules keep tensors, numbers and strings alone, but one keeps a "
+        f"{type(value).__name__}"
+    )
+
+
+def _global_draws() -> tuple:
+    """Where Python's and numpy's generators stand."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), name, keys.tobytes(), *rest
+
+
+@contextmanager
+def _watched(net: nn.Module) -> Iterator[None]:
+    """Refuse a forward that changes its module or draws numbers: a graph would do so once and never again."""
+    before = {module: dict(vars(module)) for module in net.modules()}
+    sources = _global_draws()
+    try:
+        yield
+        for module, own in before.items():
+            changed = [
+                name
+                for name in {**own, **vars(module)}
+                if name not in _TORCHS_OWN and own.get(name) is not vars(module).get(name)
+            ]
+            if changed:
+                raise ValueError(
+                    f"engine: expected a net that keeps nothing, but {type(module).__name__} changes {changed[0]!r}"
+                )
+        if _global_draws() != sources:
+            raise ValueError("engine: expected a net that draws no random numbers to be compiled")
+    finally:
+        for module, own in before.items():
+            vars(module).update(own)
+            for name in set(vars(module)) - set(own):
+                del vars(module)[name]
+
+
+def _traced(
+    function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], direction: int | None
+) -> fx.GraphModule:
+    """``function`` as one graph of aten's operators, without what its results do not need."""
+    try:
+        # what the cache gives for a view has forgotten that it is one, and forward mode asserts that it is
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            graph = make_fx(function, tracing_mode="fake")(*arguments)
+    except Exception as error:
+        raise _Untraceable((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise ValueError(f"engine: expected a net that draws no random numbers to be compiled, it calls {node}")
+    graph.graph.eliminate_dead_code()
+    _drop_zeros(graph.graph)
+    _narrow(graph.graph)
+    if arguments[0].device.type == "cpu":
+        _by_winograd(graph, direction)
+    graph.recompile()
+    return graph
+
+
+_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten._efficientzerotensor.default, aten.new_zeros.default}
+_VIEWS = {
+    *(aten.expand.default, aten.alias.default, aten.view.default, aten.permute.default, aten.detach.default),
+    *(aten.t.default, aten.transpose.int, aten.clone.default, aten._to_copy.default, aten._unsafe_view.default),
+}
+
+
+def _drop_zeros(graph: fx.Graph) -> None:
+    """Take out the convolutions of tangents that are zero: the images do not move along a direction of parameters."""
+    zero: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.target in _ZEROS or (node.target in _VIEWS and node.args[0] in zero):
+            zero.add(node)
+        elif node.target is aten.convolution.default and (node.args[0] in zero or node.args[1] in zero):
+            if node.args[2] is None:
+                zero.add(node)
+        elif node.target is operator.getitem and _gives_zero(*node.args, zero):
+            zero.add(node)
+        elif node.target is aten.add.Tensor and not node.kwargs:
+            for nothing, rest in (node.args, node.args[::-1]):
+                same = isinstance(rest, fx.Node) and _looks(rest) == _looks(node)
+                if nothing in zero and same:
+                    node.replace_all_uses_with(rest)
+                    break
+    graph.eliminate_dead_code()
+
+
+def _gives_zero(of: fx.Node, which: int, zero: set[fx.Node]) -> bool:
+    if of.target is not aten.convolution_backward.default or not of.args[10][which]:
+        return False
+    grad, x, weight = (arg in zero for arg in of.args[:3])
+    return grad or (which == 0 and weight) or (which == 1 and x)
+
+
+def _looks(node: fx.Node) -> tuple:
+    value = node.meta["val"]
+    return value.shape, value.dtype
+
+
+def _narrow(graph: fx.Graph) -> None:
+    """Ask the convolutions' backward for those gradients only that are used."""
+    for node in reversed(graph.nodes):
+        if node.target is not aten.convolution_backward.default:
+            continue
+        for user in list(node.users):
+            if not user.users:
+                graph.erase_node(user)
+        used = {user.args[1] for user in node.users}
+        node.update_arg(10, [wanted and i in used for i, wanted in enumerate(node.args[10])])
+        if not used:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+# positions of all images, and channels, from which on transforming a layer's filters in every step is worth it
+_LEAST_POSITIONS = 2048
+_LEAST_CHANNELS = 32
+_NO_STRETCH = [
+    [1, 1],
+    [1, 1],
+    [1, 1],
+    False,
+    [0, 0],
+    1,
+]  # stride, padding, dilation, transposed, output padding, groups
+
+
+def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
+    """Give 3x3 convolutions to the kernel of `pydistill.ops.frozen_conv2d`, with a quarter of the products.
+
+    Not those of the forward pass itself, which decide on which side of zero an activation is: they stay direct ones.
+    ``direction``: which argument the tangents come from.
+    """
+    graph = module.graph
+    moving: set[fx.Node] = set()
+    filters: dict[tuple[fx.Node, bool], fx.Node] = {}
+
+    def transformed(weight: fx.Node, turned: bool) -> fx.Node:
+        if (weight, turned) not in filters:
+            with graph.inserting_after(weight):
+                filters[weight, turned] = graph.call_function(_transformed, (weight, points, turned))
+        return filters[weight, turned]
+
+    def convolved(x: fx.Node, weight: fx.Node, turned: bool) -> fx.Node:
+        both = transformed(weight, turned), transformed(weight, not turned)
+        with graph.inserting_before(node):
+            return graph.call_function(torch.ops.pydistill.frozen_conv2d.default, (x, *both, 3, 1))
+
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    module.register_buffer("filter_points", filter_points(placeholders[0].meta["val"].dtype))
+    with graph.inserting_before(placeholders[0]):
+        points = graph.get_attr("filter_points")
+    for node in list(graph.nodes):
+        if node is points:
+            continue
+        if node in placeholders:
+            if placeholders.index(node) == direction:
+                moving.add(node)
+        elif any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
+        if node.target is aten.convolution.default and node in moving:
+            x, weight, bias, *rest = node.args
+            if not _is_for_winograd(x, weight, rest):
+                continue
+            y = convolved(x, weight, False)
+            if bias is not None:
+                with graph.inserting_before(node):
+                    y = graph.call_function(
+                        aten.add.Tensor, (y, graph.call_function(aten.view.default, (bias, [-1, 1, 1])))
+                    )
+            node.replace_all_uses_with(y)
+            moving.add(y)
+            graph.erase_node(node)
+        elif node.target is aten.convolution_backward.default and node.args[10][0]:
+            grad, _, weight, _, *rest, mask = node.args
+            if not _is_for_winograd(grad, weight, rest):
+                continue
+            dx = convolved(grad, weight, True)
+            for user in list(node.users):
+                if user.args[1] == 0:
+                    user.replace_all_uses_with(dx)
+                    graph.erase_node(user)
+            if node in moving:
+                moving.add(dx)
+            node.update_arg(10, [False, *mask[1:]])
+            if not any(node.args[10]):
+                graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _is_for_winograd(x: fx.Node, weight: fx.Node, geometry: Sequence[Any]) -> bool:
+    value, filters = x.meta["val"], weight.meta["val"]
+    lanes = 64 // value.dtype.itemsize
+    return (
+        list(geometry) == _NO_STRETCH
+        and value.dtype in (torch.float32, torch.float64)
+        and filters.shape[2:] == (3, 3)
+        and all(channels >= _LEAST_CHANNELS and channels % lanes == 0 for channels in filters.shape[:2])
+        and value.numel() // value.shape[1] >= _LEAST_POSITIONS
+    )
+
+
+def _transformed(weight: Tensor, points: Tensor, turned: bool) -> Tensor:
+    """``FrozenFilters.forward`` of ``weight`` [K, C, 3, 3], or ``adjoint`` where it is ``turned``."""
+    if turned:
+        weight = weight.flip(2, 3).transpose(0, 1)
+    K, C = weight.shape[:2]
+    lanes = 64 // weight.dtype.itemsize
+    taps = weight.permute(2, 3, 0, 1).reshape(9, K // lanes, lanes, C).transpose(2, 3).reshape(9, K * C)
+    return (points @ taps).view(36, K // lanes, C, lanes)
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Norms and attention in elementary operations: torch has no forward derivative of their fused kernels' backward,
+    and a compiler fuses them itself."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        return _WRITTEN_OUT.get(function, function)(*args, **kwargs)
+
+
+def _normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    wide, (N, C), dims = _wide(x), x.shape[:2], tuple(range(2, x.dim()))
+
+    def mean(of: Tensor) -> Tensor:  # first of the channels: a view of the whole would not keep channels-last strides
+        each = of.mean(dims).view(N, num_groups, C // num_groups)
+        return each.mean(2, keepdim=True).expand_as(each).reshape(N, C, *(1 for _ in dims))
+
+    centred = wide - mean(wide)
+    y = centred * torch.rsqrt(mean(centred.square()) + eps)
+    return _affine(y, weight, bias).to(x.dtype)
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = (-1, *(1,) * (y.dim() - 2))
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    wide, shape = _wide(x), (-1, *(1,) * (x.dim() - 2))
+    if not training:
+        y = (wide - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
+        return _affine(y, weight, bias).to(x.dtype)
+    dims = (0, *range(2, x.dim()))
+    count = x.numel() // x.shape[1]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+    mean = wide.mean(dims, keepdim=True)
+    centred = wide - mean
+    var = centred.square().mean(dims, keepdim=True)
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.detach().flatten().to(running_mean.dtype), momentum)
+            running_var.lerp_(var.detach().flatten().to(running_var.dtype) * (count / (count - 1)), momentum)
+    return _affine(centred * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None or not use_input_stats:
+        raise ValueError("an instance norm that tracks running statistics is not compiled")
+    return _group_norm(x, x.shape[1], weight, bias, eps)
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = _normalised(_wide(x), tuple(range(-len(normalized_shape), 0)), eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p or enable_gqa:
+        raise ValueError("attention with dropout or grouped queries is not compiled")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
+_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
+    F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
+    Tensor.view: Tensor.reshape,  # of channels-last activations, which keep no view's strides
+}
