@@ -46,7 +46,7 @@ def run(code: str, make: Callable[[], Names]) -> dict[str, torch.Tensor]:
     """The gradients that ``code`` leaves in fresh names, and the buffers of their network."""
     names = make()
     torch.manual_seed(11)
-    exec(compile(code, "docs/moving_over.md", "exec"), names)
+    exec(compile(code, "<docs/moving_over.md>", "exec"), names)
     found = {name: names[name].grad for name in ("images", "label_logits", "lr") if name in names}
     return found | dict((names.get("student") or names["net"]).named_buffers())
 
@@ -372,13 +372,21 @@ def recovery(iteration: int | None = None) -> Names:
 
 def test_sre2l():
     """The gradient, and the images after they are clipped."""
-    codes = [code + "images.grad = torch.cat([images.grad, images.detach()])\n" for code in pair("SRe2L")]
+    both = "images = SimpleNamespace(grad=torch.cat([images.grad, images.detach()]))\n"
+    codes = [f"from types import SimpleNamespace\n{code}{both}" for code in pair("SRe2L")]
     check(*(run(code, recovery) for code in codes))
     assert not torch.equal(clip(recovery()["images"]), recovery()["images"])
 
 
 @pytest.mark.parametrize("iteration", [0, 30, 79, 80, 99])
 def test_cda(iteration):
+    """The least crop, and SRe2L's step with it."""
+    lowest = []
+    for code in pair("CDA"):
+        names = recovery(iteration)
+        exec(code, names)
+        lowest.append(names["low"])
+    assert lowest[0] == pytest.approx(lowest[1], rel=1e-15)
     codes = [crop + step for crop, step in zip(pair("CDA"), pair("SRe2L"), strict=True)]
     check(*(run(code, lambda: recovery(iteration)) for code in codes))
 
