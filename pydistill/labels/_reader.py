@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from pydistill import _host
 from pydistill._store_file import StoreFile, check_of, round_up
@@ -119,7 +118,7 @@ class LabelReader(StoreFile):
         self._places: dict[int, np.ndarray] = {}
         stride, first = self.layout.row_bytes, self._rows_at(0, 0)
         over = (self.blocks * self._block_bytes, self._block_bytes, stride, 1)
-        self._rows = as_strided(self._bytes[first:], (*grid, self.batch_size, stride), over)
+        self._rows = np.ndarray((*grid, self.batch_size, stride), np.uint8, self._bytes, first, over)
 
     def close(self) -> None:
         self._rows = None
@@ -208,8 +207,9 @@ class LabelReader(StoreFile):
             ValueError: a label is not there yet, or the block that it stands in is damaged.
         """
         blocks, inside = np.divmod(self._find(epoch, np.asarray(images)), self.batch_size)
-        self._check_reaches(self._block_at(epoch, int(blocks.max(initial=-1)) + 1))
-        for block in sorted(set(blocks[~self._verified[epoch, blocks]].tolist())):
+        wanted = np.bincount(blocks) > 0  # up to the last block that is
+        self._check_reaches(self._block_at(epoch, len(wanted)))
+        for block in np.flatnonzero(wanted & ~self._verified[epoch, : len(wanted)]):
             self._check_crc("rows", epoch, block, _host.crc32(self._rows[epoch, block, : self._count(epoch, block)]))
             self._verified[epoch, block] = True
         return self._rows[epoch, blocks, inside]
