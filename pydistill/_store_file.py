@@ -6,13 +6,16 @@ All kinds start alike, with little-endian integers, and are sparse until they ar
     header    JSON; "flags", where there are some, name what a reader has to know about
     ...       what the kind lays out
 
-They are read by pread and not through a memory map: where a file becomes shorter under its reader, as when somebody
-copies another over it, that is an error with a name, and touching a map is the end of the process.
+They are read through a memory map, of which nothing is handed out but copies. Where a file becomes shorter under its
+reader, as when somebody copies another over it, touching the map is the end of the process (SIGBUS); so the size of the
+file is looked at before each read, and that is an error with a name. A file that is cut in the very moment of a read,
+between that look and the end of the copy, is beyond this.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 import zlib
@@ -47,6 +50,7 @@ class StoreFile:
     _fields: Mapping[str, Callable[[Any], bool]]  # what each field of the header has to be
     _size: int  # of the file in bytes, which `_layout` sets
     _fixed_at: int  # where a kind has something that is written once; `_layout` sets it
+    _bytes: np.ndarray | None = None  # of the whole file, uint8: its map, which goes with the last reference to it
 
     path: Path
     header: dict[str, Any]
@@ -67,7 +71,7 @@ class StoreFile:
             raise
 
     def _open(self) -> None:
-        """Checks prefix, header and size."""
+        """Checks prefix, header and size, and maps the file."""
         size = os.fstat(self._file.fileno()).st_size
         prefix = self._file.read(_PREFIX.size)
         magic, version, length, checksum = _PREFIX.unpack(prefix.ljust(_PREFIX.size, b"\0"))
@@ -93,6 +97,7 @@ class StoreFile:
         if size != self._size:
             what = "truncated" if size < self._size else "longer than it says"
             raise ValueError(f"{self.path}: expected {self._size} bytes as its header says, it is {what}: {size}")
+        self._bytes = np.ndarray(size, np.uint8, mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ))
 
     def _current(self, header: dict[str, Any], version: int) -> dict[str, Any]:
         """The header of a file of some version, as one of the newest says the same."""
@@ -119,6 +124,7 @@ class StoreFile:
 
     def close(self) -> None:
         """Closes the file, which cannot be read from then on; a second time it does nothing."""
+        self._bytes = None
         self._file.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,23 +141,19 @@ class StoreFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read(self, at: int, count: int) -> bytearray:
-        """Bytes of the file; ValueError where it has become shorter than that."""
-        data = bytearray(count)
-        self._read_into(memoryview(data), at)
-        return data
-
-    def _read_into(self, data: memoryview, at: int) -> None:
+    def _read(self, at: int, count: int) -> np.ndarray:
+        """Bytes of the file, uint8, a copy; ValueError where it has become shorter than that."""
         self._check_open()
-        done = 0
-        while done < len(data):
-            got = os.preadv(self._file.fileno(), [data[done:]], at + done)
-            if not got:
-                size = os.fstat(self._file.fileno()).st_size
-                raise ValueError(f"{self.path}: expected {self._size} bytes as it had, it was cut to {size} since")
-            done += got
+        self._check_reaches(at + count)
+        return self._bytes[at : at + count].copy()
 
-    def _write(self, at: int, data: bytes | memoryview) -> None:
+    def _check_reaches(self, stop: int) -> None:
+        """ValueError where the file has become shorter than ``stop``; due before anything up to there is touched."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < stop:
+            raise ValueError(f"{self.path}: expected {self._size} bytes as it had, it was cut to {size} since")
+
+    def _write(self, at: int, data: bytes | np.ndarray) -> None:
         self._file.seek(at)
         self._file.write(data)
 
@@ -170,7 +172,7 @@ class StoreFile:
             raise ValueError(f"{self.path}: expected a store that nobody writes to, another process does") from error
 
     def _check_open(self) -> None:
-        if self._file.closed:
+        if self._bytes is None:
             raise ValueError(f"{self.path}: the store is closed")
 
     def _check_writable(self) -> None:

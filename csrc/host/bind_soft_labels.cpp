@@ -79,8 +79,9 @@ py::tuple decode_topk(const Bytes& rows, int64_t classes, int64_t k, double step
   bool right = true;
   {
     py::gil_scoped_release free;
+    thread_local Weights weights;  // the rows of the next call mostly have steps as fine as these
     for (; row < n && right; ++row)
-      right = decode(from + row * stride, form, to_indices + row * k, to_values + row * k, to_tail + row);
+      right = decode(from + row * stride, form, weights, to_indices + row * k, to_values + row * k, to_tail + row);
   }
   if (!right)
     throw py::value_error("row " + std::to_string(row - 1) + ": a class is not below " + std::to_string(classes));

@@ -82,18 +82,35 @@ Flaw encode(const float* values, const TopK& form, bool probs, double temperatur
   return Flaw::none;
 }
 
-bool decode(const uint8_t* row, const TopK& form, int64_t* classes, float* values, float* tail) {
+const float* Weights::of(const TopK& form, uint8_t finer) {
+  if (form.step != step_) {
+    tables_.assign(256 * 256, 0.0f);
+    step_ = form.step;
+  }
+  float* table = tables_.data() + 256 * finer;
+  if (table[0] == 0) {  // that of code 0 is 1
+    const double fine = step_of(form, finer);
+    for (int code = 0; code < 256; ++code) table[code] = static_cast<float>(std::exp(-fine * code));
+  }
+  return table;
+}
+
+bool decode(const uint8_t* row, const TopK& form, Weights& weights, int64_t* classes, float* values, float* tail) {
   std::memcpy(tail, row, 4);
-  const uint8_t* codes = row + 4 + 2 * form.k;
-  const double step = step_of(form, codes[0]);
-  double sum = 0;
+  uint16_t last = 0;
   for (int64_t i = 0; i < form.k; ++i) {
     uint16_t number;
     std::memcpy(&number, row + 4 + 2 * i, 2);
-    if (number >= form.classes) return false;
     classes[i] = number;
-    if (form.step > 0) {
-      values[i] = i == 0 ? 1.0f : static_cast<float>(std::exp(-step * codes[i]));
+    last = std::max(last, number);
+  }
+  if (last >= form.classes) return false;
+  const uint8_t* codes = row + 4 + 2 * form.k;
+  const float* table = form.step > 0 ? weights.of(form, codes[0]) : nullptr;
+  double sum = 0;
+  for (int64_t i = 0; i < form.k; ++i) {
+    if (table) {
+      values[i] = table[i == 0 ? 0 : codes[i]];
     } else {
       uint16_t half;
       std::memcpy(&half, codes + 2 * i, 2);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace pydistill {
 
@@ -22,7 +23,17 @@ enum class Flaw { none, not_finite, negative, not_one };  // of a row
 Flaw encode(const float* values, const TopK& form, bool probs, double temperature, int32_t* order, double* weights,
             uint8_t* row);
 
+// What the codes stand for, for every fineness that was met in a row.
+class Weights {
+ public:
+  const float* of(const TopK& form, uint8_t finer);  // the 256 codes
+
+ private:
+  double step_ = 0;
+  std::vector<float> tables_;  // [256, 256], zeros where nobody asked
+};
+
 // The k classes, and probabilities that add up to one minus tail; false where a class is out of range.
-bool decode(const uint8_t* row, const TopK& form, int64_t* classes, float* values, float* tail);
+bool decode(const uint8_t* row, const TopK& form, Weights& weights, int64_t* classes, float* values, float* tail);
 
 }  // namespace pydistill

@@ -18,6 +18,7 @@ Version 1 says nothing of gradients, and its "topk8" has the same step in all ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,8 +34,6 @@ ROW_STEP, CLASSIFIER = "row_step", "classifier"  # flags: "topk8" whose rows hav
 
 Format = Literal["fp32", "fp16", "bf16", "logits8", "features8", "topk", "topk8"]
 Sources = Literal["batch", "images"]
-
-_READ = 8192  # bytes that take as long to read as a call does
 
 _WITHOUT_ERRORS = np.dtype([(name, "<u4") for name in ("images", "rows", "count", "check")])
 # the errors are float32, kept as their bits
@@ -100,20 +99,30 @@ class LabelReader(StoreFile):
     """A label file, read where it is asked for; `SoftLabelStore` is what users open.
 
     The checksums of a block are verified the first time that an object reads from it. Pickled, it is opened again.
+
+    A file that has become shorter than what is asked for is a ValueError; `pydistill._store_file` says up to where.
     """
 
     _kind, _magic, _version, _fields = "a label store", b"PYDLABEL", 2, _HEADER
     _flags = frozenset((ROW_STEP, CLASSIFIER))
+    _rows: np.ndarray | None = None  # [epochs, blocks, batch_size, row_bytes], a view of the map
 
     def _open(self) -> None:
         super()._open()
         grid = (self.epochs, self.blocks)
         table = self._read(self._table_at, self.epochs * self.blocks * self._entry.itemsize)
-        self._table = np.frombuffer(table, self._entry).reshape(grid)
+        self._table = table.view(self._entry).reshape(grid)
         whole = (self._table["check"] == check_of(self._table)) & (self._table["count"] >= 1)
         self._whole = whole & (self._table["count"] <= self.batch_size)
         self._verified = np.zeros(grid, bool)
         self._places: dict[int, np.ndarray] = {}
+        stride, first = self.layout.row_bytes, self._rows_at(0, 0)
+        over = (self.blocks * self._block_bytes, self._block_bytes, stride, 1)
+        self._rows = np.ndarray((*grid, self.batch_size, stride), np.uint8, self._bytes, first, over)
+
+    def close(self) -> None:
+        self._rows = None
+        super().close()
 
     def _current(self, header: dict[str, Any], version: int) -> dict[str, Any]:
         if version == 1:
@@ -197,28 +206,16 @@ class LabelReader(StoreFile):
             IndexError: there is no such epoch or image.
             ValueError: a label is not there yet, or the block that it stands in is damaged.
         """
-        places = self._find(epoch, np.asarray(images))
-        blocks, inside = np.divmod(places, self.batch_size)
-        stride = self.layout.row_bytes
-        out = np.empty((len(places), stride), np.uint8)
-        for block in np.unique(blocks).tolist():
-            here = np.flatnonzero(blocks == block)
-            count = self._count(epoch, block)
-            if self._verified[epoch, block] and len(here) * _READ < count * stride:
-                for i in here.tolist():
-                    self._read_into(memoryview(out[i]), self._rows_at(epoch, block) + int(inside[i]) * stride)
-                continue
-            rows = self._rows_of(epoch, block)
-            if not self._verified[epoch, block]:
-                self._check_crc("rows", epoch, block, _host.crc32(rows))
-                self._verified[epoch, block] = True
-            if len(places) == count and np.array_equal(inside, np.arange(count)):
-                return rows
-            out[here] = rows[inside[here]]
-        return out
+        blocks, inside = np.divmod(self._find(epoch, np.asarray(images)), self.batch_size)
+        wanted = np.bincount(blocks) > 0  # up to the last block that is
+        self._check_reaches(self._block_at(epoch, len(wanted)))
+        for block in np.flatnonzero(wanted & ~self._verified[epoch, : len(wanted)]):
+            self._check_crc("rows", epoch, block, _host.crc32(self._rows[epoch, block, : self._count(epoch, block)]))
+            self._verified[epoch, block] = True
+        return self._rows[epoch, blocks, inside]
 
-    def classifier_bytes(self) -> bytearray:
-        """The weight ``[C, D]`` and the bias ``[C]`` of "features8", float32; ValueError where they are damaged."""
+    def classifier_bytes(self) -> np.ndarray:
+        """The weight ``[C, D]`` and the bias ``[C]`` of "features8", uint8; ValueError where they are damaged."""
         data = self._read(self._fixed_at, self._fixed_bytes)
         wanted, found = self.header["classifier_crc32"], _host.crc32(data)
         if wanted != found:
@@ -283,15 +280,14 @@ class LabelReader(StoreFile):
 
     def _ids_of(self, epoch: int, block: int) -> np.ndarray:
         """uint32 ``[count]``, verified."""
-        ids = np.frombuffer(self._read(self._block_at(epoch, block), 4 * self._count(epoch, block)), "<u4")
+        ids = self._read(self._block_at(epoch, block), 4 * self._count(epoch, block)).view("<u4")
         self._check_crc("images", epoch, block, _host.crc32(ids))
         return ids
 
     def _rows_of(self, epoch: int, block: int) -> np.ndarray:
         """uint8 ``[count, row_bytes]``, not verified."""
-        rows = np.empty((self._count(epoch, block), self.layout.row_bytes), np.uint8)
-        self._read_into(memoryview(rows.reshape(-1)), self._rows_at(epoch, block))
-        return rows
+        shape = self._count(epoch, block), self.layout.row_bytes
+        return self._read(self._rows_at(epoch, block), math.prod(shape)).reshape(shape)
 
     def _check_crc(self, what: str, epoch: int, block: int, found: int) -> None:
         wanted = int(self._table[what][epoch, block])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
@@ -84,9 +85,9 @@ class SoftLabelDataset(Dataset):
         return default_collate([self.images[index] for index in indices]), labels
 
     def _read(self, indices: list[int]) -> SoftLabels:
-        epoch = self.epoch
-        places = torch.from_numpy(self.store.places(epoch, indices))
-        return replace(self.store.read(epoch, indices), places=places)
+        epoch, images = self.epoch, np.asarray(indices)
+        places = torch.from_numpy(self.store.places(epoch, images))
+        return replace(self.store.read(epoch, images), places=places)
 
 
 def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pydistill import _host
 from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
@@ -80,7 +80,7 @@ class ExpertStore(StoreFile):
     def _open(self) -> None:
         super()._open()
         grid = self.epochs + 1, len(self)
-        self._table = np.frombuffer(self._read(self._table_at, math.prod(grid) * _ENTRY.itemsize), _ENTRY).reshape(grid)
+        self._table = self._read(self._table_at, math.prod(grid) * _ENTRY.itemsize).view(_ENTRY).reshape(grid)
         self._complete = _complete(self._table)
         self._verified: set[tuple[int, int]] = set()
 
@@ -268,7 +268,7 @@ class ExpertStore(StoreFile):
             self._sync()
         for i, expert in enumerate(experts):
             row, kept = _bytes_of(rows[i]), _bytes_of(states[i])
-            entries["row"][i], entries["state"][i] = zlib.crc32(row), zlib.crc32(kept)
+            entries["row"][i], entries["state"][i] = _host.crc32(row), _host.crc32(kept)
             self._write(self._row_at(expert, epoch), row)
             if self.state_names:
                 self._write(self._state_at(expert, epoch), kept)
@@ -378,8 +378,8 @@ class ExpertStore(StoreFile):
         if not 0 <= epoch <= self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs}, got {epoch}")
 
-    def _check_crc(self, raw: bytearray, what: str, expert: int, epoch: int) -> None:
-        wanted, found = int(self._table[epoch, expert][what]), zlib.crc32(raw)
+    def _check_crc(self, raw: np.ndarray, what: str, expert: int, epoch: int) -> None:
+        wanted, found = int(self._table[epoch, expert][what]), _host.crc32(raw)
         if wanted != found:
             raise ValueError(
                 f"{self.path}: the {what} of expert {expert} at epoch {epoch} is damaged: "
@@ -423,8 +423,8 @@ def _pages(size: int) -> int:
     return round_up(size, _PAGE)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.uint8).numpy()
 
 
 def _parameters_of(net: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

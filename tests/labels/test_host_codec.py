@@ -182,3 +182,15 @@ def test_steps_that_are_no_finer_are_those_of_old_rows():
     rows = [_host.encode_topk(probs, 3, 1 / 16, True, 1.0, row_step) for row_step in (False, True)]
     assert np.array_equal(*rows)
     assert rows[0][0, 10] == 0
+
+
+def test_every_code_at_every_fineness_whatever_the_step_before():
+    """Weights are e^(-step 2^(-finer / 16) code), of tables that are kept from call to call for a step."""
+    finer, code = (each.reshape(-1) for each in np.indices((256, 256)))
+    rows = np.zeros((256 * 256, 10), np.uint8)  # the mass of the others, the classes 0 and 1, a byte for each
+    rows[:, 6], rows[:, 8], rows[:, 9] = 1, finer, code
+    for step in (1 / 16, 1 / 32, 1 / 16):
+        _, values, _ = _host.decode_topk(rows, 2, 2, step)
+        weights = np.exp(-step * 2.0 ** (-finer / 16) * code)
+        np.testing.assert_allclose(values[:, 1], weights / (1 + weights), rtol=2e-7)
+        np.testing.assert_allclose(values[:, 0], 1 / (1 + weights), rtol=2e-7)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,14 +276,38 @@ def test_a_file_that_is_cut_under_its_reader_is_named(filled):
 
 
 def test_shuffled_rows_are_those_of_whole_blocks(filled):
-    """Few rows of a block that is verified are read one by one."""
-    with SoftLabelStore(filled) as store:
-        whole = [store.rows(1, range(N)), store.rows(2, range(N))]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pydistill.labels._reader._READ", 0)
-            for epoch, rows in enumerate(whole, 1):
-                order = np.random.default_rng(0).permutation(N)
-                assert np.array_equal(store.rows(epoch, order), rows[order])
+    """Before blocks are verified and after, some of a block and all of it; and they outlive the store."""
+    kept = []
+    with SoftLabelStore(filled) as whole, SoftLabelStore(filled) as store:
+        for epoch in range(EPOCHS):
+            rows = whole.rows(epoch, range(N))
+            order = np.random.default_rng(epoch).permutation(N)
+            for some in (order[:3], order, order):
+                kept.append((store.rows(epoch, some), rows[some]))
+    for found, wanted in kept:
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="where Linux says what is mapped")
+def test_a_closed_store_holds_no_map(filled):
+    """Not even while an error out of it is under way, whose frames are alive; labels read before stay."""
+
+    def is_mapped():
+        return str(filled) in Path("/proc/self/maps").read_text()
+
+    def read_both():
+        with SoftLabelStore(filled) as store:
+            flip(filled, row_at(store, 1, 2))
+            kept.append(store.read(0, range(N)))
+            assert is_mapped()
+            store.read(1, range(N))
+
+    kept = []
+    with pytest.raises(ValueError, match="rows of block 2 of epoch 1 are damaged") as failed:
+        read_both()
+    assert failed.tb is not None
+    assert not is_mapped()
+    assert np.array_equal(kept[0].records.numpy(), records(0, range(N)))
 
 
 def test_batches_are_those_that_were_written(filled):
