@@ -82,6 +82,17 @@ def test_networks_within_shares_of_the_loops_memory(tmp_path: Path) -> None:
     assert found == {"eager-plain", *providers}
 
 
+@pytest.mark.parametrize("name", ["unroll_step_networks", "unroll_step_large", "mtt_step"])
+def test_other_steps_are_green(name: str, tmp_path: Path) -> None:
+    assert run.main([name, "--quick", "--providers", "exact", "--out", str(tmp_path)]) == 0
+    assert {row["provider"] for row in rows_in(tmp_path / f"{name}.csv")} == {"eager-plain", "exact"}
+
+
+def test_datadam_as_published_is_green(tmp_path: Path) -> None:
+    name = "datadam_step_published"
+    assert run.main([name, "--quick", "--providers", "pydistill", "--out", str(tmp_path)]) == 0
+
+
 def test_unroll_memory_is_measured_in_subprocesses(tmp_path: Path) -> None:
     assert run.main(["unroll_memory", "--quick", "--providers", "exact", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "unroll_memory.csv")
