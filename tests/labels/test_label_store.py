@@ -553,6 +553,7 @@ def relabel(path):
         return process
     status = 1
     try:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads, which torch would wait for
         with SoftLabelStore(path, writable=True) if path.exists() else create(path) as store:
             fill(store)
         status = 0
