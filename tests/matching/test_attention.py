@@ -232,7 +232,7 @@ def test_derivatives_that_the_engine_does_not_have():
         ({"p": 0.0}, "p: expected a finite number above zero"),
         ({"layers": (2,)}, r"layers: expected ascending numbers out of 0\.\.1, got \[2\]"),
         ({"layers": (2,), "engine": "generic"}, r"layers: expected ascending numbers out of 0\.\.1, got \[2\]"),
-        ({"engine": "fast"}, "engine: expected 'auto', 'student' or 'generic', got 'fast'"),
+        ({"engine": "fast"}, "engine: expected 'auto', 'student', 'compiled' or 'generic', got 'fast'"),
     ],
 )
 def test_features_name_what_is_wrong(change, message):

@@ -360,7 +360,7 @@ WRONG = [
     ({"generator": 3}, TypeError, r"generator: expected a torch\.Generator, a sequence of them or None, got 3"),
     ({"generator": generators()[:2]}, ValueError, "generator: expected one for each of 3 students, got 2, of which 2"),
     ({"generator": generators()[:1] * 3}, ValueError, "generator: .* got 3, of which 1 distinct"),
-    ({"engine": "fast"}, ValueError, "engine: expected 'auto', 'student' or 'generic', got 'fast'"),
+    ({"engine": "fast"}, ValueError, "engine: expected 'auto', 'student', 'compiled' or 'generic', got 'fast'"),
     ({"precision": "bf16"}, TypeError, "precision: expected float32 images and theta0 for 'bf16'"),
     ({"precision": "fp8"}, ValueError, "precision: expected 'fp32', 'tf32' or 'bf16', got 'fp8'"),
     ({"eval_data": torch.ones(3)}, TypeError, "eval_data: expected a pair of images and labels, got Tensor"),
