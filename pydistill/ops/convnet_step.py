@@ -464,6 +464,9 @@ def _check_all(
         raise TypeError(f"images: expected dtype {theta.dtype} as theta, got {images.dtype}")
     if images.shape[-3:] != sizes or images.shape[:-4] not in ((), (E,)) or not images.shape[-4]:
         raise ValueError(f"images: expected [N, *{sizes}] or [{E}, N, *{sizes}], got {list(images.shape)}")
+    last = shape.layers[-1]
+    if shape.norm == "batch" and images.shape[-4] * last.height * last.width == 1:
+        raise ValueError("images: expected more than one value a channel for a batch norm, got one image of one pixel")
     if labels is not None:
         if label_kind not in _KINDS:
             raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")

@@ -40,7 +40,7 @@ class Step:
     buffers: dict[str, Tensor] | None = None  # the module's buffers before the step, if it has any
 
     def copied_buffers(self) -> dict[str, Tensor]:
-        """Buffers for a replay to change as it likes; None to run on the module's own."""
+        """Buffers for a replay to change as it likes; none where nothing was noted."""
         return {name: b.clone() for name, b in (self.buffers or {}).items()}
 
 

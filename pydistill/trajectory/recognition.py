@@ -17,9 +17,8 @@ from pydistill.nn.student import Student
 from pydistill.ops.convnet_step import ConvNetShape
 from pydistill.trajectory.flat import FlatModule
 
-Output = (
-    int | Literal["any"] | None
-)  # which element of what a forward returns are its logits; "any": it does not matter
+# which element of what a forward returns are its logits; "any": it does not matter
+Output = int | Literal["any"] | None
 
 _MAX_DEPTH = 8  # of the compiled step
 _RUN = ("forward", "embed", "_conv_forward", "__call__", "_call_impl", "__getattr__")  # what a call of a module runs

@@ -177,6 +177,10 @@ def test_bad_input():
         ConvNetShape(3, 8, 8, (8,), 1, 3, norm="spectral")
     with pytest.raises(ValueError, match=r"groups: expected a divisor of every width \(8, 6\), got 4"):
         ConvNetShape(3, 8, 8, (8, 6), 1, 3, norm="group", groups=4)
+    shape = shape_of("batch", pool="none", size=(3, 1, 1))
+    theta, _, images, labels = problem(shape, 1)
+    with pytest.raises(ValueError, match="images: expected more than one value a channel for a batch norm"):
+        convnet_gradient(shape, theta, images, labels)
     shape = shape_of("running")
     theta, _, images, labels = problem(shape, 3)
     with pytest.raises(ValueError, match="running: expected statistics for the norm 'running' alone"):
