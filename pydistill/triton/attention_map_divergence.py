@@ -13,8 +13,8 @@ Derivation of the running sums, with m the largest score so far: of fkl, sum e^(
 e^(m_t' - m_t) whenever a block brings a new maximum, as the sum of e^(t - m_t) is; in the end
 loss = their quotient + lse_s - lse_t. A Jensen-Shannon divergence needs the log-sum-exps first: a second loop.
 
-A row's log-sum-exps are kept as single float32 numbers: losses and probabilities are right to their rounding, 6e-8 of the
-largest score, which is 6e-4 where scores reach 10,000, and nothing is left of them where scores reach 1e8. The CPU
+A row's log-sum-exps are kept as single float32 numbers: losses and probabilities are right to their rounding, 6e-8 of
+the largest score, which is 6e-4 where scores reach 10,000, and nothing is left of them where scores reach 1e8. The CPU
 kernel keeps maximum and sum apart.
 
 Tiles are widened to float32 as they are loaded. Products of 16-bit types are exact in TF32, where NVIDIA's tensor cores
