@@ -23,7 +23,7 @@ from pydistill.evaluate import evaluate
 from pydistill.methods import dq, pca
 from pydistill.methods.options import check_numbers
 from pydistill.methods.picking import Picking, train_teacher
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory.train import EVAL_BATCH
 
 _METHODS = {"dq": (dq.DQ, dq.quantize), "pca": (pca.PCA, pca.combine)}
@@ -157,7 +157,10 @@ def _results(
     if not options.students:
         return results
     device = dataset.train_images.device
-    draws = [dataset.sample(config.ipc, seeded_generator(config.seed, 4, s)) for s in range(options.students)]
+    draws = [
+        dataset.sample(config.ipc, seeded_generator(config.seed, Stream.TEST_REAL_IMAGES, s))
+        for s in range(options.students)
+    ]
     images, labels = (torch.stack(each) for each in zip(*draws, strict=True))
     sets = {
         "random": (images, labels, "hard"),
