@@ -196,6 +196,14 @@ def ranks(device: str) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
+    """``argv``: what follows ``distill``."""
+    default = Distill.default_for(argv)
+    config = (tyro.conf.FlagCreatePairsOff,)
+    options = tyro.cli(Distill, args=argv, prog="pydistill distill", default=default, config=config)
+    Run(options, console, stop).go(default)
+
+
 class Run:
     """One ``pydistill distill``: its folder, and the phases that fill it. Each phase goes on where its files end."""
 

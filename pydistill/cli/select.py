@@ -82,17 +82,14 @@ class SelectPCA(_Select):
 _COMMANDS: dict[str, Any] = {"dq": SelectDQ, "pca": SelectPCA}
 
 
-def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
-    """``argv``: what follows ``select``."""
-    method = argv[0] if argv else ""
-    if method not in _COMMANDS:
-        raise ValueError(f"method: expected pydistill select and one of {', '.join(_COMMANDS)}, got {method!r}")
+def run(method: str, argv: list[str], console: rich.console.Console, stop: Stop) -> None:
+    """``argv``: what follows ``select`` and the method, dq or pca."""
     dataset = dataset_of(argv)
     setting = SETTINGS[dataset]
     sizes = {name: getattr(setting, name) for name in ("width", "depth", "student_epochs", "lr_student")}
     options = tyro.cli(
         _COMMANDS[method],
-        args=argv[1:],
+        args=argv,
         prog=f"pydistill select {method}",
         default=_COMMANDS[method](dataset=dataset, config=_METHODS[method][0].preset(dataset), **sizes),
         config=(tyro.conf.FlagCreatePairsOff,),
