@@ -131,8 +131,8 @@ def _chosen(argv: Sequence[str]) -> tuple[Command, list[str]]:
             f"expected one of {', '.join(c.words for c in commands if c.words.startswith(argv[0]))}, got "
             f"{' '.join(argv[:2])!r}"
         )
-    near = difflib.get_close_matches(argv[0], firsts, 1)
-    raise ValueError(f"expected one of {', '.join(firsts)}, got {argv[0]!r}" + f"; did you mean {near[0]}?" * len(near))
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(argv[0], firsts, 1))
+    raise ValueError(f"expected one of {', '.join(firsts)}, got {argv[0]!r}{near}")
 
 
 def run(argv: list[str]) -> None:
