@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory import FlatModule, train_students
-from pydistill.trajectory.experts import seeded_generator, seeded_net
 from pydistill.trajectory.recognition import trains_at_once
 from pydistill.trajectory.train import EVAL_BATCH
 
@@ -162,8 +162,8 @@ def evaluate(
     if own and not len(images) == len(labels) == len(students):
         wanted = f"those of {len(students)} students"
         raise ValueError(f"images, labels: expected {wanted}, got {len(images)} and {len(labels)}")
-    nets = [seeded_net(make_net, seed, 2, student, device=images.device) for student in students]
-    generators = [seeded_generator(seed, 3, student) for student in students]
+    nets = [seeded_net(make_net, seed, Stream.TEST_STUDENT, student, device=images.device) for student in students]
+    generators = [seeded_generator(seed, Stream.TEST_STUDENT_BATCHES, student) for student in students]
     at_once = len(nets) if nets and trains_at_once(nets[0], images) else 1
     protocol = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "step", "check_finite": False}
     accuracies: list[float] = []

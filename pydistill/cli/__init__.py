@@ -1,8 +1,4 @@
-"""Dataset distillation from the command line: experts, distilled sets, their evaluation, the time of the kernels.
-
-The decoupled methods (SRe2L, CDA, DWA, INFER) have a command for each step: squeeze, recover, relabel, post-train.
-`pydistill select dq` and `pydistill select pca` pick real images instead, each with options of its own.
-"""
+"""Dataset distillation from the command line; `pydistill --help` has the commands."""
 
 from __future__ import annotations
 
@@ -24,4 +20,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     from pydistill.cli.commands import run
 
-    run(list(sys.argv[1:] if argv is None else argv), __doc__)
+    run(list(sys.argv[1:] if argv is None else argv))

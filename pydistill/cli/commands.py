@@ -1,33 +1,26 @@
-"""The subcommands, and what becomes of signals and errors."""
+"""The commands, in one table; and what becomes of signals and errors."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Any
 
+import rich.console
 import tyro
 
-from pydistill.cli import decoupled
+from pydistill.cli import decoupled, distill, hello, krr_st, select, unip
 from pydistill.cli.console import Interrupted, Stop, plain_console
-from pydistill.cli.distill import Distill, Run
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
-from pydistill.cli.hello import run as run_hello
-from pydistill.cli.krr_st import run as run_krr_st
-from pydistill.cli.select import run as run_select
-from pydistill.cli.unip import run as run_unip
-
-# commands with options and phases of their own: what runs them, and where the arguments begin that it sees
-_OWN = {
-    ("distill", "unip"): (run_unip, 2),
-    ("distill", "hello"): (run_hello, 2),
-    ("distill", "krr_st"): (run_krr_st, 2),
-    ("select",): (run_select, 1),
-    **{(name,): (decoupled.run, 0) for name in decoupled.COMMANDS},
-}
+from pydistill.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -37,42 +30,122 @@ class Bench:
     cases: tyro.conf.Positional[tuple[str, ...]] = ()
     """Cases by name; without any, those that a user would decide by. An unknown name lists them."""
 
-    def run(self) -> int:
+    def run(self) -> None:
         # installed, the benchmarks are a part of the package; in a checkout, a folder of their own beside it
         installed = importlib.util.find_spec("pydistill.bench") is not None
-        return importlib.import_module("pydistill.bench.run" if installed else "bench.run").brief(self.cases)
+        sys.exit(importlib.import_module("pydistill.bench.run" if installed else "bench.run").brief(self.cases))
 
 
-def run(argv: list[str], description: str) -> None:
-    """Parses ``argv`` and does what it says; exits as ``main`` does."""
+def _parsed(command: type, name: str, argv: list[str], *given: Any) -> None:
+    """Runs a command whose options are its fields."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    tyro.cli(command, args=argv, prog=f"pydistill {name}", config=config).run(*given)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What runs where a command line begins with ``words``; it is called with the arguments behind them."""
+
+    words: str
+    about: str  # a line of the overview
+    run: Callable[[list[str], rich.console.Console, Stop], None]
+    stops: bool = True  # at a signal by itself, in order
+
+
+COMMANDS: dict[str, tuple[Command, ...]] = {
+    "Distil a data set into images": (
+        Command("distill", f"METHOD: {', '.join(METHODS)}; mtt without one", distill.run),
+        Command("distill hello", "HeLlO: images, and soft labels from a fitted projector", hello.run),
+        Command("distill krr_st", "KRR-ST: images on which a network is pre-trained, without labels", krr_st.run),
+        Command(
+            "experts",
+            "train the experts that trajectories are matched to, or make them of replay buffers",
+            lambda argv, console, stop: _parsed(Experts, "experts", argv, console, stop),
+        ),
+    ),
+    "The decoupled methods (sre2l, cda, dwa, infer), step by step": tuple(
+        Command(step, about, partial(decoupled.run, step))
+        for step, about in (
+            ("squeeze", "train a network on the real images, or take weights from elsewhere"),
+            ("recover", "make images that fit the network's statistics"),
+            ("relabel", "store the network's soft labels of their augmented views"),
+            ("post-train", "train a student on images and labels, and test it"),
+        )
+    ),
+    "Pick real images": (
+        Command("select dq", "DQ: from bins that cover each class", partial(select.run, "dq")),
+        Command("select pca", "PCA: crops of hard images, put together", partial(select.run, "pca")),
+    ),
+    "Distil a network": (
+        Command("distill unip", "UNIP: a teacher's attention into a smaller transformer, without labels", unip.run),
+    ),
+    "Use the results": (
+        Command(
+            "evaluate",
+            "train fresh students on a distilled file and test them, a row for each architecture",
+            lambda argv, console, stop: _parsed(Evaluate, "evaluate", argv, console, stop),
+        ),
+        Command(
+            "export",
+            "write images.pt, labels.pt and lr.pt, as the method repositories and DD-Ranking read them",
+            lambda argv, console, stop: _parsed(Export, "export", argv, console),
+        ),
+        Command(
+            "bench",
+            "time the kernels on this machine beside plain PyTorch and torch.compile",
+            lambda argv, console, stop: _parsed(Bench, "bench", argv),
+            stops=False,
+        ),
+    ),
+}
+
+
+def overview(word: str = "") -> str:
+    """The commands, or those that begin with ``word``, in groups, a line or two each."""
+    lines = [
+        f"usage: pydistill {word or 'COMMAND'} [OPTIONS]",
+        "",
+        "Dataset distillation from the command line. `pydistill COMMAND --help` has a command's options, after",
+        "`distill METHOD` the method's. What is cut off goes on with --resume.",
+    ]
+    for group, commands in COMMANDS.items():
+        entries = [
+            textwrap.fill(command.about, 100, initial_indent=f"  {command.words:<16}", subsequent_indent=18 * " ")
+            for command in commands
+            if command.words.split()[0] == word or not word
+        ]
+        lines += ["", group, *entries] if entries else []
+    return "\n".join([*lines, "", "python -m pydistill.info says which kernels this installation has."])
+
+
+def _chosen(argv: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command with the most words that ``argv`` begins with, and what follows."""
+    commands = sorted((c for group in COMMANDS.values() for c in group), key=lambda c: -len(c.words.split()))
+    for command in commands:
+        words = command.words.split()
+        if list(argv[: len(words)]) == words:
+            return command, list(argv[len(words) :])
+    firsts = sorted({command.words.split()[0] for command in commands})
+    if argv[0] in firsts:
+        raise ValueError(
+            f"expected one of {', '.join(c.words for c in commands if c.words.startswith(argv[0]))}, got "
+            f"{' '.join(argv[:2])!r}"
+        )
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(argv[0], firsts, 1))
+    raise ValueError(f"expected one of {', '.join(firsts)}, got {argv[0]!r}{near}")
+
+
+def run(argv: list[str]) -> None:
+    """Does what ``argv`` says; exits as ``main`` does."""
+    asked = argv[-1:] in (["-h"], ["--help"])
+    if not argv or (asked and argv[:-1] in ([], ["select"])):  # no command of its own
+        print(overview("".join(argv[:-1])), file=sys.stdout if argv else sys.stderr)
+        sys.exit(0 if argv else 2)
     console = plain_console()
     try:
-        for words, (command, rest) in _OWN.items():
-            if tuple(argv[: len(words)]) == words:
-                with Stop().installed() as stop:
-                    command(argv[rest:], console, stop)
-                return
-        default = Distill.default_for(argv[1:] if argv[:1] == ["distill"] else [])
-        command = tyro.cli(
-            Annotated[Distill, tyro.conf.subcommand("distill", default=default)]
-            | Annotated[Experts, tyro.conf.subcommand("experts")]
-            | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-            | Annotated[Export, tyro.conf.subcommand("export")]
-            | Annotated[Bench, tyro.conf.subcommand("bench")],
-            args=argv,
-            prog="pydistill",
-            description=description,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        if isinstance(command, Bench):
-            sys.exit(command.run())
-        with Stop().installed() as stop:
-            if isinstance(command, Distill):
-                Run(command, console, stop).go(default)
-            elif isinstance(command, Export):
-                command.run(console)
-            else:
-                command.run(console, stop)
+        command, rest = _chosen(argv)
+        with Stop().installed() if command.stops else nullcontext(Stop()) as stop:
+            command.run(rest, console, stop)
     except Interrupted:
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:

@@ -39,9 +39,8 @@ from pydistill.methods.post_train import PostTrain, new_student, post_train
 from pydistill.methods.relabel import Relabel, check_fit, relabel, views_of
 from pydistill.methods.squeeze import Squeeze, Teacher, import_weights, squeeze, untrained
 
-__all__ = ["COMMANDS", "run"]
+__all__ = ["run"]
 
-COMMANDS = ("squeeze", "recover", "relabel", "post-train")
 SetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet-1k", "image-folder"]
 MethodName = Literal["sre2l", "cda", "dwa", "infer", "random"]
 _FOLDERS = {"tiny-imagenet": 64, "imagenet-1k": 224}  # sets that are read as image folders, and their size
@@ -357,10 +356,9 @@ def _shown(name: str, value: Any) -> str:
     return percentage([value] if isinstance(value, float) else value)
 
 
-def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
-    """``argv``: the command, and what follows it."""
-    name, rest = argv[0], argv[1:]
-    command = _parse(name, rest)
+def run(name: str, argv: list[str], console: rich.console.Console, stop: Stop) -> None:
+    """``argv``: what follows the command ``name``: squeeze, recover, relabel or post-train."""
+    command = _parse(name, argv)
     with ranks(command.device):
         run = Run(name, command, console, stop)
         try:

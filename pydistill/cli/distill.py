@@ -42,7 +42,8 @@ from pydistill.evaluate import evaluate
 from pydistill.methods import METHODS, Config, State, distill
 from pydistill.methods.options import check_numbers
 from pydistill.methods.outer import world
-from pydistill.trajectory.experts import data_crc32, seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
+from pydistill.trajectory.experts import data_crc32
 from pydistill.trajectory.store import ExpertStore
 
 # fmt: off
@@ -193,6 +194,14 @@ def ranks(device: str) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
+    """``argv``: what follows ``distill``."""
+    default = Distill.default_for(argv)
+    config = (tyro.conf.FlagCreatePairsOff,)
+    options = tyro.cli(Distill, args=argv, prog="pydistill distill", default=default, config=config)
+    Run(options, console, stop).go(default)
 
 
 class Run:
@@ -359,7 +368,8 @@ class Run:
         whole = dataset.train_images, dataset.train_labels
         # every student on random real images gets a draw of its own
         draws = [
-            dataset.sample(self.config.ipc, seeded_generator(seed, 4, student)) for student in range(options.students)
+            dataset.sample(self.config.ipc, seeded_generator(seed, Stream.TEST_REAL_IMAGES, student))
+            for student in range(options.students)
         ]
         random = tuple(torch.stack(each) for each in zip(*draws, strict=True))
         sets = {

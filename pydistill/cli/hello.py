@@ -31,7 +31,7 @@ from pydistill.methods.hello import (
     stored_labels,
 )
 from pydistill.methods.self_supervised import barlow_twins
-from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class _Run:
         """The encoder and the teachers, untrained."""
         config, data = self.config, self.data
         encoder = seeded_net(
-            lambda: config.encoder(data.channels, data.image_size), config.seed, 44, device=self.device
+            lambda: config.encoder(data.channels, data.image_size), config.seed, Stream.ENCODER, device=self.device
         )
-        return encoder, [self._convnet(45, number) for number in range(config.teachers)]
+        return encoder, [self._convnet(Stream.PROJECTED_TEACHER, number) for number in range(config.teachers)]
 
     def go(self) -> dict[str, Any]:
         config, data, folder, stop = self.config, self.data, self.folder, self.phases.stop
@@ -140,16 +140,16 @@ class _Run:
         for name, source in sources.items():
             results[name] = []
             for student in range(config.students):
-                net = self._convnet(46, student)
+                net = self._convnet(Stream.PROJECTED_STUDENT, student)
                 post_train(config, net, x, y, source, student, stop)
                 results[name].append(accuracy(net, data.test_images, data.test_labels))
                 append_line(metrics, {"labels": name, "student": student, "accuracy": results[name][-1]})
         return results
 
-    def _convnet(self, kind: int, number: int) -> nn.Module:
+    def _convnet(self, stream: Stream, number: int) -> nn.Module:
         setting, data = self.setting, self.data
         return seeded_net(
-            lambda: convnet(data, setting.width, setting.depth), self.config.seed, kind, number, device=self.device
+            lambda: convnet(data, setting.width, setting.depth), self.config.seed, stream, number, device=self.device
         )
 
     def _train(self, teachers: list[nn.Module]) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class _Run:
                 lr=self.setting.lr_student,
                 epochs=self.config.teacher_epochs,
                 batch_size=self.setting.batch_train,
-                generator=seeded_generator(self.config.seed, 47, number),
+                generator=seeded_generator(self.config.seed, Stream.PROJECTED_TEACHER_BATCHES, number),
                 on_step=self.phases.stop,
             )
             state |= {f"{number}.{name}": value for name, value in teacher.state_dict().items()}

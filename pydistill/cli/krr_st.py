@@ -22,7 +22,7 @@ from pydistill.methods.krr_st import KRRST, initial, krr_st, pretrain, target_fe
 from pydistill.methods.options import check_numbers
 from pydistill.methods.self_supervised import barlow_twins
 from pydistill.methods.unip import linear_probe
-from pydistill.trajectory.experts import seeded_net
+from pydistill.seeding import Stream, seeded_net
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: expected at most {len(data.train_images)}, got {getattr(config, name)}")
     images, device = data.train_images, data.train_images.device
-    target = seeded_net(lambda: config.encoder(data.channels, 1, data.image_size), config.seed, 10, device=device)
+    target = seeded_net(
+        lambda: config.encoder(data.channels, 1, data.image_size), config.seed, Stream.TARGET, device=device
+    )
     with phases.opened(data.name):
 
         def train_target() -> dict[str, Tensor]:
@@ -102,7 +104,7 @@ def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
             for student in range(config.students):
                 net = seeded_net(
                     lambda: config.encoder(data.channels, targets.shape[1], data.image_size),
-                    *(config.seed, 30, student),
+                    *(config.seed, Stream.PRETRAINED, student),
                     device=device,
                 )
                 if pair is not None:

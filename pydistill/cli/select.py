@@ -23,7 +23,7 @@ from pydistill.evaluate import evaluate
 from pydistill.methods import dq, pca
 from pydistill.methods.options import check_numbers
 from pydistill.methods.picking import Picking, train_teacher
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory.train import EVAL_BATCH
 
 _METHODS = {"dq": (dq.DQ, dq.quantize), "pca": (pca.PCA, pca.combine)}
@@ -82,17 +82,14 @@ class SelectPCA(_Select):
 _COMMANDS: dict[str, Any] = {"dq": SelectDQ, "pca": SelectPCA}
 
 
-def run(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
-    """``argv``: what follows ``select``."""
-    method = argv[0] if argv else ""
-    if method not in _COMMANDS:
-        raise ValueError(f"method: expected pydistill select and one of {', '.join(_COMMANDS)}, got {method!r}")
+def run(method: str, argv: list[str], console: rich.console.Console, stop: Stop) -> None:
+    """``argv``: what follows ``select`` and the method, dq or pca."""
     dataset = dataset_of(argv)
     setting = SETTINGS[dataset]
     sizes = {name: getattr(setting, name) for name in ("width", "depth", "student_epochs", "lr_student")}
     options = tyro.cli(
         _COMMANDS[method],
-        args=argv[1:],
+        args=argv,
         prog=f"pydistill select {method}",
         default=_COMMANDS[method](dataset=dataset, config=_METHODS[method][0].preset(dataset), **sizes),
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -157,7 +154,10 @@ def _results(
     if not options.students:
         return results
     device = dataset.train_images.device
-    draws = [dataset.sample(config.ipc, seeded_generator(config.seed, 4, s)) for s in range(options.students)]
+    draws = [
+        dataset.sample(config.ipc, seeded_generator(config.seed, Stream.TEST_REAL_IMAGES, s))
+        for s in range(options.students)
+    ]
     images, labels = (torch.stack(each) for each in zip(*draws, strict=True))
     sets = {
         "random": (images, labels, "hard"),

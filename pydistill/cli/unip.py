@@ -21,7 +21,7 @@ from pydistill.cli.settings import DatasetName, load_for
 from pydistill.data import read_safetensors, write_atomic, write_safetensors
 from pydistill.methods.unip import UNIP, choose_layer, distill_attention, fit, linear_probe
 from pydistill.nn.vit import ViT
-from pydistill.trajectory.experts import seeded_net
+from pydistill.seeding import Stream, seeded_net
 
 _STATE, _NETWORK = "UNIP state", "ViT"
 
@@ -80,7 +80,11 @@ class _Run:
         device = self.data.train_images.device
         self.teacher, self.student, self.random = (
             seeded_net(make, self.config.seed, key, device=device)
-            for make, key in ((make_teacher, 0), (make_student, 1), (make_student, 1))
+            for make, key in (
+                (make_teacher, Stream.UNIP_TEACHER),
+                (make_student, Stream.UNIP_STUDENT),
+                (make_student, Stream.UNIP_STUDENT),
+            )
         )
         with self.phases.opened(self.data.name, self._read_states), progress_bars(self.console) as self.progress:
             done = {name: int(state["epoch"]) if state else 0 for name, state in self.states.items()}

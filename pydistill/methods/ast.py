@@ -18,9 +18,9 @@ from pydistill.data import Dataset
 from pydistill.methods.matching import SMALL, Matching, Segment
 from pydistill.methods.mtt import _row
 from pydistill.methods.outer import State
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.select import representatives
 from pydistill.trajectory import FlatModule, Smoothing
-from pydistill.trajectory.experts import seeded_generator
 from pydistill.trajectory.flat import perturb_towards
 
 _LOSS_DECAY = tuple(round(0.5 + 0.05 * epoch, 2) for epoch in range(10))  # factors of the experts' first epochs
@@ -69,7 +69,7 @@ class AST(Matching):
         flat = FlatModule(net)
         with torch.no_grad():
             logits = torch.cat([flat(theta, x) for x in dataset.train_images.split(500)])
-        index = representatives(logits, dataset.train_labels, self.ipc, seeded_generator(self.seed, 5))
+        index = representatives(logits, dataset.train_labels, self.ipc, seeded_generator(self.seed, Stream.SYNTHETIC))
         return dataset.train_images[index].clone(), dataset.train_labels[index].clone()
 
     def segment(self, number: int, state: State, net: nn.Module, experts: Any) -> Segment:

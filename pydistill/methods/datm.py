@@ -17,8 +17,8 @@ from pydistill.data import Dataset
 from pydistill.methods.matching import SMALL, Matching
 from pydistill.methods.mtt import _row
 from pydistill.methods.outer import State
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.experts import seeded_generator
 
 
 def _grown(first: int, within: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class DATM(Matching):
         with torch.no_grad():
             predicted = torch.cat([flat(thetas[0], x).argmax(1) for x in dataset.train_images.split(500)])
         right = predicted == dataset.train_labels
-        images, labels = dataset.sample(self.ipc, seeded_generator(self.seed, 5), preferred=right)
+        images, labels = dataset.sample(self.ipc, seeded_generator(self.seed, Stream.SYNTHETIC), preferred=right)
         with torch.no_grad():
             logits = torch.stack([flat(theta, images) for theta in thetas])  # [E, N, K]
         agrees = (logits.argmax(2) == labels).to(logits.dtype)[..., None]

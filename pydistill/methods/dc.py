@@ -18,8 +18,8 @@ from pydistill.matching import class_gradients, gradient_match
 from pydistill.methods.outer import State, fresh_parameters, sum_over_ranks
 from pydistill.methods.pairs import ClassPairs
 from pydistill.ops.convnet_step import Workspace
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule, train_students
-from pydistill.trajectory.experts import seeded_generator
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # of the papers, by ipc
 
@@ -69,7 +69,7 @@ class DC(ClassPairs):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
-        theta = fresh_parameters(net, self.seed, 7, state.iteration).to(state["images"])
+        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(state["images"])
         velocity, workspace, losses = None, Workspace(), []
         for turn in range(self.outer_loop):
             loss, grad = self._distance(turn, state, dataset, net, theta, workspace)
@@ -87,7 +87,7 @@ class DC(ClassPairs):
                     momentum=self.momentum,
                     velocity0=velocity,
                     augment=self.augmentation(),
-                    generator=seeded_generator(self.seed, 8, state.iteration, turn),
+                    generator=seeded_generator(self.seed, Stream.INNER_TRAINING, state.iteration, turn),
                     precision=self.precision,
                 )
                 theta, velocity = found.theta[0], found.velocity

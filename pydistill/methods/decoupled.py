@@ -29,8 +29,8 @@ from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safete
 from pydistill.methods.options import check_numbers
 from pydistill.methods.squeeze import Teacher
 from pydistill.nn import BNStatMatcher, freeze
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.select import representatives
-from pydistill.trajectory.experts import seeded_generator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,7 +113,7 @@ class Recover:
         """The record of an iteration's crop, flip and roll, the same for the whole batch."""
         scale = (self.lowest_crop(iteration), 1.0)
         crop = MultiCrop(teacher.shape[1], scale=scale, flip=self.flip, roll=self.jitter, shared=True)
-        generator = seeded_generator(self.seed, 1, batch.number, iteration)
+        generator = seeded_generator(self.seed, Stream.RECOVER_CROPS, batch.number, iteration)
         return crop.draw((len(batch.labels), *teacher.shape), generator)
 
     def network(self, teacher: Teacher, batch: Batch, starts: Callable[[Batch], Tensor]) -> nn.Module:
@@ -145,7 +145,7 @@ def real_images(config: Recover, dataset: Dataset, teachers: Sequence[Teacher]) 
     Drawn by its seed; or with ``start="kmeans"`` those nearest to the centres of each class's logits.
     """
     count = config.per_class(dataset.num_classes, len(teachers))[1]
-    generator = seeded_generator(config.seed, 0)
+    generator = seeded_generator(config.seed, Stream.REAL_START)
     if config.start == "kmeans":
         device = next(teachers[0].net.parameters()).device
         with torch.no_grad():
@@ -262,7 +262,10 @@ def _make(
         if real is None:
             shape = (len(of.labels), *teacher.shape)
             return torch.randn(
-                shape, generator=seeded_generator(config.seed, 2, of.number), dtype=torch.float32, device="cpu"
+                shape,
+                generator=seeded_generator(config.seed, Stream.NOISE_START, of.number),
+                dtype=torch.float32,
+                device="cpu",
             ).to(device)
         return real[of.labels, of.place % real.shape[1]].to(device)
 

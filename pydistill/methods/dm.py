@@ -19,6 +19,7 @@ from pydistill.methods.matching import DSA as STRATEGY
 from pydistill.methods.outer import State, fresh_parameters, sum_over_ranks
 from pydistill.methods.pairs import ClassPairs, Pairs
 from pydistill.ops.convnet_step import Workspace
+from pydistill.seeding import Stream
 
 DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a digit's mirror image is none
 _SMALL = {"iterations": 300, "batch_real": 64}
@@ -42,7 +43,7 @@ class DM(ClassPairs):
         images = state["images"].detach().requires_grad_()
         classes = self.own_classes(dataset)
         pairs = self.pairs(classes, images, dataset, state.iteration)
-        theta = fresh_parameters(net, self.seed, 7, state.iteration).to(images)
+        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(images)
         loss = self.distance(net, theta, pairs, dataset.num_classes)
         loss, grad = sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)])
         state.descend("images", grad, self.lr_img, self.momentum)

@@ -22,8 +22,8 @@ from torch import Tensor
 from pydistill.data import Dataset, DistilledSet
 from pydistill.methods.picking import Picking, class_members, embed
 from pydistill.nn.student import Student
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.select import drop_patches, graph_cut_greedy, patch_importance
-from pydistill.trajectory.experts import seeded_generator
 
 __all__ = ["DQ", "quantize"]
 
@@ -93,7 +93,7 @@ def quantize(config: DQ, dataset: Dataset, teacher: Student, *, lr: float = 0.01
     chosen = []
     for label, members in enumerate(config._members(dataset)):
         bins = class_bins(config, dataset, teacher, members)
-        generator = seeded_generator(config.seed, 6, label)
+        generator = seeded_generator(config.seed, Stream.BINS, label)
         # a bin's images in an order of its own; then the first of every bin, the second of every bin, ...
         drawn = torch.stack([members[row[torch.randperm(len(row), generator=generator, device="cpu")]] for row in bins])
         chosen.append(drawn.T.flatten()[: config.ipc])

@@ -24,8 +24,8 @@ from pydistill.data import Dataset
 from pydistill.divergence import contrastive_ce
 from pydistill.matching import class_mean_match, gradient_match, mmd
 from pydistill.methods.outer import Config, State, fresh_parameters, sum_over_ranks, world
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.experts import seeded_generator
 
 # Fresh models tell more of small sets than one that knows them: rounds are short, and each begins anew.
 _SMALL = {"iterations": 40, "clients": 3, "local_steps": 5, "batch_real": 32, "train_steps": 2, "server_steps": 10}
@@ -121,7 +121,7 @@ class FedLGD(Config):
         x, y = dataset.train_images, dataset.train_labels
         local = []
         for client, shard in enumerate(experts):
-            generator = seeded_generator(self.seed, 5, client)
+            generator = seeded_generator(self.seed, Stream.SYNTHETIC, client)
             for label in y[shard].unique().tolist():
                 members = shard[y[shard] == label]
                 # a client may have fewer images of a class than it is to distil
@@ -129,20 +129,20 @@ class FedLGD(Config):
                     -(-self.ipc // len(members))
                 )
                 local.append(x[members[order[: self.ipc].to(members.device)]])
-        generator, images = seeded_generator(self.seed, 5, self.clients), []
+        generator, images = seeded_generator(self.seed, Stream.SYNTHETIC, self.clients), []
         for label in range(dataset.num_classes):
             members = x[y == label]
             noise = torch.randn(self.ipc, *x.shape[1:], generator=generator, dtype=torch.float32, device="cpu").to(x)
             images.append(members.mean(0) + members.std(0, correction=0) * noise)
         labels = torch.arange(dataset.num_classes, device=x.device).repeat_interleave(self.ipc)
         tensors = {"images": torch.cat(images), "labels": labels, "lr": x.new_tensor(self.lr_model)}
-        theta = fresh_parameters(net, self.seed, 7).to(x)
+        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET).to(x)
         return State({**tensors, "theta": theta, "local": torch.cat(local)})
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: list[Tensor]) -> dict[str, Any]:
         flat, (rank, ranks) = FlatModule(_WithFeatures(net)), world()
         if self.restart and state.iteration % self.restart == 0:
-            state["theta"] = fresh_parameters(net, self.seed, 7, state.iteration).to(state["theta"])
+            state["theta"] = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(state["theta"])
         labels = [dataset.train_labels[shard].unique().repeat_interleave(self.ipc) for shard in experts]
         parts = [images.clone() for images in state["local"].split([len(y) for y in labels])]
         # Each rank fills in what its clients do: the sum over the ranks adds zeros to it, and rounds nothing.
@@ -151,7 +151,7 @@ class FedLGD(Config):
         losses = thetas.new_zeros(self.clients)
         for client, part in enumerate(parts):
             if client in own:
-                generator = seeded_generator(self.seed, 6, state.iteration, client)
+                generator = seeded_generator(self.seed, Stream.OUTER_STEP, state.iteration, client)
                 real = (dataset.train_images[experts[client]], dataset.train_labels[experts[client]])
                 parts[client] = self._distil_local(flat, state, part, labels[client], *real, generator)
                 thetas[client], losses[client] = self._train(flat, state, parts[client], labels[client], generator)

@@ -24,7 +24,7 @@ from pydistill.augment import DiffAugment
 from pydistill.labels import Projector, feature_distance
 from pydistill.methods.options import check_numbers
 from pydistill.methods.self_supervised import Encoder
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator, torch_seeded
 
 __all__ = [
     "HeLlO",
@@ -96,8 +96,7 @@ class HeLlO:
 
     def projector(self, encoder: Encoder, class_embeddings: Tensor) -> Projector:
         options = {"rank": self.rank, "head_rank": self.head_rank, "teachers": self.teachers}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeded_generator(self.seed, 40).initial_seed())
+        with torch_seeded(seeded_generator(self.seed, Stream.PROJECTOR)):
             return Projector(body_of(encoder), class_embeddings, **options)
 
 
@@ -119,7 +118,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def views(images: Tensor, seed: int, epoch: int) -> Tensor:
     """The images of an epoch of post-training: augmented one by one, by ``(seed, epoch)`` alone."""
     augment = DiffAugment("color_crop_cutout_scale_rotate")
-    return augment(images, augment.draw(images.shape, seeded_generator(seed, 41, epoch)).to(images.device))
+    return augment(images, augment.draw(images.shape, seeded_generator(seed, Stream.VIEWS, epoch)).to(images.device))
 
 
 def fit_projector(
@@ -140,7 +139,7 @@ def fit_projector(
         raise ValueError(f"teachers: expected {projector.config['teachers']} as the projector has, got {len(teachers)}")
     optimizer = torch.optim.Adam(projector.factors().values(), config.lr)
     augment = DiffAugment("color_crop_cutout_scale_rotate")
-    generator, losses = seeded_generator(config.seed, 42), []
+    generator, losses = seeded_generator(config.seed, Stream.FIT_BATCHES), []
     for teacher in teachers:
         teacher.eval()
     for epoch in range(config.fit_epochs):
@@ -221,7 +220,9 @@ def post_train(
     for epoch in range(config.student_epochs):
         optimizer.param_groups[0]["lr"] = _cosine(config.lr, epoch, config.student_epochs)
         all_views = views(images, config.seed, epoch)
-        order = torch.randperm(len(images), generator=seeded_generator(config.seed, 43, number, epoch), device="cpu")
+        order = torch.randperm(
+            len(images), generator=seeded_generator(config.seed, Stream.STUDENT_BATCHES, number, epoch), device="cpu"
+        )
         for index in order.to(images.device).split(config.batch_size):
             found = net(all_views[index])
             loss = F.cross_entropy(found, labels[index])

@@ -24,7 +24,7 @@ from torch import Tensor
 from pydistill.matching import krr_loss
 from pydistill.methods.options import check_numbers
 from pydistill.methods.self_supervised import Encoder
-from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 __all__ = ["KRRST", "Pool", "krr_st", "pretrain", "target_features"]
 
@@ -103,14 +103,17 @@ class Pool:
         self.config, self._device = config, device
         self._make = lambda: config.encoder(channels, outputs, image_size)
         self.born = config.pool
-        self.nets = [seeded_net(self._make, config.seed, 20, i, device=device) for i in range(config.pool)]
+        self.nets = [seeded_net(self._make, config.seed, Stream.POOL, i, device=device) for i in range(config.pool)]
         self.ages = torch.zeros(config.pool, dtype=torch.int64, device="cpu")
         self._optimizers = [self._sgd(net) for net in self.nets]
 
     def fill(self, x: Tensor, y: Tensor) -> Iterator[None]:
         """Takes each network to a random age; yields after each step."""
         until = torch.randint(
-            self.config.online_steps, (len(self.nets),), generator=seeded_generator(self.config.seed, 21), device="cpu"
+            self.config.online_steps,
+            (len(self.nets),),
+            generator=seeded_generator(self.config.seed, Stream.POOL_AGES),
+            device="cpu",
         )
         for i, steps in enumerate(until.tolist()):
             for _ in range(steps):
@@ -120,7 +123,7 @@ class Pool:
     def step(self, i: int, x: Tensor, y: Tensor) -> None:
         """One inner step of network i; a network that is old enough is replaced by a fresh one."""
         if self.ages[i] >= self.config.online_steps:
-            self.nets[i] = seeded_net(self._make, self.config.seed, 20, self.born, device=self._device)
+            self.nets[i] = seeded_net(self._make, self.config.seed, Stream.POOL, self.born, device=self._device)
             self._optimizers[i] = self._sgd(self.nets[i])
             self.ages[i], self.born = 0, self.born + 1
         _step(self.nets[i], self._optimizers[i], x, y)
@@ -195,7 +198,7 @@ def krr_st(
         return found
 
     for iteration in range(done, config.iterations):
-        generator = seeded_generator(config.seed, 22, iteration)
+        generator = seeded_generator(config.seed, Stream.KRR_BATCH, iteration)
         index = torch.randperm(len(images), generator=generator, device="cpu")[: config.batch_real].to(device)
         i = int(torch.randint(config.pool, (), generator=generator, device="cpu"))
         net = pool.nets[i].eval()
@@ -219,7 +222,7 @@ def krr_st(
 
 def initial(config: KRRST, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Random real images and their targets: where a run starts, and what it is compared with."""
-    order = torch.randperm(len(images), generator=seeded_generator(config.seed, 23), device="cpu")
+    order = torch.randperm(len(images), generator=seeded_generator(config.seed, Stream.KRR_IMAGES), device="cpu")
     index = order[: config.images].to(images.device)
     return images[index].clone(), targets[index].clone()
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, sum_over_ranks, world
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import ExpertStore, Trajectories, as_trajectories, trajectory_match
-from pydistill.trajectory.experts import seeded_generator
 
 # The small sets' common start: what reaches most within minutes on two cores.
 DIGITS = {
@@ -90,7 +90,7 @@ class Matching(Config):
 
     def initial_images(self, dataset: Dataset, net: nn.Module, experts: Any) -> tuple[Tensor, Tensor]:
         """Real images, ``ipc`` of each class, and their labels."""
-        return dataset.sample(self.ipc, seeded_generator(self.seed, 5))
+        return dataset.sample(self.ipc, seeded_generator(self.seed, Stream.SYNTHETIC))
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
         images, labels = self.initial_images(dataset, net, experts)
@@ -104,7 +104,7 @@ class Matching(Config):
     def segment(self, number: int, state: State, net: nn.Module, experts: Any) -> Segment:
         """What is drawn depends on the seed, the iteration and the segment's number alone."""
         device = state["images"].device
-        generator = seeded_generator(self.seed, 6, state.iteration, number)
+        generator = seeded_generator(self.seed, Stream.OUTER_STEP, state.iteration, number)
         expert = int(torch.randint(experts.shape[0], (), generator=generator, device="cpu"))
         start = int(
             torch.randint(self.min_start_epoch, self.last_start(state.iteration), (), generator=generator, device="cpu")

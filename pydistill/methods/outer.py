@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
+from pydistill.seeding import seeded_generator, torch_seeded
 from pydistill.trajectory import FlatModule, Trajectories
-from pydistill.trajectory.experts import seeded_generator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -215,15 +215,14 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
-def fresh_parameters(net: nn.Module, *key: int) -> Tensor:
-    """A new initialisation ``[P]`` of ``net``'s structure that depends on ``key`` only; ``net`` is left as it is.
+def fresh_parameters(net: nn.Module, seed: int, *key: int) -> Tensor:
+    """A new initialisation ``[P]`` of ``net``'s structure, by ``seed`` and ``key`` alone; ``net`` is left as it is.
 
     Raises:
         ValueError: a module with parameters of its own has no ``reset_parameters``.
     """
     net = copy.deepcopy(net)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded_generator(*key).initial_seed())
+    with torch_seeded(seeded_generator(seed, *key)):
         for module in net.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 if not hasattr(module, "reset_parameters"):

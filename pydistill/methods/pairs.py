@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, world
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator
 
 
 class Pairs(NamedTuple):
@@ -46,7 +46,7 @@ class ClassPairs(Config):
             raise ValueError(f"{self.name}: expected a class for each of {world()[1]} ranks, got {dataset.num_classes}")
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        generator = seeded_generator(self.seed, 5)
+        generator = seeded_generator(self.seed, Stream.SYNTHETIC)
         images, labels = dataset.sample(self.ipc, generator)
         if self.start == "noise":
             images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
@@ -65,7 +65,7 @@ class ClassPairs(Config):
         """
         indices, records, augment = [], [], self.augmentation()
         for k in classes:
-            generator = seeded_generator(self.seed, 6, *key, k)
+            generator = seeded_generator(self.seed, Stream.OUTER_STEP, *key, k)
             members = (dataset.train_labels == k).nonzero()[:, 0]
             indices.append(
                 members[torch.randperm(len(members), generator=generator, device="cpu")[: self.batch_real].to(members)]

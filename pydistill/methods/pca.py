@@ -16,8 +16,8 @@ from torch import Tensor
 from pydistill.data import Dataset, DistilledSet
 from pydistill.methods.picking import Picking, class_members
 from pydistill.nn.student import Student
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.select import best_crops, mosaic, sample_scores
-from pydistill.trajectory.experts import seeded_generator
 
 __all__ = ["PCA", "combine"]
 
@@ -82,7 +82,7 @@ def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01
         stay = found.argsort(descending=config.hard == hardest_last, stable=True)[
             : max(need, round(config.prune * len(members)))
         ]
-        generator = seeded_generator(config.seed, 7, label)
+        generator = seeded_generator(config.seed, Stream.COMBINED, label)
         drawn = members[stay[torch.randperm(len(stay), generator=generator, device="cpu")[:need].to(stay.device)]]
         patches, _ = best_crops(
             *(teacher, dataset.train_images[drawn], dataset.train_labels[drawn]),

@@ -14,7 +14,7 @@ from pydistill.data import Dataset, DistilledSet
 from pydistill.evaluate import train_student
 from pydistill.methods.options import check_numbers
 from pydistill.nn.student import Student
-from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,7 +76,7 @@ def train_teacher(
     config: Picking, dataset: Dataset, make_net: Callable[[], nn.Module], on_step: Callable[[], None] | None = None
 ) -> nn.Module:
     """A network trained on all real images, in evaluation mode; ``on_step`` is called after each step."""
-    net = seeded_net(make_net, config.seed, 5, device=dataset.train_images.device)
+    net = seeded_net(make_net, config.seed, Stream.PICKING, device=dataset.train_images.device)
     if not isinstance(net, Student):
         raise ValueError(
             f"make_net: expected a network of pydistill.nn with embed and classifier, got {type(net).__name__}"
@@ -86,7 +86,7 @@ def train_teacher(
         lr=config.teacher_lr,
         epochs=config.teacher_epochs,
         batch_size=config.teacher_batch,
-        generator=seeded_generator(config.seed, 5),
+        generator=seeded_generator(config.seed, Stream.PICKING),
         on_step=on_step,
     )
     return net.eval()

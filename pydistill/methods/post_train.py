@@ -23,7 +23,7 @@ from pydistill.methods.options import check_numbers
 from pydistill.methods.relabel import Relabel, check_store, replayed
 from pydistill.methods.squeeze import NetworkName, build
 from pydistill.methods.training import OnEpoch, train
-from pydistill.trajectory.experts import seeded_net
+from pydistill.seeding import Stream, seeded_net
 
 __all__ = ["PostTrain", "new_student", "post_train"]
 
@@ -79,7 +79,7 @@ def new_student(
         raise ValueError(f"labels: expected hard labels of {num_classes} classes where there is no store, got others")
     options = {"channels": channels, "num_classes": num_classes, "image_size": side}
     make = partial(build, config.network, width=config.width, depth=config.depth, **options)
-    return seeded_net(make, config.seed, 3, device=device)
+    return seeded_net(make, config.seed, Stream.POST_TRAINED, device=device)
 
 
 def post_train(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pydistill.data import Dataset
 from pydistill.methods.outer import Config, State, fresh_parameters, sum_over_ranks, world
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import Adam, FlatModule, unroll
-from pydistill.trajectory.experts import seeded_generator
 from pydistill.trajectory.optimizers import State as Moving
 
 
@@ -82,7 +82,7 @@ class RaTBPTT(Config):
             raise ValueError(f"classes: expected at most the {dataset.num_classes} there are, got {self.classes}")
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        generator = seeded_generator(self.seed, 5)
+        generator = seeded_generator(self.seed, Stream.SYNTHETIC)
         images, labels = dataset.sample(self.ipc, generator)
         if self.start == "noise":
             images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
@@ -115,13 +115,13 @@ class RaTBPTT(Config):
     def _student_loss(
         self, number: int, state: State, wanted: dict[str, Tensor], dataset: Dataset, net: nn.Module
     ) -> Tensor:
-        generator = seeded_generator(self.seed, 6, state.iteration, number)
+        generator = seeded_generator(self.seed, Stream.OUTER_STEP, state.iteration, number)
         warmup = int(torch.randint(self.total - self.window + 1, (), generator=generator, device="cpu"))
         augment = self.augmentation()  # of the real images, too
         images = wanted["images"]
         theta = unroll(
             net,
-            fresh_parameters(net, self.seed, 7, state.iteration, number),
+            fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration, number),
             images,
             wanted.get("labels", state["labels"]),
             self.lr_inner,

@@ -24,7 +24,8 @@ from pydistill.labels import SoftLabels, SoftLabelStore
 from pydistill.methods.options import check_numbers
 from pydistill.methods.squeeze import Teacher
 from pydistill.nn import freeze
-from pydistill.trajectory.experts import data_crc32, seeded_generator
+from pydistill.seeding import Stream, seeded_generator
+from pydistill.trajectory.experts import data_crc32
 
 __all__ = ["Relabel", "check_fit", "check_store", "relabel", "replayed", "views_of"]
 
@@ -85,7 +86,7 @@ class Relabel:
 
     def views(self, shape: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches: the numbers of their images, and the record of what is shown of them."""
-        generator, crops = seeded_generator(self.seed, 1, epoch), self.crops(shape[2])
+        generator, crops = seeded_generator(self.seed, Stream.RELABEL_BATCHES, epoch), self.crops(shape[2])
         for index in torch.randperm(shape[0], generator=generator, device="cpu").split(self.batch_size):
             yield index, crops.draw(shape, generator, sources=index)
 

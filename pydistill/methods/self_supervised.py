@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pydistill.augment import DiffAugment
 from pydistill.nn.student import Student
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator, torch_seeded
 
 __all__ = ["Encoder", "barlow_twins", "barlow_twins_loss"]
 
@@ -93,9 +93,8 @@ def barlow_twins(
     if len(images) < batch_size:
         raise ValueError(f"images: expected {batch_size}, a batch, or more, got {len(images)}")
     augment = augment or DiffAugment("color_crop_cutout_scale_rotate", mode="all", ratio_cutout=0.25)
-    generator = seeded_generator(seed, 11)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
+    generator = seeded_generator(seed, Stream.SELF_SUPERVISED)
+    with torch_seeded(generator):
         projector = nn.Sequential(
             nn.Linear(encoder.channels_out, projection),
             nn.BatchNorm1d(projection),

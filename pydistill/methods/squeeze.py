@@ -21,7 +21,7 @@ from pydistill.methods.options import check_numbers
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.nn.description import describe, from_description, is_untouched
-from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 __all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "squeeze", "untrained"]
 
@@ -223,7 +223,7 @@ def untrained(config: Squeeze, dataset: Dataset | None) -> Teacher:
     options = {"channels": len(mean), "num_classes": len(names), "image_size": space["image_size"]}
     make = partial(build, config.network, width=config.width, depth=config.depth, **options)
     about = {**asdict(config), "channels": len(mean), "image_size": space["image_size"], "dataset": space["name"]}
-    return Teacher(seeded_net(make, config.seed, 0, device=device), mean, std, tuple(names), about)
+    return Teacher(seeded_net(make, config.seed, Stream.TEACHER, device=device), mean, std, tuple(names), about)
 
 
 def _space(dataset: Dataset) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def squeeze(
     )
 
     def batches(epoch: int) -> Iterator[Any]:
-        generator = seeded_generator(config.seed, 1, epoch)
+        generator = seeded_generator(config.seed, Stream.TEACHER_BATCHES, epoch)
         for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
             index = index.to(images.device)
             record = crop.draw((len(index), *images.shape[1:]), generator)

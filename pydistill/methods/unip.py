@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pydistill.divergence import attention_map_divergence, attention_nmi
 from pydistill.methods.options import check_numbers
 from pydistill.nn.vit import ViT
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator
 
 __all__ = ["UNIP", "choose_layer", "distill_attention", "fit", "linear_probe"]
 
@@ -142,7 +142,16 @@ def distill_attention(
             q_t, k_t = teacher.attention(batch, layer)
         return attention_map_divergence(*student.attention(batch), q_t, k_t, backend=backend)
 
-    fit(student, loss, len(images), epochs=epochs, phase=1, state=state, on_epoch=on_epoch, **optimisation)
+    fit(
+        student,
+        loss,
+        len(images),
+        epochs=epochs,
+        stream=Stream.UNIP_STUDENT,
+        state=state,
+        on_epoch=on_epoch,
+        **optimisation,
+    )
     return layer
 
 
@@ -152,7 +161,7 @@ def fit(
     count: int,
     *,
     epochs: int,
-    phase: int = 0,
+    stream: int = Stream.UNIP_TEACHER,
     batch_size: int = 64,
     lr: float = 1e-3,
     weight_decay: float = 0.05,
@@ -163,7 +172,7 @@ def fit(
 ) -> None:
     """Minimises ``loss(index)`` over batches of ``count`` images by AdamW, in place.
 
-    An epoch's order hangs on ``(seed, phase, epoch)`` alone, and ``on_epoch(record, state)`` receives after each what
+    An epoch's order hangs on ``(seed, stream, epoch)`` alone, and ``on_epoch(record, state)`` receives after each what
     the next one continues: with that ``state`` a run goes on to the bits of one that was not cut off.
 
     Raises:
@@ -184,7 +193,7 @@ def fit(
     device = next(net.parameters()).device
     steps = -(-count // batch_size)
     for epoch in range(done, epochs):
-        order = torch.randperm(count, generator=seeded_generator(seed, phase, epoch), device="cpu").to(device)
+        order = torch.randperm(count, generator=seeded_generator(seed, stream, epoch), device="cpu").to(device)
         total = 0.0
         for step, index in enumerate(order.split(batch_size)):
             at = epoch + step / steps

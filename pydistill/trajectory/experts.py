@@ -16,31 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from pydistill._atomic import PathLike
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.recognition import trains_at_once
 from pydistill.trajectory.store import ExpertStore, StoreDtype
 from pydistill.trajectory.train import DivergedError, Schedule, schedule_factors, train_students
 
-__all__ = ["data_crc32", "seeded_generator", "seeded_net", "train_experts"]
+__all__ = ["data_crc32", "train_experts"]
 
 # A step of so many images keeps a machine busy; more experts at once would only make a cut-off cost more.
 _IMAGES_AT_ONCE = 1024
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all of ``key`` and on nothing else; integers of at least 0."""
-    return torch.Generator().manual_seed(int(SeedSequence(key).generate_state(1, "uint64")[0]))
-
-
-def seeded_net(make_net: Callable[[], nn.Module], *key: int, device: torch.device | str = "cpu") -> nn.Module:
-    """Builds a network whose initial parameters depend on ``key`` only; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded_generator(*key).initial_seed())
-        return make_net().to(device)
 
 
 def data_crc32(images: Tensor, labels: Tensor) -> int:
@@ -118,7 +106,7 @@ def train_experts(
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected torch.int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
     factors = schedule_factors(schedule, epochs)
-    nets = [seeded_net(make_net, seed, 0, expert, device=images.device) for expert in range(num_experts)]
+    nets = [seeded_net(make_net, seed, Stream.EXPERT, expert, device=images.device) for expert in range(num_experts)]
     header = {
         "experts": num_experts,
         "epochs": epochs,
@@ -167,7 +155,7 @@ def train_experts(
                         momentum=momentum,
                         velocity0=velocity if momentum else None,
                         augment=augment,
-                        generator=[seeded_generator(seed, 1, expert, epoch) for expert in group],
+                        generator=[seeded_generator(seed, Stream.EXPERT_BATCHES, expert, epoch) for expert in group],
                         train_accuracy=on_epoch is not None,
                         on_step=on_step,
                         **_of_epoch(options, epoch),

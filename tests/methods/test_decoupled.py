@@ -21,7 +21,7 @@ from pydistill.methods.relabel import Relabel, last_linear, relabel, replayed
 from pydistill.methods.squeeze import Squeeze, Teacher, build, import_weights, squeeze
 from pydistill.nn import ConvNet, ResNet18
 from pydistill.nn.description import from_description
-from pydistill.trajectory.experts import seeded_generator
+from pydistill.seeding import Stream, seeded_generator
 from tests.bars import make_dataset
 
 SQUEEZE = Squeeze(network="convnet", width=6, depth=2, epochs=3, batch_size=10, lr=0.05, crop=0.8, flip=0.0)
@@ -103,7 +103,9 @@ def test_recovery_equals_the_published_loop(method, teacher, data, tmp_path):
     real = real_images(config, data, [teacher]) if config.starts_real else None
     for batch in config.batches(K, 1):
         if real is None:
-            start = torch.randn(len(batch.labels), *teacher.shape, generator=seeded_generator(0, 2, batch.number))
+            start = torch.randn(
+                len(batch.labels), *teacher.shape, generator=seeded_generator(0, Stream.NOISE_START, batch.number)
+            )
         else:
             start = real[batch.labels, batch.place]
         records = rolls(config, teacher, batch, config.iterations)
@@ -520,7 +522,7 @@ def test_resnets_are_squeezed_and_recovered_from(data, tmp_path):
     config = replace(SQUEEZE, network="resnet18", width=4, epochs=2)
     teacher = squeeze(config, data)
     images = make(SRe2L(ipc=1, iterations=4, jitter=1), [teacher], tmp_path, data).images
-    x = torch.randn(3, 1, 6, 6, generator=seeded_generator(0, 2, 0))
+    x = torch.randn(3, 1, 6, 6, generator=seeded_generator(0, Stream.NOISE_START, 0))
     low, high = teacher.bounds()
     assert images.shape == x.shape
     assert (images - x.clamp(low, high)).abs().max() > 0.1

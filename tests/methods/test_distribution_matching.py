@@ -10,8 +10,8 @@ from pydistill.methods import ATOM, DM, FYIDM, FYIDSA, DataDAM, distill
 from pydistill.methods.datadam import PUBLISHED_CODE
 from pydistill.methods.outer import fresh_parameters
 from pydistill.nn import ConvNet
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.experts import seeded_generator
 from tests.bars import make_net
 
 SHORT = {"ipc": 2, "iterations": 3, "batch_real": 6, "lr_img": 1.0, "augment": ""}
@@ -75,10 +75,10 @@ def literal(config, dataset):
     if getattr(config, "net_norm", "instance") == "batch":
         structure = ConvNet(1, 3, width=4, depth=2, image_size=6, norm="batch")
     for iteration in range(config.iterations):
-        theta = fresh_parameters(structure, config.seed, 7, iteration).double()
+        theta = fresh_parameters(structure, config.seed, Stream.OUTER_STEP_NET, iteration).double()
         reals, syns, classes = [], [], ([], [])
         for k in range(dataset.num_classes):
-            generator = seeded_generator(config.seed, 6, iteration, k)
+            generator = seeded_generator(config.seed, Stream.OUTER_STEP, iteration, k)
             members = (dataset.train_labels == k).nonzero()[:, 0]
             index = members[torch.randperm(len(members), generator=generator)[: config.batch_real]]
             real, syn = dataset.train_images[index].double(), images[2 * k : 2 * k + 2]

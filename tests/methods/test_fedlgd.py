@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pydistill.methods import FedLGD, State, distill
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.experts import seeded_generator
 from tests.bars import make_net
 
 SMALL = {"ipc": 2, "iterations": 2, "clients": 3, "local_steps": 2, "train_steps": 2, "server_steps": 2, "seed": 5}
@@ -117,7 +117,7 @@ def test_a_round_is_written_out(dataset, name):
     thetas, own, labels, losses = [], [], [], []
     for client, shard in enumerate(shards):
         x, y = dataset.train_images[shard], dataset.train_labels[shard]
-        generator = seeded_generator(5, 6, 0, client)
+        generator = seeded_generator(5, Stream.OUTER_STEP, 0, client)
         label = torch.tensor([k for k in y.unique().tolist() for _ in range(2)])
         images = local[sum(map(len, own)) :][: len(label)].clone().requires_grad_()
         sgd = torch.optim.SGD([images], lr=0.5, momentum=0.5)

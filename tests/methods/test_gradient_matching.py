@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydistill.augment import DiffAugment
 from pydistill.methods import DC, DSA, distill
 from pydistill.methods.outer import fresh_parameters
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
-from pydistill.trajectory.experts import seeded_generator
 from tests.bars import make_net
 
 SHORT = {"ipc": 2, "iterations": 2, "outer_loop": 3, "inner_loop": 2, "batch_real": 6, "lr_img": 1.0, "lr_net": 0.05}
@@ -45,14 +45,14 @@ def literal(config, dataset):
     augment = DiffAugment(config.augment) if config.augment else None
     for iteration in range(config.iterations):
         net, total = make_net().double(), 0.0
-        theta = fresh_parameters(make_net(), config.seed, 7, iteration).double()
+        theta = fresh_parameters(make_net(), config.seed, Stream.OUTER_STEP_NET, iteration).double()
         torch.nn.utils.vector_to_parameters(theta, net.parameters())
         parameters = list(net.parameters())
         inner = torch.optim.SGD(parameters, lr=config.lr_net, momentum=config.momentum)
         for turn in range(config.outer_loop):
             loss = 0
             for k in range(dataset.num_classes):
-                generator = seeded_generator(config.seed, 6, iteration, turn, k)
+                generator = seeded_generator(config.seed, Stream.OUTER_STEP, iteration, turn, k)
                 members = (dataset.train_labels == k).nonzero()[:, 0]
                 index = members[torch.randperm(len(members), generator=generator)[: config.batch_real]]
                 real, syn = dataset.train_images[index].double(), images[labels == k]
@@ -72,7 +72,7 @@ def literal(config, dataset):
             total += loss.item()
             if turn == config.outer_loop - 1:
                 break
-            generator = seeded_generator(config.seed, 8, iteration, turn)
+            generator = seeded_generator(config.seed, Stream.INNER_TRAINING, iteration, turn)
             for _ in range(config.inner_loop):
                 index = torch.randperm(len(images), generator=generator)
                 x = images.detach()[index]
@@ -159,7 +159,7 @@ def test_other_nets_go_through_autograd(dataset):
     start = config.initial(dataset, net, None)["images"]
     moved = distill(config, dataset, net).images - start
     wide = FlatModule(net)
-    theta = fresh_parameters(net, config.seed, 7, 0).requires_grad_()
+    theta = fresh_parameters(net, config.seed, Stream.OUTER_STEP_NET, 0).requires_grad_()
     images, loss = start.clone().requires_grad_(), 0
     for k in range(3):
         real, syn, *_ = config.pairs([k], images, dataset, 0, 0)

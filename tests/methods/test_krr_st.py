@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydistill.cli import main
 from pydistill.methods.krr_st import KRRST, Pool, initial, krr_st, target_features
 from pydistill.methods.self_supervised import Encoder, barlow_twins, barlow_twins_loss
-from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 TINY = KRRST(images=6, iterations=8, batch_real=8, pool=2, online_steps=3, width=4, depth=2, pretrain_steps=3, lr=0.01)
 
@@ -31,7 +31,7 @@ def test_the_outer_step_is_a_literal_one():
     pool = Pool(config, 1, 3, 8, "cpu")
     for _ in pool.fill(x0, y0):
         pass
-    generator = seeded_generator(config.seed, 22, 0)
+    generator = seeded_generator(config.seed, Stream.KRR_BATCH, 0)
     index = torch.randperm(20, generator=generator)[:8]
     i = int(torch.randint(2, (), generator=generator))
     net = pool.nets[i].eval()

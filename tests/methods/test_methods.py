@@ -34,8 +34,8 @@ from pydistill.methods import (
 )
 from pydistill.methods.outer import fresh_parameters
 from pydistill.nn import ConvNet
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import GSAM, Adam, ExpertStore, FlatModule, Smoothing, unroll
-from pydistill.trajectory.experts import seeded_generator
 from pydistill.trajectory.flat import perturb_towards
 from tests.bars import make_net
 
@@ -336,7 +336,7 @@ def test_ast_is_its_equations(dataset, experts):
     found = run(config, dataset, experts, on_step=lambda state, record: records.append(record))
     start = config.initial(dataset, make_net(), config.check(dataset, make_net(), experts))
     # the draws, in their order
-    generator = seeded_generator(0, 6, 0, 0)
+    generator = seeded_generator(0, Stream.OUTER_STEP, 0, 0)
     expert, epoch = int(torch.randint(2, (), generator=generator)), int(torch.randint(0, 2, (), generator=generator))
     assert (expert, epoch) == (records[0]["expert"], records[0]["start_epoch"])
     noise = torch.randn(experts.shape[2], generator=generator)
@@ -428,8 +428,8 @@ def test_rat_bptt_differentiates_its_window(dataset):
     config, found = replace(config, batch_per_class=2), []
     run(config, dataset, None, on_step=lambda state, record: found.append((state, record)))
     (state, record), start = found[0], config.initial(dataset, make_net(), None)
-    warmup = int(torch.randint(4, (), generator=seeded_generator(0, 6, 0, 0)))
-    theta0 = fresh_parameters(make_net(), 0, 7, 0, 0)
+    warmup = int(torch.randint(4, (), generator=seeded_generator(0, Stream.OUTER_STEP, 0, 0)))
+    theta0 = fresh_parameters(make_net(), 0, Stream.OUTER_STEP_NET, 0, 0)
     assert theta0.std() > 0
     images = start["images"].clone().requires_grad_()
     options = {"steps": warmup + 2, "warmup": warmup, "optimizer": Adam()}

@@ -13,7 +13,7 @@ from pydistill.data import load, read_safetensors
 from pydistill.divergence import attention_nmi
 from pydistill.methods.unip import UNIP, choose_layer, distill_attention, fit, linear_probe
 from pydistill.nn import ViT
-from pydistill.trajectory.experts import seeded_generator, seeded_net
+from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 OPTIMISATION = {"batch_size": 5, "lr": 0.01, "weight_decay": 0.1, "warmup_epochs": 1, "seed": 3}
 
@@ -50,7 +50,7 @@ def test_equals_a_literal_loop():
     optimizer = torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.95), weight_decay=0.1)
     step = 0
     for epoch in range(epochs):
-        for index in torch.randperm(12, generator=seeded_generator(3, 1, epoch)).split(5):
+        for index in torch.randperm(12, generator=seeded_generator(3, Stream.UNIP_STUDENT, epoch)).split(5):
             progress = step / 3
             warm, after = min(1, (step + 1) / 3), max(0, progress - 1) / (epochs - 1)
             for group in optimizer.param_groups:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pydistill.nn import ConvNet
-from pydistill.trajectory.experts import data_crc32, seeded_generator, train_experts
+from pydistill.seeding import Stream, seeded_generator
+from pydistill.trajectory.experts import data_crc32, train_experts
 from pydistill.trajectory.store import ExpertStore
 from tests.bars import Shift, make_net
 
@@ -208,7 +209,7 @@ def test_experts_report_the_loss_and_accuracy_of_their_batches(dataset, tmp_path
     assert len(steps) == 2 * 2 * 5
     for record in records:
         expert, epoch = record["expert"], record["epoch"]
-        net, generator = make(), seeded_generator(3, 1, expert, epoch - 1)
+        net, generator = make(), seeded_generator(3, Stream.EXPERT_BATCHES, expert, epoch - 1)
         vector_to_parameters(found[expert, epoch - 1].clone(), net.parameters())
         total, right = 0.0, 0
         for index in torch.randperm(45, generator=generator).split(10):

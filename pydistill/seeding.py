@@ -1,0 +1,99 @@
+"""Random streams by name.
+
+What is drawn for one thing depends on a run's seed and on that thing's name and place, and on nothing else: a run that
+is cut off and goes on, or that runs on other ranks, draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import torch
+from numpy.random import SeedSequence
+from torch import nn
+
+__all__ = ["Stream", "seeded_generator", "seeded_net", "torch_seeded"]
+
+
+class Stream(IntEnum):
+    """What a stream is drawn for: the second number of a key, after the seed.
+
+    The numbers are part of every result, so they stay. Names that share one are drawn in different commands.
+    """
+
+    # networks trained on real images: experts, teachers, students of a table
+    EXPERT = 0  # + expert: its parameters
+    EXPERT_BATCHES = 1  # + expert, epoch
+    TEACHER = 0
+    TEACHER_BATCHES = 1  # + epoch
+    TEST_STUDENT = 2  # + student: its parameters
+    TEST_STUDENT_BATCHES = 3  # + student
+    TEST_REAL_IMAGES = 4  # + student: the real images beside which a method is shown
+
+    # methods of an outer loop
+    SYNTHETIC = 5  # what the synthetic images begin as (+ client)
+    OUTER_STEP = 6  # + iteration (+ turn, class, client): segments, minibatches, augmentations
+    OUTER_STEP_NET = 7  # + iteration: a new network's parameters
+    INNER_TRAINING = 8  # + iteration, turn: of DC's network between its outer steps
+
+    # picked images
+    PICKING = 5  # a network's parameters, and its batches
+    BINS = 6  # + class: the order within DQ's bins
+    COMBINED = 7  # + class: the images that PCA combines
+
+    # decoupled methods
+    REAL_START = 0  # the real images that recovery begins with
+    RECOVER_CROPS = 1  # + batch, iteration
+    NOISE_START = 2  # + batch
+    RELABEL_BATCHES = 1  # + epoch
+    POST_TRAINED = 3  # the student's parameters
+
+    # KRR-ST
+    TARGET = 10  # the encoder that is trained by itself, without labels
+    SELF_SUPERVISED = 11  # its projector, then its batches
+    POOL = 20  # + number: the parameters of a network of the pool
+    POOL_AGES = 21
+    KRR_BATCH = 22  # + iteration
+    KRR_IMAGES = 23  # the real images that the synthetic ones begin as
+    PRETRAINED = 30  # + student: the parameters of a student that is pretrained and probed
+
+    # HeLlO
+    PROJECTOR = 40
+    VIEWS = 41  # + epoch: a student's augmentations
+    FIT_BATCHES = 42  # the projector's minibatches, augmented
+    STUDENT_BATCHES = 43  # + student, epoch
+    ENCODER = 44
+    PROJECTED_TEACHER = 45  # + number: its parameters
+    PROJECTED_STUDENT = 46  # + number: its parameters
+    PROJECTED_TEACHER_BATCHES = 47  # + number
+
+    # UNIP
+    UNIP_TEACHER = 0  # its parameters; and, + epoch, its order of the images
+    UNIP_STUDENT = 1  # likewise
+
+
+def seeded_generator(seed: int, *key: int) -> torch.Generator:
+    """A CPU generator whose stream depends on ``seed`` and all of ``key`` alone: integers of at least 0.
+
+    Zeros at the end count for nothing, so keys of one kind of thing have to be of one length.
+    """
+    return torch.Generator().manual_seed(int(SeedSequence((seed, *key)).generate_state(1, "uint64")[0]))
+
+
+@contextmanager
+def torch_seeded(generator: torch.Generator) -> Iterator[None]:
+    """Torch's own CPU generator seeded as ``generator`` was, for code that draws from it; then as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        yield
+
+
+def seeded_net(
+    make_net: Callable[[], nn.Module], seed: int, *key: int, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Builds a network whose initial parameters depend on ``seed`` and ``key`` only; the global random state is left as
+    it was."""
+    with torch_seeded(seeded_generator(seed, *key)):
+        return make_net().to(device)

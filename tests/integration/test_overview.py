@@ -1,0 +1,55 @@
+"""What the command line says of itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from pydistill.cli import main
+from pydistill.cli.commands import COMMANDS
+from pydistill.methods import METHODS
+
+
+def said(capsys: pytest.CaptureFixture[str], argv: list[str], code: int) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"]])
+def test_help_has_every_command_and_method(capsys, argv):
+    out, err = said(capsys, argv, 0)
+    lines = out.splitlines()
+    words = [command.words for group in COMMANDS.values() for command in group]
+    assert err == ""
+    assert all(any(line.startswith(f"  {each} ") for line in lines) for each in words)
+    assert set(METHODS) <= set(out.replace(",", " ").replace(";", " ").split())
+
+
+def test_without_a_command_it_is_an_error(capsys):
+    out, err = said(capsys, [], 2)
+    assert out == ""
+    assert "usage: pydistill COMMAND" in err
+
+
+def test_a_command_of_several_has_their_help(capsys):
+    out, _ = said(capsys, ["select", "--help"], 0)
+    assert "select dq" in out
+    assert "select pca" in out
+    assert "squeeze" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["recovr"], "got 'recovr'; did you mean recover?"),
+        (["frobnicate"], "expected one of bench, distill, evaluate, experts, export, post-train, recover"),
+        (["--method", "mtt"], "got '--method'"),
+    ],
+)
+def test_an_unknown_command_is_named(capsys, argv, message):
+    _, err = said(capsys, argv, 1)
+    assert err.startswith("pydistill: ")
+    assert message in err
+    assert err.count("\n") == 1
