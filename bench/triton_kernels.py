@@ -310,12 +310,12 @@ def _compile_attention(architectures: Iterable[str]) -> list[Compiled]:
         config = kernels.configure(heads, heads, hip=TARGETS[arch][0] == "hip")
         inputs = {**dict.fromkeys(("q_s", "k_s", "q_t", "k_t"), heads), "mask": mask}
         shared = kernels.arguments(inputs, config, (0.125, 0.125, kinds.index(kind), 0.5))
-        shared |= dict.fromkeys(("lse_s", "lse_t", "centre"), column)
+        shared |= dict.fromkeys(kernels.STATISTICS, column)
         outputs = {"rows": {"loss": column}, "grad_q": {"grad": column, "grad_q": heads}}
         outputs["grad_k"] = {"grad": column, "grad_k": heads}
         for name in ATTENTION_PASSES:
             kernel = getattr(kernels, f"attention_map_divergence_{name}_kernel")
-            options = {"num_warps": config.num_warps, "num_stages": 1}
+            options = {"num_warps": config.num_warps, **kernels.COMPILER}
             given = {parameter.name: (shared | outputs[name])[parameter.name] for parameter in kernel.params}
             row = _compile_one(attention_name(name, scalar, width, masked, kind), arch, kernel, given, options)
             rows.append(Compiled(**row | {"statistics_layouts": []}, config=asdict(config)))

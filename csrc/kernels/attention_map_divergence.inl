@@ -189,6 +189,7 @@ __attribute__((noinline)) T finish_row(T* s, T* t, const typename Bits<T>::Lane*
       over_row<T>(size, [&](int64_t at, int)
                             PYDISTILL_LAMBDA { write(s + at, (read(s + at) * weight) * (read(t + at) - centre)); });
     }
+    if (total_s == 0) return __builtin_nanf("");  // no key: the quotients of the other kinds
     return beta * mean_a + share * mean_b;
   }
 }

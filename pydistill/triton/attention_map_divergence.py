@@ -3,19 +3,19 @@
 `csrc/kernels/attention_map_divergence.h` says what is computed. Three kernels, each over tiles of scores that it
 computes for itself, so that nothing as large as a map is written:
 
-    rows        a block of rows meets all keys: running maxima and sums give each row's log-sum-exps and its loss
+    rows        a block of rows meets all keys: running maxima and sums give each row's statistics and its loss
     grad_q      a block of rows meets all keys:  grad_q = scale_s sum of dS k_s
     grad_k      a block of keys meets all rows:  grad_k = scale_s sum of dS^T q_s
 
 A program alone writes what it owns, and its loop runs in order: no atomics, equal bits from run to run.
 
-Derivation of the running sums, with m the largest score so far: of fkl, sum e^(t - m_t) (t - s) is rescaled by
-e^(m_t' - m_t) whenever a block brings a new maximum, as the sum of e^(t - m_t) is; in the end
-loss = their quotient + lse_s - lse_t. A Jensen-Shannon divergence needs the log-sum-exps first: a second loop.
+Scores count from their row's maximum, and the logarithm of a row's sum is kept beside the maximum: put into one number,
+the sum would be lost in the rounding of a large one.
 
-A row's log-sum-exps are kept as single float32 numbers: losses and probabilities are right to their rounding, 6e-8 of
-the largest score, which is 6e-4 where scores reach 10,000, and nothing is left of them where scores reach 1e8. The CPU
-kernel keeps maximum and sum apart.
+Derivation of the running sums, with m the largest score so far: of fkl, the sum of e^(t - m_t) u with
+u = (t - m_t) - (s - m_s) is taken over to new maxima as e^(m_t - m_t') (sum + (m_t - m_t' - m_s + m_s') total), where
+total is the sum of e^(t - m_t); in the end loss = sum / total + log total_s - log total_t. Maxima only rise, so u is
+large on the way only where the loss is. A Jensen-Shannon divergence needs the totals first: a second loop.
 
 Tiles are widened to float32 as they are loaded. Products of 16-bit types are exact in TF32, where NVIDIA's tensor cores
 take them; the gradients' other factor is rounded to its 11 bits then, which the outputs do not have. Float32 is
@@ -35,6 +35,9 @@ from torch import Tensor
 
 FKL, RKL, JSD, CE = (tl.constexpr(i) for i in range(4))  # in the order of Kind in the header
 INPUTS = ("q_s", "k_s", "q_t", "k_t", "mask")
+STATISTICS = ("tops_s", "tops_t", "logs_s", "logs_t", "centre")  # of the rows
+# a score less the maximum is the difference of two equal roundings: not a fused one of the product before its rounding
+COMPILER = {"num_stages": 1, "enable_fp_fusion": False}
 STRIDES = tuple(f"{name}_{axis}" for name in INPUTS for axis in "ahrc")
 
 
@@ -76,24 +79,25 @@ def _of_mixture(p_t, log_p_t, p_s, log_p_s, beta):
 
 
 @triton.jit
-def _slope(s, t, live, lse_s, lse_t, centre, g, beta, KIND: tl.constexpr):
+def _slope(s, t, live, top_s, top_t, log_s, log_t, centre, g, beta, KIND: tl.constexpr):
     """d loss/d s times g, [ROWS, KEYS]; the rest are columns [ROWS, 1]."""
-    p_s = tl.where(live, tl.exp(s - lse_s), 0.0)
+    s, t = s - top_s, t - top_t
+    p_s = tl.where(live, tl.exp(s - log_s), 0.0)
     if KIND == RKL:
         slope = p_s * (s - t - centre)
     elif KIND == JSD:
-        p_t = tl.where(live, tl.exp(t - lse_t), 0.0)
-        _of_t, b = _of_mixture(p_t, t - lse_t, p_s, s - lse_s, beta)
+        p_t = tl.where(live, tl.exp(t - log_t), 0.0)
+        _of_t, b = _of_mixture(p_t, t - log_t, p_s, s - log_s, beta)
         slope = (1 - beta) * p_s * (b - centre)
     else:
-        slope = p_s - tl.where(live, tl.exp(t - lse_t), 0.0)
+        slope = p_s - tl.where(live, tl.exp(t - log_t), 0.0)
     return tl.where(live, g * slope, 0.0)
 
 
 @triton.jit(do_not_specialize=STRIDES)
 def attention_map_divergence_rows_kernel(
     q_s, k_s, q_t, k_t, mask,  # [A, H, N or M, features], and [A, H, N, M] or None
-    loss, lse_s, lse_t, centre,  # [A, H, N], contiguous
+    loss, tops_s, tops_t, logs_s, logs_t, centre,  # [A, H, N], contiguous
     H, N, M, width_s, width_t,
     q_s_a, q_s_h, q_s_r, q_s_c,
     k_s_a, k_s_h, k_s_r, k_s_c,
@@ -131,24 +135,27 @@ def attention_map_divergence_rows_kernel(
         block_t = _tile(keys_t, m, M, k_t_r, k_t_c, width_t, WIDTH_T, KEYS)
         s = scale_s * tl.dot(queries_s, tl.trans(block_s), input_precision=PRECISION)
         t = scale_t * tl.dot(queries_t, tl.trans(block_t), input_precision=PRECISION)
-        if KIND == RKL:
-            u = tl.where(live, s - t, 0.0)
-        elif KIND == CE:
-            u = tl.where(live, -s, 0.0)
-        else:
-            u = tl.where(live, t - s, 0.0)
         s = tl.where(live, s, float("-inf"))
         t = tl.where(live, t, float("-inf"))
         new_s, new_t = tl.maximum(top_s, tl.max(s, 1)), tl.maximum(top_t, tl.max(t, 1))
         # as long as no key takes part, the maximum is minus infinity, whose difference from itself is no number
         from_s, from_t = tl.where(new_s == float("-inf"), 0.0, new_s), tl.where(new_t == float("-inf"), 0.0, new_t)
-        e_s, e_t = tl.exp(s - from_s[:, None]), tl.exp(t - from_t[:, None])
-        fade_s, fade_t = tl.exp(top_s - from_s), tl.exp(top_t - from_t)
-        sum_s = sum_s * fade_s + tl.sum(e_s, 1)
-        sum_t = sum_t * fade_t + tl.sum(e_t, 1)
-        sum_u = sum_u * fade_s + tl.sum(e_s * u, 1) if KIND == RKL else sum_u * fade_t + tl.sum(e_t * u, 1)
+        s, t = s - from_s[:, None], t - from_t[:, None]
+        down_s, down_t = top_s - from_s, top_t - from_t
+        e_s, e_t, fade_s, fade_t = tl.exp(s), tl.exp(t), tl.exp(down_s), tl.exp(down_t)
+        sum_s *= fade_s
+        sum_t *= fade_t
+        if KIND == RKL:
+            weights, u, total, fade, down = e_s, s - t, sum_s, fade_s, down_s - down_t
+        elif KIND == CE:
+            weights, u, total, fade, down = e_t, -s, sum_t, fade_t, -down_s
+        else:
+            weights, u, total, fade, down = e_t, t - s, sum_t, fade_t, down_t - down_s
+        sum_u = sum_u * fade + tl.where(total == 0, 0.0, total * down) + tl.sum(weights * tl.where(live, u, 0.0), 1)
+        sum_s += tl.sum(e_s, 1)
+        sum_t += tl.sum(e_t, 1)
         top_s, top_t = new_s, new_t
-    log_s, log_t = top_s + tl.log(sum_s), top_t + tl.log(sum_t)
+    log_s, log_t = tl.log(sum_s), tl.log(sum_t)
 
     if KIND == FKL:
         middle = sum_u / sum_t
@@ -166,19 +173,22 @@ def attention_map_divergence_rows_kernel(
             live = _live(mask_of, n, m, N, M, mask_r, mask_c, ROWS, KEYS, HAS_MASK)
             block_s = _tile(keys_s, m, M, k_s_r, k_s_c, width_s, WIDTH_S, KEYS)
             block_t = _tile(keys_t, m, M, k_t_r, k_t_c, width_t, WIDTH_T, KEYS)
-            s = scale_s * tl.dot(queries_s, tl.trans(block_s), input_precision=PRECISION) - log_s[:, None]
-            t = scale_t * tl.dot(queries_t, tl.trans(block_t), input_precision=PRECISION) - log_t[:, None]
+            s = scale_s * tl.dot(queries_s, tl.trans(block_s), input_precision=PRECISION)
+            t = scale_t * tl.dot(queries_t, tl.trans(block_t), input_precision=PRECISION)
+            s, t = (s - top_s[:, None]) - log_s[:, None], (t - top_t[:, None]) - log_t[:, None]
             p_s, p_t = tl.where(live, tl.exp(s), 0.0), tl.where(live, tl.exp(t), 0.0)
             of_t, of_s = _of_mixture(p_t, t, p_s, s, beta)
             sum_a += tl.sum(p_t * of_t, 1)
             middle += tl.sum(p_s * of_s, 1)
-        rows = beta * sum_a + (1 - beta) * middle
+        rows = tl.where(sum_s == 0, float("nan"), beta * sum_a + (1 - beta) * middle)  # no key: no divergence either
 
     r = n + tl.arange(0, ROWS)
     at = group * N + r
     tl.store(loss + at, rows, mask=r < N)
-    tl.store(lse_s + at, log_s, mask=r < N)
-    tl.store(lse_t + at, log_t, mask=r < N)
+    tl.store(tops_s + at, top_s, mask=r < N)
+    tl.store(tops_t + at, top_t, mask=r < N)
+    tl.store(logs_s + at, log_s, mask=r < N)
+    tl.store(logs_t + at, log_t, mask=r < N)
     tl.store(centre + at, middle, mask=r < N)
 
 
@@ -192,7 +202,7 @@ def _column(base, group, n, N, ROWS: tl.constexpr):  # -> [ROWS, 1]
 def attention_map_divergence_grad_q_kernel(
     q_s, k_s, q_t, k_t, mask,
     grad,  # [A, H, N], or None: ones
-    lse_s, lse_t, centre,
+    tops_s, tops_t, logs_s, logs_t, centre,
     grad_q,  # [A, H, N, width_s], contiguous
     H, N, M, width_s, width_t,
     q_s_a, q_s_h, q_s_r, q_s_c,
@@ -219,7 +229,8 @@ def attention_map_divergence_grad_q_kernel(
     mask_of = mask
     if HAS_MASK:
         mask_of = mask + a * mask_a + h * mask_h
-    log_s, log_t = _column(lse_s, group, n, N, ROWS), _column(lse_t, group, n, N, ROWS)
+    top_s, top_t = _column(tops_s, group, n, N, ROWS), _column(tops_t, group, n, N, ROWS)
+    log_s, log_t = _column(logs_s, group, n, N, ROWS), _column(logs_t, group, n, N, ROWS)
     middle = _column(centre, group, n, N, ROWS)
     g = tl.full((ROWS, 1), 1.0, tl.float32) if grad is None else _column(grad, group, n, N, ROWS)
 
@@ -230,7 +241,7 @@ def attention_map_divergence_grad_q_kernel(
         block_t = _tile(keys_t, m, M, k_t_r, k_t_c, width_t, WIDTH_T, KEYS)
         s = scale_s * tl.dot(queries_s, tl.trans(block_s), input_precision=PRECISION)
         t = scale_t * tl.dot(queries_t, tl.trans(block_t), input_precision=PRECISION)
-        slope = _slope(s, t, live, log_s, log_t, middle, g, beta, KIND)
+        slope = _slope(s, t, live, top_s, top_t, log_s, log_t, middle, g, beta, KIND)
         total = tl.dot(slope, block_s, total, input_precision=PRECISION)
     r = n + tl.arange(0, ROWS).to(tl.int64)[:, None]
     c = tl.arange(0, WIDTH_S)[None, :]
@@ -242,7 +253,7 @@ def attention_map_divergence_grad_q_kernel(
 def attention_map_divergence_grad_k_kernel(
     q_s, k_s, q_t, k_t, mask,
     grad,  # [A, H, N], or None: ones
-    lse_s, lse_t, centre,
+    tops_s, tops_t, logs_s, logs_t, centre,
     grad_k,  # [A, H, M, width_s], contiguous
     H, N, M, width_s, width_t,
     q_s_a, q_s_h, q_s_r, q_s_c,
@@ -277,10 +288,11 @@ def attention_map_divergence_grad_k_kernel(
         queries_t = _tile(rows_t, n, N, q_t_r, q_t_c, width_t, WIDTH_T, ROWS)
         s = scale_s * tl.dot(queries_s, tl.trans(block_s), input_precision=PRECISION)
         t = scale_t * tl.dot(queries_t, tl.trans(block_t), input_precision=PRECISION)
-        log_s, log_t = _column(lse_s, group, n, N, ROWS), _column(lse_t, group, n, N, ROWS)
+        top_s, top_t = _column(tops_s, group, n, N, ROWS), _column(tops_t, group, n, N, ROWS)
+        log_s, log_t = _column(logs_s, group, n, N, ROWS), _column(logs_t, group, n, N, ROWS)
         middle = _column(centre, group, n, N, ROWS)
         g = tl.full((ROWS, 1), 1.0, tl.float32) if grad is None else _column(grad, group, n, N, ROWS)
-        slope = _slope(s, t, live, log_s, log_t, middle, g, beta, KIND)
+        slope = _slope(s, t, live, top_s, top_t, log_s, log_t, middle, g, beta, KIND)
         total = tl.dot(tl.trans(slope), queries_s, total, input_precision=PRECISION)
     r = m + tl.arange(0, KEYS).to(tl.int64)[:, None]
     c = tl.arange(0, WIDTH_S)[None, :]
@@ -352,10 +364,10 @@ def _launch(
     row_blocks, key_blocks = A * H * triton.cdiv(N, config.rows), A * H * triton.cdiv(k_s.shape[2], config.keys)
     if max(row_blocks, key_blocks) > 2**31 - 1:
         raise ValueError(f"q_s: more than 2^31 - 1 blocks of rows or keys, got shape {list(q_s.shape)}")
-    statistics = {name: q_s.new_empty((A, H, N), dtype=torch.float32) for name in ("lse_s", "lse_t", "centre")}
+    statistics = {name: q_s.new_empty((A, H, N), dtype=torch.float32) for name in STATISTICS}
     if loss is None:
-        loss = torch.empty_like(statistics["lse_s"])
-    launch = {"num_warps": config.num_warps, "num_stages": 1}
+        loss = torch.empty_like(statistics["centre"])
+    launch = {"num_warps": config.num_warps, **COMPILER}
     with _on(q_s.device):
         attention_map_divergence_rows_kernel[(row_blocks,)](**shared, **statistics, loss=loss, **launch)
         if grad is not None:

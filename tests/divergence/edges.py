@@ -127,13 +127,10 @@ def check_sparse(f, edge: str, T: float, dtype: torch.dtype) -> None:
             assert ((gradient - true_gradient).abs() <= 32 * eps / T).all(), (gradient, true_gradient)
 
 
-def check_attention(f, kind: str, dtype: torch.dtype, rounded_sums: bool = False) -> None:
-    """``f(q_s, k_s, q_t, k_t, **options)`` on inputs whose scores, divided by these temperatures, every dtype has.
-
-    ``rounded_sums``: a row's log-sum-exp is kept as one number of dtype, whose rounding grows with the scores.
-    """
+def check_attention(f, kind: str, dtype: torch.dtype) -> None:
+    """``f(q_s, k_s, q_t, k_t, **options)`` on inputs whose scores, divided by these temperatures, every dtype has."""
     generator = torch.Generator().manual_seed(0)
-    signs = [torch.randint(-1, 2, (1, 2, rows, 4), generator=generator).double() for rows in (5, 37, 5, 37)]
+    signs = [torch.randint(-1, 2, (1, 1, rows, 4), generator=generator).double() for rows in (10, 37, 10, 37)]
     mask = torch.ones(37, dtype=torch.bool)
     mask[MASKED] = False
     inputs = {
@@ -146,7 +143,7 @@ def check_attention(f, kind: str, dtype: torch.dtype, rounded_sums: bool = False
     }
     for edge, tensors in inputs.items():
         for tau in (2.0**-4, 1.0, 64.0):
-            for beta in (0.3, 1e-9):
+            for beta in (0.3, 1e-9) if kind == "jsd" else (0.3,):  # which nothing else takes
                 for masked in (False, True) if edge != "one row" else (False,):
                     q_s, k_s, *teacher = (t.to(dtype) for t in tensors)
                     wide = [t.double().requires_grad_() for t in (q_s, k_s)]
@@ -169,11 +166,9 @@ def check_attention(f, kind: str, dtype: torch.dtype, rounded_sums: bool = False
                     options = {"kind": kind, "tau_s": tau, "tau_t": tau, "beta": beta}
                     loss = f(*leaves, *teacher, mask=mask if masked else None, reduction="none", **options)
                     eps = torch.finfo(dtype).eps
-                    scale = torch.maximum(*(each.detach().abs().amax(-1) for each in scores)) * rounded_sums
-                    assert ((loss - true).abs() <= eps * (64 * size + 4 * scale)).all(), (edge, tau, loss, true)
+                    assert ((loss - true).abs() <= eps * 64 * size).all(), (edge, tau, loss, true)
                     reach = float(size.max()) if kind == "rkl" else 1.0  # of a row's slope by its scores
                     for found, x, other in zip(torch.autograd.grad(loss.sum(), leaves), truth, (k_s, q_s), strict=True):
-                        moved = eps * (256 + 4 * float(scale.max()))  # of a probability
-                        bound = moved * reach * float(other.abs().max()) / tau + 1e-40
+                        bound = 256 * eps * reach * float(other.abs().max()) / tau + 1e-40
                         error = float((found - x).abs().max())
                         assert error <= bound, (edge, tau, beta, masked, error, bound, found, x)

@@ -1,9 +1,28 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 from host_machine import HostMachine
 
 from bench.kernels import build_host_launch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # Triton's interpreter wraps the functions of its language again at every call of a helper, until a launch ends, and
+    # calls them through all of these wrappers: most of its time. In a process that interprets, once is enough.
+    _wrap, _wrapped = interpreter._patch_lang, set()
+
+    def _wrap_once(fn: object) -> interpreter._LangPatchScope:
+        names = {lang.__name__ for lang in fn.__globals__.values() if lang is tl or lang is tl.core}
+        if not names <= _wrapped:
+            _wrap(fn)
+            _wrapped.update(names)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = _wrap_once
 
 
 @pytest.fixture(scope="session")

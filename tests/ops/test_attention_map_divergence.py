@@ -228,6 +228,19 @@ def test_the_mean_of_no_rows_is_nan():
     assert attention_map_divergence(q, k, q, k.detach(), reduction="sum") == 0
 
 
+@pytest.mark.parametrize("kind", ["fkl", "rkl", "jsd", "ce"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_under_vmap_a_row_without_keys_is_nan(backend, kind):
+    q, k = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
+    mask = (torch.arange(5) != 2)[:, None].expand(2, 5, 6)
+
+    def rows(q, k, mask):
+        return attention_map_divergence(q, k, q, k, mask=mask, kind=kind, reduction="none", backend=backend)
+
+    loss = torch.func.vmap(rows)(q, k, mask)
+    assert torch.equal(loss.isnan(), ~mask[..., 0])
+
+
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_on_every_instruction_set(isa):
     """In a process of its own: the set is chosen once."""
