@@ -29,8 +29,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pydistill.ops import _conv2d_weight_grad  # noqa: F401, for its registration
-from pydistill.ops.frozen_conv2d import filter_points
+from pydistill.ops._conv2d_winograd import conv2d_filters, conv2d_weight_grad
+from pydistill.ops.frozen_conv2d import _forward as frozen_conv2d
 from pydistill.trajectory.generic import GenericStudents, stacked
 from pydistill.trajectory.step import Adjoint, Batch, Descent, of_student
 
@@ -420,6 +420,8 @@ def _narrow(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+_SAME = {aten.detach.default, aten.alias.default}
+
 # positions of all images, and channels, from which on transforming a layer's filters in every step is worth it
 _LEAST_POSITIONS = 512
 _LEAST_CHANNELS = 32
@@ -428,7 +430,7 @@ _MOST_PRODUCTS = 0.5
 
 
 def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
-    """Give convolutions of 3x3 and 5x5 taps to the kernels of `pydistill.ops` with a quarter or a third of the products.
+    """Give convolutions of 3x3 and 5x5 taps to the kernels of `pydistill.ops`: a quarter or a third of the products.
 
     Not those of the forward pass itself, which decide on which side of zero an activation is: they stay direct ones.
     ``direction``: which argument the tangents come from.
@@ -436,29 +438,23 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
     graph = module.graph
     moving: set[fx.Node] = set()
     filters: dict[tuple[fx.Node, bool], fx.Node] = {}
-    points: dict[int, fx.Node] = {}
-    weight_grad = torch.ops.pydistill.conv2d_weight_grad.default
+    weight_grad = conv2d_weight_grad.raw
 
     def transformed(weight: fx.Node, turned: bool) -> fx.Node:
+        while weight.target in _SAME:
+            weight = weight.args[0]
         if (weight, turned) not in filters:
             with graph.inserting_after(weight):
-                of_taps = points[weight.meta["val"].shape[2]]
-                filters[weight, turned] = graph.call_function(_transformed, (weight, of_taps, turned))
+                filters[weight, turned] = graph.call_function(conv2d_filters.raw, (weight, turned))
         return filters[weight, turned]
 
     def convolved(x: fx.Node, weight: fx.Node, turned: bool) -> fx.Node:
         both, taps = (transformed(weight, turned), transformed(weight, not turned)), weight.meta["val"].shape[2]
         with graph.inserting_before(node):
-            return graph.call_function(torch.ops.pydistill.frozen_conv2d.default, (x, *both, taps, taps // 2))
+            return graph.call_function(frozen_conv2d.raw, (x, *both, taps, taps // 2))
 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for taps in (3, 5):
-        module.register_buffer(f"points_of_{taps}", filter_points(placeholders[0].meta["val"].dtype, taps=taps))
-        with graph.inserting_before(placeholders[0]):
-            points[taps] = graph.get_attr(f"points_of_{taps}")
     for node in list(graph.nodes):
-        if node in points.values():
-            continue
         if node in placeholders:
             if placeholders.index(node) == direction:
                 moving.add(node)
@@ -474,6 +470,7 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
                     y = graph.call_function(
                         aten.add.Tensor, (y, graph.call_function(aten.view.default, (bias, [-1, 1, 1])))
                     )
+            y.meta = node.meta
             node.replace_all_uses_with(y)
             moving.add(y)
             graph.erase_node(node)
@@ -484,16 +481,16 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
             with graph.inserting_before(node):
                 taps = weight.meta["val"].shape[2]
                 of_weight = graph.call_function(weight_grad, (x, grad, None, None, taps)) if mask[1] else None
-            found = (convolved(grad, weight, True) if mask[0] else None, of_weight)
+                # torch's backward for a bias alone computes the gradient in the weight as well
+                of_bias = graph.call_function(aten.sum.dim_IntList, (grad, [0, 2, 3])) if mask[2] else None
+            found = (convolved(grad, weight, True) if mask[0] else None, of_weight, of_bias)
             for user in list(node.users):
-                if user.args[1] < 2:
-                    user.replace_all_uses_with(found[user.args[1]])
-                    graph.erase_node(user)
+                found[user.args[1]].meta = user.meta
+                user.replace_all_uses_with(found[user.args[1]])
+                graph.erase_node(user)
             if node in moving:
                 moving.update(new for new in found if new is not None)
-            node.update_arg(10, [False, False, mask[2]])
-            if not mask[2]:
-                graph.erase_node(node)
+            graph.erase_node(node)
     for node in list(graph.nodes):  # two gradients of one weight in one call
         if node.target is aten.add.Tensor and not node.kwargs:
             first, second = node.args
@@ -523,16 +520,6 @@ def _is_for_winograd(x: fx.Node, weight: fx.Node, geometry: Sequence[Any]) -> bo
     (N, _, H, W), side = value.shape, 7 - taps
     products = 36 * (-(-H // side)) * (-(-W // side))
     return list(geometry) == plain and N * H * W >= _LEAST_POSITIONS and products <= _MOST_PRODUCTS * taps**2 * H * W
-
-
-def _transformed(weight: Tensor, points: Tensor, turned: bool) -> Tensor:
-    """``FrozenFilters.forward`` of ``weight`` [K, C, taps, taps], or ``adjoint`` where it is ``turned``."""
-    if turned:
-        weight = weight.flip(2, 3).transpose(0, 1)
-    (K, C), taps = weight.shape[:2], points.shape[1]  # of both sides
-    lanes = 64 // weight.dtype.itemsize
-    values = weight.permute(2, 3, 0, 1).reshape(taps, K // lanes, lanes, C).transpose(2, 3).reshape(taps, K * C)
-    return (points @ values).view(36, K // lanes, C, lanes)
 
 
 class _WrittenOut(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""The gradient of a convolution in its filters, by Winograd's tiles, against torch's in float64."""
+"""Gradients of a convolution in its filters by Winograd's tiles, against torch's in float64; the filters themselves."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pydistill.ops._conv2d_weight_grad import conv2d_weight_grad
+from pydistill.ops._conv2d_winograd import conv2d_filters, conv2d_weight_grad
+from pydistill.ops.frozen_conv2d import _transformed
 
 OP = torch.ops.pydistill.conv2d_weight_grad.default
 
@@ -80,7 +81,7 @@ def test_threads_have_equal_bits():
 COMPARE = """
 import torch
 from pydistill import _host
-from pydistill.ops._conv2d_weight_grad import conv2d_weight_grad
+from pydistill.ops._conv2d_winograd import conv2d_weight_grad
 generator = torch.Generator().manual_seed(1)
 x, grad = (torch.randn(3, C, 9, 10, generator=generator) for C in (35, 50))
 print(_host.isa())
@@ -108,10 +109,26 @@ def test_instruction_sets_agree_to_rounding(isa):
     assert all(float(error) < bound for error, bound in zip(errors, (2e-6, 4e-15) * 2, strict=True))
 
 
-def test_it_has_no_derivative():
+@pytest.mark.parametrize("taps", [3, 5])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-7), (torch.float64, 1e-15)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_filters(taps, dtype, bound, memory_format):
+    for K, C in ((16, 16), (17, 35), (1, 1), (40, 3)):
+        w = torch.randn(K, C, taps, taps, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        w = w.to(dtype).contiguous(memory_format=memory_format)
+        for turned, same in ((False, w), (True, w.flip(2, 3).transpose(0, 1))):
+            found, truth = conv2d_filters(w, turned), _transformed(same, dtype)
+            assert found.shape == truth.shape
+            assert relative_error(found, truth.double()) < bound
+
+
+def test_they_have_no_derivative():
     x, grad = pair(1, 2, 3, 4, 4)
     with pytest.raises(NotImplementedError, match="conv2d_weight_grad has no derivative"):
         conv2d_weight_grad(x.requires_grad_(), grad, None, None, 3).sum().backward()
+    w = torch.ones(2, 3, 3, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="conv2d_filters has no derivative"):
+        conv2d_filters(w, False).sum().backward()
 
 
 def test_arguments_are_checked():
@@ -129,3 +146,6 @@ def test_arguments_are_checked():
     ):
         with pytest.raises(RuntimeError, match=r"(x|grad|x_2|grad_2|taps): expected"):
             OP(*args)
+    for weight in (x[0], x, torch.ones(2, 2, 3, 5), torch.ones(2, 2, 3, 3).half(), torch.ones(0, 2, 3, 3)):
+        with pytest.raises(RuntimeError, match="weight: expected"):
+            torch.ops.pydistill.conv2d_filters(weight, False)
