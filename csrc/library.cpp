@@ -135,6 +135,11 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // two where x has the cells, one where the output has. `filters` and `adjoint` are transformed filters [36, vectors,
   // channels, lanes] of it and of its adjoint, which is of the same kind.
   m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint, int taps, int before) -> Tensor");
+  // Filters of frozen_conv2d, or of its adjoint where `turned`, from a weight [K, C, taps, taps].
+  m.def("conv2d_filters(Tensor weight, bool turned) -> Tensor");
+  // The gradient in the filters [K, C, taps, taps] of a convolution whose output is as large as its input; with x_2 and
+  // grad_2, of two of them together.
+  m.def("conv2d_weight_grad(Tensor x, Tensor grad, Tensor? x_2, Tensor? grad_2, int taps) -> Tensor");
 
   // Beside the largest of every window its number in the window, uint8; gather picks what the numbers say out of x, and
   // backward is its adjoint.

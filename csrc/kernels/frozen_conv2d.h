@@ -1,5 +1,5 @@
 // A convolution whose filters stay and whose output is as large as its input, as the CPU body receives it: Winograd's
-// F(4x4, 3x3) or, with four or two taps a side, F(3x3, 4x4) or F(5x5, 2x2).
+// F(4x4, 3x3) or, with four, two or (float and double) five taps a side, F(3x3, 4x4), F(5x5, 2x2) or F(2x2, 5x5).
 //
 // y[n, h, w, k] = sum over c, i, j of x[n, h + i - before, w + j - before, c] w[k, c, i, j], in channels-last memory,
 // with zeros around x. The adjoint is of the same kind, with `taps - 1 - before`. The filters come transformed: for
@@ -36,8 +36,8 @@ struct FrozenConv2d {
   // neighbours, so that a thread transforms its inputs once.
   int64_t chunk = 1, part = 1;
 
-  bool of_cells() const { return taps != 3 && before == taps / 2; }      // x
-  bool to_cells() const { return taps != 3 && before == taps / 2 - 1; }  // y
+  bool of_cells() const { return taps % 2 == 0 && before == taps / 2; }      // x
+  bool to_cells() const { return taps % 2 == 0 && before == taps / 2 - 1; }  // y
   bool paired() const { return scalar == Scalar::bf16; }
   int64_t bytes() const { return scalar == Scalar::f64 ? 8 : 4; }  // of a number, or a pair, in filters
   int64_t lanes() const { return 64 / bytes(); }

@@ -467,7 +467,9 @@ void run(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
     Convolution<T, S, P, 5>(call, scratch).run(begin, end);
   else if (call.taps == 3)
     Convolution<T, S, P, 4>(call, scratch).run(begin, end);
-  else
+  else if (call.taps == 5) {
+    if constexpr (sizeof(S) == sizeof(T)) Convolution<T, S, P, 2>(call, scratch).run(begin, end);
+  } else
     Convolution<T, S, P, 3>(call, scratch).run(begin, end);
 }
 

@@ -82,8 +82,56 @@ template <class T, int SIDE>
 PYDISTILL_INLINE void output_of_points(int points, const Register<T> (&m)[6], Register<T> (&y)[SIDE]) {
   if (points == 6) return output_of<6, T>(m, y);
   if (points == 5) return output_of<5, T>(m, y);
-  if (points == 4) return output_of<4, T>(m, y);
+  if constexpr (SIDE >= 3)
+    if (points == 4) return output_of<4, T>(m, y);
   if constexpr (SIDE >= 4) output_of<3, T>(m, y);
+}
+
+// The transform of filters with all points and its adjoint, and the adjoint of output_of<6>.
+template <class T, int SIDE>
+PYDISTILL_INLINE void output_adjoint(const Register<T> (&y)[SIDE], Register<T> (&m)[6]) {
+  Register<T> even_a = y[0], odd_a = y[1] * T(Winograd::a), even_b = y[0], odd_b = y[1] * T(Winograd::b);
+#pragma GCC unroll 4
+  for (int i = 2; i < SIDE; ++i) {
+    Register<T>&of_a = i % 2 ? odd_a : even_a, &of_b = i % 2 ? odd_b : even_b;
+    of_a = fused<T>(y[i], T(power(Winograd::a, i)), of_a);
+    of_b = fused<T>(y[i], T(power(Winograd::b, i)), of_b);
+  }
+  m[0] = y[0];
+  m[1] = even_a + odd_a;
+  m[2] = even_a - odd_a;
+  m[3] = even_b + odd_b;
+  m[4] = even_b - odd_b;
+  m[5] = y[SIDE - 1];
+}
+
+template <class T, int TAPS>
+PYDISTILL_INLINE void filter_of_taps(const Register<T> (&w)[TAPS], Register<T> (&u)[6]) {
+  Register<T> even_a = w[0], odd_a = w[1] * T(Winograd::a), even_b = w[0], odd_b = w[1] * T(Winograd::b);
+#pragma GCC unroll 4
+  for (int i = 2; i < TAPS; ++i) {
+    Register<T>&of_a = i % 2 ? odd_a : even_a, &of_b = i % 2 ? odd_b : even_b;
+    of_a = fused<T>(w[i], T(power(Winograd::a, i)), of_a);
+    of_b = fused<T>(w[i], T(power(Winograd::b, i)), of_b);
+  }
+  u[0] = w[0] * T(Winograd::g0);
+  u[1] = (even_a + odd_a) * T(Winograd::ga);
+  u[2] = (even_a - odd_a) * T(Winograd::ga);
+  u[3] = (even_b + odd_b) * T(Winograd::gb);
+  u[4] = (even_b - odd_b) * T(Winograd::gb);
+  u[5] = w[TAPS - 1];
+}
+
+template <class T, int TAPS>
+PYDISTILL_INLINE void filter_adjoint(const Register<T> (&u)[6], Register<T> (&w)[TAPS]) {
+  const Register<T> sum_a = (u[1] + u[2]) * T(Winograd::ga), odd_a = (u[1] - u[2]) * T(Winograd::ga);
+  const Register<T> sum_b = (u[3] + u[4]) * T(Winograd::gb), odd_b = (u[3] - u[4]) * T(Winograd::gb);
+  w[0] = fused<T>(u[0], T(Winograd::g0), sum_a + sum_b);
+#pragma GCC unroll 4
+  for (int i = 1; i < TAPS; ++i)
+    w[i] =
+        fused<T>(i % 2 ? odd_a : sum_a, T(power(Winograd::a, i)), (i % 2 ? odd_b : sum_b) * T(power(Winograd::b, i)));
+  w[TAPS - 1] = w[TAPS - 1] + u[5];
 }
 
 }  // namespace

@@ -34,10 +34,12 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   FrozenConv2d call;
   call.scalar = scalar_of(x, "x");
   call.N = x.sizes()[0], call.C = x.sizes()[1], call.H = x.sizes()[2], call.W = x.sizes()[3];
-  const bool odd = taps == 3 && before == 1;
+  const bool wide = taps == 5 && before == 2 && (call.scalar == Scalar::f32 || call.scalar == Scalar::f64);
+  const bool odd = (taps == 3 && before == 1) || wide;
   check(odd || ((taps == 2 || taps == 4) && (before == taps / 2 || before == taps / 2 - 1)),
-        "taps: expected 3 a side with 1 before the position, 4 with 1 or 2, or 2 with 0 or 1, got ", taps, " and ",
-        before);
+        "taps: expected 3 a side with 1 before the position, 4 with 1 or 2, 2 with 0 or 1, or 5 with 2 in float32 or "
+        "float64, got ",
+        taps, " and ", before);
   call.taps = taps, call.before = before;
   if (call.of_cells()) {
     check(call.H % 2 == 0 && call.W % 2 == 0, "x: expected an even height and width, got ", call.H, " x ", call.W);

@@ -220,7 +220,7 @@ def _fake(x: Tensor, forward: Tensor, adjoint: Tensor, taps: int, before: int) -
     K = 2 * (adjoint.shape[2] - 1) if adjoint.dtype == torch.int16 else adjoint.shape[2]
     N, _, H, W = x.shape
     shape = (N, K, H, W)
-    if taps != 3:  # of cells, or to them
+    if taps % 2 == 0:  # of cells, or to them
         shape = (N, K, H // 2, W // 2) if before == taps // 2 else (N, K // 4, 2 * H, 2 * W)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

@@ -29,7 +29,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pydistill.ops.frozen_conv2d import filter_points
+from pydistill.ops._conv2d_winograd import conv2d_filters, conv2d_weight_grad
+from pydistill.ops.frozen_conv2d import _forward as frozen_conv2d
 from pydistill.trajectory.generic import GenericStudents, stacked
 from pydistill.trajectory.step import Adjoint, Batch, Descent, of_student
 
@@ -419,21 +420,17 @@ def _narrow(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+_SAME = {aten.detach.default, aten.alias.default}
+
 # positions of all images, and channels, from which on transforming a layer's filters in every step is worth it
-_LEAST_POSITIONS = 2048
+_LEAST_POSITIONS = 512
 _LEAST_CHANNELS = 32
-_NO_STRETCH = [
-    [1, 1],
-    [1, 1],
-    [1, 1],
-    False,
-    [0, 0],
-    1,
-]  # stride, padding, dilation, transposed, output padding, groups
+# of the direct convolution's products, how many Winograd's may take: small images fill no tile
+_MOST_PRODUCTS = 0.5
 
 
 def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
-    """Give 3x3 convolutions to the kernel of `pydistill.ops.frozen_conv2d`, with a quarter of the products.
+    """Give convolutions of 3x3 and 5x5 taps to the kernels of `pydistill.ops`: a quarter or a third of the products.
 
     Not those of the forward pass itself, which decide on which side of zero an activation is: they stay direct ones.
     ``direction``: which argument the tangents come from.
@@ -441,25 +438,23 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
     graph = module.graph
     moving: set[fx.Node] = set()
     filters: dict[tuple[fx.Node, bool], fx.Node] = {}
+    weight_grad = conv2d_weight_grad.raw
 
     def transformed(weight: fx.Node, turned: bool) -> fx.Node:
+        while weight.target in _SAME:
+            weight = weight.args[0]
         if (weight, turned) not in filters:
             with graph.inserting_after(weight):
-                filters[weight, turned] = graph.call_function(_transformed, (weight, points, turned))
+                filters[weight, turned] = graph.call_function(conv2d_filters.raw, (weight, turned))
         return filters[weight, turned]
 
     def convolved(x: fx.Node, weight: fx.Node, turned: bool) -> fx.Node:
-        both = transformed(weight, turned), transformed(weight, not turned)
+        both, taps = (transformed(weight, turned), transformed(weight, not turned)), weight.meta["val"].shape[2]
         with graph.inserting_before(node):
-            return graph.call_function(torch.ops.pydistill.frozen_conv2d.default, (x, *both, 3, 1))
+            return graph.call_function(frozen_conv2d.raw, (x, *both, taps, taps // 2))
 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    module.register_buffer("filter_points", filter_points(placeholders[0].meta["val"].dtype))
-    with graph.inserting_before(placeholders[0]):
-        points = graph.get_attr("filter_points")
     for node in list(graph.nodes):
-        if node is points:
-            continue
         if node in placeholders:
             if placeholders.index(node) == direction:
                 moving.add(node)
@@ -475,46 +470,56 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
                     y = graph.call_function(
                         aten.add.Tensor, (y, graph.call_function(aten.view.default, (bias, [-1, 1, 1])))
                     )
+            y.meta = node.meta
             node.replace_all_uses_with(y)
             moving.add(y)
             graph.erase_node(node)
-        elif node.target is aten.convolution_backward.default and node.args[10][0]:
-            grad, _, weight, _, *rest, mask = node.args
+        elif node.target is aten.convolution_backward.default:
+            grad, x, weight, _, *rest, mask = node.args
             if not _is_for_winograd(grad, weight, rest):
                 continue
-            dx = convolved(grad, weight, True)
+            with graph.inserting_before(node):
+                taps = weight.meta["val"].shape[2]
+                of_weight = graph.call_function(weight_grad, (x, grad, None, None, taps)) if mask[1] else None
+                # torch's backward for a bias alone computes the gradient in the weight as well
+                of_bias = graph.call_function(aten.sum.dim_IntList, (grad, [0, 2, 3])) if mask[2] else None
+            found = (convolved(grad, weight, True) if mask[0] else None, of_weight, of_bias)
             for user in list(node.users):
-                if user.args[1] == 0:
-                    user.replace_all_uses_with(dx)
-                    graph.erase_node(user)
+                found[user.args[1]].meta = user.meta
+                user.replace_all_uses_with(found[user.args[1]])
+                graph.erase_node(user)
             if node in moving:
-                moving.add(dx)
-            node.update_arg(10, [False, *mask[1:]])
-            if not any(node.args[10]):
+                moving.update(new for new in found if new is not None)
+            graph.erase_node(node)
+    for node in list(graph.nodes):  # two gradients of one weight in one call
+        if node.target is aten.add.Tensor and not node.kwargs:
+            first, second = node.args
+            if all(isinstance(each, fx.Node) and each.target is weight_grad for each in node.args) and all(
+                len(each.users) == 1 and each.args[2] is None for each in node.args
+            ):
+                with graph.inserting_before(node):
+                    both = graph.call_function(weight_grad, (*first.args[:2], *second.args[:2], first.args[4]))
+                node.replace_all_uses_with(both)
                 graph.erase_node(node)
     graph.eliminate_dead_code()
 
 
 def _is_for_winograd(x: fx.Node, weight: fx.Node, geometry: Sequence[Any]) -> bool:
     value, filters = x.meta["val"], weight.meta["val"]
-    lanes = 64 // value.dtype.itemsize
-    return (
-        list(geometry) == _NO_STRETCH
-        and value.dtype in (torch.float32, torch.float64)
-        and filters.shape[2:] == (3, 3)
-        and all(channels >= _LEAST_CHANNELS and channels % lanes == 0 for channels in filters.shape[:2])
-        and value.numel() // value.shape[1] >= _LEAST_POSITIONS
-    )
-
-
-def _transformed(weight: Tensor, points: Tensor, turned: bool) -> Tensor:
-    """``FrozenFilters.forward`` of ``weight`` [K, C, 3, 3], or ``adjoint`` where it is ``turned``."""
-    if turned:
-        weight = weight.flip(2, 3).transpose(0, 1)
-    K, C = weight.shape[:2]
-    lanes = 64 // weight.dtype.itemsize
-    taps = weight.permute(2, 3, 0, 1).reshape(9, K // lanes, lanes, C).transpose(2, 3).reshape(9, K * C)
-    return (points @ taps).view(36, K // lanes, C, lanes)
+    taps, lanes = filters.shape[2], 64 // value.dtype.itemsize
+    if (
+        value.dim() != 4
+        or taps not in (3, 5)
+        or filters.shape[3] != taps
+        or value.dtype not in (torch.float32, torch.float64)
+        or any(channels < _LEAST_CHANNELS or channels % lanes for channels in filters.shape[:2])
+    ):
+        return False
+    # stride, padding, dilation, transposed, output padding, groups
+    plain = [[1, 1], [taps // 2, taps // 2], [1, 1], False, [0, 0], 1]
+    (N, _, H, W), side = value.shape, 7 - taps
+    products = 36 * (-(-H // side)) * (-(-W // side))
+    return list(geometry) == plain and N * H * W >= _LEAST_POSITIONS and products <= _MOST_PRODUCTS * taps**2 * H * W
 
 
 class _WrittenOut(TorchFunctionMode):

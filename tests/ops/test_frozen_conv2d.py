@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pydistill import reference
 from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters
+from pydistill.ops.frozen_conv2d import _transformed
 from pydistill.testing import CHECKS, Case, check_op
 
 OP = torch.ops.pydistill.frozen_conv2d.default
@@ -344,6 +345,16 @@ def test_stride_messages(filters, stride, message):
             frozen_filters(filters, stride=stride)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 4)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.float64, 1e-14)])
+def test_five_taps(size, dtype, bound):
+    """The registered operator alone takes them: what makes the filters is the caller's."""
+    (x,), w = images(2, 17, *size)(dtype), weight(33, 17, dtype, taps=5)
+    forward, adjoint = (_transformed(taps, dtype) for taps in (w, w.flip(2, 3).transpose(0, 1)))
+    truth = F.conv2d(x.double(), w.double(), padding=2)
+    assert relative_error(OP(x, forward, adjoint, 5, 2), truth) < bound
+
+
 def test_filters_messages():
     with pytest.raises(TypeError, match=r"dtype: expected float32, .*, got torch.int16"):
         frozen_filters(W, torch.int16)
@@ -360,6 +371,7 @@ def test_direct_calls_are_checked_too():
         (X[:, :2], made.forward, made.adjoint, 3, 1),
         (X, made.adjoint, made.forward, 3, 1),
         (X, made.forward, made.adjoint, 5, 1),
+        (X.half(), made.forward, made.adjoint, 5, 2),
         (X, made.forward, made.adjoint, 3, 2),
         (X[:, :, :3], *frozen_filters(torch.ones(4, 3, 7, 7))[1:3], 4, 2),  # half a cell
         (X, made.forward, made.adjoint, 2, 1),  # filters of no cells

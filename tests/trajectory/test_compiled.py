@@ -100,6 +100,17 @@ def test_the_exact_gradient_is_the_loops(norm, graphs):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_convolutions_of_five_taps(graphs):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 5, padding=2), nn.ReLU(), nn.Conv2d(32, 48, 5, padding=2), nn.ReLU(), nn.MaxPool2d(4)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48 * 16, 4))
+    found = [gradients(net, engine, batch_size=None) for engine in ("compiled", "generic")]
+    assert all(relative(a, b) < 1e-10 for a, b in zip(*found, strict=True))
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert targets.count(torch.ops.pydistill.conv2d_weight_grad.default) == 2
+    assert targets.count(torch.ops.pydistill.frozen_conv2d.default) == 1 + 5
+
+
 @pytest.mark.parametrize("options", [{"kind": "hard"}, {"mode": "first_order"}, {"kind": "probs", "loss_scale": 0.5}])
 def test_other_labels_and_modes(options, graphs):
     net = Net()
@@ -181,10 +192,12 @@ def test_no_convolution_more_than_it_takes(graphs):
         biases = sum(node.args[10][2] for node in nodes if node.target is aten.convolution_backward.default)
         forward = sum(node.target is aten.convolution.default for node in nodes)
         winograd = sum(node.target is torch.ops.pydistill.frozen_conv2d.default for node in nodes)
-        counts.append((forward + backward - biases + winograd, winograd))
+        weights = [node.args for node in nodes if node.target is torch.ops.pydistill.conv2d_weight_grad.default]
+        pairs = sum(1 if args[2] is None else 2 for args in weights)
+        counts.append((forward + backward - biases + winograd + pairs, winograd, len(weights)))
     # gradient: forward and both backward, but no images' gradient; adjoint: see above, in the first layer the forward
     # pass, its tangent along the weight, two gradients in the images and one in the weight
-    assert counts == [(3 * 3 - 1, 2), (2 * 8 + 5, 2 * 5)]
+    assert counts == [(3 * 3 - 1, 2, 2), (2 * 8 + 5, 2 * 5, 2)]  # both tangents of a weight's gradient in one call
 
 
 def test_structures_share_graphs_and_attributes_part_them(graphs):
