@@ -105,6 +105,8 @@ struct LayerLayout {
   int64_t pooled, grad_pooled, conv;      // in the tape
   int64_t statistics;                     // in the tape: mean and r [2][out], in its tangent mean_t and tilt
   int64_t means, means_t, sums;           // in the exchange: [2][out], [3][out], [4][out]
+  int64_t chunk;                          // images at a time
+  int64_t input;                          // where its input's tiles begin in the workspace
 };
 
 template <class T, class A>
@@ -123,7 +125,8 @@ struct Layout {
   int64_t sum_head, sum_head_bias, partials;
   int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
   int64_t exchange, widest;                        // bytes of a slot's; the most channels of a layer
-  int64_t tile_elements, padded_panel, positions;  // the largest over layers
+  int64_t tile_elements, padded_panel, positions, chunk;  // the largest over layers
+  int64_t input_elements;                                 // of the input's tiles of all layers
   bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
   bool tiled_first, tiled_primal;                  // the first convolution, or its primal pass, runs on Winograd tiles
   int64_t phase,
@@ -146,7 +149,8 @@ struct Layout {
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
     phase = tile_columns + Registers<T>::lanes;
     int64_t operands = 0, values = 0, sums = 0, tapes = 0, exchanged = 0;
-    tile_elements = padded_panel = positions = widest = 0;
+    tile_elements = padded_panel = positions = widest = input_elements = 0;
+    chunk = step.chunk;
     // Rounding moves features little, and nothing is differentiated twice.
     primal_apart = kPrimalApart<A> && step.form != Step::Form::features && step.form != Step::Form::features_backward &&
                    !(step.form == Step::Form::tangent && step.tape_use == Step::Tape::read);
@@ -178,11 +182,19 @@ struct Layout {
       exchanged += step.over_batch() ? 9 * to.out : 0;
       widest = larger(widest, to.out);
       to.conv = tapes;
+      to.chunk = step.chunk;
       if (l > 0) {
         tapes += to.H * to.W * to.out;
-        const int64_t tiles = round_up(step.chunk * to.tiles, A::kTiles);
-        const int64_t plane = tiles * larger(to.in_row, to.out_row) + 64 / sizeof(Operand);
-        tile_elements = larger(tile_elements, Winograd::kPoints * plane);
+        // Where every layer is a pass of its own, later ones take more images at a time: as many tiles as the second.
+        const int64_t slot = (step.N + step.slots - 1) / step.slots;
+        if (step.over_batch()) to.chunk = smaller(slot, larger(step.chunk, step.chunk * layer[1].tiles / to.tiles));
+        chunk = larger(chunk, to.chunk);
+        const int64_t tiles = round_up(to.chunk * to.tiles, A::kTiles), gap = 64 / sizeof(Operand);
+        tile_elements = larger(tile_elements, Winograd::kPoints * (tiles * larger(to.in_row, to.out_row) + gap));
+        // Else the backward pass finds those of the forward pass.
+        const int64_t inputs = Winograd::kPoints * (tiles * to.in_row + gap);
+        to.input = step.over_batch() ? 0 : input_elements;
+        input_elements = larger(input_elements, to.input + round_up(inputs, 64));
         padded_panel = larger(padded_panel, (4 * to.rows + 2) * (4 * to.columns + 2));
       }
       positions = larger(positions, to.H * to.W);
@@ -247,6 +259,7 @@ struct Workspace {
   Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
   T *lanes, *combined;                       // of blocks in stages: sums of an image's channels; those of the batch
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
+  typename A::Primal::Operand* primal;       // an input's for the primal forward pass where it has another class
   T* product;
   // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
   Operand *image, *image_rest, *columns, *columns_rest, *rows, *rows_t;
@@ -259,7 +272,7 @@ struct Workspace {
         step.over_batch() || (step.tape_use != Step::Tape::none && (kTapeInPlace<T, A> || !step.fused()));
     tape = arena.take<T>(in_place ? 0 : step.chunk * layout.tape / sizeof(T));
     tape_t = arena.take<T>(tangent && !step.over_batch() ? step.chunk * layout.tape / sizeof(T) : 0);
-    lanes = arena.take<T>(step.fused() ? 0 : step.chunk * 4 * layout.widest);
+    lanes = arena.take<T>(step.fused() ? 0 : layout.chunk * 4 * layout.widest);
     combined = arena.take<T>(step.fused() ? 0 : 6 * layout.widest);
     padded = arena.take<Vec<T>>(layout.padded_panel);
     const int64_t panels = layout.keeps_first ? step.chunk * layout.layer[0].out_groups * layout.first_stride()
@@ -270,9 +283,10 @@ struct Workspace {
     x_t = layout.keeps_first && tangent ? arena.take<Vec<T>>(positions) : first_t;
     y = arena.take<Vec<T>>(positions);
     attention = arena.take<Vec<T>>(step.form == Step::Form::features ? layout.positions : 0);
-    input = arena.take<Operand>(layout.tile_elements * (layout.primal_apart ? layout.kPrimalSize : 1));
+    input = arena.take<Operand>(layout.input_elements);
+    primal = arena.take<typename A::Primal::Operand>(layout.primal_apart ? layout.tile_elements : 0);
     grad = arena.take<Operand>(layout.tile_elements);
-    input_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
+    input_t = arena.take<Operand>(tangent ? layout.input_elements : 0);
     grad_t = arena.take<Operand>(tangent ? layout.tile_elements : 0);
     product = arena.take<T>(layout.tile_elements);
     const int64_t edge = 2 * layout.layer[0].padding;
@@ -852,23 +866,26 @@ class Slot {
 
   // ---- passes over the chunk
 
+  // Whether the primal forward pass has left the tiles of its inputs for tangents.
+  bool has_inputs() const { return !layout.primal_apart && step.tape_use != Step::Tape::read && !step.over_batch(); }
+
   // The products of a later layer's primal forward pass.
   void convolve_tiles(int64_t l) {
     const LayerLayout& at = layout.layer[l];
     Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
     if (layout.primal_apart) {
-      auto* const inputs = reinterpret_cast<typename A::Primal::Operand*>(work.input);
-      transform_input<typename A::Primal>(l, tape, inputs);
+      transform_input<typename A::Primal>(l, tape, work.primal);
       multiply_inputs<typename A::Primal>(
-          at, {{inputs, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
+          at, {{work.primal, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
     } else {
-      transform_input(l, tape, work.input, rest);
+      Operand* const input = work.input + at.input;
+      transform_input(l, tape, input, rest);
       if (split)
-        multiply_inputs(at, {{work.input, filter(filters, at.filter)},
+        multiply_inputs(at, {{input, filter(filters, at.filter)},
                              {rest, filter(filters, at.filter)},
-                             {work.input, filter(filters, at.filter_rest)}});
+                             {input, filter(filters, at.filter_rest)}});
       else
-        multiply_inputs(at, {{work.input, filter(filters, at.filter)}});
+        multiply_inputs(at, {{input, filter(filters, at.filter)}});
     }
   }
 
@@ -1034,9 +1051,8 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out_row);
       if (weights) {
-        if (l < layout.depth - 1 || layout.primal_apart)  // the last layer's are still there
-          transform_input(l, tape, work.input);
-        add_outer(at, {{work.input, work.grad}});
+        if (layout.primal_apart) transform_input(l, tape, work.input + at.input);
+        add_outer(at, {{work.input + at.input, work.grad}});
       }
       multiply_grads(at, {{work.grad, filter(filters, at.filter_t)}});
       transform_input_adjoint(l, tape);
@@ -1090,9 +1106,10 @@ class Slot {
     }
     for (int64_t l = 1; l < layout.depth; ++l) {
       const LayerLayout& at = layout.layer[l];
-      transform_input(l, tape, work.input);
-      transform_input(l, tape_t, work.input_t);
-      multiply_inputs(at, {{work.input_t, filter(filters, at.filter)}, {work.input, filter(filters_t, at.filter)}});
+      Operand *const input = work.input + at.input, *const input_t = work.input_t + at.input;
+      if (!has_inputs()) transform_input(l, tape, input);
+      transform_input(l, tape_t, input_t);
+      multiply_inputs(at, {{input_t, filter(filters, at.filter)}, {input, filter(filters_t, at.filter)}});
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
           V* conv_t = panel(tape_t, g, at.conv, group, at.H * at.W);
@@ -1150,13 +1167,8 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out_row);
       clear_rest(at, work.grad_t, at.out_row);
-      if (sums != nullptr) {
-        if (l < layout.depth - 1) {  // the last layer's are still there
-          transform_input(l, tape, work.input);
-          transform_input(l, tape_t, work.input_t);
-        }
-        add_outer(at, {{work.input, work.grad_t}, {work.input_t, work.grad}});
-      }
+      if (sums != nullptr)
+        add_outer(at, {{work.input + at.input, work.grad_t}, {work.input_t + at.input, work.grad}});
       multiply_grads(at, {{work.grad_t, filter(filters, at.filter_t)}, {work.grad, filter(filters_t, at.filter_t)}});
       transform_input_adjoint(l, tape_t);
     }

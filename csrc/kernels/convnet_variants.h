@@ -102,8 +102,11 @@ class VariantSlot : Slot<T, A> {
     if (step.over_batch() && pass == 0) Base::fill(exchange(slot), layout.exchange / sizeof(T));
     int from = 0;
     for (int64_t skipped = 0; skipped < pass; ++from) skipped += program.parts[from].what == Program::Do::wait;
+    int64_t last = 0;  // the pass's last layer: the first's buffers hold step.chunk images
+    for (int i = from; i < program.count && program.parts[i].what != Program::Do::wait; ++i)
+      last = larger(last, program.parts[i].layer);
     for (first = begin; first < end; first += count) {
-      count = smaller(step.chunk, end - first);
+      count = smaller(layout.layer[last].chunk, end - first);
       fresh = first == begin;
       if (step.over_batch()) {
         T* const kept = static_cast<T*>(step.tape_use != Step::Tape::none ? step.tape : step.batch_tape);
@@ -495,9 +498,9 @@ class VariantSlot : Slot<T, A> {
       }
     Base::clear_rest(of, work.grad, of.out_row);
     if (weights) {
-      // the last layer's are still there, unless other chunks have come in between
-      if (l < layout.depth - 1 || step.over_batch() || layout.primal_apart) Base::transform_input(l, tape, work.input);
-      Base::add_outer(of, {{work.input, work.grad}});
+      // those of the forward pass are still there, unless other chunks have come in between
+      if (step.over_batch() || layout.primal_apart) Base::transform_input(l, tape, work.input + of.input);
+      Base::add_outer(of, {{work.input + of.input, work.grad}});
     }
     Base::multiply_grads(of, {{work.grad, filter(filters, of.filter_t)}});
     Base::transform_input_adjoint(l, tape);
@@ -564,10 +567,10 @@ class VariantSlot : Slot<T, A> {
             panel_means(of, group, wide<T>(Base::first_panels(work.first, g, group)), unused, unused + layout.widest);
       }
     } else {
-      Base::transform_input(l, tape, work.input);
-      Base::transform_input(l, tape_t, work.input_t);
-      Base::multiply_inputs(of,
-                            {{work.input_t, filter(filters, of.filter)}, {work.input, filter(filters_t, of.filter)}});
+      Operand *const input = work.input + of.input, *const input_t = work.input_t + of.input;
+      if (!Base::has_inputs()) Base::transform_input(l, tape, input);
+      Base::transform_input(l, tape_t, input_t);
+      Base::multiply_inputs(of, {{input_t, filter(filters, of.filter)}, {input, filter(filters_t, of.filter)}});
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < of.out_groups; ++group)
           Base::transform_output(of, g, group, panel(tape_t, g, of.conv, group, of.H * of.W));
@@ -651,11 +654,11 @@ class VariantSlot : Slot<T, A> {
     Base::clear_rest(of, work.grad, of.out_row);
     Base::clear_rest(of, work.grad_t, of.out_row);
     if (sums != nullptr) {
-      if (l < layout.depth - 1 || step.over_batch()) {
-        Base::transform_input(l, tape, work.input);
-        Base::transform_input(l, tape_t, work.input_t);
+      if (step.over_batch()) {
+        Base::transform_input(l, tape, work.input + of.input);
+        Base::transform_input(l, tape_t, work.input_t + of.input);
       }
-      Base::add_outer(of, {{work.input, work.grad_t}, {work.input_t, work.grad}});
+      Base::add_outer(of, {{work.input + of.input, work.grad_t}, {work.input_t + of.input, work.grad}});
     }
     Base::multiply_grads(of,
                          {{work.grad_t, filter(filters, of.filter_t)}, {work.grad, filter(filters_t, of.filter_t)}});
