@@ -123,12 +123,12 @@ struct Layout {
   int64_t head, head_t, head_bias;  // packed [features][classes], [classes][features], [classes], in T
   int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
   int64_t sum_head, sum_head_bias, partials;
-  int64_t logits_grad, tape, stored;               // bytes of an image's tape at work, and as it is kept
-  int64_t exchange, widest;                        // bytes of a slot's; the most channels of a layer
+  int64_t logits_grad, tape, stored;                      // bytes of an image's tape at work, and as it is kept
+  int64_t exchange, widest;                               // bytes of a slot's; the most channels of a layer
   int64_t tile_elements, padded_panel, positions, chunk;  // the largest over layers
   int64_t input_elements;                                 // of the input's tiles of all layers
-  bool backwards, to_images;                       // whether the form has a pass backwards, and takes it to the images
-  bool tiled_first, tiled_primal;                  // the first convolution, or its primal pass, runs on Winograd tiles
+  bool backwards, to_images;       // whether the form has a pass backwards, and takes it to the images
+  bool tiled_first, tiled_primal;  // the first convolution, or its primal pass, runs on Winograd tiles
   int64_t phase,
       tile_columns;   // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
   bool primal_apart;  // there is a primal forward pass, in another operand class than the rest
@@ -1167,8 +1167,7 @@ class Slot {
         }
       clear_rest(at, work.grad, at.out_row);
       clear_rest(at, work.grad_t, at.out_row);
-      if (sums != nullptr)
-        add_outer(at, {{work.input + at.input, work.grad_t}, {work.input_t + at.input, work.grad}});
+      if (sums != nullptr) add_outer(at, {{work.input + at.input, work.grad_t}, {work.input_t + at.input, work.grad}});
       multiply_grads(at, {{work.grad_t, filter(filters, at.filter_t)}, {work.grad, filter(filters_t, at.filter_t)}});
       transform_input_adjoint(l, tape_t);
     }
