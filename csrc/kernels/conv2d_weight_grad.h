@@ -26,7 +26,7 @@ struct Conv2dWeightGrad {
   // A unit of work is a block of channels, with which the sums at 36 points stay in the second-level cache, and a slot.
   static constexpr int64_t kChannels = 64;  // of x
   static constexpr int64_t kVectors = 4;    // of 64 bytes, of channels of grad
-  static constexpr int64_t kChunk = 16;     // tiles that are transformed and multiplied at a time
+  static constexpr int64_t kChunk = 24;     // tiles that are transformed and multiplied at a time
 
   int64_t bytes() const { return scalar == Scalar::f64 ? 8 : 4; }
   int64_t lanes() const { return 64 / bytes(); }

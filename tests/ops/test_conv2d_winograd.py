@@ -29,7 +29,7 @@ def exact(x, grad, taps):
     return torch.autograd.grad(F.conv2d(x.double(), w, padding=taps // 2), w, grad.double())[0]
 
 
-# tiles of 4x4 or 2x2, blocks of 64 by 64 or 32 channels, chunks of 16 tiles, slots of 96 tiles or more
+# tiles of 4x4 or 2x2, blocks of 64 by 64 or 32 channels, chunks of 24 tiles, slots of 96 tiles or more
 SHAPES = [
     (2, 16, 16, 8, 8),
     (2, 17, 9, 7, 5),
