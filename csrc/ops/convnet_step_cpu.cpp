@@ -39,7 +39,7 @@ void check_dense(const Tensor& t, const char* name, std::initializer_list<int64_
 
 // The network, and how the work is cut. More slots are more threads at work and more memory; their number depends on
 // the sizes alone, so that results do not depend on the number of threads.
-constexpr int64_t kMostSums = 16 << 20;  // elements
+constexpr int64_t kMostSums = 16 << 20;  // elements, of all slots, beyond which a batch norm takes fewer of them
 constexpr int64_t kBeforeWidths = 10;    // channels, height, width, first padding, classes, and what a block is
 
 ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool float64, bool bf16) {
