@@ -281,6 +281,29 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
         gradients(net, "compiled", 8)
 
 
+def test_what_float32_leaves_open_is_decided_in_float64(monkeypatch):
+    """Small batches of deep networks, where one ReLU that opens by rounding is a hundredth of the gradient."""
+    seen = []
+    monkeypatch.setitem(compiled._TOLERANCES, torch.float32, -1.0)
+    monkeypatch.setattr(compiled, "_steps", type(compiled._steps)())
+    monkeypatch.setattr(
+        torch, "compile", lambda graph, **_: lambda *given: seen.append(given[0].dtype) or graph(*given)
+    )
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 4))
+    found, truth = (gradients(net, engine, 8, dtype=torch.float32) for engine in ("compiled", "generic"))
+    assert torch.float64 in seen
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_wrong_step_in_float32_is_wrong_in_float64_too(monkeypatch):
+    monkeypatch.setattr(compiled, "_steps", type(compiled._steps)())
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: lambda *given: [1.05 * t for t in graph(*given)])
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 4))
+    with pytest.raises(ValueError, match=r"what the net does, but losses of the gradient is 0\.05 off"):
+        gradients(net, "compiled", 8, dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
