@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pydistill.ops._conv2d_winograd import conv2d_filters, conv2d_weight_grad
-from pydistill.ops.frozen_conv2d import _forward as frozen_conv2d
 from pydistill.trajectory.generic import GenericStudents, stacked
 from pydistill.trajectory.step import Adjoint, Batch, Descent, of_student
 
@@ -42,6 +41,26 @@ _MAX_STEPS = 32  # graphs that are kept
 # relative distances in L2 from autograd at which a graph counts as the same
 _TOLERANCES = {torch.float32: 2e-2, torch.float64: 1e-8}
 _COARSE = 0.3  # in bf16; and what float64 is asked about in float32
+
+
+class _Given(NamedTuple):
+    """The arguments of a graph."""
+
+    theta: Tensor
+    direction: Tensor | None  # of an adjoint
+    x: Tensor
+    y: Tensor
+    buffers: dict[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        directions = () if self.direction is None else (self.direction,)
+        return [t.detach() for t in (self.theta, *directions, self.x, self.y, *self.buffers.values())]
+
+    def double(self) -> _Given:
+        def wide(t: Tensor | None) -> Tensor | None:
+            return t if t is None or not t.is_floating_point() else t.double()
+
+        return _Given(*map(wide, self[:4]), {name: wide(b) for name, b in self.buffers.items()})
 
 
 class CompiledStudents(GenericStudents):
@@ -60,7 +79,7 @@ class CompiledStudents(GenericStudents):
         for e, row in enumerate(theta):
             x, y = of_student(batch, e)
             own = dict(self.flat.net.named_buffers()) if buffers is None else buffers
-            step, unused = self._step("gradient", row, None, x, y, own, ())
+            step, unused = self._step("gradient", _Given(row, None, x, y, own), ())
             loss, grad, logits, *after = step(row.detach(), x.detach(), y.detach(), *own.values())
             with torch.no_grad():
                 for buffer, value in zip(own.values(), after, strict=True):
@@ -87,39 +106,28 @@ class CompiledStudents(GenericStudents):
         for e, row in enumerate(theta):
             x, y = of_student(batch, e)
             own = dict(self.flat.net.named_buffers()) if buffers is None else buffers
-            step, _ = self._step("adjoint", row, direction[e], x, y, own, wanted)
+            step, _ = self._step("adjoint", _Given(row, direction[e], x, y, own), wanted)
             slope, *parts = step(row.detach(), direction[e].detach(), x.detach(), y.detach(), *own.values())
             found.append((slope, *(part * scale[e] for part in parts)))
         joined = dict(zip(("slope", *wanted), (stacked(parts) for parts in zip(*found, strict=True)), strict=True))
         return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
 
-    def _step(
-        self,
-        kind: str,
-        theta: Tensor,
-        direction: Tensor | None,
-        x: Tensor,
-        y: Tensor,
-        buffers: dict[str, Tensor],
-        wanted: tuple[str, ...],
-    ) -> _Step:
+    def _step(self, kind: str, given: _Given, wanted: tuple[str, ...]) -> _Step:
         """The compiled graph for arguments like these."""
+        arguments, device = given.tensors(), given.x.device.type
         signature = (
             *(kind, wanted, _structure(self.flat.net), self.label_kind, self.output, self.precision),
-            *((t.shape, t.dtype, t.device) for t in (theta, x, y, *buffers.values())),
-            torch.is_autocast_enabled(x.device.type),
-            torch.get_autocast_dtype(x.device.type),
+            *((t.shape, t.dtype, t.device) for t in arguments),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
             torch.are_deterministic_algorithms_enabled(),
             torch.get_default_dtype(),
         )
         if signature in _steps:
             _steps.move_to_end(signature)
             return _steps[signature]
-        given = (theta, x, y) if direction is None else (theta, direction, x, y)
-        arguments = [t.detach() for t in (*given, *buffers.values())]
         started = time.perf_counter()
-        with _watched(self.flat.net), torch.enable_grad():
-            graph = self._graph_of(kind, arguments, buffers, wanted)
+        graph = self._graph_of(kind, given, wanted)
         traced = time.perf_counter() - started
         step = torch.compile(graph, fullgraph=True, dynamic=False)
         with torch.no_grad():
@@ -127,27 +135,26 @@ class CompiledStudents(GenericStudents):
         took = time.perf_counter() - started
         nodes = len(graph.graph.nodes)
         _log.info("compiled engine: %s of %d operators traced in %.1f s, compiled in %.1f s", kind, nodes, traced, took)
-        unused = self._compare(kind, found, theta, direction, x, y, buffers, wanted)
+        unused = self._compare(kind, found, given, wanted)
 
-        def run(*given: Tensor) -> list[Tensor]:
+        def run(*arguments: Tensor) -> list[Tensor]:
             with torch.no_grad():
-                return step(*given)
+                return step(*arguments)
 
         _steps[signature] = run, unused
         if len(_steps) > _MAX_STEPS:
             _steps.popitem(last=False)
         return run, unused
 
-    def _graph_of(
-        self, kind: str, arguments: Sequence[Tensor], buffers: dict[str, Tensor], wanted: tuple[str, ...]
-    ) -> fx.GraphModule:
+    def _graph_of(self, kind: str, given: _Given, wanted: tuple[str, ...]) -> fx.GraphModule:
         """In channels-last, or as it comes where torch's forward mode cannot take a view of that."""
         for memory_format in (torch.channels_last, torch.contiguous_format):
             gradient = kind == "gradient"
             make = self._gradient_of if gradient else partial(self._adjoint_of, wanted=wanted)
-            function = make(buffers, partial(_laid_out, memory_format))
+            function = make(given.buffers, partial(_laid_out, memory_format))
             try:
-                return _traced(function, arguments, None if gradient else 1)
+                with _watched(self.flat.net), torch.enable_grad():
+                    return _traced(function, given.tensors(), None if gradient else 1)
             except _Untraceable as error:
                 reason = error
         raise ValueError(f"engine: expected a net that can be traced to be compiled, but {reason}") from reason
@@ -207,35 +214,21 @@ class CompiledStudents(GenericStudents):
     def _joined(self, grads: dict[str, Tensor]) -> Tensor:
         return torch.cat([grads[name].reshape(-1) for name in self.flat.names])
 
-    def _compare(
-        self,
-        kind: str,
-        found: Sequence[Tensor],
-        theta: Tensor,
-        direction: Tensor | None,
-        x: Tensor,
-        y: Tensor,
-        buffers: dict[str, Tensor],
-        wanted: tuple[str, ...],
-    ) -> frozenset[str]:
+    def _compare(self, kind: str, found: Sequence[Tensor], given: _Given, wanted: tuple[str, ...]) -> frozenset[str]:
         """The parameters that the loss does not use. Raises unless the graph gives what autograd gives for the step.
 
         In float32 one ReLU or max pool that decides otherwise, by rounding, can be seen in all of a small batch's
         gradients. So what is off there by more than rounding, but not by much, is compiled and compared in float64.
         """
-        name, error, unused = self._furthest(kind, found, theta, direction, x, y, buffers, wanted)
-        exact = self.precision != "bf16" and theta.dtype in _TOLERANCES
-        tolerance = _TOLERANCES[theta.dtype] if exact else _COARSE
-        if exact and theta.dtype == torch.float32 and tolerance < error <= _COARSE:
-            wide = {name: _double(b) for name, b in buffers.items()}
-            given = (theta, x, y) if direction is None else (theta, direction, x, y)
-            arguments = [_double(t.detach()) for t in (*given, *wide.values())]
-            with _watched(self.flat.net), torch.enable_grad():
-                graph = self._graph_of(kind, arguments, wide, wanted)
+        name, error, unused = self._furthest(kind, found, given, wanted)
+        dtype = given.theta.dtype
+        tolerance = _COARSE if self.precision == "bf16" else _TOLERANCES.get(dtype, _COARSE)
+        if dtype == torch.float32 and tolerance < error <= _COARSE:
+            wide = given.double()
+            step = torch.compile(self._graph_of(kind, wide, wanted), fullgraph=True, dynamic=False)
             with torch.no_grad():
-                found = torch.compile(graph, fullgraph=True, dynamic=False)(*arguments)
-            along = None if direction is None else arguments[1]
-            name, error, _ = self._furthest(kind, found, arguments[0], along, _double(x), _double(y), wide, wanted)
+                found = step(*wide.tensors())
+            name, error, _ = self._furthest(kind, found, wide, wanted)
             tolerance = _TOLERANCES[torch.float64]
         if not error <= tolerance:
             raise ValueError(
@@ -245,28 +238,20 @@ class CompiledStudents(GenericStudents):
         return unused
 
     def _furthest(
-        self,
-        kind: str,
-        found: Sequence[Tensor],
-        theta: Tensor,
-        direction: Tensor | None,
-        x: Tensor,
-        y: Tensor,
-        buffers: dict[str, Tensor],
-        wanted: tuple[str, ...],
+        self, kind: str, found: Sequence[Tensor], given: _Given, wanted: tuple[str, ...]
     ) -> tuple[str, float, frozenset[str]]:
         """What of ``found`` is furthest from autograd's and its relative distance; the parameters that are not used."""
-        batch, own = Batch(x.detach(), y.detach(), False), {name: b.clone() for name, b in buffers.items()}
-        rows, unused = theta.detach()[None], frozenset()
+        batch, rows = Batch(given.x.detach(), given.y.detach(), False), given.theta.detach()[None]
+        own, unused = {name: b.clone() for name, b in given.buffers.items()}, frozenset()
         if kind == "gradient":
             truth = GenericStudents.gradient(self, rows, batch, own, None, with_logits=True)
             names = ("losses", "grad", "logits", *own)
             truths = [truth.losses[0], truth.grad[0], truth.logits[0], *own.values()]
             unused = truth.unused[0]
         else:
-            one = theta.new_ones(1)
+            direction, one = given.direction.detach()[None], given.theta.new_ones(1)
             options = {name: name in wanted for name in ("curvature", "images", "labels")}
-            truth = GenericStudents.adjoint(self, rows, direction.detach()[None], one, batch, own, None, **options)
+            truth = GenericStudents.adjoint(self, rows, direction, one, batch, own, None, **options)
             names = ("slope", *wanted)
             truths = [getattr(truth, name)[0] for name in names]
         furthest, most = names[0], 0.0
@@ -283,10 +268,6 @@ class CompiledStudents(GenericStudents):
             if most != most:  # NaN is as far as can be
                 break
         return furthest, most, unused
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
 
 
 _Step = tuple[Callable[..., list[Tensor]], frozenset[str]]  # and the parameters that its loss does not use
@@ -493,7 +474,7 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
     def convolved(x: fx.Node, weight: fx.Node, turned: bool) -> fx.Node:
         both, taps = (transformed(weight, turned), transformed(weight, not turned)), weight.meta["val"].shape[2]
         with graph.inserting_before(node):
-            return graph.call_function(frozen_conv2d.raw, (x, *both, taps, taps // 2))
+            return graph.call_function(torch.ops.pydistill.frozen_conv2d.default, (x, *both, taps, taps // 2))
 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
@@ -536,9 +517,14 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
     for node in list(graph.nodes):  # two gradients of one weight in one call
         if node.target is aten.add.Tensor and not node.kwargs:
             first, second = node.args
-            if all(isinstance(each, fx.Node) and each.target is weight_grad for each in node.args) and all(
-                len(each.users) == 1 and each.args[2] is None for each in node.args
-            ):
+            alone = all(
+                isinstance(each, fx.Node)
+                and each.target is weight_grad
+                and len(each.users) == 1
+                and each.args[2] is None
+                for each in node.args
+            )
+            if alone and _looks(first.args[0]) == _looks(second.args[0]):  # a shared layer may see two sizes
                 with graph.inserting_before(node):
                     both = graph.call_function(weight_grad, (*first.args[:2], *second.args[:2], first.args[4]))
                 node.replace_all_uses_with(both)
