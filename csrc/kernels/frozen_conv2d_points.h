@@ -87,38 +87,37 @@ PYDISTILL_INLINE void output_of_points(int points, const Register<T> (&m)[6], Re
   if constexpr (SIDE >= 4) output_of<3, T>(m, y);
 }
 
-// The transform of filters with all points and its adjoint, and the adjoint of output_of<6>.
-template <class T, int SIDE>
-PYDISTILL_INLINE void output_adjoint(const Register<T> (&y)[SIDE], Register<T> (&m)[6]) {
-  Register<T> even_a = y[0], odd_a = y[1] * T(Winograd::a), even_b = y[0], odd_b = y[1] * T(Winograd::b);
-#pragma GCC unroll 4
-  for (int i = 2; i < SIDE; ++i) {
-    Register<T>&of_a = i % 2 ? odd_a : even_a, &of_b = i % 2 ? odd_b : even_b;
-    of_a = fused<T>(y[i], T(power(Winograd::a, i)), of_a);
-    of_b = fused<T>(y[i], T(power(Winograd::b, i)), of_b);
-  }
-  m[0] = y[0];
-  m[1] = even_a + odd_a;
-  m[2] = even_a - odd_a;
-  m[3] = even_b + odd_b;
-  m[4] = even_b - odd_b;
-  m[5] = y[SIDE - 1];
-}
-
-template <class T, int TAPS>
-PYDISTILL_INLINE void filter_of_taps(const Register<T> (&w)[TAPS], Register<T> (&u)[6]) {
+// The polynomial with these coefficients at the points a, -a, b and -b.
+template <class T, int SIZE>
+PYDISTILL_INLINE void at_points(const Register<T> (&w)[SIZE], Register<T> (&values)[4]) {
   Register<T> even_a = w[0], odd_a = w[1] * T(Winograd::a), even_b = w[0], odd_b = w[1] * T(Winograd::b);
 #pragma GCC unroll 4
-  for (int i = 2; i < TAPS; ++i) {
+  for (int i = 2; i < SIZE; ++i) {
     Register<T>&of_a = i % 2 ? odd_a : even_a, &of_b = i % 2 ? odd_b : even_b;
     of_a = fused<T>(w[i], T(power(Winograd::a, i)), of_a);
     of_b = fused<T>(w[i], T(power(Winograd::b, i)), of_b);
   }
+  values[0] = even_a + odd_a, values[1] = even_a - odd_a;
+  values[2] = even_b + odd_b, values[3] = even_b - odd_b;
+}
+
+// The adjoint of output_of<6>.
+template <class T, int SIDE>
+PYDISTILL_INLINE void output_adjoint(const Register<T> (&y)[SIDE], Register<T> (&m)[6]) {
+  Register<T> values[4];
+  at_points<T>(y, values);
+  m[0] = y[0];
+  for (int i = 0; i < 4; ++i) m[1 + i] = values[i];
+  m[5] = y[SIDE - 1];
+}
+
+// The transform of filters with all points, and its adjoint.
+template <class T, int TAPS>
+PYDISTILL_INLINE void filter_of_taps(const Register<T> (&w)[TAPS], Register<T> (&u)[6]) {
+  Register<T> values[4];
+  at_points<T>(w, values);
   u[0] = w[0] * T(Winograd::g0);
-  u[1] = (even_a + odd_a) * T(Winograd::ga);
-  u[2] = (even_a - odd_a) * T(Winograd::ga);
-  u[3] = (even_b + odd_b) * T(Winograd::gb);
-  u[4] = (even_b - odd_b) * T(Winograd::gb);
+  for (int i = 0; i < 4; ++i) u[1 + i] = values[i] * T(i < 2 ? Winograd::ga : Winograd::gb);
   u[5] = w[TAPS - 1];
 }
 

@@ -2,9 +2,6 @@
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -242,7 +239,7 @@ def test_under_vmap_a_row_without_keys_is_nan(backend, kind):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
-def test_on_every_instruction_set(isa):
+def test_on_every_instruction_set(isa, run_with_isa):
     """In a process of its own: the set is chosen once."""
     program = """
 import torch
@@ -260,12 +257,7 @@ for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         for a, b in zip(*found):
             assert (a - b).norm() <= bound * b.norm(), (dtype, kind, (a - b).norm() / b.norm())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
-    )
-    if "this processor does not have it" in run.stderr:
-        pytest.skip(f"no {isa} here")
-    assert run.returncode == 0, run.stderr
+    run_with_isa(isa, program)
 
 
 Q, K = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8)

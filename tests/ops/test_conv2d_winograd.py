@@ -1,9 +1,5 @@
 """Gradients of a convolution in its filters by Winograd's tiles, against torch's in float64; the filters themselves."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,14 +92,8 @@ for taps in (3, 5):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
-def test_instruction_sets_agree_to_rounding(isa):
-    run = subprocess.run(
-        [sys.executable, "-c", COMPARE], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
-    )
-    if run.returncode and "this processor does not have it" in run.stderr:
-        pytest.skip(f"no {isa} here")
-    assert run.returncode == 0, run.stderr
-    name, *errors = run.stdout.split()
+def test_instruction_sets_agree_to_rounding(isa, run_with_isa):
+    name, *errors = run_with_isa(isa, COMPARE).split()
     assert name == isa
     assert len(errors) == 4
     assert all(float(error) < bound for error, bound in zip(errors, (2e-6, 4e-15) * 2, strict=True))

@@ -1,9 +1,5 @@
 """The 3x3 convolution with frozen filters against torch's: cases under `check_op`, accuracy, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -271,14 +267,8 @@ for stride in (1, 2):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])
-def test_instruction_sets_agree_to_rounding(isa):
-    run = subprocess.run(
-        [sys.executable, "-c", COMPARE], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
-    )
-    if run.returncode and "this processor does not have it" in run.stderr:
-        pytest.skip(f"no {isa} here")
-    assert run.returncode == 0, run.stderr
-    name, *errors = run.stdout.split()
+def test_instruction_sets_agree_to_rounding(isa, run_with_isa):
+    name, *errors = run_with_isa(isa, COMPARE).split()
     assert name == isa
     assert len(errors) == 8
     for single, double, half, bf16 in (errors[:4], errors[4:]):
