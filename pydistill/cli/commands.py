@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import rich.console
 import tyro
 
+from pydistill import __version__
 from pydistill.cli import decoupled, distill, hello, krr_st, select, unip
 from pydistill.cli.console import Interrupted, Stop, plain_console
 from pydistill.cli.evaluate import Evaluate, Export
@@ -127,25 +128,32 @@ def _chosen(argv: Sequence[str]) -> tuple[Command, list[str]]:
             return command, list(argv[len(words) :])
     firsts = sorted({command.words.split()[0] for command in commands})
     if argv[0] in firsts:
-        raise ValueError(
-            f"expected one of {', '.join(c.words for c in commands if c.words.startswith(argv[0]))}, got "
-            f"{' '.join(argv[:2])!r}"
-        )
+        expected = ", ".join(sorted(command.words for command in commands if command.words.startswith(argv[0])))
+        return _refused(f"expected one of {expected}, got {' '.join(argv[:2])!r}")
     near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(argv[0], firsts, 1))
-    raise ValueError(f"expected one of {', '.join(firsts)}, got {argv[0]!r}{near}")
+    return _refused(f"expected one of {', '.join(firsts)}, got {argv[0]!r}{near}")
+
+
+def _refused(message: str) -> NoReturn:
+    print(f"pydistill: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run(argv: list[str]) -> None:
     """Does what ``argv`` says; exits as ``main`` does."""
-    asked = argv[-1:] in (["-h"], ["--help"])
-    if not argv or (asked and argv[:-1] in ([], ["select"])):  # no command of its own
-        print(overview("".join(argv[:-1])), file=sys.stdout if argv else sys.stderr)
-        sys.exit(0 if argv else 2)
-    console = plain_console()
+    console, helps = plain_console(), ("-h", "--help")
     try:
-        command, rest = _chosen(argv)
-        with Stop().installed() if command.stops else nullcontext(Stop()) as stop:
-            command.run(rest, console, stop)
+        if not argv:
+            print(overview(), file=sys.stderr)
+            sys.exit(2)
+        if argv[0] == "--version":
+            print(__version__, flush=True)
+        elif argv[0] in helps or (argv[0] == "select" and argv[1:2] and argv[1] in helps):  # no command of its own
+            print(overview("" if argv[0] in helps else argv[0]), flush=True)
+        else:
+            command, rest = _chosen(argv)
+            with Stop().installed() if command.stops else nullcontext(Stop()) as stop:
+                command.run(rest, console, stop)
     except Interrupted:
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:

@@ -123,7 +123,9 @@ class Distill:
         if "--resume" in argv:
             return cls._of_run(value_of(argv, "--out"))
         if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+            raise ValueError(
+                f"method: expected one of {', '.join(METHODS)}, got {method!r}; pydistill --help has all commands"
+            )
         dataset, ipc = dataset_of(argv), value_of(argv, "--ipc") or "1"
         if not ipc.lstrip("-").isdecimal():
             raise ValueError(f"--ipc: expected a whole number, got {ipc!r}")

@@ -370,8 +370,9 @@ def workspace_bytes(
 def tape_bytes(
     shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
 ) -> int:
-    """The size of the tape of one step on the CPU."""
-    return _bytes(shape, "gradient", students, images, dtype, precision)[1] * students * images
+    """The size of the tape of one step on the CPU, rounded up: where it ends, another one may begin."""
+    size = _bytes(shape, "gradient", students, images, dtype, precision)[1] * students * images
+    return (size + 63) // 64 * 64
 
 
 @lru_cache(maxsize=64)

@@ -46,9 +46,9 @@ def convnet_shape(
     ``Sigmoid``, ``Tanh`` and ``SiLU``; pools: ``AvgPool2d(2)``, ``MaxPool2d(2)`` or none; convolutions with or without
     biases. On CUDA devices: ``GroupNorm(C, C)``, ReLU, average pool and biases. Nothing else may run: no
     hooks, also none on all modules, no forward set on an instance or in place of a class's own. The forward of a class
-    that is not `pydistill.nn.Student`'s is run on a tensor without values, with whatever attributes and in whatever
-    mode ``net`` has now: what it does has to be just that, whatever the images. One that looks at their values or at
-    their number, beyond ``size(0)`` for a ``view``, is not followed.
+    that is not that of `pydistill.nn`'s students is run on a tensor without values, with whatever attributes and in
+    whatever mode ``net`` has now: what it does has to be just that, whatever the images. One that looks at their values
+    or at their number, beyond ``size(0)`` for a ``view``, is not followed.
 
     Args:
         net: as for `FlatModule`.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 import pytest
 
+import pydistill
 from pydistill.cli import main
 from pydistill.cli.commands import COMMANDS
 from pydistill.methods import METHODS
@@ -17,9 +21,10 @@ def said(capsys: pytest.CaptureFixture[str], argv: list[str], code: int) -> tupl
     return out, err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"]])
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--help", "distill"]])
 def test_help_has_every_command_and_method(capsys, argv):
-    out, err = said(capsys, argv, 0)
+    main(argv)
+    out, err = capsys.readouterr()
     lines = out.splitlines()
     words = [command.words for group in COMMANDS.values() for command in group]
     assert err == ""
@@ -34,7 +39,8 @@ def test_without_a_command_it_is_an_error(capsys):
 
 
 def test_a_command_of_several_has_their_help(capsys):
-    out, _ = said(capsys, ["select", "--help"], 0)
+    main(["select", "--help"])
+    out = capsys.readouterr().out
     assert "select dq" in out
     assert "select pca" in out
     assert "squeeze" not in out
@@ -43,13 +49,32 @@ def test_a_command_of_several_has_their_help(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["select"], "expected one of select dq, select pca, got 'select'"),
+        (["select", "mtt"], "expected one of select dq, select pca, got 'select mtt'"),
         (["recovr"], "got 'recovr'; did you mean recover?"),
         (["frobnicate"], "expected one of bench, distill, evaluate, experts, export, post-train, recover"),
         (["--method", "mtt"], "got '--method'"),
     ],
 )
 def test_an_unknown_command_is_named(capsys, argv, message):
-    _, err = said(capsys, argv, 1)
+    _, err = said(capsys, argv, 2)
     assert err.startswith("pydistill: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"{pydistill.__version__}\n"
+
+
+def test_a_full_disk_is_an_error_in_a_line(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stopped:
+            main(["--help"])
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):  # what the failed write left is tried again
+            full.close()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "pydistill: [Errno 28] No space left on device\n"

@@ -181,8 +181,6 @@ def test_a_stopped_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected one of select dq, select pca, got 'select'"),
-        (["mtt"], "expected one of select dq, select pca, got 'select mtt'"),
         (["dq", "--dataset", "cifar"], "--dataset: expected one of digits"),
         (["dq", "--ipc", "500"], "ipc: expected at most"),
         (["pca", "--students", "-1"], "--students: expected at least 0, got -1"),
