@@ -1,4 +1,4 @@
-"""What every test gets: uninitialised memory holds NaN, and the random state is the same whatever ran before."""
+"""What every test gets: uninitialised memory holds NaN; random state and number of threads are as at the start."""
 
 import os
 import sys
@@ -30,6 +30,14 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    # two workers with two threads each wait for one another: tests then take ten times as long
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

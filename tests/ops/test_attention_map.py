@@ -91,7 +91,6 @@ def test_over_several_threads(shape, layout):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         bits.append(attention_map(*case.make(torch.float32), 4.0, "spatial"))
-    torch.set_num_threads(2)
     assert all(torch.equal(each, bits[0]) for each in bits)
 
 
