@@ -1,6 +1,6 @@
 // CPU body: see attention_map.h for what is computed.
 #include "attention_map.h"
-#include "cpu_vocabulary.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

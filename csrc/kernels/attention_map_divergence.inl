@@ -3,7 +3,7 @@
 // Sums over a row run in the order of the sixteen (eight in double) lanes of a 64-byte vector, whatever a register
 // holds of it: AVX2 and AVX-512 give the same bits. The baseline, which has no fused multiply-add, differs in rounding.
 #include "attention_map_divergence.h"
-#include "matrix_product.h"
+#include "vocabulary/matrix_product.h"
 
 namespace pydistill {
 namespace {

@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "augment.h"
-#include "cuda_vocabulary.h"
+#include "vocabulary/cuda_vocabulary.h"
 
 namespace pydistill::augment {
 

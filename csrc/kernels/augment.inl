@@ -4,7 +4,7 @@
 // asks whether it lies inside. Coordinates are in double; sums run in a fixed order of sixteen partial sums, so that
 // instruction sets of any width give the same bits.
 #include "augment.h"
-#include "cpu_vocabulary.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

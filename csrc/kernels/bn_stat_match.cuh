@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "bn_stat_match.h"
-#include "cuda_vocabulary.h"
+#include "vocabulary/cuda_vocabulary.h"
 
 namespace pydistill::bn_stat_match {
 

@@ -3,8 +3,8 @@
 // summed in as many parts in every instruction set). All others go element by element. Additions are in an order that
 // neither threads nor the width of registers change, hence equal bits over both.
 #include "bn_stat_match.h"
-#include "cpu_vocabulary.h"
-#include "storage_registers.h"
+#include "vocabulary/cpu_vocabulary.h"
+#include "vocabulary/storage_registers.h"
 
 namespace pydistill {
 namespace {

@@ -1,7 +1,7 @@
 // CPU body: see conv2d_filters.h.
 #include "conv2d_filters.h"
-#include "cpu_vocabulary.h"
 #include "frozen_conv2d_points.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

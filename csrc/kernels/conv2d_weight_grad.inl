@@ -1,9 +1,9 @@
 // CPU body: see conv2d_weight_grad.h for what is computed and winograd.h for the transforms.
 #include "conv2d_weight_grad.h"
-#include "cpu_vocabulary.h"
 #include "frozen_conv2d_points.h"
-#include "matrix_product.h"
-#include "storage_registers.h"
+#include "vocabulary/cpu_vocabulary.h"
+#include "vocabulary/matrix_product.h"
+#include "vocabulary/storage_registers.h"
 
 namespace pydistill {
 namespace {

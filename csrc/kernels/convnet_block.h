@@ -14,7 +14,7 @@
 #pragma once
 
 #include "convnet_step.h"
-#include "cpu_vocabulary.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

@@ -6,9 +6,9 @@
 #include "convnet_block.h"
 #include "convnet_step.h"
 #include "instance_norm_relu_avg_pool_panel.h"
-#include "matrix_product.h"
-#include "matrix_product_amx.h"
-#include "winograd.h"
+#include "vocabulary/matrix_product.h"
+#include "vocabulary/matrix_product_amx.h"
+#include "vocabulary/winograd.h"
 
 namespace pydistill {
 namespace {

@@ -1,10 +1,10 @@
 // CPU body: see frozen_conv2d.h for what is computed and winograd.h for the transforms. A chunk of tiles is transformed
 // to [36][tiles][C]; then, for some output channels at a time, 36 matrix products and the transform back.
-#include "cpu_vocabulary.h"
 #include "frozen_conv2d.h"
 #include "frozen_conv2d_points.h"
-#include "matrix_product.h"
-#include "storage_registers.h"
+#include "vocabulary/cpu_vocabulary.h"
+#include "vocabulary/matrix_product.h"
+#include "vocabulary/storage_registers.h"
 
 namespace pydistill {
 namespace {

@@ -7,7 +7,7 @@
 // which nobody multiplies.
 #pragma once
 
-#include "winograd.h"
+#include "vocabulary/winograd.h"
 
 namespace pydistill {
 namespace {

@@ -1,6 +1,6 @@
 // CPU body: see graph_cut_greedy.h for what is computed.
-#include "cpu_vocabulary.h"
 #include "graph_cut_greedy.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

@@ -25,8 +25,8 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "cuda_vocabulary.h"
 #include "instance_norm_relu_avg_pool.h"
+#include "vocabulary/cuda_vocabulary.h"
 
 namespace pydistill::instance_norm_relu_avg_pool {
 

@@ -2,8 +2,8 @@
 // block in it. See instance_norm_relu_avg_pool.h for what is computed.
 #pragma once
 
-#include "cpu_vocabulary.h"
 #include "instance_norm_relu_avg_pool.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

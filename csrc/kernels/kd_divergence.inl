@@ -1,6 +1,6 @@
 // CPU body: see kd_divergence.h for what is computed, and softmax_rows.h for how rows are gone through.
 #include "kd_divergence.h"
-#include "softmax_rows.h"
+#include "vocabulary/softmax_rows.h"
 
 namespace pydistill {
 namespace {

@@ -1,8 +1,8 @@
 // CPU body: see max_pool2d.h for what is computed. Channels are lanes, and numbers of elements are integers as wide as
 // them, so that a comparison chooses both.
-#include "cpu_vocabulary.h"
 #include "max_pool2d.h"
-#include "storage_registers.h"
+#include "vocabulary/cpu_vocabulary.h"
+#include "vocabulary/storage_registers.h"
 
 namespace pydistill {
 namespace {

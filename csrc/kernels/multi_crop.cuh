@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "cuda_vocabulary.h"
 #include "multi_crop.h"
+#include "vocabulary/cuda_vocabulary.h"
 
 namespace pydistill::multi_crop {
 

@@ -3,8 +3,8 @@
 // nothing is gathered. Flip, roll and the part's place are all in the two axes' tables of taps. The adjoint goes the
 // same way back; whoever owns an image's rows adds to them in the order of records, parts and rows, so that neither
 // threads nor instruction sets show in the bits.
-#include "cpu_vocabulary.h"
 #include "multi_crop.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

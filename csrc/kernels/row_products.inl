@@ -1,8 +1,8 @@
 // CPU body: see row_products.h for what is computed. A row is summed in stretches of 1024 elements, each in the lanes
 // of a vector and then over them, the stretches in double: the rounding error does not grow with the row, and
 // instruction sets of any width give the same bits.
-#include "cpu_vocabulary.h"
 #include "row_products.h"
+#include "vocabulary/cpu_vocabulary.h"
 
 namespace pydistill {
 namespace {

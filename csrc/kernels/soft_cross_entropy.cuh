@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "cuda_vocabulary.h"
 #include "soft_cross_entropy.h"
+#include "vocabulary/cuda_vocabulary.h"
 
 namespace pydistill::soft_cross_entropy {
 

@@ -1,6 +1,6 @@
 // CPU body: see soft_cross_entropy.h for what is computed, and softmax_rows.h for how rows are gone through.
 #include "soft_cross_entropy.h"
-#include "softmax_rows.h"
+#include "vocabulary/softmax_rows.h"
 
 namespace pydistill {
 namespace {

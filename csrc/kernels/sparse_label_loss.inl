@@ -1,6 +1,6 @@
 // CPU body: see sparse_label_loss.h for what is computed, and softmax_rows.h for how rows are gone through.
-#include "softmax_rows.h"
 #include "sparse_label_loss.h"
+#include "vocabulary/softmax_rows.h"
 
 namespace pydistill {
 namespace {

@@ -2,10 +2,10 @@
 // known bugs that the machine must see. Each function returns null, or what went wrong as text.
 #include "../../csrc/kernels/augment.cuh"
 #include "../../csrc/kernels/bn_stat_match.cuh"
-#include "../../csrc/kernels/cuda_vocabulary.h"
 #include "../../csrc/kernels/instance_norm_relu_avg_pool.cuh"
 #include "../../csrc/kernels/multi_crop.cuh"
 #include "../../csrc/kernels/soft_cross_entropy.cuh"
+#include "../../csrc/kernels/vocabulary/cuda_vocabulary.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host machine of `csrc/kernels/cuda_vocabulary.h`: load and call."""
+"""The CUDA kernels on the host machine of `csrc/kernels/vocabulary/cuda_vocabulary.h`: load and call."""
 
 from __future__ import annotations
 

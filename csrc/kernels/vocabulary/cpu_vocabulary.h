@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "../common/scalar.h"
+#include "../../common/scalar.h"
 
 #define PYDISTILL_INLINE inline __attribute__((always_inline))
 #define PYDISTILL_LAMBDA __attribute__((always_inline))

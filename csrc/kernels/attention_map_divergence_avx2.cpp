@@ -1,3 +1,0 @@
-// The body in attention_map_divergence.inl, compiled with this instruction set's flags (see CMakeLists.txt).
-#define PYDISTILL_KERNEL attention_map_divergence_avx2
-#include "attention_map_divergence.inl"

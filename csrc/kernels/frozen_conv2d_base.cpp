@@ -1,3 +1,0 @@
-// The body in frozen_conv2d.inl, compiled with this instruction set's flags (see CMakeLists.txt).
-#define PYDISTILL_KERNEL frozen_conv2d_base
-#include "frozen_conv2d.inl"

@@ -1,3 +1,0 @@
-// The body in kd_divergence.inl, compiled with this instruction set's flags (see CMakeLists.txt).
-#define PYDISTILL_KERNEL kd_divergence_avx512
-#include "kd_divergence.inl"

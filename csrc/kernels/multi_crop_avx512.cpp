@@ -1,3 +1,0 @@
-// The body in multi_crop.inl, compiled with this instruction set's flags (see CMakeLists.txt).
-#define PYDISTILL_KERNEL multi_crop_avx512
-#include "multi_crop.inl"

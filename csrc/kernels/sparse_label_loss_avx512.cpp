@@ -1,3 +1,0 @@
-// The body in sparse_label_loss.inl, compiled with this instruction set's flags (see CMakeLists.txt).
-#define PYDISTILL_KERNEL sparse_label_loss_avx512
-#include "sparse_label_loss.inl"
