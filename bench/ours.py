@@ -100,9 +100,16 @@ def exact_compiled(problem: Problem) -> Thunk:
 
 
 def exact_generic(problem: Problem, share: float) -> Thunk:
-    """Within ``share`` of what the loop by hand keeps."""
-    memory = int(share * problem.steps * eager.graph_bytes(problem))
-    return trajectory_match(problem, mode="exact", engine="generic", memory=memory)
+    """Within ``share`` of what the loop by hand keeps, or as near to it as storing fewer parameters comes."""
+    memory, one = int(share * problem.steps * eager.graph_bytes(problem)), problem.theta0.nbytes
+
+    def needed(every: int) -> int:  # what is kept, and what a stretch recomputes
+        return (-(-problem.steps // every) + every - 1) * one
+
+    choices = range(1, problem.steps + 1)
+    every = next((k for k in choices if needed(k) <= memory), min(choices, key=needed))
+    memory = max(memory, needed(every)) - (every - 1) * one
+    return trajectory_match(problem, mode="exact", engine="generic", memory=memory, store_every=every)
 
 
 def first_order(problem: Problem) -> Thunk:

@@ -53,7 +53,8 @@ class GenericStudents:
         """
         self._room = self.AUTO if memory == "auto" else memory - stored
         if self._room < 0:
-            raise ValueError(f"memory: expected at least {stored} bytes for this unroll, got {memory}")
+            wanted = f"at least {stored} bytes for this unroll"
+            raise ValueError(f"memory: expected {wanted}, got {memory}; store_every keeps fewer parameters")
         self._steps, self._first_kept, self._moving = steps, None, (images, labels)
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
