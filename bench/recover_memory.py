@@ -1,8 +1,8 @@
 """Peak memory of recovering 1,000 classes at 224 pixels, against the batch: `python -m bench.recover_memory [B ...]`.
 
-Each row is a process of its own, which runs `pydistill.methods.decoupled.recover` (SRe2L on ResNet-18, two iterations)
-on one batch of B images out of the 1,000 of one image per class, and prints a JSON line. ``peak`` is the highest
-resident size above that of the process with its network, before the first step; ``set`` is what all images of
+Each row is a process of its own, which runs `recover` of `pydistill.methods.decoupled.recover` (SRe2L on ResNet-18, two
+iterations) on one batch of B images out of the 1,000 of one image per class, and prints a JSON line. ``peak`` is the
+highest resident size above that of the process with its network, before the first step; ``set`` is what all images of
 ``ipc`` per class would take at once with Adam's two moments, which no process ever holds.
 """
 
@@ -15,9 +15,9 @@ import tempfile
 import psutil
 import torch
 
-from pydistill.methods.decoupled import recover
-from pydistill.methods.squeeze import Teacher
-from pydistill.methods.sre2l import SRe2L
+from pydistill.methods.decoupled.recover import recover
+from pydistill.methods.decoupled.squeeze import Teacher
+from pydistill.methods.decoupled.sre2l import SRe2L
 from pydistill.nn import ResNet18
 
 from .memory import in_process, peak_of

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind
@@ -19,7 +20,7 @@ from pydistill.trajectory import FlatModule, train_students
 from pydistill.trajectory.recognition import trains_at_once
 from pydistill.trajectory.train import EVAL_BATCH
 
-__all__ = ["accuracy", "evaluate", "train_student"]
+__all__ = ["accuracy", "evaluate", "linear_probe", "train_student"]
 
 
 def accuracy(
@@ -188,3 +189,35 @@ def evaluate(
             trained.copy_into(net, e)
         accuracies += trained.accuracy.tolist()
     return accuracies
+
+
+def linear_probe(
+    net: Any, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, *, decay: float = 1e-3
+) -> float:
+    """Accuracy in [0, 1] of a logistic regression on a network's frozen features, standardised; by L-BFGS.
+
+    ``net.embed`` gives the features ``[N, F]`` of images ``[N, C, H, W]``; ``decay`` is that of the weights.
+    """
+
+    @torch.no_grad()
+    def features(x: Tensor) -> Tensor:
+        return torch.cat([net.embed(part) for part in x.split(500)]).double()
+
+    train, test = features(images), features(test_images)
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - mean) / std, (test - mean) / std
+    weight = torch.zeros(int(labels.max()) + 1, train.shape[1] + 1, dtype=torch.float64, device=train.device)
+    weight.requires_grad_()
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def logits(x: Tensor) -> Tensor:
+        return x @ weight[:, :-1].T + weight[:, -1]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits(train), labels) + decay * weight[:, :-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return float((logits(test).argmax(1) == test_labels).double().mean())

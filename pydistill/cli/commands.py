@@ -17,11 +17,13 @@ import rich.console
 import tyro
 
 from pydistill import __version__
-from pydistill.cli import decoupled, distill, hello, krr_st, select, unip
-from pydistill.cli.console import Interrupted, Stop, plain_console
+from pydistill.cli import runs
+from pydistill.cli.console import Stop, plain_console
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
-from pydistill.methods import METHODS
+from pydistill.methods import DECOUPLED, METHODS
+from pydistill.methods.method import Method, OptionError
+from pydistill.methods.runs import Interrupted
 
 
 @dataclass(frozen=True)
@@ -53,33 +55,37 @@ class Command:
     stops: bool = True  # at a signal by itself, in order
 
 
+def _of(group: str) -> list[type[Method]]:
+    return [method for method in METHODS.values() if method.group == group and method.name not in DECOUPLED]
+
+
+def _distilling(group: str) -> tuple[Command, ...]:
+    def command(method: type[Method]) -> Command:
+        about = f"{method.about} ({method.paper})"
+        return Command(f"distill {method.name}", about, lambda argv, *more: runs.distill([method.name, *argv], *more))
+
+    return tuple(command(method) for method in _of(group))
+
+
 COMMANDS: dict[str, tuple[Command, ...]] = {
     "Distil a data set into images": (
-        Command("distill", f"METHOD: {', '.join(METHODS)}; mtt without one", distill.run),
-        Command("distill hello", "HeLlO: images, and soft labels from a fitted projector", hello.run),
-        Command("distill krr_st", "KRR-ST: images on which a network is pre-trained, without labels", krr_st.run),
+        *_distilling("images"),
+        Command("distill", "what is first of these: distill mtt", runs.distill),
         Command(
             "experts",
             "train the experts that trajectories are matched to, or make them of replay buffers",
             lambda argv, console, stop: _parsed(Experts, "experts", argv, console, stop),
         ),
     ),
-    "The decoupled methods (sre2l, cda, dwa, infer), step by step": tuple(
-        Command(step, about, partial(decoupled.run, step))
-        for step, about in (
-            ("squeeze", "train a network on the real images, or take weights from elsewhere"),
-            ("recover", "make images that fit the network's statistics"),
-            ("relabel", "store the network's soft labels of their augmented views"),
-            ("post-train", "train a student on images and labels, and test it"),
-        )
+    f"The decoupled methods ({', '.join(DECOUPLED)}), step by step": (
+        *(Command(m.name, m.about, partial(runs.step, m.name)) for m in _of("decoupled")[:1]),
+        Command("recover", "make images that fit the network's statistics", partial(runs.step, "recover")),
+        *(Command(m.name, m.about, partial(runs.step, m.name)) for m in _of("decoupled")[1:]),
     ),
-    "Pick real images": (
-        Command("select dq", "DQ: from bins that cover each class", partial(select.run, "dq")),
-        Command("select pca", "PCA: crops of hard images, put together", partial(select.run, "pca")),
+    "Pick real images": tuple(
+        Command(f"select {m.name}", f"{m.about} ({m.paper})", partial(runs.select, m.name)) for m in _of("selection")
     ),
-    "Distil a network": (
-        Command("distill unip", "UNIP: a teacher's attention into a smaller transformer, without labels", unip.run),
-    ),
+    "Distil a network": _distilling("networks"),
     "Use the results": (
         Command(
             "evaluate",
@@ -111,7 +117,7 @@ def overview(word: str = "") -> str:
     ]
     for group, commands in COMMANDS.items():
         entries = [
-            textwrap.fill(command.about, 100, initial_indent=f"  {command.words:<16}", subsequent_indent=18 * " ")
+            textwrap.fill(command.about, 100, initial_indent=f"  {command.words:<17}", subsequent_indent=19 * " ")
             for command in commands
             if command.words.split()[0] == word or not word
         ]
@@ -156,6 +162,9 @@ def run(argv: list[str]) -> None:
                 command.run(rest, console, stop)
     except Interrupted:
         sys.exit(130)
+    except OptionError as error:
+        print(f"pydistill: --{error.option.replace('_', '-')}: {error.reason}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         print(f"pydistill: {error}", file=sys.stderr)
         sys.exit(1)

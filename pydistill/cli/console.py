@@ -1,28 +1,20 @@
-"""What the commands share: signals, progress, tables, pictures, files of JSON."""
+"""What the commands share: signals, progress, tables."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
 import rich.console
 import rich.progress
 import rich.table
-import torch
-from PIL import Image
 
-from pydistill._atomic import naming
-from pydistill.data import DistilledSet, write_atomic
+from pydistill.methods.runs import Interrupted, Progress
 
-
-class Interrupted(Exception):
-    """A signal asked to stop, and the step under way is done."""
+__all__ = ["Bars", "Stop", "accuracy_table", "add_row", "percentage", "plain_console"]
 
 
 class Stop:
@@ -57,12 +49,40 @@ def plain_console(**options: Any) -> rich.console.Console:
     return rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
 
 
-def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
+def _progress_bars(console: rich.console.Console) -> rich.progress.Progress:
     # the default's column of descriptions reads markup whatever the console does
     described = rich.progress.TextColumn("{task.description}", style="progress.description", markup=False)
     columns = rich.progress.Progress.get_default_columns()[1:]
     noted = rich.progress.TextColumn("{task.fields[note]}", markup=False)
     return rich.progress.Progress(described, *columns, noted, console=console, disable=not console.is_terminal)
+
+
+class Bars:
+    """A bar for each phase of a run, inside the block."""
+
+    def __init__(self, console: rich.console.Console):
+        self._progress, self._tasks = _progress_bars(console), {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def show(self, now: Progress) -> None:
+        if now.phase not in self._tasks:
+            self._tasks[now.phase] = self._progress.add_task(now.phase, total=now.total, note="")
+        self._progress.update(self._tasks[now.phase], completed=now.done, note=now.note)
+
+    def bar(self, phase: str, total: int, done: int = 0) -> Callable[..., None]:
+        """A bar of its own: gives what takes steps that were done, one by default, and a note."""
+        task = self._progress.add_task(phase, total=total, completed=done, note="")
+
+        def advance(count: int = 1, note: str | None = None) -> None:
+            self._progress.update(task, advance=count, **({} if note is None else {"note": note}))
+
+        return advance
 
 
 def accuracy_table(title: str, rows: str, students: int) -> rich.table.Table:
@@ -84,45 +104,3 @@ def percentage(accuracies: Sequence[float], *, deviation: bool | None = None) ->
     deviation = len(accuracies) > 1 if deviation is None else deviation
     more = f" ± {100 * pstdev(accuracies):.1f}" if deviation else ""
     return f"{100 * mean(accuracies):.1f}{more} %"
-
-
-def picture(distilled: DistilledSet, ipc: int) -> bytes:
-    """A PNG of the distilled images, enlarged to about 64 pixels, a column for each class."""
-    images = distilled.pixels()
-    scale, gap = max(1, 64 // images.shape[2]), 2
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).expand(-1, 3, -1, -1)
-    images = torch.nn.functional.pad(images, (gap, gap, gap, gap), value=1.0)  # [K * ipc, 3, h, w]
-    count, channels, height, width = images.shape
-    grid = images.view(count // ipc, ipc, channels, height, width).permute(1, 3, 0, 4, 2)
-    pixels = (grid.reshape(ipc * height, count // ipc * width, channels) * 255).round().byte()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def device_of(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def as_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    with naming(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> bytes:
-    """A file of JSON lines without the records that are not to stay, and without what a killed process half wrote."""
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            kept += [line + "\n"] if keep(json.loads(line)) else []
-    return "".join(kept).encode()
-
-
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leaves of a file of JSON lines, if it is there, what `kept_lines` does."""
-    if path.exists():
-        write_atomic(path, kept_lines(path, keep))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,18 +10,19 @@ from statistics import mean, pstdev
 from typing import Any, Literal
 
 import rich.console
-import rich.progress
 import torch
 import tyro
 from torch import nn
 
 from pydistill import __version__
 from pydistill.augment import DiffAugment
-from pydistill.cli.console import Stop, accuracy_table, add_row, as_json, device_of, progress_bars
-from pydistill.cli.settings import SHAPES, DatasetName, NetName
+from pydistill.cli.console import Bars, Stop, accuracy_table, add_row
 from pydistill.data import EXPORT_HEADER, REPOSITORY_NORMALISATION, Dataset, DistilledSet, load, write_atomic
 from pydistill.evaluate import evaluate
-from pydistill.nn import make
+from pydistill.methods.folder import as_json
+from pydistill.methods.method import DatasetName, device_of
+from pydistill.methods.settings import SHAPES
+from pydistill.nn import NetName, make
 from pydistill.trajectory.train import EVAL_BATCH
 
 
@@ -108,12 +109,12 @@ class Evaluate:
         about |= {"label_kind": distilled.label_kind, **options, "augment": strategy, "seed": self.seed}
         about["pydistill"] = __version__
         results = {}
-        with progress_bars(console) as progress:
+        with Bars(console) as bars:
             for net, maker in makers.items():
-                task = progress.add_task(labels[net], total=self.students * steps, note="")
+                advance = bars.bar(labels[net], self.students * steps)
 
-                def on_step(task: rich.progress.TaskID = task) -> None:
-                    progress.advance(task)
+                def on_step(advance: Callable[[], None] = advance) -> None:
+                    advance()
                     stop()
 
                 accuracies = evaluate(

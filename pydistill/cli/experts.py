@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rich.console
-import rich.progress
 import tyro
 from torch import nn
 
 from pydistill.augment import DiffAugment
-from pydistill.cli.console import Interrupted, Stop, append_line, keep_lines, progress_bars
-from pydistill.cli.folder import locked
-from pydistill.cli.settings import SETTINGS, SHAPES, DatasetName, NetName, load_for
-from pydistill.data import Dataset
+from pydistill.cli.console import Bars, Stop
+from pydistill.data import load
 from pydistill.methods import METHODS
-from pydistill.nn import make
-from pydistill.trajectory.experts import train_experts
+from pydistill.methods.distilling import completed, train_experts_with_progress
+from pydistill.methods.folder import append_line, keep_lines, locked
+from pydistill.methods.method import DatasetName, device_of
+from pydistill.methods.runs import Interrupted
+from pydistill.methods.settings import SETTINGS, SHAPES
+from pydistill.nn import NetName, make
 from pydistill.trajectory.replay_buffers import replay_buffer_shapes
 from pydistill.trajectory.store import ExpertStore
 
@@ -114,14 +114,15 @@ class Experts:
         if self.no_zca and not self.replay_buffers:
             raise ValueError("--no-zca: expected with --import only; nothing is whitened without --zca")
         lock = self.out.with_name(f".{self.out.name}.lock")
-        with locked(lock, f"--out: expected a file that no other process writes to, got {self.out}"):
+        with locked(lock, f"expected a file that no other process writes to, got {self.out}"):
             if self.replay_buffers:
                 self._import(console)
             else:
                 self.resolved()._train(console, stop)
 
     def _train(self, console: rich.console.Console, stop: Stop) -> None:
-        dataset = load_for(self)
+        dataset = load(self.dataset, self.root, image_size=self.image_size)
+        dataset = (dataset.whitened() if self.zca else dataset).to(device_of(self.device))
         shape = dataset.channels, dataset.num_classes, dataset.image_size
         make_net = partial(make, self.net, *shape, width=self.width, depth=self.depth, norm=self.norm)
         began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")
@@ -136,11 +137,9 @@ class Experts:
             append_line(metrics, record)
 
         try:
-            with progress_bars(console) as progress:
-                store = train_with_progress(
-                    *(make_net, dataset, self.out, progress, stop, log),
-                    **self.training(),
-                )
+            with Bars(console) as bars:
+                options = {"progress": bars.bar, "stop": stop, "log": log}
+                store = train_experts_with_progress(make_net, dataset, self.out, **options, **self.training())
         except Interrupted:
             console.print("stopped; the same command, without --overwrite, goes on")
             raise
@@ -183,47 +182,3 @@ class Experts:
             if [tuple(p.shape) for p in nets[-1].parameters()] == shapes:
                 return nets[-1]
         return nets[0]  # the import says what of it differs
-
-
-def train_with_progress(
-    make_net: Callable[[], nn.Module],
-    dataset: Dataset,
-    path: Path,
-    progress: rich.progress.Progress,
-    stop: Stop,
-    log: Callable[[dict[str, Any]], None],
-    *,
-    num_experts: int,
-    epochs: int,
-    batch_size: int,
-    overwrite: bool = False,
-    **options: Any,
-) -> ExpertStore:
-    steps = -(-len(dataset.train_images) // batch_size)
-    done = 0 if overwrite else sum(completed(path)) * steps
-    task = progress.add_task("experts", total=num_experts * epochs * steps, completed=done, note="")
-
-    def on_step() -> None:
-        progress.advance(task)
-        stop()
-
-    def on_epoch(record: dict[str, Any]) -> None:
-        log(record)
-        progress.update(task, note=f"accuracy {record['accuracy']:.1%}")
-
-    return train_experts(
-        *(make_net, dataset.train_images, dataset.train_labels, path),
-        **{"num_experts": num_experts, "epochs": epochs, "batch_size": batch_size, "overwrite": overwrite},
-        dataset=dataset.name,
-        on_step=on_step,
-        on_epoch=on_epoch,
-        **options,
-    )
-
-
-def completed(path: Path) -> list[int]:
-    """Whole epochs of the experts in a file; no experts when there is no file."""
-    if not path.exists():
-        return []
-    with ExpertStore(path) as store:
-        return store.completed

@@ -1,35 +1,56 @@
-"""The methods: one file a paper, each a few lines on the primitives."""
+"""The methods: one file a paper, each a few lines on the primitives; and what runs them end to end.
 
-from pydistill.methods.ast import AST
-from pydistill.methods.atom import ATOM
-from pydistill.methods.cda import CDA
-from pydistill.methods.datadam import DataDAM
-from pydistill.methods.datm import DATM
-from pydistill.methods.dc import DC
-from pydistill.methods.decoupled import RandomImages, Recover
-from pydistill.methods.dm import DM
-from pydistill.methods.dq import DQ, quantize
-from pydistill.methods.dsa import DSA
-from pydistill.methods.dwa import DWA
-from pydistill.methods.fedlgd import FedLGD
-from pydistill.methods.ftd import FTD
-from pydistill.methods.fyi import FYI, FYIDM, FYIDSA
-from pydistill.methods.hello import HeLlO
-from pydistill.methods.infer import INFER
-from pydistill.methods.krr_st import KRRST, krr_st
-from pydistill.methods.mtt import MTT
-from pydistill.methods.outer import Config, State, distill
-from pydistill.methods.pca import PCA, combine
-from pydistill.methods.rat_bptt import RaTBPTT
-from pydistill.methods.sre2l import SRe2L
-from pydistill.methods.tesla import TESLA
-from pydistill.methods.unip import UNIP, distill_attention
+from pydistill.methods import HeLlO, run
+results = run(HeLlO.preset("digits"), out="runs/hello")
+"""
 
-_METHODS = (MTT, TESLA, FTD, AST, DATM, FYI, RaTBPTT, DC, DSA, DM, DataDAM, ATOM, FYIDM, FYIDSA, FedLGD)
-METHODS: dict[str, type[Config]] = {method.name: method for method in _METHODS}
+import sys
+
+from pydistill.methods._moved import FINDER
+from pydistill.methods.config import Config
+from pydistill.methods.decoupled.cda import CDA
+from pydistill.methods.decoupled.dwa import DWA
+from pydistill.methods.decoupled.hello import HeLlO
+from pydistill.methods.decoupled.infer import INFER
+from pydistill.methods.decoupled.post_train import PostTrain
+from pydistill.methods.decoupled.recover import RandomImages, Recover
+from pydistill.methods.decoupled.relabel import Relabel
+from pydistill.methods.decoupled.squeeze import Squeeze, Teacher
+from pydistill.methods.decoupled.sre2l import SRe2L
+from pydistill.methods.matching.atom import ATOM
+from pydistill.methods.matching.datadam import DataDAM
+from pydistill.methods.matching.dc import DC
+from pydistill.methods.matching.dm import DM
+from pydistill.methods.matching.dsa import DSA
+from pydistill.methods.matching.fedlgd import FedLGD
+from pydistill.methods.matching.krr_st import KRRST, krr_st
+from pydistill.methods.method import Method, OptionError
+from pydistill.methods.networks.unip import UNIP, distill_attention
+from pydistill.methods.outer import State, distill
+from pydistill.methods.runs import Interrupted, Progress, Run, run
+from pydistill.methods.selection.dq import DQ, quantize
+from pydistill.methods.selection.pca import PCA, combine
+from pydistill.methods.trajectory.ast import AST
+from pydistill.methods.trajectory.datm import DATM
+from pydistill.methods.trajectory.ftd import FTD
+from pydistill.methods.trajectory.fyi import FYI, FYIDM, FYIDSA
+from pydistill.methods.trajectory.mtt import MTT
+from pydistill.methods.trajectory.rat_bptt import RaTBPTT
+from pydistill.methods.trajectory.tesla import TESLA
+
+if FINDER not in sys.meta_path:
+    sys.meta_path.append(FINDER)
+
+_METHODS: tuple[type[Method], ...] = (
+    *(MTT, TESLA, FTD, AST, DATM, FYI, RaTBPTT),
+    *(DC, DSA, DM, DataDAM, ATOM, FYIDM, FYIDSA, FedLGD, KRRST, HeLlO),
+    *(Squeeze, SRe2L, CDA, DWA, INFER, RandomImages, Relabel, PostTrain),
+    *(DQ, PCA, UNIP),
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
 # those that recover images from a squeezed network, and real images to compare them with
-DECOUPLED: dict[str, type[Recover]] = {method.name: method for method in (SRe2L, CDA, DWA, INFER, RandomImages)}
+DECOUPLED: dict[str, type[Recover]] = {name: m for name, m in METHODS.items() if issubclass(m, Recover)}
 
 __all__ = [
     "AST",
@@ -57,12 +78,23 @@ __all__ = [
     "DataDAM",
     "FedLGD",
     "HeLlO",
+    "Interrupted",
+    "Method",
+    "OptionError",
+    "PostTrain",
+    "Progress",
     "RaTBPTT",
+    "Recover",
+    "Relabel",
+    "Run",
     "SRe2L",
+    "Squeeze",
     "State",
+    "Teacher",
     "combine",
     "distill",
     "distill_attention",
     "krr_st",
     "quantize",
+    "run",
 ]

@@ -1,4 +1,4 @@
-"""What every distillation method has: hyper-parameters with presets, a state that is saved, and the loop around it."""
+"""The loop that every method runs which moves synthetic images by outer steps, and the state that it moves."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.seeding import seeded_generator, torch_seeded
 from pydistill.trajectory import FlatModule, Trajectories
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from pydistill.methods.config import Config
+
+__all__ = ["OnStep", "State", "distill", "fresh_parameters"]
 
 OnStep = Callable[["State", dict[str, Any]], None]
 
@@ -62,84 +63,6 @@ class State:
         velocity = grad if velocity is None else momentum * velocity + grad
         self.tensors[f"{name}_velocity"] = velocity
         self.tensors[name] = self.tensors[name].detach() - lr * velocity
-
-
-@dataclass(frozen=True)
-class Config:
-    """Hyper-parameters; ValueError for a count below 1, a negative number, or one that is not finite."""
-
-    name: ClassVar[str]
-    presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
-    needs_experts: ClassVar[bool] = False
-    may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts of which there may be none
-    student_lr: ClassVar[str] = ""  # the learning rate of students on the result, which has to be positive
-
-    ipc: int = 1  # synthetic images per class
-    iterations: int = 5000  # outer steps
-    augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
-    zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
-    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)  # of the students' convolutions
-    seed: int = field(default=0, kw_only=True)  # of everything that is drawn
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            least = 1 if isinstance(value, int) and "int" in str(f.type) and f.name not in self.may_be_zero else 0
-            if not least <= value < math.inf:
-                raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
-        if self.student_lr and not getattr(self, self.student_lr) > 0:
-            raise ValueError(f"{self.student_lr}: expected a positive number, got {getattr(self, self.student_lr)}")
-        self.augmentation()  # raises for an unknown operation
-
-    @classmethod
-    def preset(cls, dataset: str, ipc: int) -> Self:
-        """The paper's (or, for small sets, our) choice; ValueError names those that there are."""
-        if dataset not in cls.presets:
-            raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
-        if ipc not in cls.presets[dataset]:
-            known = ", ".join(map(str, cls.presets[dataset]))
-            raise ValueError(f"preset: expected {cls.name}'s for {dataset} with ipc {known}, got {ipc}")
-        return cls(ipc=ipc, **cls.presets[dataset][ipc])
-
-    @classmethod
-    def nearest_preset(cls, dataset: str, ipc: int) -> Self:
-        """The preset of the nearest ipc there is, for this one; the defaults where the data set has none."""
-        if ipc < 1:
-            raise ValueError(f"ipc: expected a finite number of at least 1, got {ipc}")
-        table = cls.presets.get(dataset)
-        if not table:
-            return cls(ipc=ipc)
-        nearest = min(table, key=lambda known: (abs(math.log(known / ipc)), known))
-        return replace(cls.preset(dataset, nearest), ipc=ipc)
-
-    def augmentation(self) -> DiffAugment | None:
-        """Of the students' batches, here and where the result is tested."""
-        return DiffAugment(self.augment) if self.augment else None
-
-    def check_start(self, dataset: Dataset, net: nn.Module) -> None:
-        """ValueError for what does not fit, as far as it shows before there are experts."""
-        if not self.needs_experts:
-            self.check(dataset, net, None)
-
-    def check(self, dataset: Dataset, net: nn.Module, experts: Trajectories | Tensor | None) -> Any:
-        """ValueError where the experts do not fit; gives what `step` gets as experts."""
-        if not self.needs_experts:
-            return None
-        raise NotImplementedError
-
-    def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        """The state before the first iteration."""
-        raise NotImplementedError
-
-    def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
-        """One iteration: moves the state, returns what is worth noting."""
-        raise NotImplementedError
-
-    def result(self, state: State) -> tuple[Tensor, Tensor, float]:
-        """Images, labels and the students' learning rate."""
-        return state["images"], state["labels"], state["lr"].item()
 
 
 def distill(
@@ -196,23 +119,6 @@ def _finite_step(config: Config, state: State, dataset: Dataset, net: nn.Module,
         if not math.isfinite(value):
             raise FloatingPointError(f"{where}: {name} is {value}; {advice}")
     return record
-
-
-def world() -> tuple[int, int]:
-    """This process's rank among how many; alone without `torch.distributed`."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor's sum over the ranks, in one exchange."""
-    if world()[1] == 1:
-        return tensors
-    joined = torch.cat([t.detach().flatten() for t in tensors])
-    torch.distributed.all_reduce(joined)
-    parts = joined.split([t.numel() for t in tensors])
-    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
 def fresh_parameters(net: nn.Module, seed: int, *key: int) -> Tensor:

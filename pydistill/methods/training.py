@@ -1,4 +1,4 @@
-"""The loop in which networks are trained here: cosine learning rate, a state from which it goes on bit for bit."""
+"""The loop in which networks are trained here: a rate that falls, and a state from which it goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -9,31 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OnEpoch", "train"]
+__all__ = ["Batches", "OnEpoch", "half_cosine", "train"]
 
+Batches = Callable[[int], Iterable[tuple[int, Callable[[], Tensor]]]]
 OnEpoch = Callable[[dict[str, Any], dict[str, Tensor]], None]
+
+
+def half_cosine(done: float, whole: float) -> float:
+    """From 1 to 0 while ``done`` goes from 0 to ``whole``."""
+    return 0.5 + 0.5 * math.cos(math.pi * done / whole)
 
 
 def train(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], Iterable[Callable[[], Tensor]]],
+    batches: Batches,
     *,
     epochs: int,
     steps: int,
+    rate: Callable[[float, int, int], float] | None = None,
     state: dict[str, Tensor] | None = None,
+    state_name: str = "optimizer",
     on_epoch: OnEpoch | None = None,
-) -> None:
-    """Trains ``net`` in place; the learning rate follows half a cosine over all steps, from the optimiser's to zero.
+    on_step: Callable[[], None] | None = None,
+) -> list[float]:
+    """Trains ``net`` in place, in the mode that it is in, and gives each epoch's mean loss.
 
     Args:
-        net: in training mode from here on.
-        optimizer: of ``net.parameters()``, new.
-        batches: gives an epoch's losses as functions without arguments; what they draw depends on the epoch alone.
+        net: what is trained.
+        optimizer: of parameters of ``net``, new.
+        batches: gives an epoch's losses as functions without arguments, each with its weight in the epoch's mean; what
+            they draw depends on the epoch alone where the training is to go on from a state.
         epochs: passes.
         steps: batches in an epoch.
+        rate: of the optimiser's learning rate, an epoch and a step of it, both from 0: the learning rate there; by
+            default it falls along half a cosine over all steps.
         state: what ``on_epoch`` got last, to go on from there.
+        state_name: under which the optimiser's numbers are in the state.
         on_epoch: called after each epoch with ``epoch`` and mean ``loss``, and with a state; an exception ends it.
+        on_step: called after each step; an exception ends it.
 
     Raises:
         ValueError: ``state`` is of another network.
@@ -42,37 +56,43 @@ def train(
     done = 0
     if state is not None:
         done = int(state["epoch"])
-        _restore(net, optimizer, state)
+        _restore(net, optimizer, state, state_name)
+    if rate is None:
+        rate = lambda lr, epoch, step: lr * half_cosine(epoch * steps + step, epochs * steps)  # noqa: E731
     rates = [group["lr"] for group in optimizer.param_groups]
-    net.train()
+    losses = []
     for epoch in range(done, epochs):
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
-        for step, loss in enumerate(batches(epoch)):
-            falling = 0.5 + 0.5 * math.cos(math.pi * (epoch * steps + step) / (epochs * steps))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * falling
+        total, weights = 0.0, 0
+        for step, (weight, loss) in enumerate(batches(epoch)):
+            for group, highest in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate(highest, epoch, step)
             optimizer.zero_grad()
             value = loss()
             value.backward()
             optimizer.step()
-            total += value.detach().double().cpu()
-        if not math.isfinite(float(total)):
-            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {float(total)}: a smaller lr may help")
+            total, weights = total + float(value.detach()) * weight, weights + weight
+            if on_step is not None:
+                on_step()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {total}: a smaller lr than {rates[0]} may help")
+        losses.append(total / weights)
         if on_epoch is not None:
-            on_epoch({"epoch": epoch + 1, "loss": float(total) / steps}, _state(net, optimizer, epoch + 1))
+            record = {"epoch": epoch + 1, "loss": losses[-1]}
+            on_epoch(record, _state(net, optimizer, epoch + 1, state_name))
+    return losses
 
 
-def _state(net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> dict[str, Tensor]:
-    state = {"epoch": torch.tensor(epoch, device="cpu")} | {
-        f"net.{name}": value for name, value in net.state_dict().items()
-    }
+def _state(net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, state_name: str) -> dict[str, Tensor]:
+    state = {"epoch": torch.tensor(epoch, device="cpu")}
+    state |= {f"net.{name}": value for name, value in net.state_dict().items()}
     for name, p in net.named_parameters():
+        # a parameter that has no part in the loss has no gradient, and no moments
         kept = optimizer.state.get(p, {})
-        state |= {f"optimizer.{key}.{name}": v for key, v in kept.items() if isinstance(v, Tensor)}
+        state |= {f"{state_name}.{key}.{name}": v for key, v in kept.items() if isinstance(v, Tensor)}
     return state
 
 
-def _restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+def _restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], state_name: str) -> None:
     try:
         net.load_state_dict({key.removeprefix("net."): v for key, v in state.items() if key.startswith("net.")})
     except RuntimeError as error:
@@ -81,6 +101,6 @@ def _restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, 
         for full, value in state.items():
             start, _, rest = full.partition(".")
             key, _, owner = rest.partition(".")
-            if start == "optimizer" and owner == name:
+            if start == state_name and owner == name:
                 like = value.clone() if key == "step" else value.to(p, copy=True)
                 optimizer.state[p][key] = like

@@ -6,7 +6,7 @@ from pydistill.nn.bn_stat_matcher import BNStatMatcher
 from pydistill.nn.convnet import ConvNet
 from pydistill.nn.frozen import FrozenConv2d, freeze, frozen_convolutions
 from pydistill.nn.mlp import MLP
-from pydistill.nn.registry import NETS, make
+from pydistill.nn.registry import NETS, NetName, make
 from pydistill.nn.resnet import ResNet18, ResNet50
 from pydistill.nn.small_resnet import SmallResNet18
 from pydistill.nn.vgg import VGG11
@@ -22,6 +22,7 @@ __all__ = [
     "ConvNet",
     "FrozenConv2d",
     "InstanceNormReLUAvgPool",
+    "NetName",
     "ResNet18",
     "ResNet50",
     "SmallResNet18",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.convnet import ConvNet
 from pydistill.nn.mlp import MLP
@@ -20,6 +22,7 @@ _NETS = {
     "resnet18_ap": (SmallResNet18, {"average_pool": True}),
     "vit": (ViT, {}),
 }
+NetName = Literal["convnet", "mlp", "alexnet", "vgg11", "resnet18", "resnet18_ap", "vit"]
 NETS = tuple(_NETS)
 
 

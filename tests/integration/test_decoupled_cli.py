@@ -14,7 +14,7 @@ import torch
 from pydistill.cli import main
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabelStore
-from pydistill.methods.squeeze import Teacher
+from pydistill.methods.decoupled.squeeze import Teacher
 
 NET = ("--network", "convnet", "--width", "4", "--depth", "2")
 RECOVER = ("--ipc", "2", "--iterations", "60", "--batch-size", "8", "--checkpoint-every", "3")
@@ -171,13 +171,11 @@ def test_what_does_not_fit_is_refused_by_name(made, tmp_path, capsys):
         capsys, *recover, "--method", "mtt", "--out", tmp_path / "a"
     )
     assert "--out: expected a new or empty folder" in fails(capsys, *recover, "--out", made["folder"])
-    assert "expected the options of a run of pydistill recover to go on with, found no file" in fails(
+    assert "expected the options of a run of sre2l to go on with, found no file" in fails(
         capsys, *recover, "--out", tmp_path / "a", "--resume"
     )
     other = ("recover", "--teacher", made["teacher"], *RECOVER, "--lr", "0.3")
-    assert "--resume: expected the options of the run" in fails(
-        capsys, *other, "--out", made["folder"] / "images", "--resume"
-    )
+    assert "--lr: expected 0.25 as the run in" in fails(capsys, *other, "--out", made["folder"] / "images", "--resume")
     assert "expected a pydistill file of kind 'teacher'" in fails(
         capsys, "recover", "--teacher", made["images"], *RECOVER, "--out", tmp_path / "b"
     )

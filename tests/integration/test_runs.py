@@ -12,12 +12,12 @@ import torch
 
 from pydistill._atomic import naming, write_atomic
 from pydistill.cli import main
-from pydistill.cli.console import append_line, keep_lines, percentage, plain_console, progress_bars
-from pydistill.cli.folder import Folder, locked
-from pydistill.cli.settings import SETTINGS
+from pydistill.cli.console import Bars, percentage, plain_console
 from pydistill.data import Dataset, read_safetensors
 from pydistill.methods import MTT, RaTBPTT, distill
-from pydistill.methods.matching import LEAST_LR
+from pydistill.methods.folder import Folder, append_line, keep_lines, locked
+from pydistill.methods.settings import SETTINGS
+from pydistill.methods.trajectory.matching import LEAST_LR
 from pydistill.nn import ConvNet
 from pydistill.trajectory import FlatModule, train_students
 
@@ -147,14 +147,14 @@ def test_one_process_writes_to_a_file_of_experts(tmp_path, capsys):
 def test_a_killed_process_leaves_no_lock(tmp_path):
     code = """
 import os, pathlib, signal, sys
-from pydistill.cli.folder import locked
+from pydistill.methods.folder import locked
 with locked(pathlib.Path(sys.argv[1]) / ".lock", ""):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / ".lock").exists()
-    folder = Folder(tmp_path, "", "distill", resume=False)  # empty but for that
+    folder = Folder(tmp_path, "mtt", resume=False)  # empty but for that
     with folder.held():
         folder.begin({"a": 1})
     assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
@@ -197,7 +197,7 @@ def steps(folder, *names):
 
 @pytest.mark.parametrize("function", ["append_line", "write_safetensors"])
 def test_squeeze_and_post_train_log_an_epoch_once(function, made, tmp_path, monkeypatch):
-    from pydistill.cli import decoupled
+    from pydistill.methods import runs
 
     student = ("post-train", "--images", made["images"], "--labels", made["labels"], *NET[:6], "--students", 2)
     for command, expected in (
@@ -205,7 +205,7 @@ def test_squeeze_and_post_train_log_an_epoch_once(function, made, tmp_path, monk
         (student, [(f"student{number}", epoch) for number in (0, 1) for epoch in (1, 2, 3)]),
     ):
         out = tmp_path / command[0]
-        killed_in(monkeypatch, decoupled, function, 4, *command, "--out", out)
+        killed_in(monkeypatch, runs, function, 4, *command, "--out", out)
         run(*command, "--out", out, "--resume")
         assert steps(out, "phase", "epoch") == expected
         before = (out / "metrics.jsonl").read_bytes()
@@ -213,36 +213,35 @@ def test_squeeze_and_post_train_log_an_epoch_once(function, made, tmp_path, monk
         assert (out / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("function", ["cli.append_line", "methods.write_safetensors"])
+@pytest.mark.parametrize("function", ["runs.append_line", "recover.write_safetensors"])
 def test_recover_logs_a_checkpoint_once(function, made, tmp_path, monkeypatch):
-    from pydistill.cli import decoupled as cli
-    from pydistill.methods import decoupled as methods
+    from pydistill.methods import runs
+    from pydistill.methods.decoupled import recover
 
     options = ("--ipc", 1, "--iterations", 6, "--batch-size", 5, "--checkpoint-every", 2)
     command = ("recover", "--teacher", made["teacher"], *options, "--out", tmp_path / "out")
     module, name = function.split(".")
-    killed_in(monkeypatch, {"cli": cli, "methods": methods}[module], name, 5, *command)
+    killed_in(monkeypatch, {"runs": runs, "recover": recover}[module], name, 5, *command)
     run(*command, "--resume")
     assert steps(tmp_path / "out", "batch", "iteration") == [(b, i) for b in (0, 1) for i in (2, 4, 6)]
 
 
 def test_relabel_logs_an_epoch_once(made, tmp_path, monkeypatch):
-    from pydistill.cli import decoupled
+    from pydistill.methods import runs
 
     options = ("--images", made["images"], "--teacher", made["teacher"], "--epochs", 5)
     command = ("relabel", *options, "--out", tmp_path / "out")
-    killed_in(monkeypatch, decoupled, "append_line", 3, *command)
+    killed_in(monkeypatch, runs, "append_line", 3, *command)
     for _ in range(2):
         run(*command, "--resume")
         assert steps(tmp_path / "out", "epoch") == [(epoch,) for epoch in range(5)]
 
 
 def test_distill_logs_an_accuracy_once(tmp_path, monkeypatch):
-    from pydistill.cli import distill as module
+    from pydistill.methods import distilling
 
     command = ("distill", "dm", *SMALL, "--iterations", 3, "--whole-epochs", 1, "--out", tmp_path / "out")
-    # what is written: the options, the picture, and the accuracies of three sets
-    killed_in(monkeypatch, module, "write_atomic", 2, *command)
+    killed_in(monkeypatch, distilling, "write_atomic", 0, *command)  # of the first set's accuracies
     run("distill", "--out", tmp_path / "out", "--resume")
     found = [(r["phase"], r.get("iteration", r.get("set"))) for r in records(tmp_path / "out")]
     assert found == [
@@ -254,13 +253,13 @@ def test_distill_logs_an_accuracy_once(tmp_path, monkeypatch):
 
 
 def test_hello_logs_a_student_once(tmp_path, monkeypatch):
-    from pydistill.cli import hello
+    from pydistill.methods import runs
 
     small = (
         "--encoder-epochs 1 --encoder-width 4 --teachers 1 --teacher-epochs 1 --fit-epochs 1 --ipc 1 --image-steps 1"
     )
     command = ("distill", "hello", *small.split(), "--student-epochs", 1, "--students", 1, "--out", tmp_path / "out")
-    killed_in(monkeypatch, hello, "append_line", 2, *command)
+    killed_in(monkeypatch, runs, "append_line", 2, *command)
     run(*command, "--resume")
     assert steps(tmp_path / "out", "labels") == [("hard",), ("stored",), ("projector",)]
 
@@ -302,8 +301,8 @@ def test_a_progress_bar_shows_a_name_as_it_is():
     import io
 
     console = plain_console(file=io.StringIO(), force_terminal=True, width=200)
-    with progress_bars(console) as progress:
-        progress.add_task("students on [/b]", total=1, note="[bold]")
+    with Bars(console) as bars:
+        bars.bar("students on [/b]", 1)(0, "[bold]")
     shown = console.file.getvalue()
     assert "students on [/b]" in shown
     assert "[bold]" in shown

@@ -7,7 +7,7 @@ from torch import nn
 
 from pydistill.augment import DiffAugment
 from pydistill.methods import ATOM, DM, FYIDM, FYIDSA, DataDAM, distill
-from pydistill.methods.datadam import PUBLISHED_CODE
+from pydistill.methods.matching.datadam import PUBLISHED_CODE
 from pydistill.methods.outer import fresh_parameters
 from pydistill.nn import ConvNet
 from pydistill.seeding import Stream, seeded_generator

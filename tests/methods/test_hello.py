@@ -9,7 +9,15 @@ from torch import nn
 
 from pydistill.cli import main
 from pydistill.data import load, read_safetensors
-from pydistill.methods.hello import HeLlO, class_means, easiest, fit_projector, post_train, stored_labels, views
+from pydistill.methods.decoupled.hello import (
+    HeLlO,
+    class_means,
+    easiest,
+    fit_projector,
+    post_train,
+    stored_labels,
+    views,
+)
 
 
 def test_the_easiest_images_of_each_class_are_chosen():

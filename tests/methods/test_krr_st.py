@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from pydistill.cli import main
-from pydistill.methods.krr_st import KRRST, Pool, initial, krr_st, target_features
-from pydistill.methods.self_supervised import Encoder, barlow_twins, barlow_twins_loss
+from pydistill.methods.matching.krr_st import KRRST, Pool, initial, krr_st, target_features
+from pydistill.methods.networks.self_supervised import Encoder, barlow_twins, barlow_twins_loss
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 TINY = KRRST(images=6, iterations=8, batch_real=8, pool=2, online_steps=3, width=4, depth=2, pretrain_steps=3, lr=0.01)
@@ -134,7 +134,7 @@ def test_resumed_it_ends_in_the_same_bytes(finished, tmp_path, monkeypatch, caps
     capsys.readouterr()
     for arguments, message in (
         (command, "--out: expected a new or empty folder"),
-        ([*command, "--resume", "--lam", "1"], "--resume: expected the options of the run in"),
+        ([*command, "--resume", "--lam", "1"], "as the run in"),
         (["distill", "krr_st", "--resume"], "--resume: expected --out with the folder"),
         (["distill", "krr_st", "--resume", "--out", str(tmp_path / "none")], "found no file"),
         (["distill", "krr_st", "--dataset", "cifar"], "--dataset: expected one of digits"),

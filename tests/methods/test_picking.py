@@ -10,8 +10,8 @@ from pydistill.cli import main
 from pydistill.data import DistilledSet, load
 from pydistill.evaluate import accuracy
 from pydistill.methods import DQ, PCA, combine, quantize
-from pydistill.methods.dq import class_bins
-from pydistill.methods.picking import train_teacher
+from pydistill.methods.selection.dq import class_bins
+from pydistill.methods.selection.picking import train_teacher
 from pydistill.nn import ConvNet
 from pydistill.select import sample_scores
 

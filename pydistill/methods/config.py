@@ -1,0 +1,106 @@
+"""What the methods have in common that distil images for students to be trained on: the hyper-parameters of all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pydistill.augment import DiffAugment
+from pydistill.data import Dataset
+from pydistill.methods.distilling import DistillInputs, DistillJob
+from pydistill.methods.method import Method
+from pydistill.trajectory import Trajectories
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pydistill.methods.outer import State
+
+__all__ = ["PHOTOGRAPHS", "Config"]
+
+PHOTOGRAPHS = "color_crop_cutout_flip_scale_rotate"  # what the papers augment photographs by
+
+
+@dataclass(frozen=True)
+class Config(Method):
+    """Hyper-parameters; ValueError for a count below 1, a negative number, or one that is not finite."""
+
+    inputs: ClassVar[type[DistillInputs]] = DistillInputs
+    presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
+    needs_experts: ClassVar[bool] = False
+    may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts of which there may be none
+    student_lr: ClassVar[str] = ""  # the learning rate of students on the result, which has to be positive
+
+    ipc: int = 1  # synthetic images per class
+    iterations: int = 5000  # outer steps
+    augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
+    zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
+    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)  # of the students' convolutions
+    seed: int = field(default=0, kw_only=True)  # of everything that is drawn
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            least = 1 if isinstance(value, int) and "int" in str(f.type) and f.name not in self.may_be_zero else 0
+            if not least <= value < math.inf:
+                raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
+        if self.student_lr and not getattr(self, self.student_lr) > 0:
+            raise ValueError(f"{self.student_lr}: expected a positive number, got {getattr(self, self.student_lr)}")
+        self.augmentation()  # raises for an unknown operation
+
+    @classmethod
+    def preset(cls, dataset: str, ipc: int) -> Self:
+        """The paper's (or, for small sets, our) choice; ValueError names those that there are."""
+        if dataset not in cls.presets:
+            raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
+        if ipc not in cls.presets[dataset]:
+            known = ", ".join(map(str, cls.presets[dataset]))
+            raise ValueError(f"preset: expected {cls.name}'s for {dataset} with ipc {known}, got {ipc}")
+        return cls(ipc=ipc, **cls.presets[dataset][ipc])
+
+    @classmethod
+    def nearest_preset(cls, dataset: str, ipc: int) -> Self:
+        """The preset of the nearest ipc there is, for this one; the defaults where the data set has none."""
+        if ipc < 1:
+            raise ValueError(f"ipc: expected a finite number of at least 1, got {ipc}")
+        table = cls.presets.get(dataset)
+        if not table:
+            return cls(ipc=ipc)
+        nearest = min(table, key=lambda known: (abs(math.log(known / ipc)), known))
+        return replace(cls.preset(dataset, nearest), ipc=ipc)
+
+    def job(self, inputs: DistillInputs, device: torch.device) -> DistillJob:
+        return DistillJob(self, inputs, device)
+
+    def augmentation(self) -> DiffAugment | None:
+        """Of the students' batches, here and where the result is tested."""
+        return DiffAugment(self.augment) if self.augment else None
+
+    def check_start(self, dataset: Dataset, net: nn.Module) -> None:
+        """ValueError for what does not fit, as far as it shows before there are experts."""
+        if not self.needs_experts:
+            self.check(dataset, net, None)
+
+    def check(self, dataset: Dataset, net: nn.Module, experts: Trajectories | Tensor | None) -> Any:
+        """ValueError where the experts do not fit; gives what `step` gets as experts."""
+        if not self.needs_experts:
+            return None
+        raise NotImplementedError
+
+    def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
+        """The state before the first iteration."""
+        raise NotImplementedError
+
+    def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
+        """One iteration: moves the state, returns what is worth noting."""
+        raise NotImplementedError
+
+    def result(self, state: State) -> tuple[Tensor, Tensor, float]:
+        """Images, labels and the students' learning rate."""
+        return state["images"], state["labels"], state["lr"].item()

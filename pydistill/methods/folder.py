@@ -1,0 +1,171 @@
+"""The folder that a run fills: judged before it is made, written to by one process at a time, gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydistill._atomic import naming
+from pydistill.data import write_atomic
+from pydistill.methods.method import OptionError
+
+__all__ = ["Folder", "append_line", "as_json", "keep_lines", "kept_lines", "locked", "options_in"]
+
+_LOCK = ".lock"
+
+
+class Folder:
+    """The folder of a run. Making the object writes nothing; what stands in the folder is read between `held` and end.
+
+    Args:
+        path: a folder that is new or empty; with ``resume`` the one of a run.
+        of: what runs, "mtt", for messages.
+        resume: go on with the run that is there; None: what runs cannot.
+        first: whether this process writes; of the ranks of torchrun, one does.
+
+    Raises:
+        ValueError: a folder that is not new or empty, or no folder.
+        FileNotFoundError: there is no run to go on with.
+    """
+
+    def __init__(self, path: Path, of: str, *, resume: bool | None, first: bool = True):
+        self.path, self.resume, self.first = path, resume, first
+        if path.exists() and not path.is_dir():
+            raise OptionError("out", f"expected a folder, {path} is a file")
+        if resume:
+            self._kept = options_in(path, of)
+        elif first:
+            self._check_empty()
+
+    def _check_empty(self) -> None:
+        if self.path.exists() and any(each.name != _LOCK for each in self.path.iterdir()):
+            more = "" if self.resume is None else "; --resume goes on with a run"
+            raise OptionError("out", f"expected a new or empty folder, {self.path} is not empty{more}")
+
+    def check_same(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
+        """ValueError where the run to go on with has another option than ``options``, besides those named ``free``."""
+        if not self.resume:
+            return
+        for name, (kept, given) in _differences(self._kept, _plain(options)).items():
+            if name not in free:
+                raise OptionError(name, f"expected {kept} as the run in {self.path} has, got {given}")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder this process's own, which it has to be before its files are read or written.
+
+        Raises:
+            ValueError: another process writes to it, or has filled it meanwhile.
+        """
+        if not self.first:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / _LOCK, f"expected a folder that no other process writes to, got {self.path}"):
+            if not self.resume:
+                self._check_empty()
+            yield
+
+    def begin(self, options: dict[str, Any] | None) -> None:
+        """Keeps ``options`` as those of the run, once nothing is left to refuse; removes what killed writers left."""
+        if not self.first:
+            return
+        for left in self.path.rglob(".*.tmp"):
+            left.unlink()
+        if options is not None:
+            write_atomic(self.path / "config.json", as_json(_plain(options)))
+
+
+def options_in(folder: Path, of: str) -> dict[str, Any]:
+    """The options of the run in a folder, as `Folder.begin` kept them.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are truncated or foreign.
+    """
+    path, wanted = folder / "config.json", f"the options of a run of {of}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected {wanted} to go on with, found no file")
+    try:
+        kept = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected {wanted}; it is truncated or foreign ({error})") from error
+    if not isinstance(kept, dict):
+        raise ValueError(f"{path}: expected {wanted}; it is truncated or foreign (got {kept!r})")
+    return kept
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(options))
+
+
+def _differences(kept: Any, given: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two JSON values differ, by the innermost name."""
+    if not isinstance(kept, dict) or not isinstance(given, dict):
+        return {} if kept == given else {name: (kept, given)}
+    found = {}
+    for key in [*given, *(key for key in kept if key not in given)]:
+        found |= _differences(kept.get(key), given.get(key), key)
+    return found
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Holds the lock file ``path`` inside the block; it is removed after, and frees itself where a process is killed.
+
+    Raises:
+        ValueError: another process holds it; ``refusal`` says what was expected of ``out``.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise OptionError("out", f"{refusal}: another does") from None
+        except OSError as error:
+            warnings.warn(f"{path.parent}: this file system has no locks ({error}): start one run in it", stacklevel=2)
+        # its last holder may have removed the file between the two lines above
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> bytes:
+    """A file of JSON lines without the records that are not to stay, and without what a killed process half wrote."""
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            kept += [line + "\n"] if keep(json.loads(line)) else []
+    return "".join(kept).encode()
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves of a file of JSON lines, if it is there, what `kept_lines` does."""
+    if path.exists():
+        write_atomic(path, kept_lines(path, keep))

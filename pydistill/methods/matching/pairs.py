@@ -1,0 +1,89 @@
+"""What the methods share that match real and synthetic images class by class, on networks drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pydistill.augment import DiffAugment
+from pydistill.data import Dataset
+from pydistill.methods.config import Config
+from pydistill.methods.outer import State
+from pydistill.methods.ranks import world
+from pydistill.seeding import Stream, seeded_generator
+
+
+class Pairs(NamedTuple):
+    """Real and synthetic images of some classes, class after class, augmented alike within each."""
+
+    real: Tensor  # [N, C, H, W]
+    synthetic: Tensor  # [n, C, H, W]
+    labels_real: Tensor  # [N], on the CPU
+    labels_synthetic: Tensor  # [n], on the CPU
+
+
+@dataclass(frozen=True)
+class ClassPairs(Config):
+    """Hyper-parameters under the names of the authors' code."""
+
+    student_lr: ClassVar[str] = "lr_net"
+
+    batch_real: int = 256  # real images of each class, or all there are
+    lr_img: float = 1.0  # outer learning rate of the images
+    momentum: float = 0.5  # of their update
+    lr_net: float = 0.01  # of students on the result
+    start: Literal["noise", "real"] = "real"  # what the synthetic images are at first
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start not in ("noise", "real"):
+            raise ValueError(f"start: expected one of noise, real, got {self.start!r}")
+
+    def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
+        if world()[1] > dataset.num_classes:
+            raise ValueError(f"{self.name}: expected a class for each of {world()[1]} ranks, got {dataset.num_classes}")
+
+    def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
+        generator = seeded_generator(self.seed, Stream.SYNTHETIC)
+        images, labels = dataset.sample(self.ipc, generator)
+        if self.start == "noise":
+            images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
+        return State({"images": images, "labels": labels, "lr": images.new_tensor(self.lr_net)})
+
+    def own_classes(self, dataset: Dataset) -> list[int]:
+        """Those of this rank: the ranks share the classes."""
+        rank, ranks = world()
+        return list(range(rank, dataset.num_classes, ranks))
+
+    def pairs(self, classes: Sequence[int], images: Tensor, dataset: Dataset, *key: int) -> Pairs:
+        """A batch of real images and the synthetic ones of each class; a draw depends on the key and the class alone.
+
+        One augmentation is drawn for all images of a class. With `flips` synthetic images go together with their mirror
+        images.
+        """
+        indices, records, augment = [], [], self.augmentation()
+        for k in classes:
+            generator = seeded_generator(self.seed, Stream.OUTER_STEP, *key, k)
+            members = (dataset.train_labels == k).nonzero()[:, 0]
+            indices.append(
+                members[torch.randperm(len(members), generator=generator, device="cpu")[: self.batch_real].to(members)]
+            )
+            if augment is not None:
+                records.append(DiffAugment(self.augment).draw((1, *images.shape[1:]), generator))
+        real = dataset.train_images[torch.cat(indices)]
+        synthetic = torch.cat([images[k * self.ipc : (k + 1) * self.ipc] for k in classes])
+        sizes = (
+            torch.tensor([len(index) for index in indices], device="cpu"),
+            torch.full((len(classes),), self.ipc, device="cpu"),
+        )
+        if augment is not None:
+            real, synthetic = (
+                apply(x, torch.cat(records).repeat_interleave(size, 0).repeat(apply.copies, 1))
+                for apply, x, size in zip((DiffAugment(self.augment), augment), (real, synthetic), sizes, strict=True)
+            )
+        labels = [torch.tensor(classes, device="cpu").repeat_interleave(size) for size in sizes]
+        return Pairs(real, synthetic, labels[0], labels[1].repeat(augment.copies if augment is not None else 1))

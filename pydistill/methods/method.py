@@ -1,0 +1,186 @@
+"""What a method is: hyper-parameters with presets, checked in one place, and a job that a run does phase by phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+
+from pydistill.data import Dataset, load
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pydistill.methods.runs import Run
+
+__all__ = [
+    "DatasetInputs",
+    "DatasetName",
+    "Inputs",
+    "Job",
+    "Method",
+    "OptionError",
+    "check_dataset",
+    "check_numbers",
+    "device_of",
+]
+
+DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+
+
+class OptionError(ValueError):
+    """An option of a run that is refused.
+
+    Attributes:
+        option: its name, as Python writes it.
+        reason: what was expected, and what was given.
+    """
+
+    def __init__(self, option: str, reason: str):
+        super().__init__(f"{option}: {reason}")
+        self.option, self.reason = option, reason
+
+
+def check_numbers(options: Any, *, error: Callable[[str, str], ValueError] | None = None, **least: float) -> None:
+    """ValueError for a field below its least value or not finite; a least value of 0.0 asks for a positive number.
+
+    Args:
+        options: has the fields.
+        error: of the field's name and what is wrong, `OptionError` for the inputs of a run.
+        least: by field; an int is the least value itself.
+    """
+    for name, low in least.items():
+        value = getattr(options, name)
+        positive = isinstance(low, float)
+        if not (low < value if positive else low <= value) or not value < math.inf:
+            number = "" if isinstance(value, int) else "a finite number of "
+            wanted = "a positive finite number" if positive else f"{number}at least {low}"
+            reason = f"expected {wanted}, got {value}"
+            raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
+
+
+class Method:
+    """The base of every method: a frozen dataclass of its hyper-parameters, whose ``__post_init__`` judges them.
+
+    A method names itself and its paper, has `presets`, says in `inputs` what a run takes beside the hyper-parameters,
+    and makes of these the `Job` that `pydistill.methods.run` does.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]  # a line: what it does, and what comes out
+    paper: ClassVar[str]
+    group: ClassVar[str] = "images"  # what comes out, or how: images, decoupled, selection, networks
+    presets: ClassVar[dict[str, Any]] = {}  # by data set: what differs from the defaults
+    inputs: ClassVar[type[Inputs]]
+    resumable: ClassVar[bool] = True
+    state_kind: ClassVar[str] = "training state"  # what files of a training that is under way say of themselves
+
+    @classmethod
+    def preset(cls, dataset: str) -> Self:
+        """The values for a data set; ValueError names those that there are."""
+        if dataset not in cls.presets:
+            raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
+        return cls(**cls.presets[dataset])
+
+    @classmethod
+    def nearest_preset(cls, dataset: str) -> Self:
+        """The preset of a data set, or the defaults where it has none."""
+        return cls.preset(dataset) if dataset in cls.presets else cls()
+
+    def job(self, inputs: Any, device: torch.device) -> Job:
+        """What a run does; reads the inputs, and raises for what does not fit before anything is written."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run takes beside the method's hyper-parameters."""
+
+    device: str = field(default="auto", kw_only=True)
+    """Where to compute, as torch names it; auto is cuda where there is one."""
+
+    @classmethod
+    def for_method(cls, method: Any, **given: Any) -> Self:
+        """The inputs that are given, the others by what the method or the data set asks for."""
+        unknown = set(given) - {f.name for f in fields(cls)}
+        if unknown:
+            names = ", ".join(f.name for f in fields(cls))
+            raise OptionError(min(unknown), f"expected an input of {method.name}: {names}")
+        return cls(**given)
+
+    @classmethod
+    def check_given(cls, given: dict[str, Any]) -> None:
+        """ValueError where those that are given, by name, contradict each other."""
+
+
+@dataclass(frozen=True)
+class DatasetInputs(Inputs):
+    """A data set, for methods that need no more."""
+
+    dataset: DatasetName = "digits"
+    """The real images; digits come with scikit-learn, the others are read from --root."""
+    root: Path | None = None
+    """Folder of the data set's files; fashion-mnist looks in /usr/share/datasets/fashion-mnist by itself."""
+    image_size: int | None = None
+    """Pixels to which digits (16) and image folders (32) are resized."""
+
+    @classmethod
+    def for_method(cls, method: Any, **given: Any) -> Self:
+        check_dataset(given.get("dataset", "digits"))
+        return super().for_method(method, **given)
+
+    def load(self, device: torch.device, *, zca: bool = False) -> Dataset:
+        """The data set, where it is worked on."""
+        dataset = load(self.dataset, self.root, image_size=self.image_size)
+        return (dataset.whitened() if zca else dataset).to(device)
+
+
+def check_dataset(name: str, names: Any = DatasetName) -> None:
+    """ValueError for a data set that is none of ``names``, a Literal."""
+    if name not in get_args(names):
+        raise OptionError("dataset", f"expected one of {', '.join(get_args(names))}, got {name!r}")
+
+
+def device_of(name: str) -> torch.device:
+    """The device by torch's name; "auto" is cuda where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+class Job:
+    """A method's work on given inputs. What it reads is judged while it is made; `phases` fill the folder of a run.
+
+    Attributes:
+        title: what is worked on, for people.
+        made: the files that it is about, the most wanted one last.
+        results: of the phases that are done; a run writes them as results.json.
+    """
+
+    title: str
+    made: Sequence[str]
+    results: dict[str, Any]
+
+    def stored(self) -> dict[str, Any]:
+        """The options that say what is made; a run goes on with the same ones alone."""
+        raise NotImplementedError
+
+    def free(self) -> Sequence[str]:
+        """The names of those options that may differ where a run goes on."""
+        return ()
+
+    def opened(self, run: Run) -> None:
+        """Reads what an earlier process left in the folder; ValueError for what no run can go on with."""
+
+    def stands(self, run: Run, record: dict[str, Any]) -> bool:
+        """Whether a record of the metrics stays where a run goes on, or is of a step that is taken again.
+
+        By default those stay of the epochs that a phase's state has behind it.
+        """
+        return bool(record["epoch"] <= run.epochs_done(record["phase"]))
+
+    def phases(self) -> Sequence[Callable[[Run], None]]:
+        """What is done, in order; each goes on where its files end."""
+        raise NotImplementedError

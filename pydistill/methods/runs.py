@@ -1,0 +1,221 @@
+"""A run: a method's job in a folder that keeps options, checkpoints, metrics and results, and goes on from them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pydistill.data import read_safetensors, write_atomic, write_safetensors
+from pydistill.methods.folder import Folder, append_line, as_json, kept_lines
+from pydistill.methods.method import Inputs, Job, Method, device_of
+from pydistill.methods.ranks import joined, wait_for_ranks, world
+
+__all__ = ["Interrupted", "Progress", "Run", "run"]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and the step under way is done."""
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    phase: str
+    done: int
+    total: int
+    note: str  # a loss, an accuracy
+
+
+class Run:
+    """One job in one folder. See `run`, which makes it and goes through with it.
+
+    Attributes:
+        folder: the path.
+        device: where the work is done.
+        first: whether this is the first of the ranks, which writes what they make together.
+        begun: whether the folder holds a run that can go on.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        inputs: Inputs,
+        *,
+        out: str | os.PathLike[str],
+        resume: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+        tell: Callable[[str], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ):
+        self.method, self.inputs, self.folder, self.resume = method, inputs, Path(out), resume
+        self.device, self.begun, self.first = device_of(inputs.device), resume, True
+        self._on_progress, self._tell, self._stop = on_progress, tell, stop
+
+    def go(self) -> Job:
+        """Does the job, and gives it back with its results; raises what `run` does."""
+        with joined(self.device):
+            self.first = world()[0] == 0
+            return self._go()
+
+    def _go(self) -> Job:
+        resume = self.resume if self.method.resumable else None
+        folder = Folder(self.folder, self.method.name, resume=resume, first=self.first)
+        job = self.method.job(self.inputs, self.device)
+        self._options = job.stored()
+        folder.check_same(self._options, job.free())
+        self.stop()
+        with folder.held():
+            self._done = {path: self._epoch(path) for path in sorted(self.folder.glob("*-state.safetensors"))}
+            job.opened(self)
+            lines = {}
+            if self.first:
+                stands = lambda record: job.stands(self, record)  # noqa: E731
+                lines = {path: kept_lines(path, stands) for path in self.folder.glob("metrics*.jsonl")}
+            # Whatever can be refused has been: from here on the folder holds a run that can go on.
+            folder.begin(self._options if self.method.resumable else None)
+            self.begun = self.method.resumable
+            for path, kept in lines.items():
+                write_atomic(path, kept)
+            wait_for_ranks()
+            self.tell(f"{job.title} -> {self.folder}")
+            for phase in job.phases():
+                phase(self)
+            if self.first:
+                write_atomic(self.folder / "results.json", as_json(job.results))
+            wait_for_ranks()
+        return job
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self._stop is not None and self._stop()
+
+    def stop(self) -> None:
+        """Raises `Interrupted` if the run was asked to stop."""
+        if self.stopping:
+            raise Interrupted
+
+    def tell(self, text: str) -> None:
+        """A line for whoever watches."""
+        if self.first and self._tell is not None:
+            self._tell(text)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A line of metrics; each rank has a file of its own."""
+        rank = world()[0]
+        append_line(self.folder / f"metrics{f'-rank{rank}' if rank else ''}.jsonl", record)
+
+    def progress(self, phase: str, total: int, done: int = 0) -> Callable[..., None]:
+        """What is called with the number of steps that were done, one by default, and a note."""
+        last = ""
+
+        def advance(count: int = 1, note: str | None = None) -> None:
+            nonlocal done, last
+            done, last = done + count, last if note is None else note
+            if self._on_progress is not None:
+                self._on_progress(Progress(phase, done, total, last))
+
+        advance(0)
+        return advance
+
+    def steps(self, phase: str, total: int, done: int = 0) -> Callable[[], None]:
+        """`progress`, of which each step may be the last."""
+        advance = self.progress(phase, total, done)
+
+        def on_step() -> None:
+            advance()
+            self.stop()
+
+        return on_step
+
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a finished phase left in the file ``name``, else what ``make`` makes, which is written there."""
+        path, kind = self.folder / name, self._kind(name)
+        if not path.exists():
+            began = time.monotonic()
+            write_safetensors(path, make(), kind, self._options)
+            self.tell(f"{path.stem}: {time.monotonic() - began:.0f} s")
+        return read_safetensors(path, kind)[0]
+
+    def checkpoint(self, name: str) -> dict[str, Tensor] | None:
+        """What `write_checkpoint` left, if it did."""
+        path = self.folder / name
+        return read_safetensors(path, self._kind(name))[0] if path.exists() else None
+
+    def write_checkpoint(self, name: str, state: dict[str, Tensor]) -> None:
+        write_safetensors(self.folder / name, state, self._kind(name), self._options)
+
+    def _kind(self, name: str) -> str:
+        return f"{self.method.name} {Path(name).stem}"
+
+    @contextmanager
+    def epochs(self, phase: str, total: int) -> Iterator[tuple[dict[str, Tensor] | None, Callable[..., None]]]:
+        """A training's state to go on from, and what logs an epoch, shows it, and keeps the state after it."""
+        path = self._state(phase)
+        state = read_safetensors(path, self.method.state_kind)[0] if path.exists() else None
+        advance = self.progress(phase, total, self.epochs_done(phase))
+
+        def on_epoch(record: dict[str, Any], state: dict[str, Tensor]) -> None:
+            # the line first: a run that is killed before it has the state drops it again, and never lacks it
+            self.log({"phase": phase, **record})
+            write_safetensors(path, state, self.method.state_kind, {})
+            advance(note=f"loss {record['loss']:.4f}")
+            self.stop()
+
+        yield state, on_epoch
+
+    def epochs_done(self, phase: str) -> int:
+        """How many epochs of a phase an earlier process has left the state of."""
+        return self._done.get(self._state(phase), 0)
+
+    def _state(self, phase: str) -> Path:
+        return self.folder / f"{phase}-state.safetensors"
+
+    def _epoch(self, path: Path) -> int:
+        return int(read_safetensors(path, self.method.state_kind)[0]["epoch"])
+
+
+def run(
+    method: Method,
+    *,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    **inputs: Any,
+) -> dict[str, Any]:
+    """Runs a method end to end into a folder, as `pydistill` does on the command line: data, phases, files, results.
+
+    A run that was cut off, killed or interrupted at any moment goes on with ``resume``, to the bytes of one that was
+    not. Under torchrun the ranks share the work of the methods that can.
+
+    Args:
+        method: its hyper-parameters, ``HeLlO.preset("digits")``.
+        out: the folder, new or empty; with ``resume`` that of the run.
+        resume: go on with the run in ``out``, whose options are the same.
+        on_progress: called with a `Progress` as the work goes on.
+        tell: called with a line of text at times.
+        stop: asked after each step; the run raises `Interrupted` once it says yes, with a checkpoint written.
+        inputs: what ``method.inputs`` has: ``dataset="fashion-mnist"``, ``root``, ``device="cuda:1"``; those that are
+            not given follow the method and the data set.
+
+    Returns:
+        The results, which are in ``results.json`` too.
+
+    Raises:
+        OptionError: an input that is refused, a folder that is not new, or other options than those of the run.
+        ValueError: hyper-parameters that do not fit the data, or a damaged file; it is named.
+        FileNotFoundError: no run to go on with, or no data.
+        FloatingPointError: the work diverges.
+        Interrupted: ``stop`` said so.
+    """
+    given = method.inputs.for_method(method, **inputs)
+    options = {"out": out, "resume": resume, "on_progress": on_progress, "tell": tell, "stop": stop}
+    return Run(method, given, **options).go().results

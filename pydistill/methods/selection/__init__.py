@@ -1,0 +1,1 @@
+"""Methods that pick real images."""
