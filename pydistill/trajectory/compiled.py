@@ -13,7 +13,6 @@ at random, keeps on itself or is hooked to is refused, and the first call of eve
 from __future__ import annotations
 
 import logging
-import operator
 import random
 import time
 from collections import OrderedDict
@@ -24,17 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
-from pydistill.ops._conv2d_winograd import conv2d_filters, conv2d_weight_grad
 from pydistill.trajectory.generic import GenericStudents, stacked
 from pydistill.trajectory.step import Adjoint, Batch, Descent, of_student
+from pydistill.trajectory.step_graph import Untraceable, traced
+from pydistill.trajectory.written_out import WrittenOut
 
 _log = logging.getLogger("pydistill")
-aten = torch.ops.aten
 
 _MAX_STEPS = 32  # graphs that are kept
 
@@ -154,8 +150,8 @@ class CompiledStudents(GenericStudents):
             function = make(given.buffers, partial(_laid_out, memory_format))
             try:
                 with _watched(self.flat.net), torch.enable_grad():
-                    return _traced(function, given.tensors(), None if gradient else 1)
-            except _Untraceable as error:
+                    return traced(function, given.tensors(), None if gradient else 1)
+            except Untraceable as error:
                 reason = error
         raise ValueError(f"engine: expected a net that can be traced to be compiled, but {reason}") from reason
 
@@ -201,7 +197,7 @@ class CompiledStudents(GenericStudents):
 
         def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor, own: Sequence[Tensor]) -> tuple[Tensor, tuple]:
             after = {name: b.clone() for name, b in zip(buffers, own, strict=True)}  # for the module to change
-            with _WrittenOut():
+            with WrittenOut():
                 logits = self._checked(lambda: self.flat.at(parameters, x, buffers=after), x)
                 found = self._loss(logits, y)
             return found, (logits, list(after.values()))
@@ -277,10 +273,6 @@ _steps: OrderedDict[tuple, _Step] = OrderedDict()
 
 def _laid_out(memory_format: torch.memory_format, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
-
-
-class _Untraceable(Exception):
-    """What stopped a trace."""
 
 
 def _structure(net: nn.Module) -> tuple:
@@ -365,310 +357,3 @@ def _watched(net: nn.Module) -> Iterator[None]:
             vars(module).update(own)
             for name in set(vars(module)) - set(own):
                 del vars(module)[name]
-
-
-def _traced(
-    function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], direction: int | None
-) -> fx.GraphModule:
-    """``function`` as one graph of aten's operators, without what its results do not need."""
-    try:
-        # what the cache gives for a view has forgotten that it is one, and forward mode asserts that it is
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            graph = make_fx(function, tracing_mode="fake")(*arguments)
-    except Exception as error:
-        raise _Untraceable((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise ValueError(f"engine: expected a net that draws no random numbers to be compiled, it calls {node}")
-    graph.graph.eliminate_dead_code()
-    _drop_zeros(graph.graph)
-    _narrow(graph.graph)
-    if arguments[0].device.type == "cpu":
-        _by_winograd(graph, direction)
-    graph.recompile()
-    return graph
-
-
-_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten._efficientzerotensor.default, aten.new_zeros.default}
-_VIEWS = {
-    *(aten.expand.default, aten.alias.default, aten.view.default, aten.permute.default, aten.detach.default),
-    *(aten.t.default, aten.transpose.int, aten.clone.default, aten._to_copy.default, aten._unsafe_view.default),
-}
-
-
-def _drop_zeros(graph: fx.Graph) -> None:
-    """Take out the convolutions of tangents that are zero: the images do not move along a direction of parameters."""
-    zero: set[fx.Node] = set()
-    for node in list(graph.nodes):
-        if node.target in _ZEROS or (node.target in _VIEWS and node.args[0] in zero):
-            zero.add(node)
-        elif node.target is aten.convolution.default and (node.args[0] in zero or node.args[1] in zero):
-            if node.args[2] is None:
-                zero.add(node)
-        elif node.target is operator.getitem and _gives_zero(*node.args, zero):
-            zero.add(node)
-        elif node.target is aten.add.Tensor and not node.kwargs:
-            for nothing, rest in (node.args, node.args[::-1]):
-                same = isinstance(rest, fx.Node) and _looks(rest) == _looks(node)
-                if nothing in zero and same:
-                    node.replace_all_uses_with(rest)
-                    break
-    graph.eliminate_dead_code()
-
-
-def _gives_zero(of: fx.Node, which: int, zero: set[fx.Node]) -> bool:
-    if of.target is not aten.convolution_backward.default or not of.args[10][which]:
-        return False
-    grad, x, weight = (arg in zero for arg in of.args[:3])
-    return grad or (which == 0 and weight) or (which == 1 and x)
-
-
-def _looks(node: fx.Node) -> tuple:
-    value = node.meta["val"]
-    return value.shape, value.dtype
-
-
-def _narrow(graph: fx.Graph) -> None:
-    """Ask the convolutions' backward for those gradients only that are used."""
-    for node in reversed(graph.nodes):
-        if node.target is not aten.convolution_backward.default:
-            continue
-        for user in list(node.users):
-            if not user.users:
-                graph.erase_node(user)
-        used = {user.args[1] for user in node.users}
-        node.update_arg(10, [wanted and i in used for i, wanted in enumerate(node.args[10])])
-        if not used:
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-_SAME = {aten.detach.default, aten.alias.default}
-
-# positions of all images, and channels, from which on transforming a layer's filters in every step is worth it
-_LEAST_POSITIONS = 512
-_LEAST_CHANNELS = 32
-# of the direct convolution's products, how many Winograd's may take: small images fill no tile
-_MOST_PRODUCTS = 0.5
-
-
-def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
-    """Give convolutions of 3x3 and 5x5 taps to the kernels of `pydistill.ops`: a quarter or a third of the products.
-
-    Not those of the forward pass itself, which decide on which side of zero an activation is: they stay direct ones.
-    ``direction``: which argument the tangents come from.
-    """
-    graph = module.graph
-    moving: set[fx.Node] = set()
-    filters: dict[tuple[fx.Node, bool], fx.Node] = {}
-    weight_grad = conv2d_weight_grad.raw
-
-    def transformed(weight: fx.Node, turned: bool) -> fx.Node:
-        while weight.target in _SAME:
-            weight = weight.args[0]
-        if (weight, turned) not in filters:
-            with graph.inserting_after(weight):
-                filters[weight, turned] = graph.call_function(conv2d_filters.raw, (weight, turned))
-        return filters[weight, turned]
-
-    def convolved(x: fx.Node, weight: fx.Node, turned: bool) -> fx.Node:
-        both, taps = (transformed(weight, turned), transformed(weight, not turned)), weight.meta["val"].shape[2]
-        with graph.inserting_before(node):
-            return graph.call_function(torch.ops.pydistill.frozen_conv2d.default, (x, *both, taps, taps // 2))
-
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in list(graph.nodes):
-        if node in placeholders:
-            if placeholders.index(node) == direction:
-                moving.add(node)
-        elif any(source in moving for source in node.all_input_nodes):
-            moving.add(node)
-        if node.target is aten.convolution.default and node in moving:
-            x, weight, bias, *rest = node.args
-            if not _is_for_winograd(x, weight, rest):
-                continue
-            y = convolved(x, weight, False)
-            if bias is not None:
-                with graph.inserting_before(node):
-                    y = graph.call_function(
-                        aten.add.Tensor, (y, graph.call_function(aten.view.default, (bias, [-1, 1, 1])))
-                    )
-            y.meta = node.meta
-            node.replace_all_uses_with(y)
-            moving.add(y)
-            graph.erase_node(node)
-        elif node.target is aten.convolution_backward.default:
-            grad, x, weight, _, *rest, mask = node.args
-            if not _is_for_winograd(grad, weight, rest):
-                continue
-            with graph.inserting_before(node):
-                taps = weight.meta["val"].shape[2]
-                of_weight = graph.call_function(weight_grad, (x, grad, None, None, taps)) if mask[1] else None
-                # torch's backward for a bias alone computes the gradient in the weight as well
-                of_bias = graph.call_function(aten.sum.dim_IntList, (grad, [0, 2, 3])) if mask[2] else None
-            found = (convolved(grad, weight, True) if mask[0] else None, of_weight, of_bias)
-            for user in list(node.users):
-                found[user.args[1]].meta = user.meta
-                user.replace_all_uses_with(found[user.args[1]])
-                graph.erase_node(user)
-            if node in moving:
-                moving.update(new for new in found if new is not None)
-            graph.erase_node(node)
-    for node in list(graph.nodes):  # two gradients of one weight in one call
-        if node.target is aten.add.Tensor and not node.kwargs:
-            first, second = node.args
-            alone = all(
-                isinstance(each, fx.Node)
-                and each.target is weight_grad
-                and len(each.users) == 1
-                and each.args[2] is None
-                for each in node.args
-            )
-            if alone and _looks(first.args[0]) == _looks(second.args[0]):  # a shared layer may see two sizes
-                with graph.inserting_before(node):
-                    both = graph.call_function(weight_grad, (*first.args[:2], *second.args[:2], first.args[4]))
-                node.replace_all_uses_with(both)
-                graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _is_for_winograd(x: fx.Node, weight: fx.Node, geometry: Sequence[Any]) -> bool:
-    value, filters = x.meta["val"], weight.meta["val"]
-    taps, lanes = filters.shape[2], 64 // value.dtype.itemsize
-    if (
-        value.dim() != 4
-        or taps not in (3, 5)
-        or filters.shape[3] != taps
-        or value.dtype not in (torch.float32, torch.float64)
-        or any(channels < _LEAST_CHANNELS or channels % lanes for channels in filters.shape[:2])
-    ):
-        return False
-    # stride, padding, dilation, transposed, output padding, groups
-    plain = [[1, 1], [taps // 2, taps // 2], [1, 1], False, [0, 0], 1]
-    (N, _, H, W), side = value.shape, 7 - taps
-    products = 36 * (-(-H // side)) * (-(-W // side))
-    return list(geometry) == plain and N * H * W >= _LEAST_POSITIONS and products <= _MOST_PRODUCTS * taps**2 * H * W
-
-
-class _WrittenOut(TorchFunctionMode):
-    """Norms and attention in elementary operations: torch has no forward derivative of their fused kernels' backward,
-    and a compiler fuses them itself."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        return _WRITTEN_OUT.get(function, function)(*args, **kwargs)
-
-
-def _normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    wide, (N, C), dims = _wide(x), x.shape[:2], tuple(range(2, x.dim()))
-
-    def mean(of: Tensor) -> Tensor:  # first of the channels: a view of the whole would not keep channels-last strides
-        each = of.mean(dims).view(N, num_groups, C // num_groups)
-        return each.mean(2, keepdim=True).expand_as(each).reshape(N, C, *(1 for _ in dims))
-
-    centred = wide - mean(wide)
-    y = centred * torch.rsqrt(mean(centred.square()) + eps)
-    return _affine(y, weight, bias).to(x.dtype)
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    shape = (-1, *(1,) * (y.dim() - 2))
-    y = y if weight is None else y * weight.view(shape)
-    return y if bias is None else y + bias.view(shape)
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    wide, shape = _wide(x), (-1, *(1,) * (x.dim() - 2))
-    if not training:
-        y = (wide - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
-        return _affine(y, weight, bias).to(x.dtype)
-    dims = (0, *range(2, x.dim()))
-    count = x.numel() // x.shape[1]
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-    mean = wide.mean(dims, keepdim=True)
-    centred = wide - mean
-    var = centred.square().mean(dims, keepdim=True)
-    if running_mean is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.detach().flatten().to(running_mean.dtype), momentum)
-            running_var.lerp_(var.detach().flatten().to(running_var.dtype) * (count / (count - 1)), momentum)
-    return _affine(centred * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
-
-
-def _instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if running_mean is not None or not use_input_stats:
-        raise ValueError("an instance norm that tracks running statistics is not compiled")
-    return _group_norm(x, x.shape[1], weight, bias, eps)
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    y = _normalised(_wide(x), tuple(range(-len(normalized_shape), 0)), eps)
-    y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if dropout_p or enable_gqa:
-        raise ValueError("attention with dropout or grouped queries is not compiled")
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
-    return scores.softmax(-1) @ value
-
-
-_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
-    F.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.layer_norm: _layer_norm,
-    F.scaled_dot_product_attention: _attention,
-    Tensor.view: Tensor.reshape,  # of channels-last activations, which keep no view's strides
-}

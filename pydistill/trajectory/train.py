@@ -10,10 +10,9 @@ gradient of the mean cross entropy of its batch at theta_e:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,16 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
-from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
-from pydistill.trajectory.generic import GenericStudents
-from pydistill.trajectory.inner_loop import (
+from pydistill.trajectory.arguments import (
+    check_eval_data,
     check_generators,
     check_lr,
+    check_positive,
     check_training_set,
-    copies,
-    repeat,
-    select_rows,
+    is_of_other_size,
 )
+from pydistill.trajectory.borrowed import own_buffers, training_mode
+from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
+from pydistill.trajectory.generic import GenericStudents
+from pydistill.trajectory.inner_loop import copies, repeat, select_rows
 from pydistill.trajectory.recognition import recognised
 from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
 from pydistill.trajectory.step import Batch, Descent
@@ -204,16 +205,16 @@ def train_students(
         # a net that takes images as they are says that the augmentation leaves their size
         found = None if engine == "generic" else recognised(flat, image, images.dtype, images.device, "any")
         told = hasattr(augment, "shape_after")
-        if told or isinstance(found, str) or _is_of_other_size(eval_data, image):
+        if told or isinstance(found, str) or is_of_other_size(eval_data, image):
             image = _shape_after(augment, images, batch_size, given[0])
     if eval_data is not None:
-        _check_eval_data(eval_data, images, image)
+        check_eval_data(eval_data, images, image)
     E, N = len(theta0), images.shape[-4]
-    rates = _check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
+    rates = check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
     factors = schedule_factors(schedule, epochs)
     penalised = smoothing is not None and smoothing.gradient_penalty > 0
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
-    with _training_mode(flat.net):
+    with training_mode(flat.net):
         found = []
         for mode in [True] if eval_data is None else [True, False]:  # a forward may differ by it
             flat.net.train(mode)
@@ -256,7 +257,7 @@ def train_students(
     buffers, velocities = [], []
     for rows in [range(E)] if together else [range(e, e + 1) for e in range(E)]:
         own = slice(rows.start, rows.stop)
-        with _training_mode(flat.net), _own_buffers(flat.net) as now:
+        with training_mode(flat.net), own_buffers(flat.net) as now:
             velocity = None if velocity0 is None else velocity0[own].detach().clone()
             velocities.append(
                 training.run(rows, theta[own], velocity, rates[own], given[own], losses[..., own], right[:, own])
@@ -447,33 +448,6 @@ def _forked(
     return forks
 
 
-@contextlib.contextmanager
-def _training_mode(net: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in net.modules()]
-    net.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def _own_buffers(net: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """What happens to the buffers is undone at the end; gives a function that copies them as they are."""
-
-    def now() -> dict[str, Tensor]:
-        return {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
-
-    before = now()
-    try:
-        yield now
-    finally:
-        with torch.no_grad():
-            for name, buffer in net.named_buffers():
-                buffer.copy_(before[name])
-
-
 def _raise_if_not_finite(losses: Tensor, theta: Tensor, rows: range) -> None:
     """``losses`` [epochs, steps, E]; one question to the device, more only where the answer is bad."""
     if bool(losses.isfinite().all() & theta.isfinite().all()):
@@ -501,18 +475,6 @@ def schedule_factors(schedule: Schedule, epochs: int) -> list[float]:
     return factors
 
 
-def _check_positive(lr: Tensor) -> Tensor:
-    if not bool(((lr > 0) & lr.isfinite()).all()):
-        got = lr.item() if lr.numel() == 1 else lr.tolist()
-        raise ValueError(f"lr: expected a positive finite number, got {got}")
-    return lr
-
-
-def _is_of_other_size(eval_data: Any, image: Sequence[int]) -> bool:
-    known = isinstance(eval_data, (tuple, list)) and eval_data and isinstance(eval_data[0], Tensor)
-    return bool(known) and eval_data[0].shape[1:] != tuple(image)
-
-
 def _shape_after(
     augment: Callable[..., Tensor], images: Tensor, batch_size: int, generator: torch.Generator | None
 ) -> Sequence[int]:
@@ -531,18 +493,3 @@ def _shape_after(
         finally:
             np.random.set_state(numbers)  # noqa: NPY002
             random.setstate(python)
-
-
-def _check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor, image: Sequence[int]) -> None:
-    if not isinstance(eval_data, (tuple, list)) or len(eval_data) != 2:
-        raise TypeError(f"eval_data: expected a pair of images and labels, got {type(eval_data).__name__}")
-    x, y = eval_data
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"eval_data: expected two tensors, got {type(x).__name__} and {type(y).__name__}")
-    if x.dtype != images.dtype or y.dtype != torch.int64:
-        raise TypeError(f"eval_data: expected {images.dtype} images and int64 labels, got {x.dtype} and {y.dtype}")
-    if x.device != images.device or y.device != images.device:
-        raise ValueError(f"eval_data: expected device {images.device} as images, got {x.device} and {y.device}")
-    if x.shape[1:] != tuple(image) or not len(x) or y.shape != x.shape[:1]:
-        wanted = f"[M, {', '.join(map(str, image))}] and labels [M], M >= 1"
-        raise ValueError(f"eval_data: expected images {wanted}, got {list(x.shape)} and {list(y.shape)}")

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.trajectory.arguments import check_lr
 from pydistill.trajectory.compiled import CompiledStudents
-from pydistill.trajectory.inner_loop import InnerLoop, Step, check_lr, largest_of
+from pydistill.trajectory.inner_loop import InnerLoop, Step, largest_of
 from pydistill.trajectory.optimizers import Adam, State
 from pydistill.trajectory.step import saved_tensors
 from pydistill.trajectory.students import ConvNetStudents, Engine

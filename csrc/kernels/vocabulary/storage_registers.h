@@ -82,10 +82,17 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v) {
   }
 }
 
+// What takes a masked instruction or two, or else a loop, which is not worth inlining into every tile's every pixel.
+#if defined(__AVX512BW__)
+#define PYDISTILL_MASKED PYDISTILL_INLINE
+#else
+#define PYDISTILL_MASKED __attribute__((noinline))
+#endif
+
 // The same of `count` elements, fewer than a register's lanes: other lanes are zero on the way in and left out on the
 // way back, and no other memory is touched.
 template <class T, class S>
-PYDISTILL_INLINE Register<T> widened_register(const S* p, int64_t count) {
+PYDISTILL_MASKED Register<T> widened_register(const S* p, int64_t count) {
 #if defined(__AVX512F__)
   const uint32_t mask = (uint32_t{1} << count) - 1;
   if constexpr (__is_same(S, float)) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
@@ -98,7 +105,7 @@ PYDISTILL_INLINE Register<T> widened_register(const S* p, int64_t count) {
 }
 
 template <class T, class S>
-PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v, int64_t count) {
+PYDISTILL_MASKED void store_narrowed_register(S* p, Register<T> v, int64_t count) {
   alignas(kRegisterBytes) S each[Registers<T>::lanes];
   store_narrowed_register<T>(each, v);
 #if defined(__AVX512F__)
@@ -118,7 +125,7 @@ PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p) {
   typedef FloatBits Unaligned __attribute__((aligned(2), may_alias));
   return *reinterpret_cast<const Unaligned*>(p);
 }
-PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p, int64_t count) {
+PYDISTILL_MASKED FloatBits load_bf16_pairs(const Bf16* p, int64_t count) {
 #if defined(__AVX512BW__)
   return (FloatBits)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
 #else
@@ -137,7 +144,7 @@ PYDISTILL_INLINE uint32_t lowest_bits(int64_t count) {
 }
 
 template <class T, class S>
-PYDISTILL_INLINE Register<T> widened_register_of_two(const S* first, const S* second, int64_t half, int64_t c) {
+PYDISTILL_MASKED Register<T> widened_register_of_two(const S* first, const S* second, int64_t half, int64_t c) {
 #if defined(__AVX512BW__)
   const uint32_t low = lowest_bits(half - c), high = lowest_bits(2 * half - c) & ~low;
   const __mmask16 in_first = static_cast<__mmask16>(low), in_second = static_cast<__mmask16>(high);
@@ -156,7 +163,7 @@ PYDISTILL_INLINE Register<T> widened_register_of_two(const S* first, const S* se
   return load_register(each);
 }
 
-PYDISTILL_INLINE FloatBits load_bf16_pairs_of_two(const Bf16* first, const Bf16* second, int64_t half, int64_t c) {
+PYDISTILL_MASKED FloatBits load_bf16_pairs_of_two(const Bf16* first, const Bf16* second, int64_t half, int64_t c) {
 #if defined(__AVX512BW__)
   const uint32_t low = lowest_bits(half - c), high = lowest_bits(2 * half - c) & ~low;
   return (FloatBits)_mm512_mask_loadu_epi16(_mm512_maskz_loadu_epi16(low, first + c), high, second + c - half);
@@ -168,7 +175,7 @@ PYDISTILL_INLINE FloatBits load_bf16_pairs_of_two(const Bf16* first, const Bf16*
 }
 
 template <class T, class S>
-PYDISTILL_INLINE void store_narrowed_register_to_two(S* first, S* second, int64_t half, int64_t c, Register<T> v) {
+PYDISTILL_MASKED void store_narrowed_register_to_two(S* first, S* second, int64_t half, int64_t c, Register<T> v) {
   alignas(kRegisterBytes) S each[Registers<T>::lanes];
   store_narrowed_register<T>(each, v);
 #if defined(__AVX512BW__)

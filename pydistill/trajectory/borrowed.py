@@ -1,0 +1,38 @@
+"""A caller's network in use: its mode and its buffers are as they were when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["own_buffers", "training_mode"]
+
+
+@contextlib.contextmanager
+def training_mode(net: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in net.modules()]
+    net.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def own_buffers(net: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """What happens to the buffers is undone at the end; gives a function that copies them as they are."""
+
+    def now() -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
+
+    before = now()
+    try:
+        yield now
+    finally:
+        with torch.no_grad():
+            for name, buffer in net.named_buffers():
+                buffer.copy_(before[name])
