@@ -62,6 +62,8 @@ struct Layout {
     // no later sum hides that tiles round three times as much as the sum of a few taps does: there only the tangent
     // runs on them, if the taps are not rounded.
     const bool weights = step.form == Step::Form::gradient || step.form == Step::Form::tangent;
+    const bool forward_only = (step.form == Step::Form::logits || step.form == Step::Form::features) &&
+                              step.tape_use == Step::Tape::none;
     tiled_first = !A::kSplit && (kPrimalApart<A> || (step.layer[0].in > 1 && step.form != Step::Form::gradient));
     tiled_primal = tiled_first && (kPrimalApart<A> || !weights);
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));
@@ -94,7 +96,7 @@ struct Layout {
       to.sum_bias = sums, sums += step.fused() ? 0 : to.out;
       const int64_t out_plane = to.OH * to.OW * to.out;
       to.pooled = tapes, tapes += out_plane;
-      to.grad_pooled = tapes, tapes += out_plane;
+      to.grad_pooled = tapes, tapes += forward_only ? 0 : out_plane;
       to.statistics = tapes, tapes += step.fused() ? 0 : 2 * to.out;
       to.means = exchanged, to.means_t = exchanged + 2 * to.out, to.sums = exchanged + 5 * to.out;
       exchanged += step.over_batch() ? 9 * to.out : 0;

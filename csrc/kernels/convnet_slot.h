@@ -169,8 +169,8 @@ class Slot : protected SlotFirst<T, A> {
     const LayerLayout& at = layout.layer[l];
     Operand* const rest = split ? work.grad : nullptr;  // unused before the backward pass
     if (layout.primal_apart) {
-      transform_input<typename A::Primal>(l, tape, work.primal);
-      multiply_inputs<typename A::Primal>(
+      Base::template transform_input<typename A::Primal>(l, tape, work.primal);
+      Base::template multiply_inputs<typename A::Primal>(
           at, {{work.primal, reinterpret_cast<const typename A::Primal::Operand*>(filter(filters, at.filter_primal))}});
     } else {
       Operand* const input = work.input + at.input;

@@ -11,9 +11,11 @@ devices the same formulas run layer by layer, captured in CUDA graphs.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,18 +54,32 @@ _passed: dict[tuple, str] = {}  # backends by the arguments' signatures
 
 class Workspace:
     """The working memory of steps, allocated at the first and reused by all later ones: freshly mapped pages cost
-    several times what a kernel does with them. For one thread at a time; a workspace serves any shapes."""
+    several times what a kernel does with them. For one thread at a time; a workspace serves any shapes. Up to 256 MiB
+    stay allocated for the next workspace."""
+
+    KEPT = 256 << 20  # bytes
+    _idle: ClassVar[list[Tensor]] = []  # at most one: the largest memory that workspaces have left
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._own: list[Tensor] = []  # one block, or none yet
         self.graphs = StepGraphs()
+        weakref.finalize(self, self._hand_on, self._own).atexit = False
 
     def at_least(self, size: int) -> Tensor:
         """uint8, of ``size`` bytes or more, contents undefined."""
-        if len(self._memory) < size:
-            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old one first
-            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        return self._memory
+        if not self._own or len(self._own[0]) < size:
+            self._own.clear()  # frees the old one first
+            with contextlib.suppress(IndexError):  # of pop
+                self._own.append(self._idle.pop())
+            if not self._own or len(self._own[0]) < size:
+                self._own.clear()
+                self._own.append(torch.empty(size, dtype=torch.uint8, device="cpu"))
+        return self._own[0]
+
+    @classmethod
+    def _hand_on(cls, own: list[Tensor]) -> None:
+        if own and len(own[0]) <= cls.KEPT and not (cls._idle and len(cls._idle[0]) > len(own[0])):
+            cls._idle[:] = own
 
 
 def convnet_logits(

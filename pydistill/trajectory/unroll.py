@@ -142,7 +142,8 @@ def unroll(
         memory: bytes that the student or the generic engine may work in. With room, some steps are kept for the
             backward pass, which else computes them again, up to a fifth slower: the same bits in "fp32", while "bf16"
             keeps the student engine's activations in bfloat16. "auto": 256 MiB of them, beyond the stored parameters
-            and one step's working memory; of the student engine, up to as much stays allocated for the next unroll.
+            and one step's working memory; of the student engine, up to as much of each stays allocated for the next
+            unroll.
             The generic engine keeps its last steps' whole graphs, and finds out in the first step how large they are;
             one step's graph it holds in any case.
 

@@ -163,6 +163,28 @@ def test_workspace_serves_any_shape():
             assert all(a is b or torch.equal(a, b) for a, b in zip(fresh, reused, strict=True))
 
 
+def test_a_workspace_leaves_its_memory_to_the_next():
+    def block(workspace, size):
+        return workspace.at_least(size).data_ptr()
+
+    first, second = Workspace(), Workspace()
+    large, small = block(first, 1 << 20), block(second, 1 << 10)
+    assert large != small
+    del first, second  # in whatever order, the larger one stays
+    third, fourth = Workspace(), Workspace()
+    assert block(third, 1 << 18) == large
+    assert block(fourth, 1 << 18) != large
+    assert len(fourth.at_least(1 << 21)) >= 1 << 21
+    huge = Workspace()
+    kept, Workspace.KEPT = Workspace.KEPT, 1 << 10
+    try:
+        huge.at_least(1 << 22)
+        del huge
+    finally:
+        Workspace.KEPT = kept
+    assert not Workspace._idle  # too large to stay
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_equal_bits_over_threads(precision):
     shape = SHAPES["odd sizes, padded channels"]
