@@ -62,8 +62,8 @@ struct Layout {
     // no later sum hides that tiles round three times as much as the sum of a few taps does: there only the tangent
     // runs on them, if the taps are not rounded.
     const bool weights = step.form == Step::Form::gradient || step.form == Step::Form::tangent;
-    const bool forward_only = (step.form == Step::Form::logits || step.form == Step::Form::features) &&
-                              step.tape_use == Step::Tape::none;
+    const bool forward_only =
+        (step.form == Step::Form::logits || step.form == Step::Form::features) && step.tape_use == Step::Tape::none;
     tiled_first = !A::kSplit && (kPrimalApart<A> || (step.layer[0].in > 1 && step.form != Step::Form::gradient));
     tiled_primal = tiled_first && (kPrimalApart<A> || !weights);
     tile_columns = round_up((step.layer[0].W + 3) / 4, larger(kTiledGroup, Registers<T>::lanes));

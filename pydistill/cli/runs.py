@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 import time
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import rich.console
 import tyro
@@ -23,6 +24,7 @@ from pydistill.methods.runs import Interrupted, Run
 
 __all__ = ["distill", "select", "step"]
 
+# where a command's results go by default
 _FOLDERS = {"squeeze": "teacher", "recover": "recovered", "relabel": "labels", "post-train": "student"}
 
 
@@ -36,6 +38,13 @@ class _New:
 class _Place(_New):
     resume: bool = False
     """Go on with the run in --out, whose options are the same."""
+
+
+@dataclass(frozen=True)
+class _Step(_Place):
+    method: Literal["sre2l", "cda", "dwa", "infer", "random"] | None = None
+    """Whose presets to take, sre2l's without it; random takes real images as they are, to compare with. A squeezed
+    network serves all of them."""
 
 
 def distill(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
@@ -85,7 +94,7 @@ def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) 
     given = {"dataset": dataset} if name == "squeeze" else {}
     wanted = [f.name for f in fields(method.inputs) if f.default is MISSING]
     inputs = method.inputs.for_method(config, **given, **dict.fromkeys(wanted, tyro.MISSING))
-    _run(name, config, inputs, _without(argv, "--method"), console, stop)
+    _run(name, config, inputs, argv, console, stop, _Step())
 
 
 def _presets(method: type[Method], argv: list[str]) -> tuple[Method, Inputs]:
@@ -120,18 +129,28 @@ def _of_run(method: type[Method], kept: dict[str, Any], out: Path) -> tuple[Meth
 
 
 def _run(
-    words: str, default: Method, inputs: Inputs, argv: list[str], console: rich.console.Console, stop: Stop
+    words: str,
+    default: Method,
+    inputs: Inputs,
+    argv: list[str],
+    console: rich.console.Console,
+    stop: Stop,
+    place: _New | None = None,
 ) -> None:
-    config, given, place = _parsed(words, default, inputs, argv)
+    place = place or (_Place() if default.resumable else _New())
+    config, given, place = _parsed(words, {"config": default, "inputs": inputs, "place": place}, argv)
     resume = getattr(place, "resume", False)
-    if resume and place.out is None:
+    out = place.out or (Path(_FOLDERS[words]) if words in _FOLDERS else None)
+    if resume and out is None:
         raise OptionError("resume", "expected --out with the folder of the run to go on with")
+    if out is None and "WORLD_SIZE" in os.environ:
+        raise OptionError("out", "expected a folder, which several processes have to agree on")
     if not resume:
         differs = {f.name for f in fields(given) if getattr(given, f.name) != getattr(inputs, f.name)}
         given.check_given({name: getattr(given, name) for name in differs})
     began = time.monotonic()
     with Bars(console) as bars:
-        out = place.out or Path(_FOLDERS.get(words) or f"runs/{_name(config, given)}-{time.strftime('%Y%m%d-%H%M%S')}")
+        out = out or Path("runs") / f"{_name(config, given)}-{time.strftime('%Y%m%d-%H%M%S')}"
         options = {"out": out, "resume": resume, "stop": lambda: stop.requested}
         run = Run(config, given, **options, on_progress=bars.show, tell=console.print)
         try:
@@ -148,9 +167,8 @@ def _run(
         console.print(f"{figures}{time.monotonic() - began:.0f} s; {files} {verb} in {out}")
 
 
-def _parsed(words: str, default: Method, inputs: Inputs, argv: list[str]) -> tuple[Any, Any, Any]:
-    place = _Place() if default.resumable else _New()
-    parts = {"config": default, "inputs": inputs, "place": place}
+def _parsed(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, Any, Any]:
+    default = parts["config"]
     command = make_dataclass("Command", [(name, tyro.conf.OmitArgPrefixes[type(part)]) for name, part in parts.items()])
     command.__doc__ = f"{default.about}.\n\n{_description(default)}"
     config = (tyro.conf.FlagCreatePairsOff,)
@@ -187,16 +205,3 @@ def value_of(argv: list[str], flag: str) -> str | None:
         elif part == flag and i + 1 < len(argv):
             found = argv[i + 1]
     return found
-
-
-def _without(argv: list[str], flag: str) -> list[str]:
-    """``argv`` without ``flag`` and what it says to it."""
-    kept, skip = [], False
-    for part in argv:
-        if skip or part.startswith(f"{flag}="):
-            skip = False
-        elif part == flag:
-            skip = True
-        else:
-            kept.append(part)
-    return kept

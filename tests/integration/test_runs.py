@@ -400,3 +400,8 @@ def test_a_state_of_before_still_resumes(tmp_path):
         "syn_steps", "zca",
     ]  # fmt: skip
     assert State.load(tmp_path / "state", config).iteration == 0
+
+
+def test_several_processes_agree_on_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--out: expected a folder, which several processes have to agree on" in refused(capsys, "distill", "dm")
