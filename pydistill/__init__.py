@@ -47,7 +47,8 @@ __all__ = [
     "unroll",
 ]
 
-_ON_DEMAND = ("data", "evaluate", "info", "methods")  # imported when they are asked for, so that the rest is quick
+# imported when they are asked for, so that the rest is quick
+_ON_DEMAND = ("data", "evaluate", "info", "methods", "testing")
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,7 @@ from pydistill.ops.bn_stat_match import bn_match_forward, bn_stat_match
 from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import (
     ConvNetShape,
+    Workspace,
     convnet_features,
     convnet_features_backward,
     convnet_gradient,
@@ -26,6 +27,7 @@ from pydistill.ops.sparse_label_loss import sparse_label_loss
 __all__ = [
     "ConvNetShape",
     "FrozenFilters",
+    "Workspace",
     "attention_map",
     "attention_map_divergence",
     "augment_images",

@@ -1,20 +1,23 @@
 """Students in training: plainly, or differentiably, and what trajectory matching needs around that."""
 
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.inner_loop import NonFiniteError
 from pydistill.trajectory.match import trajectory_match
 from pydistill.trajectory.optimizers import Adam
 from pydistill.trajectory.recognition import convnet_shape
 from pydistill.trajectory.smooth import GSAM, Smoothing
 from pydistill.trajectory.store import ExpertStore
-from pydistill.trajectory.train import TrainResult, train_students
+from pydistill.trajectory.train import DivergedError, TrainResult, train_students
 from pydistill.trajectory.trajectories import Trajectories, as_trajectories
 from pydistill.trajectory.unroll import unroll
 
 __all__ = [
     "GSAM",
     "Adam",
+    "DivergedError",
     "ExpertStore",
     "FlatModule",
+    "NonFiniteError",
     "Smoothing",
     "TrainResult",
     "Trajectories",

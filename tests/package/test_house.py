@@ -89,3 +89,11 @@ def test_imports_of_the_methods_go_downwards():
         if path != PACKAGE / "methods" / "__init__.py":
             names = {name.split(".")[2] for name in imported(path) if name.startswith("pydistill.methods.")}
             assert names <= low, path
+
+
+def test_what_the_documentation_names_can_be_reached():
+    for room in ("data", "evaluate", "info", "methods", "testing", "trajectory"):
+        assert getattr(pydistill, room).__name__ == f"pydistill.{room}"
+    assert pydistill.ops.Workspace().at_least(1).numel() >= 1
+    assert issubclass(pydistill.trajectory.DivergedError, FloatingPointError)
+    assert issubclass(pydistill.trajectory.NonFiniteError, FloatingPointError)
