@@ -43,8 +43,10 @@ class _Place(_New):
 @dataclass(frozen=True)
 class _Step(_Place):
     method: Literal["sre2l", "cda", "dwa", "infer", "random"] | None = None
-    """Whose presets to take, sre2l's without it; random takes real images as they are, to compare with. A squeezed
-    network serves all of them."""
+    """Whose presets to take: by default sre2l's, and for labels those of the method that made the images. squeeze and
+    post-train are the same for all methods; random takes real images as they are, to compare with."""
+    out: Path | None = None
+    """Folder for the results, new or empty."""
 
 
 def distill(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
@@ -94,7 +96,7 @@ def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) 
     given = {"dataset": dataset} if name == "squeeze" else {}
     wanted = [f.name for f in fields(method.inputs) if f.default is MISSING]
     inputs = method.inputs.for_method(config, **given, **dict.fromkeys(wanted, tyro.MISSING))
-    _run(name, config, inputs, argv, console, stop, _Step())
+    _run(name, config, inputs, argv, console, stop, _Step(out=Path(_FOLDERS[name])))
 
 
 def _presets(method: type[Method], argv: list[str]) -> tuple[Method, Inputs]:
@@ -140,7 +142,7 @@ def _run(
     place = place or (_Place() if default.resumable else _New())
     config, given, place = _parsed(words, {"config": default, "inputs": inputs, "place": place}, argv)
     resume = getattr(place, "resume", False)
-    out = place.out or (Path(_FOLDERS[words]) if words in _FOLDERS else None)
+    out = place.out
     if resume and out is None:
         raise OptionError("resume", "expected --out with the folder of the run to go on with")
     if out is None and "WORLD_SIZE" in os.environ:

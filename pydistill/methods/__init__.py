@@ -4,9 +4,10 @@ from pydistill.methods import HeLlO, run
 results = run(HeLlO.preset("digits"), out="runs/hello")
 """
 
+import importlib
 import sys
 
-from pydistill.methods._moved import FINDER
+from pydistill.methods._moved import FINDER, MOVED
 from pydistill.methods.config import Config
 from pydistill.methods.decoupled.cda import CDA
 from pydistill.methods.decoupled.dwa import DWA
@@ -37,6 +38,13 @@ from pydistill.methods.trajectory.fyi import FYI, FYIDM, FYIDSA
 from pydistill.methods.trajectory.mtt import MTT
 from pydistill.methods.trajectory.rat_bptt import RaTBPTT
 from pydistill.methods.trajectory.tesla import TESLA
+
+
+def __getattr__(name: str) -> object:
+    if f"{__name__}.{name}" in MOVED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 if FINDER not in sys.meta_path:
     sys.meta_path.append(FINDER)

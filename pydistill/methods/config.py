@@ -30,6 +30,8 @@ class Config(Method):
     """Hyper-parameters; ValueError for a count below 1, a negative number, or one that is not finite."""
 
     inputs: ClassVar[type[DistillInputs]] = DistillInputs
+    shared: ClassVar[bool] = True
+    free: ClassVar[tuple[str, ...]] = ("iterations", "root", "device", "checkpoint_every")
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
     needs_experts: ClassVar[bool] = False
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts of which there may be none

@@ -96,7 +96,16 @@ class DistillJob(Job):
     made = ("images.png", "distilled.safetensors")
 
     def __init__(self, config: Config, inputs: DistillInputs, device: torch.device):
-        counts = ("students", "checkpoint_every", "student_epochs", "num_experts", "train_epochs", "batch_train")
+        counts = (
+            "students",
+            "checkpoint_every",
+            "student_epochs",
+            "num_experts",
+            "train_epochs",
+            "batch_train",
+            "width",
+            "depth",
+        )
         least = {**dict.fromkeys(counts, 1), "whole_epochs": 0, "lr_student": 0.0, "lr_expert": 0.0}
         check_numbers(inputs, error=OptionError, **least)
         if inputs.experts is None and config.needs_experts:
@@ -116,9 +125,6 @@ class DistillJob(Job):
 
     def stored(self) -> dict[str, Any]:
         return {"method": self.config.name, "config": asdict(self.config), **self.inputs.stored()}
-
-    def free(self) -> Sequence[str]:
-        return "iterations", "root", "device", "checkpoint_every"
 
     def make_net(self) -> nn.Module:
         return convnet(self.dataset, self.inputs.width, self.inputs.depth)

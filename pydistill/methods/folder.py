@@ -55,6 +55,20 @@ class Folder:
             if name not in free:
                 raise OptionError(name, f"expected {kept} as the run in {self.path} has, got {given}")
 
+    def check_given(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
+        """`check_same` of those options that the run's folder knows by name; first of all, whose run it is."""
+        if not self.resume:
+            return
+        made = self._kept.get("command", self._kept.get("method"))
+        steps = {"squeeze", "recover", "relabel", "post-train"}
+        wanted = options["method"] if options["method"] in steps or made not in steps else "recover"
+        if made is not None and made != wanted:
+            raise OptionError("out", f"expected a run of {wanted} to go on with, {self.path} has one of {made}")
+        known = {name: self._kept[name] for name in options if name in self._kept}
+        for name, (kept, given) in _differences(known, {name: _plain(options)[name] for name in known}).items():
+            if name not in free and name != "method":
+                raise OptionError(name, f"expected {kept} as the run in {self.path} has, got {given}")
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Makes the folder this process's own, which it has to be before its files are read or written.

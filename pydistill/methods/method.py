@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -56,11 +56,20 @@ def check_numbers(options: Any, *, error: Callable[[str, str], ValueError] | Non
     for name, low in least.items():
         value = getattr(options, name)
         positive = isinstance(low, float)
+        whole = _whole(options, name)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            reason = f"expected a {'whole ' if whole else ''}number, got {value!r}"
+            raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
         if not (low < value if positive else low <= value) or not value < math.inf:
             number = "" if isinstance(value, int) else "a finite number of "
             wanted = "a positive finite number" if positive else f"{number}at least {low}"
             reason = f"expected {wanted}, got {value}"
             raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
+
+
+def _whole(options: Any, name: str) -> bool:
+    """Whether a field is declared as an int."""
+    return any(f.name == name and f.type in ("int", int) for f in fields(options))
 
 
 class Method:
@@ -77,6 +86,8 @@ class Method:
     presets: ClassVar[dict[str, Any]] = {}  # by data set: what differs from the defaults
     inputs: ClassVar[type[Inputs]]
     resumable: ClassVar[bool] = True
+    shared: ClassVar[bool] = False  # whether the ranks of torchrun share the work
+    free: ClassVar[tuple[str, ...]] = ()  # options that may differ where a run goes on
     state_kind: ClassVar[str] = "training state"  # what files of a training that is under way say of themselves
 
     @classmethod
@@ -110,6 +121,11 @@ class Inputs:
         if unknown:
             names = ", ".join(f.name for f in fields(cls))
             raise OptionError(min(unknown), f"expected an input of {method.name}: {names}")
+        needed = {f.name for f in fields(cls) if f.default is MISSING} - set(given)
+        if needed:
+            raise OptionError(min(needed), f"expected one for {method.name}, got none")
+        if "device" in given:
+            given["device"] = str(given["device"])
         return cls(**given)
 
     @classmethod
@@ -166,10 +182,6 @@ class Job:
     def stored(self) -> dict[str, Any]:
         """The options that say what is made; a run goes on with the same ones alone."""
         raise NotImplementedError
-
-    def free(self) -> Sequence[str]:
-        """The names of those options that may differ where a run goes on."""
-        return ()
 
     def opened(self, run: Run) -> None:
         """Reads what an earlier process left in the folder; ValueError for what no run can go on with."""

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pydistill.data import read_safetensors, write_atomic, write_safetensors
 from pydistill.methods.folder import Folder, append_line, as_json, kept_lines
-from pydistill.methods.method import Inputs, Job, Method, device_of
+from pydistill.methods.method import Inputs, Job, Method, OptionError, device_of
 from pydistill.methods.ranks import joined, wait_for_ranks, world
 
 __all__ = ["Interrupted", "Progress", "Run", "run"]
@@ -53,6 +54,8 @@ class Run:
         tell: Callable[[str], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ):
+        if resume and not method.resumable:
+            raise OptionError("resume", f"expected none, {method.name} starts anew")
         self.method, self.inputs, self.folder, self.resume = method, inputs, Path(out), resume
         self.device, self.begun, self.first = device_of(inputs.device), resume, True
         self._on_progress, self._tell, self._stop = on_progress, tell, stop
@@ -64,11 +67,14 @@ class Run:
             return self._go()
 
     def _go(self) -> Job:
+        if world()[1] > 1 and not self.method.shared:
+            raise ValueError(f"{self.method.name}: expected one process, whose work no others share, got {world()[1]}")
         resume = self.resume if self.method.resumable else None
         folder = Folder(self.folder, self.method.name, resume=resume, first=self.first)
+        folder.check_given(self._given(), self.method.free)  # before anything else is judged
         job = self.method.job(self.inputs, self.device)
         self._options = job.stored()
-        folder.check_same(self._options, job.free())
+        folder.check_same(self._options, self.method.free)
         self.stop()
         with folder.held():
             self._done = {path: self._epoch(path) for path in sorted(self.folder.glob("*-state.safetensors"))}
@@ -90,6 +96,12 @@ class Run:
                 write_atomic(self.folder / "results.json", as_json(job.results))
             wait_for_ranks()
         return job
+
+    def _given(self) -> dict[str, Any]:
+        """What was given, by the names that a folder may keep it under."""
+        inputs = {f.name: getattr(self.inputs, f.name) for f in fields(self.inputs)}
+        values = {name: value for name, value in inputs.items() if not isinstance(value, (Path, tuple))}
+        return {"method": self.method.name, "config": asdict(self.method), **values}  # type: ignore[call-overload]
 
     @property
     def stopping(self) -> bool:
@@ -216,6 +228,8 @@ def run(
         FloatingPointError: the work diverges.
         Interrupted: ``stop`` said so.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: expected hyper-parameters, such as HeLlO.preset('digits'), got {method!r}")
     given = method.inputs.for_method(method, **inputs)
     options = {"out": out, "resume": resume, "on_progress": on_progress, "tell": tell, "stop": stop}
     return Run(method, given, **options).go().results

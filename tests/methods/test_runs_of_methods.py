@@ -14,6 +14,7 @@ import pytest
 from pydistill.cli import main
 from pydistill.methods import (
     DM,
+    DQ,
     METHODS,
     UNIP,
     HeLlO,
@@ -89,7 +90,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path):
 def test_the_decoupled_steps_follow_one_another(tmp_path):
     net = {"network": "convnet", "width": 4, "depth": 2}
     run(Squeeze(**net, epochs=1, lr=0.05), out=tmp_path / "teacher", image_size=8)
-    teacher = (tmp_path / "teacher" / "teacher.safetensors",)
+    teacher = str(tmp_path / "teacher" / "teacher.safetensors")
     found = run(SRe2L(ipc=1, iterations=2), out=tmp_path / "images", teacher=teacher)
     assert found == {"images": 1}
     images = tmp_path / "images" / "distilled.safetensors"
@@ -105,6 +106,8 @@ def test_the_decoupled_steps_follow_one_another(tmp_path):
         ({"dataset": "svhn"}, "dataset: expected one of digits, "),
         ({"datset": "digits"}, "datset: expected an input of dm: "),
         ({"students": 0}, "students: expected at least 1, got 0"),
+        ({"width": "4"}, "width: expected a whole number, got '4'"),
+        ({"students": 1.5}, "students: expected a whole number, got 1.5"),
         ({"experts": "e.store", "num_experts": 3}, "num_experts: expected none with"),
     ],
 )
@@ -112,6 +115,28 @@ def test_inputs_are_refused_by_name_before_anything_is_written(tmp_path, inputs,
     with pytest.raises(OptionError, match=message):
         run(DM(ipc=1), out=tmp_path / "run", **inputs)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_run_is_named(tmp_path):
+    with pytest.raises(TypeError, match="method: expected hyper-parameters"):
+        run(DM, out=tmp_path / "run")
+    with pytest.raises(OptionError, match="resume: expected none, dq starts anew"):
+        run(DQ(), out=tmp_path / "run", resume=True)
+    with pytest.raises(OptionError, match="teacher: expected the file of a squeezed network at least, got none"):
+        run(SRe2L(), out=tmp_path / "run", teacher=())
+    with pytest.raises(OptionError, match="teacher: expected one for sre2l, got none"):
+        run(SRe2L(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_as_the_same_run_alone(tmp_path):
+    run(DM(ipc=1, iterations=1), out=tmp_path / "dm", **TINY)
+    with pytest.raises(OptionError, match=r"width: expected 4 as the run in .* has, got 8"):
+        run(DM(ipc=1, iterations=1), out=tmp_path / "dm", resume=True, **TINY | {"width": 8})
+    with pytest.raises(OptionError, match=r"ipc: expected 1 as the run in .* has, got 999"):  # more than there are
+        run(DM(ipc=999, iterations=1), out=tmp_path / "dm", resume=True, **TINY)
+    with pytest.raises(OptionError, match=r"out: expected a run of squeeze to go on with, .* has one of dm"):
+        run(Squeeze(), out=tmp_path / "dm", resume=True)
 
 
 def test_hyper_parameters_that_do_not_fit_leave_nothing(tmp_path):

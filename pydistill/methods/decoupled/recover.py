@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.methods import ranks
-from pydistill.methods.decoupled.squeeze import SetName, Teacher, load_images
+from pydistill.methods.decoupled.squeeze import SetName, Teacher, files_of, load_images
 from pydistill.methods.method import Inputs, Job, Method, OptionError, check_numbers
 from pydistill.methods.picture import write_picture
 from pydistill.methods.training import half_cosine
@@ -74,6 +74,7 @@ class Recover(Method):
 
     group: ClassVar[str] = "decoupled"
     inputs: ClassVar[type[Inputs]] = RecoverInputs
+    shared: ClassVar[bool] = True
     starts_real: ClassVar[bool] = False
     start: ClassVar[str] = "random"
 
@@ -371,7 +372,7 @@ class RecoverJob(Job):
     def __init__(self, config: Recover, inputs: RecoverInputs, device: torch.device):
         check_numbers(inputs, error=OptionError, checkpoint_every=1)
         self.config, self.inputs, self.results = config, inputs, {}
-        self.teachers = [Teacher.load(path, device, network=inputs.network) for path in inputs.teacher]
+        self.teachers = [Teacher.load(path, device, network=inputs.network) for path in files_of(inputs.teacher)]
         about, self.real = self.teachers[0].config, None
         if config.starts_real:
             data = load_images(about["dataset"], inputs.root, about["image_size"])

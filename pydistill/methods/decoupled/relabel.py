@@ -22,7 +22,7 @@ from pydistill.augment.record import HEADER, MAGIC, PACKED
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabels, SoftLabelStore
 from pydistill.methods import ranks
-from pydistill.methods.decoupled.squeeze import Teacher
+from pydistill.methods.decoupled.squeeze import Teacher, files_of
 from pydistill.methods.method import Inputs, Job, Method, check_numbers
 from pydistill.nn import freeze
 from pydistill.seeding import Stream, seeded_generator
@@ -57,6 +57,7 @@ class Relabel(Method):
     paper: ClassVar[str] = "Shen and Xing, ECCV 2022"
     group: ClassVar[str] = "decoupled"
     inputs: ClassVar[type[Inputs]] = RelabelInputs
+    shared: ClassVar[bool] = True
 
     epochs: int = 300
     """Views of each image."""
@@ -302,7 +303,7 @@ class RelabelJob(Job):
     def __init__(self, config: Relabel, inputs: RelabelInputs, device: torch.device):
         self.config, self.inputs, self.results = config, inputs, {}
         self.distilled = DistilledSet.load(inputs.images)
-        self.teachers = [Teacher.load(path, device, network=inputs.network) for path in inputs.teacher]
+        self.teachers = [Teacher.load(path, device, network=inputs.network) for path in files_of(inputs.teacher)]
         for teacher in self.teachers:
             check_fit(self.distilled, teacher.num_classes, teacher.shape)
 

@@ -18,7 +18,7 @@ from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, load, read_safetensors, write_safetensors
 from pydistill.evaluate import accuracy
-from pydistill.methods.method import Inputs, Job, Method, check_dataset, check_numbers
+from pydistill.methods.method import Inputs, Job, Method, OptionError, check_dataset, check_numbers
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.nn.description import describe, from_description, is_untouched
@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 
     from pydistill.methods.runs import Run
 
-__all__ = ["NetworkName", "Squeeze", "Teacher", "build", "import_weights", "load_images", "squeeze", "untrained"]
+__all__ = [
+    "NetworkName",
+    "Squeeze",
+    "Teacher",
+    "build",
+    "files_of",
+    "import_weights",
+    "load_images",
+    "squeeze",
+    "untrained",
+]
 
 NetworkName = Literal["convnet", "resnet18", "resnet50"]
 SetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet-1k", "image-folder"]
@@ -53,6 +63,14 @@ def build(network: NetworkName, channels: int, num_classes: int, image_size: int
     if network not in nets:
         raise ValueError(f"network: expected one of convnet, {', '.join(nets)}, got {network!r}")
     return nets[network](num_classes, channels, "imagenet" if image_size >= 128 else "cifar", width)
+
+
+def files_of(teacher: Any) -> tuple[Path, ...]:
+    """The files of one squeezed network or of several; ValueError where there is none."""
+    files = (teacher,) if isinstance(teacher, (str, os.PathLike)) else tuple(teacher)
+    if not files:
+        raise OptionError("teacher", "expected the file of a squeezed network at least, got none")
+    return tuple(Path(file) for file in files)
 
 
 def load_images(name: str, root: str | os.PathLike[str] | None, image_size: int | None) -> Dataset:
