@@ -51,9 +51,7 @@ class Folder:
         """ValueError where the run to go on with has another option than ``options``, besides those named ``free``."""
         if not self.resume:
             return
-        for name, (kept, given) in _differences(self._kept, _plain(options)).items():
-            if name not in free:
-                raise OptionError(name, f"expected {kept} as the run in {self.path} has, got {given}")
+        self._refuse_other(self._kept, _plain(options), free)
 
     def check_given(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
         """`check_same` of those options that the run's folder knows by name; first of all, whose run it is."""
@@ -64,10 +62,14 @@ class Folder:
         wanted = options["method"] if options["method"] in steps or made not in steps else "recover"
         if made is not None and made != wanted:
             raise OptionError("out", f"expected a run of {wanted} to go on with, {self.path} has one of {made}")
-        known = {name: self._kept[name] for name in options if name in self._kept}
-        for name, (kept, given) in _differences(known, {name: _plain(options)[name] for name in known}).items():
-            if name not in free and name != "method":
-                raise OptionError(name, f"expected {kept} as the run in {self.path} has, got {given}")
+        known = {name: value for name, value in self._kept.items() if name in options and name != "method"}
+        given = _plain(options)
+        self._refuse_other(known, {name: given[name] for name in known}, free)
+
+    def _refuse_other(self, kept: dict[str, Any], given: dict[str, Any], free: Collection[str]) -> None:
+        for name, (before, now) in _differences(kept, given).items():
+            if name not in free:
+                raise OptionError(name, f"expected {before} as the run in {self.path} has, got {now}")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

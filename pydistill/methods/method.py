@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -128,6 +128,11 @@ class Inputs:
             given["device"] = str(given["device"])
         return cls(**given)
 
+    def stored(self) -> dict[str, Any]:
+        """By the names that files keep them under, as JSON has them; without files, whose paths may change."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if not isinstance(value, (Path, tuple))}
+
     @classmethod
     def check_given(cls, given: dict[str, Any]) -> None:
         """ValueError where those that are given, by name, contradict each other."""
@@ -172,16 +177,24 @@ class Job:
     Attributes:
         title: what is worked on, for people.
         made: the files that it is about, the most wanted one last.
+        config, inputs: what it was made of.
         results: of the phases that are done; a run writes them as results.json.
     """
 
     title: str
     made: Sequence[str]
+    config: Any
+    inputs: Any
     results: dict[str, Any]
 
     def stored(self) -> dict[str, Any]:
-        """The options that say what is made; a run goes on with the same ones alone."""
-        raise NotImplementedError
+        """The options that say what is made; a run goes on with the same ones alone.
+
+        By default the hyper-parameters and the data set.
+        """
+        config, inputs = self.config, self.inputs
+        about = {"dataset": inputs.dataset, "image_size": inputs.image_size}
+        return {"method": config.name, **about, "config": asdict(config)}
 
     def opened(self, run: Run) -> None:
         """Reads what an earlier process left in the folder; ValueError for what no run can go on with."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,9 +99,8 @@ class Run:
 
     def _given(self) -> dict[str, Any]:
         """What was given, by the names that a folder may keep it under."""
-        inputs = {f.name: getattr(self.inputs, f.name) for f in fields(self.inputs)}
-        values = {name: value for name, value in inputs.items() if not isinstance(value, (Path, tuple))}
-        return {"method": self.method.name, "config": asdict(self.method), **values}  # type: ignore[call-overload]
+        config = asdict(self.method)  # type: ignore[call-overload]
+        return {"method": self.method.name, "config": config, **self.inputs.stored()}
 
     @property
     def stopping(self) -> bool:

@@ -180,3 +180,12 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path):
     assert (folder / "results.json").exists()
     # the steps that were done are not done again
     assert metrics.read_text().startswith(before)
+
+
+def test_the_progress_of_recovery_ends_at_its_total(tmp_path):
+    run(Squeeze(network="convnet", width=4, depth=2, epochs=1, lr=0.05), out=tmp_path / "teacher", image_size=8)
+    seen, teacher = [], tmp_path / "teacher" / "teacher.safetensors"
+    options = {"teacher": teacher, "checkpoint_every": 2, "on_progress": seen.append}
+    run(SRe2L(ipc=1, iterations=5), out=tmp_path / "images", **options)
+    assert [now.done for now in seen] == [0, 2, 4, 5]
+    assert seen[-1].total == 5

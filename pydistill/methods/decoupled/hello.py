@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -282,11 +282,6 @@ class HeLlOJob(Job):
             lambda: config.encoder(data.channels, data.image_size), config.seed, Stream.ENCODER, device=device
         )
         self.teachers = [self._convnet(Stream.PROJECTED_TEACHER, number) for number in range(config.teachers)]
-
-    def stored(self) -> dict[str, Any]:
-        inputs = self.inputs
-        config = asdict(self.config)
-        return {"method": "hello", "dataset": inputs.dataset, "image_size": inputs.image_size, "config": config}
 
     def stands(self, run: Run, record: dict[str, Any]) -> bool:
         return False  # of students that are trained again

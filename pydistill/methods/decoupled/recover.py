@@ -396,7 +396,7 @@ class RecoverJob(Job):
 
         def before_checkpoint(record: dict[str, Any]) -> None:
             run.log({"phase": "recover", **record})
-            advance(every, f"loss {record['loss']:.4f}")
+            advance((record["iteration"] - 1) % every + 1, f"loss {record['loss']:.4f}")
 
         recover(
             *(config, teachers, run.folder),

@@ -14,7 +14,7 @@ features standardised (the code takes a ResNet-18 trained on the source set).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -280,11 +280,6 @@ class KRRSTJob(Job):
             if (count := len(self.data.train_images)) < getattr(config, name):
                 raise OptionError(name, f"expected at most {count}, got {getattr(config, name)}")
         self.target = self._encoder(1, Stream.TARGET)
-
-    def stored(self) -> dict[str, Any]:
-        inputs = self.inputs
-        config = asdict(self.config)
-        return {"method": "krr_st", "dataset": inputs.dataset, "image_size": inputs.image_size, "config": config}
 
     def opened(self, run: Run) -> None:
         self.state = run.checkpoint("checkpoint.safetensors")

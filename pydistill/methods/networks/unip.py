@@ -12,7 +12,7 @@ this. Its images are cropped and flipped at random; here they are taken as they 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -234,11 +234,6 @@ class UNIPJob(Job):
         self.student, self.random = (
             seeded_net(make_student, config.seed, Stream.UNIP_STUDENT, device=device) for _ in range(2)
         )
-
-    def stored(self) -> dict[str, Any]:
-        inputs = self.inputs
-        config = asdict(self.config)
-        return {"method": "unip", "dataset": inputs.dataset, "image_size": inputs.image_size, "config": config}
 
     def phases(self) -> Sequence[Callable[[Run], None]]:
         return self.train_teacher, self.train_student, self.probe
