@@ -96,7 +96,7 @@ def measure(asked: Asked) -> Iterator[Row]:
             for T in TEMPERATURES:
                 labels, options = (asked.features, {"classifier": asked[2:]}) if form == "features8" else (logits, {})
                 sizes = {"num_images": ROWS, "num_classes": CLASSES, "epochs": 1, "batch_size": BATCH}
-                options |= {"format": form, "k": max(k, 1), "temperature": float(T), "overwrite": True}
+                options |= {"format": form, "k": max(k, 1), "T": float(T), "overwrite": True}
                 with SoftLabelStore.create(f"{folder}/labels", **sizes, **options) as store:
                     for ids in torch.arange(ROWS).split(BATCH):
                         store.write(0, ids, labels[ids])

@@ -178,7 +178,7 @@ def gradient_matching_step(problem: gradient_matching.Matching, **options: Any) 
 
     def run() -> gradient_matching.Matched:
         images = problem.syn.clone().requires_grad_()
-        loss = gradient_match(gradients(images), gradients(problem.real), shapes=shapes)
+        loss = gradient_match(grads_real=gradients(problem.real), grads_syn=gradients(images), shapes=shapes)
         (d_images,) = torch.autograd.grad(loss, images)
         return gradient_matching.Matched(loss.detach(), d_images.flatten(0, 1))
 
@@ -217,7 +217,7 @@ def label_store(problem: stored_labels.Labels, form: str) -> Any:
         epochs=1,
         format=form,
         k=problem.k,
-        temperature=problem.T,
+        T=problem.T,
         record_bytes=problem.record_bytes,
         batch_size=problem.batch,
         overwrite=True,
@@ -335,7 +335,7 @@ def attention_map_divergence(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor)
 def krr_loss(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
     from pydistill.matching import krr_loss
 
-    return krr_loss(f_real, f_syn, y_syn, y_real, bias=True)
+    return krr_loss(f_real, f_syn, y_real=y_real, y_syn=y_syn, bias=True)
 
 
 def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:

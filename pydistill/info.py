@@ -13,6 +13,7 @@ import torch
 import pydistill
 from pydistill import _host, _library, ops
 from pydistill.trajectory import FlatModule, convnet_shape
+from pydistill.trajectory.recognition import Unrecognised
 
 _BF16_CONVOLUTIONS = {
     "amx": "matrix tiles (AMX)",
@@ -49,8 +50,10 @@ def engine(
         "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run. Those nets
         run on autograd: compiling a step takes minutes, which is done for ``engine="compiled"`` alone.
     """
-    found = convnet_shape(net, image, FlatModule(net).dtype, device, output=output)
-    return f"generic: {found}; engine='compiled' would compile it" if isinstance(found, str) else f"student: {found}"
+    try:
+        return f"student: {convnet_shape(net, image, FlatModule(net).dtype, device, output=output)}"
+    except Unrecognised as reason:
+        return f"generic: {reason}; engine='compiled' would compile it"
 
 
 def collect() -> dict[str, Any]:

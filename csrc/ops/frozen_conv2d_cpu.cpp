@@ -33,8 +33,9 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   check(x.dim() == 4, "x: expected [N, C, H, W], got ", x.dim(), " dimensions");
   FrozenConv2d call;
   call.scalar = scalar_of(x, "x");
+  check(call.scalar != Scalar::f16, "x: expected float32, float64 or bfloat16, got float16");
   call.N = x.sizes()[0], call.C = x.sizes()[1], call.H = x.sizes()[2], call.W = x.sizes()[3];
-  const bool wide = taps == 5 && before == 2 && (call.scalar == Scalar::f32 || call.scalar == Scalar::f64);
+  const bool wide = taps == 5 && before == 2 && !call.paired();
   const bool odd = (taps == 3 && before == 1) || wide;
   check(odd || ((taps == 2 || taps == 4) && (before == taps / 2 || before == taps / 2 - 1)),
         "taps: expected 3 a side with 1 before the position, 4 with 1 or 2, 2 with 0 or 1, or 5 with 2 in float32 or "
@@ -72,9 +73,10 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
     const int64_t even = (call.chunks() + threads - 1) / threads * threads;
     call.chunk = (call.tiles() + even - 1) / even;
   }
-  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
-                                                    frozen_conv2d_avx512_bf16};
-  FrozenConv2dKernel* const kernel = best_of(kernels);
+  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512};
+  static constexpr FrozenConv2dKernel* of_pairs[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
+                                                     frozen_conv2d_avx512_bf16};
+  FrozenConv2dKernel* const kernel = call.paired() ? best_of(of_pairs) : best_of(kernels);
   torch::stable::parallel_for(
       0, call.units(), 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end, scratch(call.scratch_bytes())); });
   return y;

@@ -1,6 +1,6 @@
 """Augmentations that draw their parameters first and are differentiable in the images."""
 
-from pydistill.augment.multi_crop import MultiCrop, crop_schedule
+from pydistill.augment.crops import MultiCrop, crop_schedule
 from pydistill.augment.normalize import clamp_normalized_
 from pydistill.augment.record import mix_labels, mix_weights, record_from_bytes, record_to_bytes
 from pydistill.augment.siamese import DiffAugment, diff_augment

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydistill._renamed import renamed
 from pydistill.ops.multi_crop import COLUMNS, MAX_PARTS
 
 MAGIC = b"pdmcrop1"
@@ -110,8 +111,9 @@ def mix_weights(record: Tensor, out_size: int | tuple[int, int]) -> tuple[Tensor
     return columns["source"].long(), torch.stack(weights, 1).float()
 
 
+@renamed(classes="num_classes")
 def mix_labels(
-    labels: Tensor, record: Tensor, out_size: int | tuple[int, int], *, classes: int | None = None
+    labels: Tensor, record: Tensor, out_size: int | tuple[int, int], *, num_classes: int | None = None
 ) -> Tensor:
     """Labels of results, mixed as their pixels: ``sum_p weights[:, p] * labels[sources[:, p]]``.
 
@@ -119,18 +121,18 @@ def mix_labels(
         labels: of the images: ``[N, K]`` probabilities, or int64 ``[N]`` classes.
         record: float32 ``[B, P, 14]`` on the device of labels.
         out_size: as in `pydistill.ops.multi_crop`.
-        classes: K, where labels are classes.
+        num_classes: K, where labels are class numbers.
 
     Returns:
         ``[B, K]``, in the dtype of probabilities, float32 of classes.
 
     Raises:
-        ValueError: labels have another shape, or ``classes`` is missing.
+        ValueError: labels have another shape, or ``num_classes`` is missing.
     """
     if labels.dim() == 1:
-        if classes is None:
-            raise ValueError("classes: expected how many there are, where labels are class numbers, got None")
-        labels = torch.nn.functional.one_hot(labels, classes).float()
+        if num_classes is None:
+            raise ValueError("num_classes: expected how many there are, where labels are class numbers, got None")
+        labels = torch.nn.functional.one_hot(labels, num_classes).float()
     if labels.dim() != 2:
         raise ValueError(f"labels: expected shape [N, K] or [N], got {list(labels.shape)}")
     sources, weights = mix_weights(record, out_size)

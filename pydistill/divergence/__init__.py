@@ -1,6 +1,6 @@
 """Divergences between distributions that networks put out, and which layer's attention to distil."""
 
-from pydistill.divergence.contrastive_ce import contrastive_ce
+from pydistill.divergence.contrastive import contrastive_ce
 from pydistill.divergence.nmi import attention_nmi
 from pydistill.ops.attention_map_divergence import attention_map_divergence
 from pydistill.ops.kd_divergence import kd_divergence

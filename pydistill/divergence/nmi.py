@@ -7,17 +7,20 @@ import math
 import torch
 from torch import Tensor
 
+from pydistill._renamed import renamed
+
 __all__ = ["attention_nmi"]
 
 _ELEMENTS = 1 << 22  # of a chunk of maps: 16 MiB in float32
 
 
-def attention_nmi(q: Tensor, k: Tensor, *, tau: float | None = None) -> Tensor:
-    """Normalised mutual information ``I(q; k) / sqrt(H(q) H(k))`` of each head's map ``softmax(q k^T / tau)``.
+@renamed(tau="T")
+def attention_nmi(q: Tensor, k: Tensor, *, T: float | None = None) -> Tensor:
+    """Normalised mutual information ``I(q; k) / sqrt(H(q) H(k))`` of each head's map ``softmax(q k^T / T)``.
 
     With p(q) = 1 / N and p(k | q) the map: 0 where all queries attend alike, 1 where each attends to a key of its own.
     UNIP (Zhang et al., ICLR 2025) distils the layer whose average is neither. The average over samples and heads is
-    ``attention_nmi(q, k).mean()``. Equivalent, for one head with ``p = softmax(q @ k.T / tau, -1)``, to
+    ``attention_nmi(q, k).mean()``. Equivalent, for one head with ``p = softmax(q @ k.T / T, -1)``, to
     ``(p * (p / p.mean(0)).log()).sum(-1).mean() / (log(N) * -(p.mean(0) * p.mean(0).log()).sum()).sqrt()``.
 
     Maps are made a few heads at a time, so that memory holds 16 MiB of them in float32 (one head's where that is more).
@@ -26,7 +29,7 @@ def attention_nmi(q: Tensor, k: Tensor, *, tau: float | None = None) -> Tensor:
         q: queries ``[..., N, d]``; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for
             float64), without gradient.
         k: keys ``[..., M, d]`` with q's leading dimensions.
-        tau: what scores are divided by; ``sqrt(d)`` by default.
+        T: what scores are divided by; ``sqrt(d)`` by default.
 
     Returns:
         ``[...]``, a value per head, float32 or float64, in [0, 1] up to rounding. Zero where N or M is one, whose
@@ -34,7 +37,7 @@ def attention_nmi(q: Tensor, k: Tensor, *, tau: float | None = None) -> Tensor:
 
     Raises:
         TypeError: an argument is no floating tensor.
-        ValueError: shapes, devices or ``tau`` do not fit.
+        ValueError: shapes, devices or ``T`` do not fit.
     """
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -48,23 +51,23 @@ def attention_nmi(q: Tensor, k: Tensor, *, tau: float | None = None) -> Tensor:
         )
     if k.device != q.device or k.dtype != q.dtype:
         raise ValueError(f"k: expected {q.dtype} on {q.device} as q, got {k.dtype} on {k.device}")
-    if tau is None:
-        tau = math.sqrt(q.shape[-1])
-    elif not (isinstance(tau, int | float) and math.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau: expected a positive number, got {tau!r}")
+    if T is None:
+        T = math.sqrt(q.shape[-1])
+    elif not (isinstance(T, int | float) and math.isfinite(T) and T > 0):
+        raise ValueError(f"T: expected a positive number, got {T!r}")
     N, M = q.shape[-2], k.shape[-2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     chunk = max(1, _ELEMENTS // (N * M))
     heads = math.prod(q.shape[:-2])
     with torch.no_grad():
         queries, keys = (x.reshape(heads, *x.shape[-2:]).split(chunk) for x in (q, k))
-        found = [_of_heads(a.to(compute), b.to(compute), tau) for a, b in zip(queries, keys, strict=True)]
+        found = [_of_heads(a.to(compute), b.to(compute), T) for a, b in zip(queries, keys, strict=True)]
         return torch.cat(found).reshape(q.shape[:-2])
 
 
-def _of_heads(q: Tensor, k: Tensor, tau: float) -> Tensor:
+def _of_heads(q: Tensor, k: Tensor, T: float) -> Tensor:
     """[G, N, d], [G, M, d] -> [G]: I = H(k) - H(k | q), of which the second is the rows' mean entropy."""
-    log_p = (q @ k.mT / tau).log_softmax(-1)  # [G, N, M]
+    log_p = (q @ k.mT / T).log_softmax(-1)  # [G, N, M]
     p = log_p.exp()
     of_keys = _entropy(p.mean(1))
     information = of_keys - _entropy(p).mean(1)

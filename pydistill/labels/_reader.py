@@ -133,9 +133,10 @@ class LabelReader(StoreFile):
 
     def _layout(self, start: int) -> None:
         header = self.header
-        names = ("num_images", "num_classes", "epochs", "batch_size", "blocks", "format", "k", "temperature", "target")
+        names = ("num_images", "num_classes", "epochs", "batch_size", "blocks", "format", "k", "target")
         for name in (*names, "record_bytes", "metadata"):
             setattr(self, name, header[name])
+        self.T = header["temperature"]
         self.layout = RowLayout(**{name: header[name] for name in RowLayout.__dataclass_fields__})
         self.images = np.concatenate([np.arange(*run) for run in header["images"]])  # int64, ascending
         self._entry = _WITHOUT_ERRORS if self.version == 1 else _ENTRY

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill._renamed import renamed
 from pydistill._torch_files import read_torch
 from pydistill.labels._reader import Format
 from pydistill.labels.records import CROP_BYTES, crop_record
@@ -23,6 +24,7 @@ _FAITHFUL: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "f
 _BATCH = "a batch of FKD labels: [coords, flip, mix_index, lam, bbox, logits] that torch.save wrote"
 
 
+@renamed(temperature="T")
 def import_fkd(
     folder: PathLike,
     path: PathLike,
@@ -33,7 +35,7 @@ def import_fkd(
     order: Sequence[Sequence[int]] | None = None,
     format: Format | None = None,
     k: int = 10,
-    temperature: float = 20.0,
+    T: float = 20.0,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> SoftLabelStore:
@@ -55,7 +57,7 @@ def import_fkd(
         order: the images of each epoch in the order of its labels, instead of those of the seed.
         format: None keeps every bit of the files' logits: "fp32", "fp16" or "bf16", as they are saved. The others lose
             some, as `SoftLabelStore.gradient_error` says.
-        k, temperature, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20, where the
+        k, T, metadata, overwrite: as of `SoftLabelStore.create`. SRe2L trains at temperature 20, where the
             gradient comes from all classes: the top 10 of 1,000 keep next to nothing of it.
 
     Returns:
@@ -87,7 +89,7 @@ def import_fkd(
             epochs=epochs,
             format=format or _FAITHFUL[dtype],
             k=k,
-            temperature=temperature,
+            T=T,
             record_bytes=CROP_BYTES * (1 if first[2] is None else 2),
             batch_size=batch_size,
             metadata={**(metadata or {}), "imported": "fkd", "seed": None if order is not None else seed},

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pydistill import _host
 from pydistill._atomic import PathLike, check_replaceable, replacing
+from pydistill._renamed import renamed, warn
 from pydistill._store_file import check_of
 from pydistill.labels import gradient_error, linear8
 from pydistill.labels._reader import CLASSIFIER, FORMATS, ROW_STEP, Format, LabelReader, Sources
@@ -57,7 +58,7 @@ class SoftLabelStore(LabelReader):
 
     Attributes:
         path: the file.
-        num_images, num_classes, epochs, batch_size, format, k, temperature, target, record_bytes, metadata: as given
+        num_images, num_classes, epochs, batch_size, format, k, T, target, record_bytes, metadata: as given
             to `create`.
         images: int64, ascending, the images that have labels in this file: all, or those of a shard.
         blocks: blocks an epoch.
@@ -80,11 +81,17 @@ class SoftLabelStore(LabelReader):
     blocks: int
     format: Format
     k: int
-    temperature: float
+    T: float
     target: Literal["logits", "probs"]
     record_bytes: int
     metadata: dict[str, Any]
     _told = False
+
+    @property
+    def temperature(self) -> float:
+        """The former name of ``T``."""
+        warn("SoftLabelStore.temperature is called T now")
+        return self.T
 
     @classmethod
     def open(cls, path: PathLike, *, writable: bool = False) -> SoftLabelStore:
@@ -92,6 +99,7 @@ class SoftLabelStore(LabelReader):
         return cls(path, writable=writable)
 
     @classmethod
+    @renamed(temperature="T")
     def create(
         cls,
         path: PathLike,
@@ -101,7 +109,7 @@ class SoftLabelStore(LabelReader):
         epochs: int,
         format: Format = "fp16",
         k: int = 10,
-        temperature: float = 1.0,
+        T: float = 1.0,
         target: Literal["logits", "probs"] = "logits",
         classifier: tuple[Tensor, Tensor | None] | None = None,
         record_bytes: int = 0,
@@ -118,7 +126,7 @@ class SoftLabelStore(LabelReader):
             num_images, num_classes, epochs: at least one of each; up to 65536 classes in the top-k formats.
             format: see the class.
             k: classes kept, 1 to num_classes; of the top-k formats only.
-            temperature: at which the labels are trained on, and top-k probabilities are taken of logits.
+            T: the temperature at which the labels are trained on, and top-k probabilities are taken of logits.
             target: what `write` gets: "logits", or "probs" at that temperature. The formats in 8 bits that keep all
                 classes take logits.
             classifier: of "features8", and of that format only: the weight ``[num_classes, D]`` and the bias
@@ -142,8 +150,8 @@ class SoftLabelStore(LabelReader):
             raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if target not in ("logits", "probs"):
             raise ValueError(f"target: expected 'logits' or 'probs', got {target!r}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        if not 0 < T < float("inf"):
+            raise ValueError(f"T: expected a positive number, got {T}")
         if sources not in ("batch", "images"):
             raise ValueError(f"sources: expected 'batch' or 'images', got {sources!r}")
         if target == "probs" and format in ("logits8", "features8"):
@@ -171,7 +179,7 @@ class SoftLabelStore(LabelReader):
             "classifier_crc32": _host.crc32(np.frombuffer(fixed, np.uint8)),
             "flags": flags,
             "target": target,
-            "temperature": float(temperature),
+            "temperature": float(T),
             "record_bytes": int(record_bytes),
             "sources": sources,
             "images": shard,
@@ -322,14 +330,14 @@ class SoftLabelStore(LabelReader):
                 given, kept = (each @ weight.T + bias for each in (given, labels.features.double()))
             elif not self.k:
                 kept = labels.dense.double()
-            logarithms = given / self.temperature
+            logarithms = given / self.T
             given = logarithms.softmax(1)
-        kept = labels.densify().double() if kept is None else (kept / self.temperature).softmax(1)
+        kept = labels.densify().double() if kept is None else (kept / self.T).softmax(1)
         error = gradient_error.measure(given, kept, logarithms)
         if max(error) >= _TELL and not self._told:
             self._told = True
             form = f"{self.format} with k={self.k} of {self.num_classes} classes" if self.k else self.format
-            _log.warning("%s: %s at temperature %g changes gradients by %s", self.path, form, self.temperature, error)
+            _log.warning("%s: %s at temperature %g changes gradients by %s", self.path, form, self.T, error)
         return error
 
     def _error_of(self, epoch: int, block: int) -> GradientError:
@@ -371,7 +379,7 @@ class SoftLabelStore(LabelReader):
     def _encode(self, values: Tensor) -> np.ndarray:
         probs, layout = self.target == "probs", self.layout
         if self.k:
-            how = (self.k, layout.step, probs, self.temperature, ROW_STEP in self.header["flags"])
+            how = (self.k, layout.step, probs, self.T, ROW_STEP in self.header["flags"])
             try:
                 return _host.encode_topk(values.numpy(), *how)
             except ValueError as error:

@@ -1,12 +1,12 @@
 """Losses that match what a network makes of real and of synthetic images: attention, features, gradients."""
 
 from pydistill.matching.attention import attention_match, match_maps
-from pydistill.matching.class_gradients import class_gradients
 from pydistill.matching.class_mean import check_classes, class_mean_match, class_means
-from pydistill.matching.features import Features, features
+from pydistill.matching.discrepancy import mmd
+from pydistill.matching.feature_maps import Features, features
 from pydistill.matching.gradient import gradient_match
 from pydistill.matching.krr import KRRInfo, krr_loss
-from pydistill.matching.mmd import mmd
+from pydistill.matching.per_class import class_gradients
 
 __all__ = [
     "Features",

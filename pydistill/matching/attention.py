@@ -86,12 +86,14 @@ def match_maps(
     norm: Norm = "l2",
     num_classes: int | None = None,
     reduction: Reduction = "sum",
+    backend: str = "auto",
 ) -> Tensor:
     """`attention_match` of attention maps that are there already, such as those of `pydistill.matching.features`.
 
     Args:
         maps_real: a tensor ``[B, M]`` for each layer, not normalised.
         maps_syn: ``[b, M]`` likewise.
+        backend: "auto" or "reference": it is plain torch on every device.
 
     Other arguments, results and errors are those of `attention_match`.
     """
@@ -104,7 +106,7 @@ def match_maps(
     found = [
         class_mean_match(
             *(_normalised(real, norm), _normalised(syn, norm), labels_real, labels_syn),
-            **{"num_classes": num_classes, "reduction": reduction},
+            **{"num_classes": num_classes, "reduction": reduction, "backend": backend},
         )
         for real, syn in zip(maps_real, maps_syn, strict=True)
     ]

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pydistill.ops._operator import check_plain_backend
+
 __all__ = ["check_classes", "class_mean_match", "class_means"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,6 +22,7 @@ def class_mean_match(
     *,
     num_classes: int | None = None,
     reduction: Literal["sum", "mean", "none"] = "sum",
+    backend: str = "auto",
 ) -> Tensor:
     """Squared distance between the class means of real and of synthetic features, of all classes at once.
 
@@ -38,6 +41,7 @@ def class_mean_match(
         num_classes: K. When None, it is one more than the largest label, which waits for the device once; nothing else
             waits for one that is not the CPU.
         reduction: "sum" over the classes, "mean" over those that the labels name, or "none".
+        backend: "auto" or "reference": it is plain torch on every device.
 
     Returns:
         A scalar, or ``[K]`` for reduction "none", where a class that neither side has is 0; in float32 or float64.
@@ -48,6 +52,7 @@ def class_mean_match(
     """
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction: expected 'sum', 'mean' or 'none', got {reduction!r}")
+    check_plain_backend("class_mean_match", backend)
     _check_features("real", f_real, labels_real)
     _check_features("syn", f_syn, labels_syn)
     if f_syn.shape[1] != f_real.shape[1] or f_syn.device != f_real.device:

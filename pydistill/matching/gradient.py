@@ -17,13 +17,14 @@ _PIECE = 4096  # elements that are summed at a time where there are no rows
 
 
 def gradient_match(
-    grads_syn: Sequence[Tensor] | Tensor,
-    grads_real: Sequence[Tensor] | Tensor,
     *,
+    grads_real: Sequence[Tensor] | Tensor,
+    grads_syn: Sequence[Tensor] | Tensor,
     kind: Literal["row_cos", "cos", "mse"] = "row_cos",
     shapes: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-6,
     reduction: Literal["sum", "mean", "none"] = "sum",
+    backend: str = "auto",
 ) -> Tensor:
     """How far the gradient on synthetic images is from that on real ones.
 
@@ -38,13 +39,15 @@ def gradient_match(
     other, and has no gradient. Differentiable in both sides, to any order. Sums are in float32 (float64 for float64).
 
     Args:
-        grads_syn: a tensor for each parameter, as ``torch.autograd.grad`` gives them; or, with ``shapes``, all of them
-            in one vector ``[P]``, or K of those ``[K, P]``, as `pydistill.matching.class_gradients` does.
-        grads_real: as grads_syn, in its dtype.
+        grads_real: a tensor for each parameter, as ``torch.autograd.grad`` gives them; or, with ``shapes``, all of them
+            in one vector ``[P]``, or K of those ``[K, P]``, as `pydistill.matching.class_gradients` does. This side and
+            the next are given by name only: the published codes disagree about which comes first.
+        grads_syn: as grads_real, in its dtype.
         kind: the distance.
         shapes: the parameters' shapes, in order, where the gradients are flat: ``[p.shape for p in net.parameters()]``.
         eps: what is added to the product of the norms.
         reduction: over the K distances: "sum" as the methods have it, "mean", or "none".
+        backend: as of `pydistill.ops.row_products`.
 
     Returns:
         A scalar; ``[K]`` for gradients ``[K, P]`` and reduction "none"; float32 (float64 for float64).
@@ -59,14 +62,14 @@ def gradient_match(
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction: expected 'sum', 'mean' or 'none', got {reduction!r}")
     if isinstance(grads_syn, Tensor) != isinstance(grads_real, Tensor):
-        raise TypeError("grads_real: expected a flat tensor where grads_syn is one, and a sequence where it is not")
-    if isinstance(grads_syn, Tensor):
-        syn, real, shapes, one = *_flat(grads_syn, grads_real, shapes), grads_syn.dim() == 1
+        raise TypeError("grads_syn: expected a flat tensor where grads_real is one, and a sequence where it is not")
+    if isinstance(grads_real, Tensor):
+        real, syn, shapes, one = *_flat(grads_real, grads_syn, shapes), grads_real.dim() == 1
     else:
         if shapes is not None:
             raise ValueError("shapes: expected None for sequences of gradients, which have their own")
-        (syn, real), shapes, one = _joined(grads_syn, grads_real), [g.shape for g in grads_syn], True
-    products = row_products(real, syn, _rows(kind, shapes))  # [K, R, 4]
+        (real, syn), shapes, one = _joined(grads_real, grads_syn), [g.shape for g in grads_real], True
+    products = row_products(real, syn, _rows(kind, shapes), backend=backend)  # [K, R, 4]
     if kind == "mse":
         losses = products[..., 3].sum(1)
     else:
@@ -100,37 +103,37 @@ def _rows(kind: str, shapes: Sequence[Sequence[int]]) -> list[tuple[int, int, in
     return found
 
 
-def _flat(syn: Tensor, real: Tensor, shapes: Sequence[Sequence[int]] | None) -> tuple:
+def _flat(real: Tensor, syn: Tensor, shapes: Sequence[Sequence[int]] | None) -> tuple:
     """Both as [K, P], and the shapes."""
     if shapes is None:
         raise ValueError("shapes: expected the parameters' shapes for flat gradients, got None")
     P = sum(math.prod(shape) for shape in shapes)
-    if syn.dim() not in (1, 2) or syn.shape[-1] != P:
-        raise ValueError(f"grads_syn: expected [{P}] or [K, {P}] for these shapes, got {list(syn.shape)}")
-    if real.shape != syn.shape:
-        raise ValueError(f"grads_real: expected shape {list(syn.shape)} as grads_syn, got {list(real.shape)}")
-    _check_alike("grads_real", real, syn)
-    return *(t.reshape(-1, P) for t in (syn, real)), shapes
+    if real.dim() not in (1, 2) or real.shape[-1] != P:
+        raise ValueError(f"grads_real: expected [{P}] or [K, {P}] for these shapes, got {list(real.shape)}")
+    if syn.shape != real.shape:
+        raise ValueError(f"grads_syn: expected shape {list(real.shape)} as grads_real, got {list(syn.shape)}")
+    _check_alike("grads_syn", syn, "grads_real", real)
+    return *(t.reshape(-1, P) for t in (real, syn)), shapes
 
 
-def _joined(syn: Sequence[Tensor], real: Sequence[Tensor]) -> list[Tensor]:
+def _joined(real: Sequence[Tensor], syn: Sequence[Tensor]) -> list[Tensor]:
     """Both as [1, P]."""
-    for name, side in (("grads_syn", syn), ("grads_real", real)):
+    for name, side in (("grads_real", real), ("grads_syn", syn)):
         for i, g in enumerate(side):
             if not isinstance(g, Tensor):
                 raise TypeError(f"{name}[{i}]: expected a tensor, got {type(g).__name__}")
-    if len(syn) != len(real) or not len(syn):
+    if len(syn) != len(real) or not len(real):
         raise ValueError(
-            f"grads_real: expected as many gradients as grads_syn, and at least one, got {len(real)} and {len(syn)}"
+            f"grads_syn: expected as many gradients as grads_real, and at least one, got {len(syn)} and {len(real)}"
         )
-    for i, (s, r) in enumerate(zip(syn, real, strict=True)):
+    for i, (r, s) in enumerate(zip(real, syn, strict=True)):
         if s.shape != r.shape:
-            raise ValueError(f"grads_real[{i}]: expected shape {list(s.shape)} as grads_syn[{i}], got {list(r.shape)}")
-        _check_alike(f"grads_real[{i}]", r, s)
-    return [torch.cat([g.reshape(-1) for g in side])[None] for side in (syn, real)]
+            raise ValueError(f"grads_syn[{i}]: expected shape {list(r.shape)} as grads_real[{i}], got {list(s.shape)}")
+        _check_alike(f"grads_syn[{i}]", s, f"grads_real[{i}]", r)
+    return [torch.cat([g.reshape(-1) for g in side])[None] for side in (real, syn)]
 
 
-def _check_alike(name: str, real: Tensor, syn: Tensor) -> None:
-    if real.dtype != syn.dtype or real.device != syn.device:
-        wanted, got = (f"{t.dtype} on {t.device}" for t in (syn, real))
-        raise TypeError(f"{name}: expected {wanted} as grads_syn, got {got}")
+def _check_alike(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if t.dtype != other.dtype or t.device != other.device:
+        wanted, got = (f"{each.dtype} on {each.device}" for each in (other, t))
+        raise TypeError(f"{name}: expected {wanted} as {other_name}, got {got}")

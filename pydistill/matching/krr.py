@@ -27,6 +27,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from pydistill.ops._operator import check_plain_backend
+
 __all__ = ["KRRInfo", "krr_loss"]
 
 Form = Literal["auto", "kernel", "weights", "primal"]
@@ -53,18 +55,18 @@ class KRRInfo:
 
 @overload
 def krr_loss(
-    f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor, *, return_info: Literal[False] = ..., **options: Any
+    f_real: Tensor, f_syn: Tensor, *, y_real: Tensor, y_syn: Tensor, return_info: Literal[False] = ..., **options: Any
 ) -> Tensor: ...
 @overload
 def krr_loss(
-    f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor, *, return_info: Literal[True], **options: Any
+    f_real: Tensor, f_syn: Tensor, *, y_real: Tensor, y_syn: Tensor, return_info: Literal[True], **options: Any
 ) -> tuple[Tensor, KRRInfo]: ...
 def krr_loss(
     f_real: Tensor,
     f_syn: Tensor,
-    y_syn: Tensor,
-    y_real: Tensor,
     *,
+    y_real: Tensor,
+    y_syn: Tensor,
     lam: float = 1e-6,
     trace_detach: bool = True,
     bias: bool = False,
@@ -72,6 +74,7 @@ def krr_loss(
     chunk: int | None = None,
     form: Form = "auto",
     return_info: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, KRRInfo]:
     """Squared error of kernel ridge regression fitted on synthetic features and read at real ones.
 
@@ -96,8 +99,8 @@ def krr_loss(
     Args:
         f_real: ``[B, d]`` features of real images; float32, float64, bfloat16 or float16.
         f_syn: ``[m, d]`` features of synthetic images; these and the others have the dtype and device of f_real.
-        y_syn: ``[m, q]`` targets of the synthetic images.
         y_real: ``[B, q]`` targets of the real images.
+        y_syn: ``[m, q]`` targets of the synthetic images.
         lam: ridge in units of the trace of the synthetic kernel, at least 0.
         trace_detach: the trace is a constant in the derivative, as in KRR-ST's code.
         bias: a column of ones behind both features, which is not written.
@@ -106,6 +109,7 @@ def krr_loss(
         form: how it is computed; "auto" takes "primal" where there are fewer features than synthetic rows, and else
             what needs fewer multiplications.
         return_info: also return a `KRRInfo`.
+        backend: "auto" or "reference": it is plain torch on every device.
 
     Returns:
         A scalar, float32 or float64; with ``return_info`` the pair of it and the `KRRInfo`.
@@ -117,6 +121,7 @@ def krr_loss(
     """
     inputs = {"f_real": f_real, "f_syn": f_syn, "y_syn": y_syn, "y_real": y_real}
     _check(inputs, lam, reduction, chunk, form)
+    check_plain_backend("krr_loss", backend)
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in inputs.values())
     B, m, d, q = *map(len, (f_real, f_syn)), *(t.shape[1] for t in (f_syn, y_syn))
     if form == "auto":

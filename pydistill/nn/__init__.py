@@ -1,6 +1,6 @@
 """Student networks as the method repositories define them, on the fused operators."""
 
-from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool, accelerate
+from pydistill.nn.acceleration import Conv2d, InstanceNormReLUAvgPool, accelerate
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.bn_stat_matcher import BNStatMatcher
 from pydistill.nn.convnet import ConvNet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pydistill.nn.accelerate import Conv2d, accelerate
+from pydistill.nn.acceleration import Conv2d, accelerate
 from pydistill.nn.student import Student, is_large
 
 # channels, kernel size and whether a 2x2 max pool follows, of each convolution

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pydistill._renamed import renamed
 from pydistill.nn import _what_runs as what_runs
 from pydistill.nn._bn_patterns import BATCH_NORMS, Graph, Place
 from pydistill.nn._what_runs import Unproven
 from pydistill.ops.bn_stat_match import check_frozen, statistics_forward, statistics_of, summed_loss
-from pydistill.reference.bn_stat_match import Reduction
+from pydistill.reference.bn_stat_match import Kind
 
 _log = logging.getLogger("pydistill")
 _ALONE = "alone"
@@ -52,7 +53,7 @@ class BNStatMatcher:
         w_var: weight of the variances' distance (DWA's decoupled coefficient).
         first: weight of the first BatchNorm, in the order of ``model.modules()``; SRe2L has 10.
         layer_weights: a weight for each BatchNorm in that order, times ``first`` for the first; all 1 by default.
-        reduction: "norm" or "sq", as of `pydistill.bn_stat_match`.
+        kind: "norm" or "sq", as of `pydistill.bn_stat_match`.
         unbiased: see there.
         fuse: whether to look for ReLUs and sums to take in. For that, forwards of modules with BatchNorms of their own
             are traced (`torch.fx`), whenever they are called with other constants or their attributes have changed, and
@@ -69,6 +70,7 @@ class BNStatMatcher:
             ``layer_weights``, another matcher on the model, or a part of it is compiled or scripted.
     """
 
+    @renamed(reduction="kind")
     def __init__(
         self,
         model: nn.Module,
@@ -77,7 +79,7 @@ class BNStatMatcher:
         w_var: float = 1.0,
         first: float = 1.0,
         layer_weights: Sequence[float] | None = None,
-        reduction: Reduction = "norm",
+        kind: Kind = "norm",
         unbiased: bool = False,
         fuse: bool = True,
     ):
@@ -97,8 +99,8 @@ class BNStatMatcher:
                 raise ValueError(
                     f"model: {name or 'itself'}: it has a BNStatMatcher already; remove that matcher first"
                 )
-        if reduction not in ("norm", "sq"):
-            raise ValueError(f"reduction: expected 'norm' or 'sq', got {reduction!r}")
+        if kind not in ("norm", "sq"):
+            raise ValueError(f"kind: expected 'norm' or 'sq', got {kind!r}")
         if layer_weights is not None and len(layer_weights) != len(found):
             raise ValueError(f"layer_weights: expected {len(found)}, one for each BatchNorm, got {len(layer_weights)}")
         weights = [1.0] * len(found) if layer_weights is None else [float(w) for w in layer_weights]
@@ -110,7 +112,7 @@ class BNStatMatcher:
         self._names = {bn: name for name, bn in found.items()}
         self._why: dict[str, str] = {}  # nothing was taken in, by layer
         self._weights = dict(zip(found.values(), weights, strict=True))
-        self._options = (w_mean, w_var, reduction, unbiased)
+        self._options = (w_mean, w_var, kind, unbiased)
         self._found: list[tuple[nn.Module, Tensor]] = []  # in the last call
         self._calling = self._complete = False
         self._kept: tuple[nn.Module, Tensor, Tensor] | None = None  # of the BatchNorm that is being called
@@ -131,10 +133,10 @@ class BNStatMatcher:
         """
         if not self._complete or not self._found:
             raise RuntimeError("loss: expected a forward of the model with a BatchNorm in it, got none since attaching")
-        w_mean, w_var, reduction, _ = self._options
+        w_mean, w_var, kind, _ = self._options
         norms, statistics = zip(*self._found, strict=True)
         weights = [(self._weights[bn] * w_mean, self._weights[bn] * w_var) for bn in norms]
-        return summed_loss(statistics, norms, weights, reduction)
+        return summed_loss(statistics, norms, weights, kind)
 
     def report(self) -> dict[str, str]:
         """How each layer runs, by name: "fused: " and with what, "alone: " or "plain: " and why.
@@ -238,8 +240,8 @@ class BNStatMatcher:
         pool: tuple[int, int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         bn._check_input_dim(x)
-        _, _, reduction, unbiased = self._options
-        return statistics_forward(x, bn, relu, residual, pool, reduction, unbiased)
+        _, _, kind, unbiased = self._options
+        return statistics_forward(x, bn, relu, residual, pool, kind, unbiased)
 
 
 class _Gather(what_runs.StandIn):
@@ -255,8 +257,8 @@ class _Gather(what_runs.StandIn):
         if kept is not None and kept[0] is bn and kept[1] is x:
             statistics = kept[2]
         else:
-            _, _, reduction, unbiased = matcher._options
-            statistics = statistics_of(x, bn, reduction, unbiased)
+            _, _, kind, unbiased = matcher._options
+            statistics = statistics_of(x, bn, kind, unbiased)
         matcher._add(bn, statistics)
 
 

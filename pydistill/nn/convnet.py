@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pydistill.nn.accelerate import accelerate
+from pydistill.nn.acceleration import accelerate
 from pydistill.nn.student import Student
 
 _ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "leakyrelu": lambda: nn.LeakyReLU(0.01), "sigmoid": nn.Sigmoid}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydistill.nn.accelerate import Conv2d, InstanceNormReLUAvgPool
+from pydistill.nn.acceleration import Conv2d, InstanceNormReLUAvgPool
 from pydistill.nn.student import Student, is_large
 
 _RESNET18 = ((64, 1), (128, 2), (256, 2), (512, 2))  # width and stride of each stage of two blocks

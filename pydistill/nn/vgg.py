@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pydistill.nn.accelerate import Conv2d, accelerate
+from pydistill.nn.acceleration import Conv2d, accelerate
 from pydistill.nn.student import Student, is_large
 
 _VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # widths of the convolutions between max pools

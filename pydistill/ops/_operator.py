@@ -127,6 +127,12 @@ def register_filled(library: torch_library.Library, name: str, fake: Formula, fi
         library.impl(name, implementation, key)
 
 
+def check_plain_backend(function: str, backend: str) -> None:
+    """For what is plain torch on every device: `choose_backend` of no kernels."""
+    if backend != "auto":
+        choose_backend(function, backend, torch.device("cpu"), ("reference",))
+
+
 def choose_backend(op: str, backend: str, device: torch.device, available: Sequence[str]) -> str:
     """The backend that runs ``op`` on ``device``: the named one, or for "auto" the device's own. Never another.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._renamed import renamed, warn
 from pydistill.ops._operator import Operator, choose_backend, register_filled
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -30,6 +31,7 @@ KINDS = ("fkl", "rkl", "jsd", "ce")  # in the order of Kind in csrc/kernels/atte
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@renamed(tau_s="T_s", tau_t="T_t")
 def attention_map_divergence(
     q_s: Tensor,
     k_s: Tensor,
@@ -37,16 +39,16 @@ def attention_map_divergence(
     k_t: Tensor,
     *,
     kind: Literal["fkl", "rkl", "jsd", "ce"] = "fkl",
-    tau_s: float | None = None,
-    tau_t: float | None = None,
+    T_s: float | None = None,
+    T_t: float | None = None,
     beta: float = 0.5,
     mask: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Literal["batchmean", "sum", "none"] = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence of the student's attention map ``P_s = softmax(q_s k_s^T / tau_s)`` from the teacher's ``P_t``.
+    """Divergence of the student's attention map ``P_s = softmax(q_s k_s^T / T_s)`` from the teacher's ``P_t``.
 
-    For "fkl" equivalent to ``F.kl_div((q_s @ k_s.mT / tau_s).log_softmax(-1), (q_t @ k_t.mT / tau_t).softmax(-1),
+    For "fkl" equivalent to ``F.kl_div((q_s @ k_s.mT / T_s).log_softmax(-1), (q_t @ k_t.mT / T_t).softmax(-1),
     reduction="none").sum(-1).mean()``, exact, in memory that grows with N + M and not with N * M: on the CPU a thread
     holds a few dozen rows of scores, and one head's keys rearranged. UNIP (Zhang et al., ICLR 2025) distils a layer's
     attention so, MiniLM (Wang et al., NeurIPS 2020) a transformer's; with keys that all queries share it is the loss of
@@ -67,11 +69,11 @@ def attention_map_divergence(
         k_t: its keys ``[..., M, d_t]`` or ``[M, d_t]``.
         kind: "fkl" is ``KL(P_t || P_s)``, "rkl" ``KL(P_s || P_t)``, "ce" ``-sum P_t log P_s``, and "jsd"
             ``beta KL(P_t || Q) + (1 - beta) KL(P_s || Q)`` with ``Q = beta P_t + (1 - beta) P_s``; in nats.
-        tau_s: what the student's scores are divided by; ``sqrt(d_s)`` by default.
-        tau_t: the teacher's; ``sqrt(d_t)`` by default.
+        T_s: what the student's scores are divided by; ``sqrt(d_s)`` by default.
+        T_t: the teacher's; ``sqrt(d_t)`` by default.
         beta: of "jsd", between 0 and 1; the Jensen-Shannon divergence has 0.5.
         mask: bool, broadcastable to ``[..., N, M]``; keys at False take part in neither map.
-        reduction: over all rows: "mean", "sum" or "none".
+        reduction: "batchmean" (the mean over rows), "sum" or "none".
         backend: "auto" (the device's kernel: C++ on the CPU, Triton on GPUs), "reference" (plain torch, any device),
             "cpu", or "triton" (not in float64, and with at most 128 features; the CPU in Triton's interpreter,
             TRITON_INTERPRET=1).
@@ -86,16 +88,19 @@ def attention_map_divergence(
             mask leaves a row without keys. Elsewhere, and under ``vmap`` and ``torch.compile``, that row is NaN.
         NotImplementedError: the backend cannot run here, or a second derivative is asked for.
     """
+    if reduction == "mean":
+        warn("attention_map_divergence: reduction 'mean' is called 'batchmean' now, as in torch")
+        reduction = "batchmean"
     _check(q_s, k_s, q_t, k_t, kind, beta, mask, reduction)
-    tau_s = _temperature("tau_s", tau_s, q_s)
-    tau_t = _temperature("tau_t", tau_t, q_t)
+    T_s = _temperature("T_s", T_s, q_s)
+    T_t = _temperature("T_t", T_t, q_t)
     chosen = choose_backend("attention_map_divergence", backend, q_s.device, BACKENDS)
     common = q_s.dtype
     for tensor in (k_s, q_t, k_t):
         common = torch.promote_types(common, tensor.dtype)
     tensors = tuple(tensor.to(common) for tensor in (q_s, k_s, q_t, k_t))
     if chosen == "reference":
-        return reference.attention_map_divergence(*tensors, kind, tau_s, tau_t, beta, mask, reduction)
+        return reference.attention_map_divergence(*tensors, kind, T_s, T_t, beta, mask, reduction)
     if chosen == "triton" and (common == torch.float64 or max(q_s.shape[-1], q_t.shape[-1]) > 128):
         raise NotImplementedError(
             "attention_map_divergence: backend='triton' has no kernel for float64 or for more than 128 features, got "
@@ -106,9 +111,9 @@ def attention_map_divergence(
     summed = reduction != "none"
     asked = summed and torch.is_grad_enabled()
     with_q, with_k = (asked and tensor.requires_grad for tensor in (q_s, k_s))
-    options = (1 / tau_s, 1 / tau_t, KINDS.index(kind), float(beta), summed, with_q, with_k)
+    options = (1 / T_s, 1 / T_t, KINDS.index(kind), float(beta), summed, with_q, with_k)
     loss = operators.forward(*_as_heads(*tensors, mask), *options)[0]
-    if reduction == "mean":
+    if reduction == "batchmean":
         rows = math.prod(q_s.shape[:-1])
         loss = loss / rows if rows else loss * math.nan
     elif reduction == "none":
@@ -117,12 +122,12 @@ def attention_map_divergence(
     return loss if autocast else loss.to(common)
 
 
-def _temperature(name: str, tau: float | None, q: Tensor) -> float:
-    if tau is None:
+def _temperature(name: str, T: float | None, q: Tensor) -> float:
+    if T is None:
         return math.sqrt(q.shape[-1])
-    if not (isinstance(tau, int | float) and math.isfinite(tau) and tau > 0):
-        raise ValueError(f"{name}: expected a positive number, got {tau!r}")
-    return float(tau)
+    if not (isinstance(T, int | float) and math.isfinite(T) and T > 0):
+        raise ValueError(f"{name}: expected a positive number, got {T!r}")
+    return float(T)
 
 
 def _check(
@@ -130,8 +135,8 @@ def _check(
 ) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected 'fkl', 'rkl', 'jsd' or 'ce', got {kind!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction not in ("batchmean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta!r}")
     named = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}

@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import reference
+from pydistill._renamed import renamed
 from pydistill.ops._bn_match_pool import forward as bn_match_pool
 from pydistill.ops._bn_stat_match_operators import compute_dtype, native, triton
 from pydistill.ops._operator import choose_backend
 from pydistill.ops.max_pool2d import check_pooling
-from pydistill.reference.bn_stat_match import Reduction, norm
+from pydistill.reference.bn_stat_match import Kind, norm
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@renamed(reduction="kind")
 def bn_stat_match(
     x: Tensor,
     running_mean: Tensor,
@@ -29,7 +31,7 @@ def bn_stat_match(
     *,
     w_mean: float = 1.0,
     w_var: float = 1.0,
-    reduction: Reduction = "norm",
+    kind: Kind = "norm",
     unbiased: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -52,7 +54,7 @@ def bn_stat_match(
         running_var: ``[C]``.
         w_mean: weight of the means' distance.
         w_var: weight of the variances' distance.
-        reduction: "norm" for distances in L2, "sq" for their squares, i.e. sums over the channels.
+        kind: of distance: "norm" for the L2 norms over the channels, "sq" for their squares.
         unbiased: whether the variance of ``x`` divides by M - 1 (M elements a channel) and not, as a BatchNorm that
             normalises does, by M.
         backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu", "cuda" or "triton".
@@ -65,18 +67,19 @@ def bn_stat_match(
         ValueError: a shape, device or option does not fit, or there are too few elements for a variance.
         NotImplementedError: the backend cannot run here.
     """
-    _check(x, running_mean, running_var, reduction, unbiased)
+    _check(x, running_mean, running_var, kind, unbiased)
     chosen = choose_backend("bn_stat_match", backend, x.device, BACKENDS)
     if chosen == "reference":
         return reference.bn_stat_match(
-            x, running_mean, running_var, w_mean=w_mean, w_var=w_var, reduction=reduction, unbiased=unbiased
+            x, running_mean, running_var, w_mean=w_mean, w_var=w_var, kind=kind, unbiased=unbiased
         )
     ops = triton if chosen == "triton" else native
     _, statistics, _ = ops.forward(_as_planes(x), None, None, None, False)
     statistics = _unbiased(statistics, x) if unbiased else statistics
-    return _loss(statistics, running_mean, running_var, w_mean, w_var, reduction)
+    return _loss(statistics, running_mean, running_var, w_mean, w_var, kind)
 
 
+@renamed(reduction="kind")
 def bn_match_forward(
     x: Tensor,
     bn: nn.Module,
@@ -86,7 +89,7 @@ def bn_match_forward(
     pool: tuple[int, int, int] | None = None,
     w_mean: float = 1.0,
     w_var: float = 1.0,
-    reduction: Reduction = "norm",
+    kind: Kind = "norm",
     unbiased: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -111,7 +114,7 @@ def bn_match_forward(
             and without a residual; sizes as of `pydistill.ops.max_pool2d`. A ResNet's stem has (3, 2, 1).
         w_mean: as of `bn_stat_match`, as are the next four.
         w_var: see there.
-        reduction: see there.
+        kind: see there.
         unbiased: see there.
         backend: see there.
 
@@ -124,11 +127,11 @@ def bn_match_forward(
         NotImplementedError: the backend cannot run here.
     """
     if backend == "reference":
-        _check_forward(x, bn, residual, pool, reduction, unbiased)
-        options = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
+        _check_forward(x, bn, residual, pool, kind, unbiased)
+        options = {"w_mean": w_mean, "w_var": w_var, "kind": kind, "unbiased": unbiased}
         return reference.bn_match_forward(x, bn, relu=relu, residual=residual, pool=pool, **options)
-    y, statistics = statistics_forward(x, bn, relu, residual, pool, reduction, unbiased, backend)
-    return y, _loss(statistics, bn.running_mean, bn.running_var, w_mean, w_var, reduction)
+    y, statistics = statistics_forward(x, bn, relu, residual, pool, kind, unbiased, backend)
+    return y, _loss(statistics, bn.running_mean, bn.running_var, w_mean, w_var, kind)
 
 
 def statistics_forward(
@@ -137,12 +140,12 @@ def statistics_forward(
     relu: bool,
     residual: Tensor | None,
     pool: tuple[int, int, int] | None,
-    reduction: str,
+    kind: str,
     unbiased: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`bn_match_forward` on a kernel before the distance: ``y``, and means and variances ``[2, C]``."""
-    _check_forward(x, bn, residual, pool, reduction, unbiased)
+    _check_forward(x, bn, residual, pool, kind, unbiased)
     chosen = choose_backend("bn_stat_match", backend, x.device, BACKENDS)
     affine = _affine(bn, compute_dtype(x))
     if pool is not None and chosen == "cpu":
@@ -156,10 +159,10 @@ def statistics_forward(
     return y, _unbiased(statistics, x) if unbiased else statistics
 
 
-def statistics_of(x: Tensor, bn: nn.Module, reduction: str, unbiased: bool) -> Tensor:
+def statistics_of(x: Tensor, bn: nn.Module, kind: str, unbiased: bool) -> Tensor:
     """Means and variances ``[2, C]`` of what a frozen BatchNorm, of whatever forward, is given."""
     check_frozen(bn)
-    _check(x, bn.running_mean, bn.running_var, reduction, unbiased)
+    _check(x, bn.running_mean, bn.running_var, kind, unbiased)
     ops = triton if choose_backend("bn_stat_match", "auto", x.device, BACKENDS) == "triton" else native
     _, statistics, _ = ops.forward(_as_planes(x), None, None, None, False)
     return _unbiased(statistics, x) if unbiased else statistics
@@ -180,11 +183,11 @@ def _check_forward(
     bn: nn.Module,
     residual: Tensor | None,
     pool: tuple[int, int, int] | None,
-    reduction: str,
+    kind: str,
     unbiased: bool,
 ) -> None:
     check_frozen(bn)
-    _check(x, bn.running_mean, bn.running_var, reduction, unbiased)
+    _check(x, bn.running_mean, bn.running_var, kind, unbiased)
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual: expected a tensor or None, got {type(residual).__name__}")
@@ -199,9 +202,9 @@ def _check_forward(
         check_pooling(x, *pool)
 
 
-def _check(x: Tensor, running_mean: Tensor, running_var: Tensor, reduction: str, unbiased: bool) -> None:
-    if reduction not in ("norm", "sq"):
-        raise ValueError(f"reduction: expected 'norm' or 'sq', got {reduction!r}")
+def _check(x: Tensor, running_mean: Tensor, running_var: Tensor, kind: str, unbiased: bool) -> None:
+    if kind not in ("norm", "sq"):
+        raise ValueError(f"kind: expected 'norm' or 'sq', got {kind!r}")
     for name, tensor in (("x", x), ("running_mean", running_mean), ("running_var", running_var)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -239,15 +242,15 @@ def _unbiased(statistics: Tensor, x: Tensor) -> Tensor:
 
 
 def _loss(
-    statistics: Tensor, running_mean: Tensor, running_var: Tensor, w_mean: float, w_var: float, reduction: str
+    statistics: Tensor, running_mean: Tensor, running_var: Tensor, w_mean: float, w_var: float, kind: str
 ) -> Tensor:
     apart = statistics - torch.stack([running_mean, running_var]).to(statistics.dtype)
-    terms = apart.square().sum(1) if reduction == "sq" else norm(apart)
+    terms = apart.square().sum(1) if kind == "sq" else norm(apart)
     return w_mean * terms.sum() if w_mean == w_var else w_mean * terms[0] + w_var * terms[1]
 
 
 def summed_loss(
-    statistics: Sequence[Tensor], norms: Sequence[nn.Module], weights: Sequence[tuple[float, float]], reduction: str
+    statistics: Sequence[Tensor], norms: Sequence[nn.Module], weights: Sequence[tuple[float, float]], kind: str
 ) -> Tensor:
     """The weighted sum of `_loss` over layers, in as many operations as of one: on twenty layers of a few hundred
     numbers each takes longer than its arithmetic."""
@@ -259,7 +262,7 @@ def summed_loss(
     layer = torch.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))  # waits for no device
     of_layer = F.one_hot(layer, len(norms)).to(dtype)
     terms = apart.square() @ of_layer  # [2, layers]
-    if reduction == "norm":
+    if kind == "norm":
         some = terms > 0  # as torch's norm, with the gradient zero where it is zero itself
         terms = torch.where(some, terms, 1).sqrt() * some
     return (terms * torch.tensor(weights, dtype=dtype, device=device).t()).sum().to(statistics[0].dtype)

@@ -122,6 +122,8 @@ def frozen_conv2d(
     chosen = choose_backend("frozen_conv2d", backend, x.device, BACKENDS)
     if chosen == "reference":
         return reference.frozen_conv2d(x, weight, stride)
+    if x.dtype == torch.float16:
+        return frozen_conv2d(x.float(), filters, stride=stride, backend=backend).half()
     if not isinstance(filters, FrozenFilters):
         filters = frozen_filters(weight, x.dtype, stride=stride)
     elif filters.forward.dtype != form:

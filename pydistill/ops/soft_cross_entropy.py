@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pydistill import reference
+from pydistill._renamed import renamed
 from pydistill.ops._operator import Operator, choose_backend
 from pydistill.ops._rows import batch_into_rows, check_class_numbers, check_floating, compute_dtype
 
@@ -28,17 +29,18 @@ KINDS = ("hard", "logits", "probs")  # in the order of Kind in csrc/kernels/soft
 HARD = KINDS.index("hard")
 
 
+@renamed(kind="label_kind")
 def soft_cross_entropy(
     logits: Tensor,
     labels: Tensor,
     *,
-    kind: Literal["hard", "logits", "probs"] = "hard",
+    label_kind: Literal["hard", "logits", "probs"] = "hard",
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Cross entropy of each row of logits against its label, averaged over the rows.
 
-    Equivalent to ``F.cross_entropy(logits, labels.softmax(1) if kind == "logits" else labels, reduction=reduction)``.
+    Equivalent to ``F.cross_entropy(logits, labels, reduction=reduction)``, for label logits with ``labels.softmax(1)``.
     Learned soft labels are how TESLA (Cui et al., ICML 2023) assigns them and DATM (Guo et al., ICLR 2024) optimises
     them, as probabilities or as logits. Differentiable twice in logits and floating labels, in reverse and forward
     mode, under ``torch.func`` and ``torch.compile``; a third derivative raises ``NotImplementedError``. Deterministic:
@@ -49,10 +51,10 @@ def soft_cross_entropy(
     Args:
         logits: ``[N, K]`` with K >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is in float32
             (float64 for float64).
-        labels: int64 ``[N]`` class numbers for kind "hard"; floating ``[N, K]`` for "logits" (a softmax is taken) and
-            "probs" (taken as they are: rows need not sum to one). Where the floating dtypes of labels and logits
-            differ, both are promoted to their common one.
-        kind: what ``labels`` holds.
+        labels: int64 ``[N]`` class numbers where label_kind is "hard"; floating ``[N, K]`` for "logits" (a softmax is
+            taken) and "probs" (taken as they are: rows need not sum to one). Where the floating dtypes of labels and
+            logits differ, both are promoted to their common one.
+        label_kind: what ``labels`` holds.
         reduction: "mean" over the rows, "sum", or "none".
         backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
 
@@ -67,41 +69,41 @@ def soft_cross_entropy(
             of ``vmap`` and ``torch.compile``; elsewhere one that is out of range makes its row's loss and gradient NaN.
         NotImplementedError: the backend cannot run here.
     """
-    _check(logits, labels, kind, reduction)
-    if kind != "hard":
+    _check(logits, labels, label_kind, reduction)
+    if label_kind != "hard":
         common = torch.promote_types(logits.dtype, labels.dtype)
         logits, labels = logits.to(common), labels.to(common)
     chosen = choose_backend("soft_cross_entropy", backend, logits.device, BACKENDS)
     if chosen == "reference":
-        return reference.soft_cross_entropy(logits, labels, kind, reduction)
-    loss = _forward(logits, labels, KINDS.index(kind))
+        return reference.soft_cross_entropy(logits, labels, label_kind, reduction)
+    loss = _forward(logits, labels, KINDS.index(label_kind))
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
     return loss if autocast else loss.to(logits.dtype)
 
 
-def _check(logits: Tensor, labels: Tensor, kind: str, reduction: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected 'hard', 'logits' or 'probs', got {kind!r}")
+def _check(logits: Tensor, labels: Tensor, label_kind: str, reduction: str) -> None:
+    if label_kind not in KINDS:
+        raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     for name, tensor in (("logits", logits), ("labels", labels)):
-        if name == "logits" or kind != "hard" or not isinstance(tensor, Tensor):
+        if name == "logits" or label_kind != "hard" or not isinstance(tensor, Tensor):
             check_floating(name, tensor)
         elif tensor.dtype != torch.int64:
-            raise TypeError(f"labels: expected int64 class numbers for kind='hard', got {tensor.dtype}")
+            raise TypeError(f"labels: expected int64 class numbers for label_kind='hard', got {tensor.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected [N, K] with at least one class, got shape {list(logits.shape)}")
-    expected = logits.shape[:1] if kind == "hard" else logits.shape
+    expected = logits.shape[:1] if label_kind == "hard" else logits.shape
     if labels.shape != expected:
         raise ValueError(
-            f"labels: expected shape {list(expected)} for kind={kind!r} and logits {list(logits.shape)}, "
+            f"labels: expected shape {list(expected)} for label_kind={label_kind!r} and logits {list(logits.shape)}, "
             f"got {list(labels.shape)}"
         )
     if labels.device != logits.device:
         raise ValueError(f"labels: expected device {logits.device} as logits, got {labels.device}")
-    if kind == "hard":
+    if label_kind == "hard":
         check_class_numbers("labels", labels, logits.shape[1], "; ignore_index is not supported")
 
 

@@ -13,23 +13,23 @@ def attention_map_divergence(
     q_t: Tensor,
     k_t: Tensor,
     kind: Literal["fkl", "rkl", "jsd", "ce"] = "fkl",
-    tau_s: float | None = None,
-    tau_t: float | None = None,
+    T_s: float | None = None,
+    T_t: float | None = None,
     beta: float = 0.5,
     mask: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Literal["batchmean", "sum", "none"] = "batchmean",
 ) -> Tensor:
-    """Full maps: ``kl_div(log_softmax(q_s @ k_s.mT / tau_s, -1), softmax(q_t @ k_t.mT / tau_t, -1))``, by row."""
+    """Full maps: ``kl_div(log_softmax(q_s @ k_s.mT / T_s, -1), softmax(q_t @ k_t.mT / T_t, -1))``, by row."""
 
-    def log_softmax(q: Tensor, k: Tensor, tau: float | None) -> Tensor:  # [..., N, M]
-        scores = q @ k.mT / (math.sqrt(q.shape[-1]) if tau is None else tau)
+    def log_softmax(q: Tensor, k: Tensor, T: float | None) -> Tensor:  # [..., N, M]
+        scores = q @ k.mT / (math.sqrt(q.shape[-1]) if T is None else T)
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).log_softmax(-1)
 
     def parts(log: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities, and their logarithms with zero in the place of minus infinity."""
         return log.exp(), log if mask is None else log.masked_fill(~mask, 0.0)
 
-    (s, log_s), (t, log_t) = parts(log_softmax(q_s, k_s, tau_s)), parts(log_softmax(q_t, k_t, tau_t))
+    (s, log_s), (t, log_t) = parts(log_softmax(q_s, k_s, T_s)), parts(log_softmax(q_t, k_t, T_t))
     if kind == "fkl":
         terms = t * (log_t - log_s)
     elif kind == "rkl":
@@ -40,4 +40,4 @@ def attention_map_divergence(
         log_mix = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
         terms = beta * t * (log_t - log_mix) + (1 - beta) * s * (log_s - log_mix)
     loss = terms.sum(-1)
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    return loss if reduction == "none" else loss.mean() if reduction == "batchmean" else loss.sum()

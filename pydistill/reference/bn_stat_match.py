@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Reduction = Literal["norm", "sq"]
+Kind = Literal["norm", "sq"]
 
 
 def norm(x: Tensor) -> Tensor:
@@ -23,14 +23,14 @@ def bn_stat_match(
     *,
     w_mean: float = 1.0,
     w_var: float = 1.0,
-    reduction: Reduction = "norm",
+    kind: Kind = "norm",
     unbiased: bool = False,
 ) -> Tensor:
     """``w_mean |mean(x) - running_mean| + w_var |var(x) - running_var|``, by channel; "sq" has squared norms."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     others = [d for d in range(x.dim()) if d != 1]
     apart = x.mean(others) - running_mean, x.var(others, unbiased=unbiased) - running_var
-    of_mean, of_var = (d.square().sum() if reduction == "sq" else norm(d) for d in apart)
+    of_mean, of_var = (d.square().sum() if kind == "sq" else norm(d) for d in apart)
     return w_mean * of_mean + w_var * of_var
 
 
@@ -43,7 +43,7 @@ def bn_match_forward(
     pool: tuple[int, int, int] | None = None,
     w_mean: float = 1.0,
     w_var: float = 1.0,
-    reduction: Reduction = "norm",
+    kind: Kind = "norm",
     unbiased: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``pool(relu(bn(x) + residual))`` with the running statistics, and `bn_stat_match` of x against them."""
@@ -54,7 +54,7 @@ def bn_match_forward(
     if bn.weight is not None:
         y = y * bn.weight.view(shape) + bn.bias.view(shape)
     y = y.to(wide) if residual is None else y.to(wide) + residual.to(wide)
-    match = {"w_mean": w_mean, "w_var": w_var, "reduction": reduction, "unbiased": unbiased}
+    match = {"w_mean": w_mean, "w_var": w_var, "kind": kind, "unbiased": unbiased}
     loss = bn_stat_match(x, bn.running_mean, bn.running_var, **match)
     y = (y.relu() if relu else y).to(x.dtype)
     return y if pool is None else F.max_pool2d(y, *pool), loss

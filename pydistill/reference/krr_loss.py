@@ -7,8 +7,9 @@ from torch import Tensor
 def krr_loss(
     f_real: Tensor,
     f_syn: Tensor,
-    y_syn: Tensor,
+    *,
     y_real: Tensor,
+    y_syn: Tensor,
     lam: float = 1e-6,
     trace_detach: bool = True,
     bias: bool = False,

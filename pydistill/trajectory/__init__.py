@@ -9,7 +9,7 @@ from pydistill.trajectory.smooth import GSAM, Smoothing
 from pydistill.trajectory.store import ExpertStore
 from pydistill.trajectory.train import DivergedError, TrainResult, train_students
 from pydistill.trajectory.trajectories import Trajectories, as_trajectories
-from pydistill.trajectory.unroll import unroll
+from pydistill.trajectory.unrolling import unroll
 
 __all__ = [
     "GSAM",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pydistill.trajectory.flat import l2_to_reference
-from pydistill.trajectory.unroll import unroll
+from pydistill.trajectory.unrolling import unroll
 
 
 def trajectory_match(

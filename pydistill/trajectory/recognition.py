@@ -24,9 +24,13 @@ _MAX_DEPTH = 8  # of the compiled step
 _RUN = ("forward", "embed", "_conv_forward", "__call__", "_call_impl", "__getattr__")  # what a call of a module runs
 
 
+class Unrecognised(ValueError):
+    """A network is none of the student engine's; the message says why."""
+
+
 def trains_at_once(net: nn.Module, images: Tensor) -> bool:
     """Whether students like ``net`` train on ``images`` at once: then they share all but parameters and data."""
-    return isinstance(convnet_shape(net, images.shape[-3:], images.dtype, images.device), ConvNetShape)
+    return is_recognised(FlatModule(net), images.shape[-3:], images.dtype, images.device)
 
 
 def convnet_shape(
@@ -36,8 +40,8 @@ def convnet_shape(
     device: torch.device | str = "cpu",
     *,
     output: Output = None,
-) -> ConvNetShape | str:
-    """The shape of ``net`` as a ConvNet of the student engine on images ``[C, H, W]``, or why it is none.
+) -> ConvNetShape:
+    """The shape of ``net`` as a ConvNet of the student engine on images ``[C, H, W]``.
 
     The family: ``features``, an ``nn.Sequential`` of blocks 3x3 convolution (padding 1, in the first block any), norm,
     activation, 2x2 pool, possibly run through `pydistill.nn.accelerate`; then ``classifier``, an ``nn.Linear`` of the
@@ -56,44 +60,54 @@ def convnet_shape(
         dtype, device: theirs.
         output: which element of the tuple that ``net`` returns are the logits; None: it returns them alone; "any": it
             does not matter.
+
+    Raises:
+        ValueError: it is none of the family; the message says why.
     """
     return recognised(FlatModule(net), image, dtype, device, output)
 
 
+def is_recognised(
+    flat: FlatModule, image: Sequence[int], dtype: torch.dtype, device: torch.device | str, output: Output = None
+) -> bool:
+    try:
+        recognised(flat, image, dtype, device, output)
+    except Unrecognised:
+        return False
+    return True
+
+
 def recognised(
     flat: FlatModule, image: Sequence[int], dtype: torch.dtype, device: torch.device | str, output: Output = None
-) -> ConvNetShape | str:
+) -> ConvNetShape:
     """`convnet_shape` of the network that ``flat`` stands for."""
     device, net = torch.device(device), flat.net
     if device.type not in ("cpu", "cuda"):
-        return f"there is no student engine on {device.type}"
+        raise Unrecognised(f"there is no student engine on {device.type}")
     if device.type == "cuda" and (missing := _library.unavailable("cuda")):
-        return f"the student engine's CUDA kernels cannot run: {missing}"
+        raise Unrecognised(f"the student engine's CUDA kernels cannot run: {missing}")
     if dtype not in (torch.float32, torch.float64):
-        return f"the student engine computes in float32 and float64, not {dtype}"
+        raise Unrecognised(f"the student engine computes in float32 and float64, not {dtype}")
     features, classifier = net._modules.get("features"), net._modules.get("classifier")
     if type(features) is not nn.Sequential or type(classifier) is not nn.Linear:
-        return "it has no nn.Sequential `features` followed by an nn.Linear `classifier`"
-    if changed := _changed(net, [features, *features, classifier]):
-        return changed
+        raise Unrecognised("it has no nn.Sequential `features` followed by an nn.Linear `classifier`")
+    _check_unchanged(net, [features, *features, classifier])
     own = _Names(flat)
     blocks = _blocks([layer for layer in features if type(layer) is not nn.Identity], own)
-    if isinstance(blocks, str):
-        return blocks
     if not blocks or len(blocks) > _MAX_DEPTH:
-        return f"it has {len(blocks)} blocks, not 1 to {_MAX_DEPTH}"
+        raise Unrecognised(f"it has {len(blocks)} blocks, not 1 to {_MAX_DEPTH}")
     if not own.has(classifier, "bias"):
-        return "its classifier has no bias"
+        raise Unrecognised("its classifier has no bias")
     for i, block in enumerate(blocks):
         if block.kind != blocks[0].kind:
-            return f"block {i} is {dict(block.kind)}, block 0 {dict(blocks[0].kind)}"
+            raise Unrecognised(f"block {i} is {dict(block.kind)}, block 0 {dict(blocks[0].kind)}")
     kind = dict(blocks[0].kind)
     layers = [layer for block in blocks for layer in (block.conv, block.norm) if layer is not None]
     if flat.names != [name for layer in (*layers, classifier) for name in own.of(layer)]:
-        return "it has other parameters, or in another order, than its features and its classifier"
+        raise Unrecognised("it has other parameters, or in another order, than its features and its classifier")
     kept = [b for block in blocks if isinstance(block.norm, nn.BatchNorm2d) for b in block.norm.buffers()]
     if {id(b) for b in net.buffers()} != {id(b) for b in kept}:
-        return "it has other buffers than those of BatchNorm"
+        raise Unrecognised("it has other buffers than those of BatchNorm")
     try:
         shape = ConvNetShape(
             *image,
@@ -103,22 +117,23 @@ def recognised(
             **kind,
         )
     except ValueError as error:
-        return str(error)
+        raise Unrecognised(str(error)) from None
     if device.type == "cuda" and not (shape.fused and shape.biased):
-        return "its CUDA kernels are for GroupNorm(C, C), ReLU, average pool and convolutions with biases"
+        raise Unrecognised("its CUDA kernels are for GroupNorm(C, C), ReLU, average pool and convolutions with biases")
     channels = [image[0], *shape.widths]
     for i, (block, layer) in enumerate(zip(blocks, shape.layers, strict=True)):
         if block.conv.in_channels != channels[i]:
-            return f"its convolution {i} takes {block.conv.in_channels} channels, not {channels[i]}"
+            raise Unrecognised(f"its convolution {i} takes {block.conv.in_channels} channels, not {channels[i]}")
         size = (layer.out_channels, layer.height, layer.width)
         if isinstance(block.norm, nn.LayerNorm) and block.norm.normalized_shape != size:
             its = list(block.norm.normalized_shape)
-            return f"its norm {i} is one of {its}, where {list(image)} images give {list(size)}"
+            raise Unrecognised(f"its norm {i} is one of {its}, where {list(image)} images give {list(size)}")
     if classifier.in_features != shape.features:
-        return (
+        raise Unrecognised(
             f"its classifier takes {classifier.in_features} features where {list(image)} images give {shape.features}"
         )
-    return _other_forward(net, image, dtype, device, output) or shape
+    _check_forward(net, image, dtype, device, output)
+    return shape
 
 
 class _Names:
@@ -149,7 +164,7 @@ _POOLS = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 _NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.LayerNorm, InstanceNormReLUAvgPool)
 
 
-def _blocks(layers: list[nn.Module], own: _Names) -> list[_Block] | str:
+def _blocks(layers: list[nn.Module], own: _Names) -> list[_Block]:
     blocks: list[_Block] = []
     rest = collections.deque(layers)
 
@@ -159,25 +174,25 @@ def _blocks(layers: list[nn.Module], own: _Names) -> list[_Block] | str:
     while rest:
         i, conv = len(blocks), rest.popleft()
         if type(conv) not in (nn.Conv2d, Conv2d):
-            return f"block {i} begins with {type(conv).__name__}, not Conv2d"
+            raise Unrecognised(f"block {i} begins with {type(conv).__name__}, not Conv2d")
         settings = (conv.kernel_size, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
         padding = conv.padding if i == 0 else (1, 1)
         if settings != ((3, 3), (1, 1), (1, 1), 1, "zeros") or conv.padding != padding or padding[0] != padding[-1]:
-            return f"block {i} has {conv}, not a plain 3x3 convolution with padding 1"
+            raise Unrecognised(f"block {i} has {conv}, not a plain 3x3 convolution with padding 1")
         kind: dict[str, Any] = {"biased": own.has(conv, "bias")}
         norm = take(*_NORMS)
-        of_norm = _norm_kind(norm, conv.out_channels, own)
-        if isinstance(of_norm, str):
-            return f"block {i} has {norm}, {of_norm}"
-        kind |= of_norm
+        try:
+            kind |= _norm_kind(norm, conv.out_channels, own)
+        except Unrecognised as reason:
+            raise Unrecognised(f"block {i} has {norm}, {reason}") from None
         fused = isinstance(norm, InstanceNormReLUAvgPool)
         with_relu, with_pool = fused and norm.relu, fused and norm.pool
         if with_pool and not with_relu:
-            return f"block {i} has {norm}, which pools before there is an activation"
+            raise Unrecognised(f"block {i} has {norm}, which pools before there is an activation")
         activation = None if with_relu else take(*_ACTIVATIONS)
         if activation is None and not with_relu:
             found = type(rest[0]).__name__ if rest else "nothing"
-            return f"block {i} has {found} where a norm or an activation was expected"
+            raise Unrecognised(f"block {i} has {found} where a norm or an activation was expected")
         kind["activation"] = "relu" if with_relu else _ACTIVATIONS[type(activation)]
         if isinstance(activation, nn.LeakyReLU):
             kind["slope"] = activation.negative_slope
@@ -187,48 +202,47 @@ def _blocks(layers: list[nn.Module], own: _Names) -> list[_Block] | str:
             sizes = [(v, v) if isinstance(v, int) else tuple(v) for v in sizes]
             others = (pool.ceil_mode, getattr(pool, "divisor_override", None), getattr(pool, "return_indices", False))
             if sizes != [(2, 2), (2, 2), (0, 0)] or others != (False, None, False) or getattr(pool, "dilation", 1) != 1:
-                return f"block {i} has {pool}, not a 2x2 pool"
+                raise Unrecognised(f"block {i} has {pool}, not a 2x2 pool")
         kind["pool"] = "avg" if with_pool else "none" if pool is None else _POOLS[type(pool)]
         blocks.append(_Block(conv, norm, tuple(sorted(kind.items()))))
     return blocks
 
 
-def _norm_kind(norm: nn.Module | None, channels: int, own: _Names) -> dict[str, Any] | str:
-    """The fields of `ConvNetShape`, or what is wrong with it."""
+def _norm_kind(norm: nn.Module | None, channels: int, own: _Names) -> dict[str, Any]:
+    """The fields of `ConvNetShape`."""
     if norm is None:
         return {"norm": "none"}
     if not (own.has(norm, "weight") and own.has(norm, "bias")):
-        return "which has no affine parameters"
+        raise Unrecognised("which has no affine parameters")
     kind: dict[str, Any] = {"eps": norm.eps}
     if isinstance(norm, nn.LayerNorm):
         return kind | {"norm": "layer"}
     if own.shape(norm, "weight") != (channels,):
-        return f"not one of {channels} channels"
+        raise Unrecognised(f"not one of {channels} channels")
     if isinstance(norm, nn.GroupNorm) and norm.num_groups != channels:
         return kind | {"norm": "group", "groups": norm.num_groups}
     if isinstance(norm, nn.BatchNorm2d):
         return kind | {"norm": "batch" if norm.training or norm.running_mean is None else "running"}
     if isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats:
-        return "which keeps running statistics"
+        raise Unrecognised("which keeps running statistics")
     return kind | {"norm": "instance"}
 
 
-def _changed(net: nn.Module, layers: list[nn.Module]) -> str | None:
-    """What runs beside or instead of the modules' own code."""
+def _check_unchanged(net: nn.Module, layers: list[nn.Module]) -> None:
+    """Nothing runs beside or instead of the modules' own code."""
     if torch.nn.modules.module._has_any_global_hook():
-        return "there are hooks on all modules"
+        raise Unrecognised("there are hooks on all modules")
     for module in net.modules():
         kind = type(module).__name__
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks):
-            return f"{kind} has hooks"
+            raise Unrecognised(f"{kind} has hooks")
         for name in _RUN:
             if name in vars(module):
-                return f"{kind} has a {name} set on the instance"
+                raise Unrecognised(f"{kind} has a {name} set on the instance")
     for kind in {type(layer) for layer in layers}:
         if name := _replaced(kind):
-            return f"{kind.__name__}.{name} is not the class's own"
-    return None
+            raise Unrecognised(f"{kind.__name__}.{name} is not the class's own")
 
 
 def _replaced(kind: type) -> str | None:
@@ -244,13 +258,15 @@ def _replaced(kind: type) -> str | None:
     return None
 
 
-def _other_forward(
+def _check_forward(
     net: nn.Module, image: Sequence[int], dtype: torch.dtype, device: torch.device, output: Output
-) -> str | None:
-    """Why ``net``'s forward cannot be taken for ``classifier(flatten(features(x)))``, with its logits at ``output``."""
+) -> None:
+    """``net``'s forward is ``classifier(flatten(features(x)))``, with its logits at ``output``."""
     kind = type(net)
     if kind.forward is Student.forward and kind.embed is Student.embed and not _replaced(kind):
-        return f"output={output} takes an element of a tuple" if isinstance(output, int) else None
+        if isinstance(output, int):
+            raise Unrecognised(f"output={output} takes an element of a tuple")
+        return
     run = _Run(net, device, dtype, image)
     before = [(module, dict(vars(module))) for module in net.modules()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
@@ -262,9 +278,10 @@ def _other_forward(
         finally:
             changed = [module for module, own in before if _restored(module, own)]
     if changed:
-        return f"{kind.__name__}.forward sets attributes of {type(changed[0]).__name__}"
+        raise Unrecognised(f"{kind.__name__}.forward sets attributes of {type(changed[0]).__name__}")
     found = run.refused or run.left() or _returned_else(returned, run.current, output)
-    return None if found is None else f"{kind.__name__}.forward computes something else than {_FORM}: {found}"
+    if found is not None:
+        raise Unrecognised(f"{kind.__name__}.forward computes something else than {_FORM}: {found}")
 
 
 _FORM = "classifier(flatten(features(x)))"

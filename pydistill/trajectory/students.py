@@ -33,7 +33,7 @@ from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.kept_statistics import KeptStatistics
-from pydistill.trajectory.recognition import Output, recognised
+from pydistill.trajectory.recognition import Output, Unrecognised, recognised
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes
 
 Engine = Literal["auto", "student", "compiled", "generic"]
@@ -239,14 +239,17 @@ def choose_students(
     if engine in ("auto", "student"):
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
-        found = blocked or recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
-        if isinstance(found, ConvNetShape):
-            _log.debug("student engine: %s", found)
-            kept = KeptStatistics(flat.net) if found.norm in ("batch", "running") else None
-            return ConvNetStudents(found, label_kind, largest_label, precision, kept)
-        if engine == "student":
-            raise ValueError(f"engine: expected a net that the student engine can run, but {found}")
-        _log.debug("generic engine: %s; engine='compiled' compiles its steps, which 'auto' never does", found)
+        try:
+            if blocked:
+                raise Unrecognised(blocked)
+            shape = recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
+            _log.debug("student engine: %s", shape)
+            kept = KeptStatistics(flat.net) if shape.norm in ("batch", "running") else None
+            return ConvNetStudents(shape, label_kind, largest_label, precision, kept)
+        except Unrecognised as reason:
+            if engine == "student":
+                raise ValueError(f"engine: expected a net that the student engine can run, but {reason}") from None
+            _log.debug("generic engine: %s; engine='compiled' compiles its steps, which 'auto' never does", reason)
     if precision == "tf32":
         raise ValueError("precision: 'tf32' is the student engine's; others do as torch.backends says")
     if engine == "compiled":

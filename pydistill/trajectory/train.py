@@ -33,7 +33,7 @@ from pydistill.trajectory.borrowed import own_buffers, training_mode
 from pydistill.trajectory.flat import FlatModule, gsam_combine, sam_perturbation
 from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.inner_loop import copies, repeat, select_rows
-from pydistill.trajectory.recognition import recognised
+from pydistill.trajectory.recognition import is_recognised
 from pydistill.trajectory.smooth import GSAM, Smoothing, clipped
 from pydistill.trajectory.step import Batch, Descent
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
@@ -203,9 +203,8 @@ def train_students(
     image = images.shape[-3:]
     if augment is not None:
         # a net that takes images as they are says that the augmentation leaves their size
-        found = None if engine == "generic" else recognised(flat, image, images.dtype, images.device, "any")
-        told = hasattr(augment, "shape_after")
-        if told or isinstance(found, str) or is_of_other_size(eval_data, image):
+        known = engine == "generic" or is_recognised(flat, image, images.dtype, images.device, "any")
+        if hasattr(augment, "shape_after") or not known or is_of_other_size(eval_data, image):
             image = _shape_after(augment, images, batch_size, given[0])
     if eval_data is not None:
         check_eval_data(eval_data, images, image)

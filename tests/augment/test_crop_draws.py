@@ -144,7 +144,7 @@ def test_cutmix_pastes_a_box_and_labels_follow_its_area():
         inside[top : top + height, left : left + width] = True
         assert torch.equal(mixed, torch.where(inside, alone[sources[:, 1]], alone))
         torch.testing.assert_close(weights[:, 1], inside.float().mean().expand(5))
-        assert mix_labels(torch.arange(5), record, (10, 14), classes=7).shape == (5, 7)
+        assert mix_labels(torch.arange(5), record, (10, 14), num_classes=7).shape == (5, 7)
         seen.add(height * width > 0)
     assert True in seen
 

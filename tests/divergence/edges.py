@@ -142,12 +142,12 @@ def check_attention(f, kind: str, dtype: torch.dtype) -> None:
         "1e4": [1e4 * t for t in signs],
     }
     for edge, tensors in inputs.items():
-        for tau in (2.0**-4, 1.0, 64.0):
+        for T in (2.0**-4, 1.0, 64.0):
             for beta in (0.3, 1e-9) if kind == "jsd" else (0.3,):  # which nothing else takes
                 for masked in (False, True) if edge != "one row" else (False,):
                     q_s, k_s, *teacher = (t.to(dtype) for t in tensors)
                     wide = [t.double().requires_grad_() for t in (q_s, k_s)]
-                    scores = wide[0] @ wide[1].mT / tau, teacher[0].double() @ teacher[1].double().mT / tau
+                    scores = wide[0] @ wide[1].mT / T, teacher[0].double() @ teacher[1].double().mT / T
                     if masked:
                         scores = tuple(s[..., mask] for s in scores)
                     log_s, log_t = (s.log_softmax(-1) for s in scores)
@@ -163,12 +163,12 @@ def check_attention(f, kind: str, dtype: torch.dtype) -> None:
                     size = 1 + sum(part.detach().abs().sum(-1) for part in parts)
                     truth = torch.autograd.grad(true.sum(), wide)
                     leaves = [x.clone().requires_grad_() for x in (q_s, k_s)]
-                    options = {"kind": kind, "tau_s": tau, "tau_t": tau, "beta": beta}
+                    options = {"kind": kind, "T_s": T, "T_t": T, "beta": beta}
                     loss = f(*leaves, *teacher, mask=mask if masked else None, reduction="none", **options)
                     eps = torch.finfo(dtype).eps
-                    assert ((loss - true).abs() <= eps * 64 * size).all(), (edge, tau, loss, true)
+                    assert ((loss - true).abs() <= eps * 64 * size).all(), (edge, T, loss, true)
                     reach = float(size.max()) if kind == "rkl" else 1.0  # of a row's slope by its scores
                     for found, x, other in zip(torch.autograd.grad(loss.sum(), leaves), truth, (k_s, q_s), strict=True):
-                        bound = 256 * eps * reach * float(other.abs().max()) / tau + 1e-40
+                        bound = 256 * eps * reach * float(other.abs().max()) / T + 1e-40
                         error = float((found - x).abs().max())
-                        assert error <= bound, (edge, tau, beta, masked, error, bound, found, x)
+                        assert error <= bound, (edge, T, beta, masked, error, bound, found, x)

@@ -66,7 +66,7 @@ def test_soft_cross_entropy(backend, edge, kind):
             t, log_p = log_softmax(wide[1]).exp() if kind == "logits" else wide[1], log_softmax(wide[0])
             out = (t == 0) & (log_p == -torch.inf)
             true = -(t * torch.where(out, 0, log_p)).sum(1)
-        loss = soft_cross_entropy(*leaves, kind=kind, reduction="none", backend=backend)
+        loss = soft_cross_entropy(*leaves, label_kind=kind, reduction="none", backend=backend)
         size = 1 + true.detach().abs()
         bound = 32 * torch.finfo(dtype).eps * size
         assert (((loss - true).abs() <= bound) | (loss == true)).all()
@@ -89,7 +89,7 @@ def test_a_class_masked_on_both_sides_takes_no_part_in_learned_labels():
         for backend in BACKENDS:
 
             def loss(a, b, kind=kind, backend=backend):
-                return soft_cross_entropy(a, b, kind=kind, reduction="sum", backend=backend)
+                return soft_cross_entropy(a, b, label_kind=kind, reduction="sum", backend=backend)
 
             found, truth = [], []
             for columns, results in ((slice(None), found), (kept, truth)):
@@ -158,4 +158,4 @@ def test_attention_nmi(edge):
             shared, entropy = torch.special.entr(mean).sum(), torch.special.entr(p).sum(1).mean()
             true = (shared - entropy) / (torch.tensor(len(q)).log() * shared).sqrt() if shared > 0 and len(q) > 1 else 0
             # a quotient by the root of an entropy that may be a few roundings
-            torch.testing.assert_close(float(attention_nmi(q, k, tau=tau)), float(true), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(float(attention_nmi(q, k, T=tau)), float(true), rtol=1e-4, atol=1e-3)

@@ -9,9 +9,9 @@ from pydistill.divergence import attention_map_divergence, attention_nmi, nmi
 from pydistill.ops import attention_map_divergence as op
 
 
-def by_definition(q, k, tau):
+def by_definition(q, k, T):
     """From the joint distribution p(q, k) = map / N of one head, by summing over pairs."""
-    joint = (q @ k.T / tau).softmax(-1) / len(q)
+    joint = (q @ k.T / T).softmax(-1) / len(q)
     of_q, of_k = joint.sum(1), joint.sum(0)
     information = sum(
         joint[i, j] * math.log(joint[i, j] / (of_q[i] * of_k[j])) for i in range(len(q)) for j in range(len(k))
@@ -26,7 +26,7 @@ def test_the_family_has_the_operator():
 
 def test_definition():
     q, k = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
-    found, warm = attention_nmi(q, k), attention_nmi(q, k, tau=0.3)
+    found, warm = attention_nmi(q, k), attention_nmi(q, k, T=0.3)
     assert found.shape == (2, 3)
     for b in range(2):
         for h in range(3):
@@ -51,7 +51,7 @@ def test_chunks_change_nothing(monkeypatch):
     whole = attention_nmi(q, k)
     made = []
     of_heads = nmi._of_heads
-    monkeypatch.setattr(nmi, "_of_heads", lambda q, k, tau: made.append(len(q)) or of_heads(q, k, tau))
+    monkeypatch.setattr(nmi, "_of_heads", lambda q, k, T: made.append(len(q)) or of_heads(q, k, T))
     monkeypatch.setattr(nmi, "_ELEMENTS", 5 * 20 * 30)
     torch.testing.assert_close(attention_nmi(q, k), whole, rtol=0, atol=1e-6)
     assert made == [5, 5, 2]
@@ -75,7 +75,7 @@ def test_dtypes_and_gradients():
         (torch.ones(4, 2, 3), torch.ones(5, 2, 3), {}, ValueError, r"k: expected leading dimensions \(heads\) \[4\]"),
         (torch.ones(2, 3), torch.ones(2, 4), {}, ValueError, "and 3 features as q, got .* and 4"),
         (torch.ones(2, 3), torch.ones(2, 3).double(), {}, ValueError, "k: expected torch.float32 on cpu as q"),
-        (torch.ones(2, 3), torch.ones(2, 3), {"tau": 0}, ValueError, "tau: expected a positive number, got 0"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"T": 0}, ValueError, "T: expected a positive number, got 0"),
     ],
 )
 def test_bad_input(q, k, options, error, message):

@@ -79,7 +79,7 @@ def test_each_step_takes_the_files_of_the_one_before(made, tmp_path):
     assert (made["images"].parent / "images.png").read_bytes().startswith(b"\x89PNG")
     store = SoftLabelStore.open(made["labels"])
     store.check_complete()
-    assert (store.epochs, store.num_images, store.temperature) == (30, 20, 20)
+    assert (store.epochs, store.num_images, store.T) == (30, 20, 20)
 
     student = ("post-train", "--images", made["images"], "--labels", made["labels"], *NET, "--students", "2")
     run(*student, "--out", tmp_path / "soft")
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused_by_name(made, tmp_path, capsys):
 
     half = tmp_path / "half.store"
     whole = SoftLabelStore.open(made["labels"])
-    options = {name: getattr(whole, name) for name in ("num_images", "num_classes", "epochs", "format", "temperature")}
+    options = {name: getattr(whole, name) for name in ("num_images", "num_classes", "epochs", "format", "T")}
     options |= {"record_bytes": whole.record_bytes, "batch_size": whole.batch_size, "metadata": whole.metadata}
     SoftLabelStore.create(half, **options).close()
     post = ("post-train", "--images", made["images"], *NET)

@@ -314,7 +314,7 @@ def test_datadam(kind):
     def make():
         return classwise(network(kind, both=True))
 
-    assert not isinstance(convnet_shape(make()["net"], (3, SIDE, SIDE), torch.float64, output="any"), str)
+    assert convnet_shape(make()["net"], (3, SIDE, SIDE), torch.float64, output="any").numel > 0
     found, ours = (run(code, make)["images"] for code in pair("DataDAM"))
     check({"images": found}, {"images": ours})
 

@@ -92,7 +92,7 @@ def files(made, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("files")
     run(*SQUEEZE, "--epochs", "1", "--image-size", "10", "--out", folder / "other")
-    options = {"num_images": 10, "num_classes": 10, "epochs": 1, "format": "fp16", "temperature": 1.0}
+    options = {"num_images": 10, "num_classes": 10, "epochs": 1, "format": "fp16", "T": 1.0}
     SoftLabelStore.create(folder / "foreign.store", **options, batch_size=5).close()
     return made | {"other": folder / "other" / "teacher.safetensors", "foreign": folder / "foreign.store"}
 

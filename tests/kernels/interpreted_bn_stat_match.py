@@ -65,7 +65,7 @@ def _double(bn: nn.BatchNorm2d) -> nn.BatchNorm2d:
 def test_statistics_alone_and_layouts_of_others() -> None:
     x = torch.randn(3, 7, 9, 8, dtype=torch.float64)[..., ::2].requires_grad_()
     mean, var = torch.randn(7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
-    for options in ({}, {"reduction": "sq", "unbiased": True, "w_var": 3.0}):
+    for options in ({}, {"kind": "sq", "unbiased": True, "w_var": 3.0}):
         found = bn_stat_match(x, mean, var, backend="triton", **options)
         truth = reference.bn_stat_match(x, mean, var, **options)
         assert_close("loss", found, truth, rtol=1e-12)

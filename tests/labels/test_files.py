@@ -42,7 +42,7 @@ def make(folder: Path) -> None:
         options = {"classifier": (WEIGHT, BIAS)} if format == "features8" else {}
         with SoftLabelStore.create(
             folder / f"v2-{format}.store",
-            **{"num_images": N, "num_classes": C, "epochs": EPOCHS, "format": format, "k": K, "temperature": T},
+            **{"num_images": N, "num_classes": C, "epochs": EPOCHS, "format": format, "k": K, "T": T},
             **{"target": "probs" if format == "bf16" else "logits", "record_bytes": 58 if format == "fp16" else 2},
             **{"batch_size": 3, "metadata": {"teacher": "made up"}, **options},
         ) as store:
@@ -63,7 +63,7 @@ def test_files_of_every_version_and_format_read(version, format):
     with SoftLabelStore(FILES / f"v{version}-{format}.store") as store:
         store.verify()
         store.check_complete()
-        assert (store.version, store.format, store.temperature, store.num_images) == (version, format, T, N)
+        assert (store.version, store.format, store.T, store.num_images) == (version, format, T, N)
         assert (store.metadata, store.layout.sources, store.batch_size) == ({"teacher": "made up"}, "batch", 3)
         assert store.target == ("probs" if format == "bf16" else "logits")
         for epoch in range(EPOCHS):

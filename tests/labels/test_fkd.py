@@ -50,7 +50,7 @@ def test_files_are_imported(tmp_path, mix, format):
         tmp_path / "fkd", tmp_path / "store", format=format, k=4, metadata={"teacher": "t"}, **SIZES
     ) as store:
         assert (store.num_images, store.num_classes, store.epochs, store.batch_size) == (N, C, EPOCHS, BATCH)
-        assert (store.temperature, store.completed) == (T, EPOCHS)
+        assert (store.T, store.completed) == (T, EPOCHS)
         assert store.metadata == {"teacher": "t", "imported": "fkd", "seed": 42}
         for (epoch, b), (ids, (*_, logits)) in saved.items():
             assert store.batches(epoch)[b] == ids

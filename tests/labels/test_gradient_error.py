@@ -37,7 +37,7 @@ def students(logits):
 
 def store_of(path, labels, format, T=1.0, k=10, **options):
     sizes = {"num_images": len(labels), "num_classes": C, "epochs": 1, "batch_size": len(labels)}
-    with SoftLabelStore.create(path, **sizes, format=format, k=k, temperature=T, **options) as store:
+    with SoftLabelStore.create(path, **sizes, format=format, k=k, T=T, **options) as store:
         store.write(0, torch.arange(len(labels)), labels)
     return SoftLabelStore.open(path)
 
@@ -92,7 +92,7 @@ def test_what_loses_nothing_says_nothing_is_lost(tmp_path):
 
 def test_a_store_says_its_error_from_the_first_batch_on_and_through_merging(tmp_path):
     logits = teacher()
-    sizes = {"num_images": N, "num_classes": C, "epochs": 1, "batch_size": 12, "format": "topk8", "temperature": 20.0}
+    sizes = {"num_images": N, "num_classes": C, "epochs": 1, "batch_size": 12, "format": "topk8", "T": 20.0}
     found = []
     for rank in range(2):
         with SoftLabelStore.create(tmp_path / f"{rank}", **sizes, images=range(rank, N, 2)) as store:
@@ -110,7 +110,7 @@ def test_a_store_says_its_error_from_the_first_batch_on_and_through_merging(tmp_
 @pytest.mark.parametrize(("format", "T", "told"), [("topk8", 20.0, True), ("logits8", 20.0, False)])
 def test_much_of_it_is_said_aloud_and_once(tmp_path, caplog, format, T, told):
     with caplog.at_level(logging.WARNING, "pydistill"):
-        sizes = {"num_images": N, "num_classes": C, "epochs": 2, "batch_size": N, "format": format, "temperature": T}
+        sizes = {"num_images": N, "num_classes": C, "epochs": 2, "batch_size": N, "format": format, "T": T}
         with SoftLabelStore.create(tmp_path / "store", **sizes) as store:
             for epoch in range(2):
                 store.write(epoch, range(N), teacher())

@@ -24,7 +24,7 @@ N, C, EPOCHS, BATCH, RECORD = 25, 12, 3, 8, 5
 T = 4.0
 OPTIONS = {
     **{"num_images": N, "num_classes": C, "epochs": EPOCHS, "batch_size": BATCH, "record_bytes": RECORD},
-    **{"temperature": T, "format": "topk8", "k": 3},
+    **{"T": T, "format": "topk8", "k": 3},
 }
 BLOCK = 64 + 192  # bytes: images, and rows of 4 + 9 + 5 bytes, to the next multiple of 64
 ENTRY = 24
@@ -84,7 +84,7 @@ def test_labels_come_back(path, format, target):
     with SoftLabelStore.open(path) as store:
         assert (store.completed, store.k, store.target) == (EPOCHS, 3 if "topk" in format else 0, target)
         assert (store.num_images, store.num_classes, store.epochs, len(store)) == (N, C, EPOCHS, N)
-        assert (store.temperature, store.batch_size, store.blocks) == (T, BATCH, 4)
+        assert (store.T, store.batch_size, store.blocks) == (T, BATCH, 4)
         assert store.metadata == {"teacher": "resnet18"}
         assert store.format in repr(store)
         store.verify()
@@ -354,7 +354,7 @@ def test_what_is_no_store_is_refused(filled, tmp_path):
         ({"record_bytes": -1}, "record_bytes: expected at least 0, got -1"),
         ({"format": "fp8"}, "format: expected one of fp32, fp16, bf16, logits8, features8, topk, topk8, got 'fp8'"),
         ({"target": "hard"}, "target: expected 'logits' or 'probs', got 'hard'"),
-        ({"temperature": 0.0}, "temperature: expected a positive number, got 0"),
+        ({"T": 0.0}, "T: expected a positive number, got 0"),
         ({"sources": "place"}, "sources: expected 'batch' or 'images', got 'place'"),
         ({"format": "logits8", "target": "probs"}, "target: expected 'logits' for 'logits8', got 'probs'"),
         (
@@ -638,7 +638,7 @@ def test_shards_that_do_not_fit_are_named(path, tmp_path):
         ),
         (shard("other_k", range(10, N), k=4), r"other_k: k: expected 3 as .*first has, got 4"),
         (
-            shard("other_T", range(10, N), temperature=1.0),
+            shard("other_T", range(10, N), T=1.0),
             r"other_T: temperature: expected 4\.0 as .*first has, got 1\.0",
         ),
     ):

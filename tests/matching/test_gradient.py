@@ -29,6 +29,10 @@ def literal_match(real, syn, kind):
     return total
 
 
+def distance(real, syn, **options):
+    return gradient_match(grads_real=real, grads_syn=syn, **options)
+
+
 SHAPES = [(4, 3, 3, 3), (4,), (4,), (4,), (5, 70), (5,), (2, 3, 1)]
 KINDS = ("row_cos", "cos", "mse")
 
@@ -63,9 +67,9 @@ def test_the_loss_and_two_derivatives_are_the_codes(kind):
     expected = orders(literal_match(real, syn, kind))
     assert expected[0] > 0.1
     for found in (
-        gradient_match(syn, real, kind=kind),
-        gradient_match(flattened(syn), flattened(real), kind=kind, shapes=SHAPES),
-        gradient_match(flattened(syn)[None], flattened(real)[None], kind=kind, shapes=SHAPES, reduction="none")[0],
+        distance(real, syn, kind=kind),
+        distance(flattened(real), flattened(syn), kind=kind, shapes=SHAPES),
+        distance(flattened(real)[None], flattened(syn)[None], kind=kind, shapes=SHAPES, reduction="none")[0],
     ):
         assert found.shape == ()
         for actual, truth in zip(orders(found), expected, strict=True):
@@ -76,23 +80,23 @@ def test_the_loss_and_two_derivatives_are_the_codes(kind):
 def test_reductions(kind):
     syn, real = gradients(3)
     each = torch.stack([literal_match([r[k] for r in real], [s[k] for s in syn], kind) for k in range(3)])
-    pair = flattened(syn, 3), flattened(real, 3)
+    pair = flattened(real, 3), flattened(syn, 3)
     for reduction, truth in (("none", each), ("sum", each.sum()), ("mean", each.mean())):
-        torch.testing.assert_close(gradient_match(*pair, kind=kind, shapes=SHAPES, reduction=reduction), truth)
-    torch.testing.assert_close(gradient_match(*pair, kind=kind, shapes=SHAPES), each.sum())
+        torch.testing.assert_close(distance(*pair, kind=kind, shapes=SHAPES, reduction=reduction), truth)
+    torch.testing.assert_close(distance(*pair, kind=kind, shapes=SHAPES), each.sum())
 
 
 def test_float32_and_half_precision():
     for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
         syn, real = gradients(dtype=dtype)
-        found = gradient_match(syn, real)
+        found = distance(real, syn)
         assert found.dtype == torch.float32
         truth = literal_match([g.detach().double() for g in real], [g.detach().double() for g in syn], "row_cos")
         assert found.item() == pytest.approx(truth.item(), rel=1e-5)  # the inputs are rounded, the sums are not
         assert all(g.dtype == dtype for g in torch.autograd.grad(found, syn))
         wide = literal_match(*([g.double() for g in side] for side in (real, syn)), "row_cos")
         expected = torch.autograd.grad(wide, syn, materialize_grads=True)
-        actual = torch.autograd.grad(gradient_match(syn, real), syn)
+        actual = torch.autograd.grad(distance(real, syn), syn)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=rtol, atol=1e-3 * rtol)
 
@@ -101,7 +105,7 @@ def test_float32_and_half_precision():
 def test_rows_that_are_zero_have_distance_one_and_no_gradient(kind):
     """Filters that no image reaches have gradients of exact zeros; their norm must not make a NaN of its derivative."""
     real, syn = torch.randn(2, 6, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64).requires_grad_()
-    loss = gradient_match([syn], [real], kind=kind)
+    loss = distance([real], [syn], kind=kind)
     assert loss.item() == (2 if kind == "row_cos" else 1)
     (grad,) = torch.autograd.grad(loss, syn, create_graph=True)
     (expected,) = torch.autograd.grad(literal_match([real], [syn], kind), syn)
@@ -115,7 +119,7 @@ def test_long_gradients_are_summed_in_pieces():
     real, syn = torch.randn(2, 10_000, generator=generator, dtype=torch.float64)
     for kind in ("cos", "mse"):
         for size in (4095, 4096, 4097, 8192, 10_000):
-            found = gradient_match([syn[:size]], [real[:size]], kind=kind)
+            found = distance([real[:size]], [syn[:size]], kind=kind)
             torch.testing.assert_close(found, literal_match([real[:size]], [syn[:size]], kind))
 
 
@@ -127,22 +131,22 @@ G = torch.ones(2, 3)
     [
         ([G], [G], {"kind": "l1"}, ValueError, "kind: expected 'row_cos', 'cos' or 'mse', got 'l1'"),
         ([G], [G], {"reduction": "max"}, ValueError, "reduction: expected 'sum', 'mean' or 'none', got 'max'"),
-        ([G, G], [G], {}, ValueError, "grads_real: expected as many gradients as grads_syn.*, got 1 and 2"),
+        ([G, G], [G], {}, ValueError, "grads_syn: expected as many gradients as grads_real.*, got 2 and 1"),
         ([], [], {}, ValueError, "at least one, got 0 and 0"),
-        ([G, G], [G, G.T], {}, ValueError, r"grads_real\[1\]: expected shape \[2, 3\] as grads_syn\[1\], got \[3, 2\]"),
+        ([G, G], [G, G.T], {}, ValueError, r"grads_syn\[1\]: expected shape \[3, 2\] as grads_real\[1\], got \[2, 3\]"),
         ([G, None], [G, G], {}, TypeError, r"grads_syn\[1\]: expected a tensor, got NoneType"),
-        ([G], [G.double()], {}, TypeError, r"grads_real\[0\]: expected torch.float32 .*, got torch.float64"),
-        ([G], G, {}, TypeError, "grads_real: expected a flat tensor where grads_syn is one"),
+        ([G], [G.double()], {}, TypeError, r"grads_syn\[0\]: expected torch.float64 .*, got torch.float32"),
+        ([G], G, {}, TypeError, "grads_syn: expected a flat tensor where grads_real is one"),
         ([G], [G], {"shapes": [(2, 3)]}, ValueError, "shapes: expected None for sequences"),
         (G, G, {}, ValueError, "shapes: expected the parameters' shapes for flat gradients, got None"),
-        (G, G, {"shapes": [(2, 2)]}, ValueError, r"grads_syn: expected \[4\] or \[K, 4\] .*, got \[2, 3\]"),
-        (G, G[:1], {"shapes": [(3,)]}, ValueError, r"grads_real: expected shape \[2, 3\] as grads_syn, got \[1, 3\]"),
-        (G, G.double(), {"shapes": [(3,)]}, TypeError, "grads_real: expected torch.float32"),
+        (G, G, {"shapes": [(2, 2)]}, ValueError, r"grads_real: expected \[4\] or \[K, 4\] .*, got \[2, 3\]"),
+        (G, G[:1], {"shapes": [(3,)]}, ValueError, r"grads_syn: expected shape \[1, 3\] as grads_real, got \[2, 3\]"),
+        (G, G.double(), {"shapes": [(3,)]}, TypeError, "grads_syn: expected torch.float64"),
     ],
 )
 def test_what_does_not_fit_is_named(syn, real, options, error, message):
     with pytest.raises(error, match=message):
-        gradient_match(syn, real, **options)
+        distance(real, syn, **options)
 
 
 # ---- the gradients
@@ -185,9 +189,9 @@ def test_against_autograd_through_the_matching_loss(engine, labels):
     theta = flat.parameters().requires_grad_()
 
     def results(gradients):
-        pair = gradients(syn, syn_labels), gradients(real, real_labels)
-        loss = gradient_match(*pair, shapes=flat.shapes)
-        return pair[0].detach(), loss.detach(), *torch.autograd.grad(loss, (syn, real, theta))
+        pair = gradients(real, real_labels), gradients(syn, syn_labels)
+        loss = distance(*pair, shapes=flat.shapes)
+        return pair[1].detach(), loss.detach(), *torch.autograd.grad(loss, (syn, real, theta))
 
     found = results(lambda x, y: class_gradients(net, theta, x, y, engine=engine))
     truth = results(lambda x, y: literal_gradients(net, theta, x, y, range(4)))
@@ -252,8 +256,8 @@ def test_bf16_points_the_same_way():
 
     def image_gradient(precision):
         x = syn.clone().requires_grad_()
-        pair = (class_gradients(net, flat.parameters(), each, labels, precision=precision) for each in (x, real))
-        loss = gradient_match(*pair, shapes=flat.shapes)
+        pair = (class_gradients(net, flat.parameters(), each, labels, precision=precision) for each in (real, x))
+        loss = distance(*pair, shapes=flat.shapes)
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
     (loss, exact), (rounded_loss, rounded) = image_gradient("fp32"), image_gradient("bf16")

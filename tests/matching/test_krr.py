@@ -3,10 +3,18 @@
 import pytest
 import torch
 
-from pydistill.matching import krr_loss
-from pydistill.reference import krr_loss as reference
+from pydistill import matching
+from pydistill import reference as definitions
 
 FORMS = ("kernel", "weights", "primal")
+
+
+def krr_loss(f_real, f_syn, y_syn, y_real, **options):
+    return matching.krr_loss(f_real, f_syn, y_real=y_real, y_syn=y_syn, **options)
+
+
+def reference(f_real, f_syn, y_syn, y_real, **options):
+    return definitions.krr_loss(f_real, f_syn, y_real=y_real, y_syn=y_syn, **options)
 
 
 def problem(B=7, m=5, d=9, q=3, dtype=torch.float64):

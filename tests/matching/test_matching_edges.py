@@ -58,13 +58,13 @@ LOSSES = {
     "match_maps none": (of_maps(match_maps, norm="none"), class_means),
     "attention_match p=1": (of_features(1.0), attention(1)),
     "attention_match p=4": (of_features(4.0), attention(4)),
-    "gradient_match row_cos": (lambda a, b: gradient_match([b], [a]), row_cosines),
+    "gradient_match row_cos": (lambda a, b: gradient_match(grads_real=[a], grads_syn=[b]), row_cosines),
     "gradient_match cos": (
-        lambda a, b: gradient_match([b], [a], kind="cos"),
+        lambda a, b: gradient_match(grads_real=[a], grads_syn=[b], kind="cos"),
         lambda a, b: row_cosines(a.reshape(1, -1), b.reshape(1, -1)),
     ),
     "gradient_match mse": (
-        lambda a, b: gradient_match([b], [a], kind="mse"),
+        lambda a, b: gradient_match(grads_real=[a], grads_syn=[b], kind="mse"),
         lambda a, b: (a - b).square().sum(),
     ),
 }
@@ -115,8 +115,8 @@ def test_krr_loss(edge, form):
     real, syn = EDGES[edge]
     y_syn, y_real = R[0, : len(syn), :3], R[1, : len(real), :3]
     leaf, wide = syn.clone().requires_grad_(), syn.double().requires_grad_()
-    loss = krr_loss(real, leaf, y_syn, y_real, form=form, lam=1e-2)
-    truth = reference.krr_loss(real.double(), wide, y_syn.double(), y_real.double(), lam=1e-2)
+    loss = krr_loss(real, leaf, y_real=y_real, y_syn=y_syn, form=form, lam=1e-2)
+    truth = reference.krr_loss(real.double(), wide, y_real=y_real.double(), y_syn=y_syn.double(), lam=1e-2)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-6)
     if edge != "denormal":  # more than float32 holds
         (found,), (true,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(truth, wide)

@@ -43,7 +43,7 @@ def test_equals_a_literal_loop():
     teacher, student = pair()
     theirs = copy.deepcopy(student)
     before = copy.deepcopy(teacher.state_dict())
-    assert distill_attention(teacher, student, images, layer=1, epochs=epochs, **OPTIMISATION) == 1
+    assert distill_attention(images, student=student, teacher=teacher, layer=1, epochs=epochs, **OPTIMISATION) == 1
 
     decayed = [p for p in theirs.parameters() if p.dim() > 1]
     others = [p for p in theirs.parameters() if p.dim() <= 1]
@@ -77,7 +77,7 @@ def test_the_layer_is_the_one_nearest_to_the_target():
     assert len({round(value, 12) for value in found}) == 3
     for layer, value in enumerate(found):
         assert choose_layer(teacher, images, value)[0] == layer
-        chosen = distill_attention(teacher, student, images, target_nmi=value, epochs=1, **OPTIMISATION)
+        chosen = distill_attention(images, student=student, teacher=teacher, target_nmi=value, epochs=1, **OPTIMISATION)
         assert chosen == layer
 
 
@@ -85,7 +85,9 @@ def test_heads_that_do_not_match_are_named():
     teacher, _ = pair()
     student = ViT(1, 3, width=6, depth=2, image_size=8, heads=2).double()
     with pytest.raises(ValueError, match=r"q_t: expected leading dimensions \(heads\) \[5, 2\].*got \[5, 3\]"):
-        distill_attention(teacher, student, torch.randn(12, 1, 8, 8).double(), layer=0, epochs=1, **OPTIMISATION)
+        distill_attention(
+            torch.randn(12, 1, 8, 8).double(), student=student, teacher=teacher, layer=0, epochs=1, **OPTIMISATION
+        )
 
 
 def test_cut_off_after_any_epoch_it_ends_in_the_same_bits():
@@ -96,10 +98,10 @@ def test_cut_off_after_any_epoch_it_ends_in_the_same_bits():
     def keep(record, state):
         states.append({name: value.clone() for name, value in state.items()})
 
-    distill_attention(teacher, student, images, layer=1, epochs=4, on_epoch=keep, **OPTIMISATION)
+    distill_attention(images, student=student, teacher=teacher, layer=1, epochs=4, on_epoch=keep, **OPTIMISATION)
     for state in states[:3]:
         other = pair(torch.float32)[1]
-        distill_attention(teacher, other, images, layer=1, epochs=4, state=state, **OPTIMISATION)
+        distill_attention(images, student=other, teacher=teacher, layer=1, epochs=4, state=state, **OPTIMISATION)
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
 
 

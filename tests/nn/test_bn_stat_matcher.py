@@ -134,7 +134,7 @@ def hooked(model, x, weights=None, first=1.0, **options):
     return y, sum(terms), torch.autograd.grad(y.square().sum() + sum(terms), x)[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"first": 10.0, "w_mean": 0.5, "w_var": 2.0, "reduction": "sq"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"first": 10.0, "w_mean": 0.5, "w_var": 2.0, "kind": "sq"}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_against_hooks(name, options):
     make, shape, fused = MODELS[name]
@@ -254,7 +254,7 @@ def test_moving_the_model_afterwards():
         (ValueError, "layer_weights: expected 6, .* got 2", lambda: residual_net().eval(), {"layer_weights": [1, 2]}),
         (
             ValueError,
-            "reduction: expected 'norm' or 'sq', got 'l1'",
+            "kind: expected 'norm' or 'sq', got 'l1'",
             lambda: residual_net().eval(),
             {"reduction": "l1"},
         ),

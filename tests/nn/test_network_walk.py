@@ -8,8 +8,9 @@ import torch
 
 from bench.networks import apart, batch_norms, build, hooked, randomise, tensors, things_set
 from pydistill.nn import BNStatMatcher, freeze
+from tests.peers import peer
 
-pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm torchvision")
+peer("timm")
 
 # with the side of the images that it takes
 TORCHVISION = {

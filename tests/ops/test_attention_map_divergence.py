@@ -95,7 +95,7 @@ def case(name, lead, N, M, d_s, d_t, *, keys="own", layout="dense", scale=1.0, m
 CASES = [
     *(case(f"{kind} {red}", (2, 3), 7, 11, 5, 9, kind=kind, reduction=red)
       for kind in KINDS for red in ("mean", "none")),
-    *(case(f"{kind} own temperatures", (4,), 13, 17, 8, 3, kind=kind, tau_s=0.7, tau_t=1.3, reduction="sum")
+    *(case(f"{kind} own temperatures", (4,), 13, 17, 8, 3, kind=kind, T_s=0.7, T_t=1.3, reduction="sum")
       for kind in KINDS),
     case("jsd beta", (2,), 9, 10, 6, 6, kind="jsd", beta=0.1),
     case("one query, one key", (1,), 1, 1, 1, 1, kind="ce"),
@@ -277,10 +277,10 @@ BAD = [
     ({"q_t": Q.clone().requires_grad_()}, ValueError, r"q_t: expected a teacher without gradient.*pass q_t.detach\(\)"),
     ({"k_t": K.clone().requires_grad_()}, ValueError, r"k_t: expected a teacher without gradient.*pass k_t.detach\(\)"),
     ({"kind": "kl"}, ValueError, "kind: expected 'fkl', 'rkl', 'jsd' or 'ce', got 'kl'"),
-    ({"reduction": "batchmean"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'batchmean'"),
+    ({"reduction": "max"}, ValueError, "reduction: expected 'batchmean', 'sum' or 'none', got 'max'"),
     ({"beta": 1.0}, ValueError, "beta: expected a number between 0 and 1, got 1.0"),
-    ({"tau_s": 0.0}, ValueError, "tau_s: expected a positive number, got 0.0"),
-    ({"tau_t": math.nan}, ValueError, "tau_t: expected a positive number, got nan"),
+    ({"T_s": 0.0}, ValueError, "T_s: expected a positive number, got 0.0"),
+    ({"T_t": math.nan}, ValueError, "T_t: expected a positive number, got nan"),
     ({"mask": torch.ones(4, 5)}, TypeError, "mask: expected a bool tensor, got torch.float32"),
     ({"mask": torch.ones(5, 4, dtype=torch.bool)}, ValueError, r"mask: expected a shape that broadcasts to "
                                                               r"\[2, 3, 4, 5\], got \[5, 4\]"),

@@ -93,7 +93,7 @@ def tensors(shape, layout="dense", parameters=0, residual=False):
     return make
 
 
-OPTIONS = [{"w_mean": 0.3, "w_var": 11.0}, {"reduction": "sq", "unbiased": True}]
+OPTIONS = [{"w_mean": 0.3, "w_var": 11.0}, {"kind": "sq", "unbiased": True}]
 # registers are 4 to 16 lanes, rows go in fours
 CASES = [Case(f"{o} {s}", tensors((2, 5, 3, 3), s), o) for o in OPTIONS for s in ("dense", "channels_last")]
 CASES += [Case(layout, tensors((3, 17, 2, 5), layout)) for layout in ("slice", "transposed", "expanded")]
@@ -227,7 +227,7 @@ def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(layout):
 def test_the_gradient_of_a_zero_norm_is_zero():
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     statistics = torch.ops.pydistill.bn_stat_match(x.detach().flatten(2), None, None, None, False)[1]
-    for options in ({}, {"reduction": "sq"}):
+    for options in ({}, {"kind": "sq"}):
         (first,) = torch.autograd.grad(bn_stat_match(x, *statistics.unbind(), **options), x)
         assert torch.equal(first, torch.zeros_like(x))
     constant = torch.full((2, 3, 4, 4), 0.1, requires_grad=True)
@@ -323,7 +323,7 @@ X, MEAN, VAR = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
         (ValueError, r"running_var: expected \[3\]", lambda: bn_stat_match(X, MEAN, torch.ones(()))),
         (
             ValueError,
-            "reduction: expected 'norm' or 'sq', got 'mean'",
+            "kind: expected 'norm' or 'sq', got 'mean'",
             lambda: bn_stat_match(X, MEAN, VAR, reduction="mean"),
         ),
         (NotImplementedError, "backend='cuda' cannot run on cpu", lambda: bn_stat_match(X, MEAN, VAR, backend="cuda")),

@@ -18,7 +18,7 @@ KIND = {"hard": 0, "logits": 1, "probs": 2}
 
 def ours(logits, *soft, kind, hard=None, reduction="mean"):
     """Hard labels come as an option: `check_op` differentiates in every tensor."""
-    return soft_cross_entropy(logits, hard if kind == "hard" else soft[0], kind=kind, reduction=reduction)
+    return soft_cross_entropy(logits, hard if kind == "hard" else soft[0], label_kind=kind, reduction=reduction)
 
 
 def plain(logits, *soft, kind, hard=None, reduction="mean"):
@@ -112,7 +112,7 @@ def test_far_apart_logits(kind):
 
     doubles = [t.double() if t.is_floating_point() else t for t in (logits, labels)]
     truth = values(lambda a, b: reference.soft_cross_entropy(a, b, kind, "none"), *doubles)
-    actual = values(lambda a, b: soft_cross_entropy(a, b, kind=kind, reduction="none"), logits, labels)
+    actual = values(lambda a, b: soft_cross_entropy(a, b, label_kind=kind, reduction="none"), logits, labels)
     for a, t in zip(actual, truth, strict=True):
         torch.testing.assert_close(a.double(), t, rtol=2e-6, atol=1e-37)
 
@@ -135,7 +135,7 @@ def test_float32_labels_of_half_precision_logits(kind):
         loss = soft_cross_entropy(logits, torch.arange(4))
         assert loss.dtype == torch.bfloat16
         return
-    loss = soft_cross_entropy(logits, labels, kind=kind)
+    loss = soft_cross_entropy(logits, labels, label_kind=kind)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, reference.soft_cross_entropy(logits.float(), labels, kind))
     grads = torch.autograd.grad(loss, (logits, labels))
@@ -166,7 +166,7 @@ def test_vmap_over_hard_labels():
 def test_compiled_by_inductor(kind):
     logits = torch.randn(6, 10, requires_grad=True)
     labels = torch.arange(6) if kind == "hard" else torch.rand(6, 10)
-    compiled = torch.compile(lambda a, b: soft_cross_entropy(2 * a, b, kind=kind).square(), fullgraph=True)
+    compiled = torch.compile(lambda a, b: soft_cross_entropy(2 * a, b, label_kind=kind).square(), fullgraph=True)
     truth = reference.soft_cross_entropy(2 * logits, labels, kind).square()
     loss = compiled(logits, labels)
     torch.testing.assert_close(loss, truth)
@@ -177,7 +177,7 @@ def test_compiled_by_inductor(kind):
 def test_third_derivative_is_refused(kind):
     logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.arange(3) if kind == "hard" else torch.rand(3, 4, dtype=torch.float64)
-    (first,) = torch.autograd.grad(soft_cross_entropy(logits, labels, kind=kind), logits, create_graph=True)
+    (first,) = torch.autograd.grad(soft_cross_entropy(logits, labels, label_kind=kind), logits, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), logits, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable twice"):
         torch.autograd.grad(second.square().sum(), logits)
@@ -224,7 +224,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                 if kind == "hard":
                     labels[6] = 0
             leaves = leaves if kind != "hard" else leaves[:1]
-            loss = pydistill.soft_cross_entropy(leaves[0], labels, kind=kind, reduction="none")
+            loss = pydistill.soft_cross_entropy(leaves[0], labels, label_kind=kind, reduction="none")
             first = torch.autograd.grad(loss.square().sum(), leaves, create_graph=True)
             second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
             for t in (loss, *first, *second):
@@ -253,22 +253,22 @@ def test_instruction_sets_agree_bitwise():
 
 
 X, Y, T = torch.randn(2, 3), torch.tensor([0, 2]), torch.rand(2, 3)
-SOFT = {"kind": "probs"}
+SOFT = {"label_kind": "probs"}
 BAD = [
     (("x", Y), {}, TypeError, "logits: expected a tensor, got str"),
     ((X, [0, 2]), {}, TypeError, "labels: expected a tensor, got list"),
     ((X.int(), Y), {}, TypeError, "logits: expected float32, float64, bfloat16 or float16, got torch.int32"),
-    ((X, Y.int()), {}, TypeError, "labels: expected int64 class numbers for kind='hard', got torch.int32"),
-    ((X, T), {}, TypeError, "labels: expected int64 class numbers for kind='hard', got torch.float32"),
+    ((X, Y.int()), {}, TypeError, "labels: expected int64 class numbers for label_kind='hard', got torch.int32"),
+    ((X, T), {}, TypeError, "labels: expected int64 class numbers for label_kind='hard', got torch.float32"),
     ((X, Y), SOFT, TypeError, "labels: expected float32, float64, bfloat16 or float16, got torch.int64"),
     ((X[0], Y), {}, ValueError, r"logits: expected \[N, K\] with at least one class, got shape \[3\]"),
     ((X[:, :0], Y), {}, ValueError, r"logits: expected \[N, K\] with at least one class, got shape \[2, 0\]"),
-    ((X, Y[:1]), {}, ValueError, r"labels: expected shape \[2\] for kind='hard' and logits \[2, 3\], got \[1\]"),
-    ((X, T[:, :2]), SOFT, ValueError, r"labels: expected shape \[2, 3\] for kind='probs' .*, got \[2, 2\]"),
+    ((X, Y[:1]), {}, ValueError, r"labels: expected shape \[2\] for label_kind='hard' and logits \[2, 3\], got \[1\]"),
+    ((X, T[:, :2]), SOFT, ValueError, r"labels: expected shape \[2, 3\] for label_kind='probs' .*, got \[2, 2\]"),
     ((X, Y.to("meta")), {}, ValueError, "labels: expected device cpu as logits, got meta"),
     ((X, Y + 1), {}, ValueError, r"labels: expected class numbers in 0\.\.2 for 3 classes, got 3"),
     ((X, Y - 100), {}, ValueError, "labels: .* got -100; ignore_index is not supported"),
-    ((X, Y), {"kind": "soft"}, ValueError, "kind: expected 'hard', 'logits' or 'probs', got 'soft'"),
+    ((X, Y), {"label_kind": "soft"}, ValueError, "label_kind: expected 'hard', 'logits' or 'probs', got 'soft'"),
     ((X, Y), {"reduction": "max"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'max'"),
     ((X, Y), {"backend": "numpy"}, ValueError, "backend: expected one of auto, reference, cpu, cuda, triton"),
     ((X, Y), {"backend": "cuda"}, NotImplementedError, "backend='cuda' cannot run on cpu tensors"),
@@ -320,11 +320,11 @@ def test_direct_calls_never_read_astray(args, message):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reference_backend_is_the_reference(kind, reduction):
     labels = Y if kind == "hard" else T
-    out = soft_cross_entropy(X, labels, kind=kind, reduction=reduction, backend="reference")
+    out = soft_cross_entropy(X, labels, label_kind=kind, reduction=reduction, backend="reference")
     truth = F.cross_entropy(X, T.softmax(1) if kind == "logits" else labels, reduction=reduction)
     assert torch.equal(out, reference.soft_cross_entropy(X, labels, kind, reduction))
     torch.testing.assert_close(out, truth)
-    torch.testing.assert_close(soft_cross_entropy(X, labels, kind=kind, reduction=reduction), truth)
+    torch.testing.assert_close(soft_cross_entropy(X, labels, label_kind=kind, reduction=reduction), truth)
 
 
 def test_the_mean_of_no_rows_is_nan_as_in_torch():
@@ -334,6 +334,6 @@ def test_the_mean_of_no_rows_is_nan_as_in_torch():
 
 def test_meta_tensors_get_shapes():
     assert soft_cross_entropy(X.to("meta"), Y.to("meta")).shape == ()
-    out = soft_cross_entropy(X.to("meta"), T.to("meta"), kind="logits", reduction="none")
+    out = soft_cross_entropy(X.to("meta"), T.to("meta"), label_kind="logits", reduction="none")
     assert out.shape == (2,)
     assert out.device.type == "meta"

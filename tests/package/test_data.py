@@ -18,6 +18,7 @@ from pydistill import data
 from pydistill.data import DistilledSet, distilled, load, renormalise, write_atomic
 from pydistill.data.loading import FASHION_MNIST_ROOT
 from pydistill.whitening import ZCA
+from tests.peers import peer
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -209,7 +210,7 @@ def test_foreign_cifar10_batches_are_refused_by_name(tmp_path, content, message)
 
 
 def test_image_folder(tmp_path):
-    pytest.importorskip("torchvision")
+    peer("torchvision")
     from PIL import Image
 
     for part, count in (("train", 3), ("val", 1)):

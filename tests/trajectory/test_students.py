@@ -214,15 +214,24 @@ def test_options_that_need_the_generic_engine(options, reason):
         pydistill.unroll(net, theta0, images, labels, 0.1, steps=1, label_kind="logits", engine="student", **options)
 
 
-def test_other_sizes_than_the_nets():
-    assert "classifier takes 24 features where [3, 12, 12] images give 54" in convnet_shape(Plain(), (3, 12, 12))
-    assert "convolution 0 takes 3 channels, not 1" in convnet_shape(Plain(), (1, 10, 10))
-    norm = convnet_shape(Plain(norm=lambda C: nn.LayerNorm([C, 9, 9])), (3, 10, 10))
-    assert norm == "its norm 0 is one of [6, 9, 9], where [3, 10, 10] images give [6, 10, 10]"
-    assert "not a 2x2 pool" in convnet_shape(Plain(pool=nn.MaxPool2d(3)), (3, 10, 10))
-    assert "leave nothing of 2x2 images" in convnet_shape(Plain(), (3, 2, 2))
-    assert "float32 and float64, not torch.float16" in convnet_shape(Plain(), (3, 10, 10), torch.float16)
-    assert "no student engine on meta" in convnet_shape(Plain(), (3, 10, 10), device="meta")
+@pytest.mark.parametrize(
+    ("make", "image", "options", "reason"),
+    [
+        (Plain, (3, 12, 12), {}, r"classifier takes 24 features where \[3, 12, 12\] images give 54"),
+        (Plain, (1, 10, 10), {}, "convolution 0 takes 3 channels, not 1"),
+        (
+            *(lambda: Plain(norm=lambda C: nn.LayerNorm([C, 9, 9])), (3, 10, 10), {}),
+            r"^its norm 0 is one of \[6, 9, 9\], where \[3, 10, 10\] images give \[6, 10, 10\]$",
+        ),
+        (lambda: Plain(pool=nn.MaxPool2d(3)), (3, 10, 10), {}, "not a 2x2 pool"),
+        (Plain, (3, 2, 2), {}, "leave nothing of 2x2 images"),
+        (Plain, (3, 10, 10), {"dtype": torch.float16}, "float32 and float64, not torch.float16"),
+        (Plain, (3, 10, 10), {"device": "meta"}, "no student engine on meta"),
+    ],
+)
+def test_other_sizes_than_the_nets(make, image, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        convnet_shape(make(), image, **options)
 
 
 def test_probing_leaves_the_net_and_the_generators_alone():

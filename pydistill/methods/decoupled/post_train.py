@@ -147,7 +147,7 @@ def post_train(
 
     def hard(epoch: int) -> Iterator[tuple[int, Any]]:
         for _, record in views.views(images.shape, epoch):
-            target = mix_labels(distilled.labels, record, side, classes=num_classes).to(device)
+            target = mix_labels(distilled.labels, record, side, num_classes=num_classes).to(device)
             x = crops(images, record)
             yield 1, lambda x=x, target=target: F.cross_entropy(net(x), target)
 

@@ -182,7 +182,8 @@ def relabel(
             num_images=len(images),
             num_classes=teachers[0].num_classes,
             epochs=config.epochs,
-            **{name: getattr(config, name) for name in ("format", "k", "temperature", "batch_size")},
+            **{name: getattr(config, name) for name in ("format", "k", "batch_size")},
+            T=config.temperature,
             classifier=classifier,
             record_bytes=(1 if config.mix == "none" else 2) * PACKED.itemsize,
             sources="images",
@@ -350,4 +351,4 @@ def told(store: SoftLabelStore) -> str:
     form = f"{store.format}, k={store.k} of {store.num_classes}" if store.k else store.format
     error = store.gradient_error
     cost = "not measured: the file is of an older version" if error is None else str(error)
-    return f"labels in {form}, at temperature {store.temperature:g}; error of the student's gradients: {cost}"
+    return f"labels in {form}, at temperature {store.T:g}; error of the student's gradients: {cost}"

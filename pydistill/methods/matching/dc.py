@@ -108,5 +108,5 @@ class DC(ClassPairs):
         with torch.no_grad():
             target = class_gradients(net, theta, pairs.real, pairs.labels_real, **options)
         grads = class_gradients(net, theta, pairs.synthetic, pairs.labels_synthetic, **options)
-        loss = gradient_match(grads, target, kind=self.distance, shapes=FlatModule(net).shapes)
+        loss = gradient_match(grads_real=target, grads_syn=grads, kind=self.distance, shapes=FlatModule(net).shapes)
         return tuple(sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)]))

@@ -228,7 +228,7 @@ class FedLGD(Config):
             wanted, theta = own["images"].detach().requires_grad_(), state["theta"].detach().requires_grad_()
             loss = F.cross_entropy(flat(theta, wanted)[1], state["labels"])
             (found,) = torch.autograd.grad(loss, theta, create_graph=True)
-            losses.append(gradient_match(list(flat.unflatten(found).values()), target, kind="row_cos"))
+            losses.append(gradient_match(grads_real=target, grads_syn=list(flat.unflatten(found).values())))
             (grad,) = torch.autograd.grad(losses[-1], wanted)
             own.descend("images", grad, self.lr_server, self.momentum)
         return own["images"], losses[0].detach()

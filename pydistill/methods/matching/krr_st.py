@@ -2,7 +2,7 @@
 
 With a pool of networks, of which each outer step takes one, and a self-supervised target network T:
 
-    outer   loss = krr_loss(f(x_real), f(x_syn), y_syn, T(x_real)) to x_syn and y_syn, by AdamW
+    outer   loss = krr_loss(f(x_real), f(x_syn), y_real=T(x_real), y_syn=y_syn) to x_syn and y_syn, by AdamW
     inner   one step of that network, head and all, on mean (net(x_syn) - y_syn)^2, by SGD
 
 f is the network's features in evaluation mode, with a column of ones. As in the paper's code: a network enters the pool
@@ -221,7 +221,7 @@ def krr_st(
         net = pool.nets[i].eval()
         with torch.no_grad():
             f_real = net.embed(images[index])
-        loss = krr_loss(f_real, net.embed(x), y, targets[index], lam=config.lam, bias=True)
+        loss = krr_loss(f_real, net.embed(x), y_real=targets[index], y_syn=y, lam=config.lam, bias=True)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of iteration {iteration + 1} is {float(loss.detach())}: "

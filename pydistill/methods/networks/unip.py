@@ -117,10 +117,10 @@ def choose_layer(teacher: ViT, images: Tensor, target_nmi: float = 0.09) -> tupl
 
 
 def distill_attention(
-    teacher: ViT,
-    student: ViT,
     images: Tensor,
     *,
+    student: ViT,
+    teacher: ViT,
     layer: int | Literal["nmi"] = "nmi",
     target_nmi: float = 0.09,
     epochs: int = 40,
@@ -132,9 +132,9 @@ def distill_attention(
     """Trains ``student`` in place to attend as a layer of ``teacher`` does, and returns that layer.
 
     Args:
-        teacher: whose parameters are not touched.
-        student: its last block has as many heads and tokens as the teacher's layer; feature sizes may differ.
         images: ``[N, C, H, W]``, without labels.
+        student: its last block has as many heads and tokens as the teacher's layer; feature sizes may differ.
+        teacher: whose parameters are not touched.
         layer: of the teacher; "nmi" takes that of `choose_layer` on the first 256 images.
         target_nmi: of `choose_layer`.
         epochs: passes over the images.
@@ -255,7 +255,7 @@ class UNIPJob(Job):
         layer = layer if config.layer < 0 else config.layer
         with run.epochs("student", config.epochs) as (state, on_epoch):
             options = {"epochs": config.epochs, "state": state, "on_epoch": on_epoch, **config.optimisation()}
-            distill_attention(self.teacher, self.student, images, layer=layer, **options)
+            distill_attention(images, student=self.student, teacher=self.teacher, layer=layer, **options)
         self._keep(run, "student", self.student, layer=layer)
         self.results = {"layer": layer, "nmi": nmi}
 

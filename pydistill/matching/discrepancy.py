@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydistill.ops._operator import check_plain_backend
+
 __all__ = ["mmd"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,7 +27,13 @@ _LEAST_UNIT = 0.8  # the exponent that makes of the smallest normal number the s
 
 
 def mmd(
-    x: Tensor, y: Tensor, *, kernels: int = 5, factor: float = 2.0, bandwidth: float | Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernels: int = 5,
+    factor: float = 2.0,
+    bandwidth: float | Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Squared maximum mean discrepancy (biased) of two samples, under ``kernels`` Gaussian kernels.
 
@@ -46,6 +54,7 @@ def mmd(
         factor: ratio of one width to the next, greater than 1.
         bandwidth: of the middle kernel, positive; by default the mean squared distance of two different rows, a
             constant in the derivative. Where all rows are equal, the loss and its gradients are zero.
+        backend: "auto" or "reference": it is plain torch on every device.
 
     Returns:
         A scalar, float32 or float64.
@@ -55,6 +64,7 @@ def mmd(
         ValueError: a shape, device or option does not fit.
     """
     _check(x, y, kernels, factor, bandwidth)
+    check_plain_backend("mmd", backend)
     x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     options = (kernels, float(factor), bandwidth)
     if torch.compiler.is_dynamo_compiling():  # differentiates this by itself

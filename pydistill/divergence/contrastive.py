@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydistill.ops._operator import check_plain_backend
+
 __all__ = ["contrastive_ce"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,6 +36,7 @@ def contrastive_ce(
     exclude_self: bool = False,
     normalise: bool = True,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    backend: str = "auto",
 ) -> Tensor:
     """Contrastive cross entropy of queries among keys, without keeping the similarities of all with all.
 
@@ -59,6 +62,7 @@ def contrastive_ce(
         normalise: divide rows by their length first.
         reduction: "mean" over the queries that have a positive (NaN where none has), "sum", or "none": a query that has
             none counts zero.
+        backend: "auto" or "reference": it is plain torch on every device.
 
     Returns:
         A scalar, or ``[B]`` for reduction "none"; in float32 or float64.
@@ -69,6 +73,7 @@ def contrastive_ce(
         NotImplementedError: in the backward pass of a gradient.
     """
     _check(q, k, scale, labels, labels_k, symmetric, exclude_self, reduction)
+    check_plain_backend("contrastive_ce", backend)
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
     q, *given = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ((q,) if k is None else (q, k)))

@@ -1,0 +1,34 @@
+"""Names of arguments that changed: the old ones work until 1.0, with a warning."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """Decorates a function whose keyword arguments got new names: ``renamed(old="new")``."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            for old, new in names.items():
+                if old in options:
+                    if new in options:
+                        raise TypeError(f"{function.__qualname__}: {old} is the former name of {new}; both were given")
+                    warn(f"{function.__qualname__}: the argument {old} is called {new} now")
+                    options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def warn(message: str) -> None:
+    """To the caller of the function that calls the one that calls this."""
+    warnings.warn(f"{message}; the old name goes with 1.0", DeprecationWarning, stacklevel=3)

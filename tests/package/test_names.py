@@ -1,0 +1,112 @@
+"""Names: former ones go on with a warning, an order that changed fails loudly, and no function hides its module."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+import pytest
+import torch
+
+import pydistill
+from pydistill import matching
+from pydistill.labels import SoftLabelStore
+from pydistill.methods.networks.unip import distill_attention
+
+X, HARD = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+MEAN, VARIANCE = torch.zeros(3), torch.ones(3)
+MAPS = torch.randn(4, 1, 2, 5, 6)
+RECORD = pydistill.augment.MultiCrop(6)(torch.rand(4, 3, 8, 8))[1]
+
+# function, arguments, (former, present) name of an argument, its value
+RENAMED = {
+    "soft_cross_entropy": (pydistill.soft_cross_entropy, (X, X.softmax(1)), ("kind", "label_kind"), "probs"),
+    "bn_stat_match": (pydistill.bn_stat_match, (X, MEAN, VARIANCE), ("reduction", "kind"), "sq"),
+    "attention_map_divergence, student": (pydistill.attention_map_divergence, tuple(MAPS), ("tau_s", "T_s"), 0.7),
+    "attention_map_divergence, teacher": (pydistill.attention_map_divergence, tuple(MAPS), ("tau_t", "T_t"), 0.7),
+    "attention_nmi": (pydistill.attention_nmi, tuple(MAPS[:2]), ("tau", "T"), 0.7),
+    "mix_labels": (pydistill.augment.mix_labels, (HARD, RECORD, 6), ("classes", "num_classes"), 5),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_former_names_of_arguments_warn_and_do_the_same(name):
+    function, args, (former, present), value = RENAMED[name]
+    with pytest.warns(DeprecationWarning, match=f"the argument {former} is called {present} now") as caught:
+        found = function(*args, **{former: value})
+    assert caught[0].filename == __file__
+    assert torch.equal(found, function(*args, **{present: value}))
+    with pytest.raises(TypeError, match=f"{former} is the former name of {present}; both were given"):
+        function(*args, **{former: value, present: value})
+
+
+def test_the_mean_over_rows_is_batchmean():
+    with pytest.warns(DeprecationWarning, match="reduction 'mean' is called 'batchmean' now") as caught:
+        found = pydistill.attention_map_divergence(*MAPS, reduction="mean")
+    assert torch.equal(found, pydistill.attention_map_divergence(*MAPS))
+    assert caught[0].filename == __file__
+
+
+def test_the_matchers_kind_of_distance():
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval()
+    with pytest.warns(DeprecationWarning, match="the argument reduction is called kind now"):
+        matcher = pydistill.nn.BNStatMatcher(net, reduction="sq")
+    net(X)
+    torch.testing.assert_close(matcher.loss().float(), pydistill.bn_stat_match(X, MEAN, VARIANCE, kind="sq"))
+
+
+def test_the_stores_temperature(tmp_path):
+    sizes = {"num_images": 4, "num_classes": 3, "epochs": 1}
+    with pytest.warns(DeprecationWarning, match=r"SoftLabelStore.create: the argument temperature is called T now"):
+        store = SoftLabelStore.create(tmp_path / "labels.store", **sizes, temperature=4.0)
+    with store, pytest.warns(DeprecationWarning, match=r"SoftLabelStore.temperature is called T now"):
+        assert store.temperature == 4.0
+    assert store.T == 4.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: pydistill.gradient_match([X], [X]),
+        lambda: pydistill.krr_loss(X, X, X, X),
+        lambda: pydistill.reference.krr_loss(X, X, X, X),
+        lambda: distill_attention(None, None, X),
+    ],
+)
+def test_an_order_that_changed_fails_loudly(call):
+    with pytest.raises(TypeError, match="positional argument"):
+        call()
+
+
+LOSSES = {
+    "class_mean_match": lambda backend: pydistill.class_mean_match(X, X, HARD, HARD, backend=backend),
+    "match_maps": lambda backend: matching.match_maps([X], [X], HARD, HARD, backend=backend),
+    "gradient_match": lambda backend: pydistill.gradient_match(grads_real=[X], grads_syn=[X], backend=backend),
+    "krr_loss": lambda backend: pydistill.krr_loss(X, X, y_real=X, y_syn=X, backend=backend),
+    "mmd": lambda backend: pydistill.mmd(X, X + 1, backend=backend),
+    "contrastive_ce": lambda backend: pydistill.contrastive_ce(X, X, scale=1.0, backend=backend),
+    "soft_cross_entropy": lambda backend: pydistill.soft_cross_entropy(X, HARD, backend=backend),
+    "kd_divergence": lambda backend: pydistill.kd_divergence(X, X, backend=backend),
+    "attention_map_divergence": lambda backend: pydistill.attention_map_divergence(*MAPS, backend=backend),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_a_backend(name):
+    loss = LOSSES[name]
+    torch.testing.assert_close(loss("reference"), loss("auto"))
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, cuda, triton, got 'numpy'"):
+        loss("numpy")
+    with pytest.raises(NotImplementedError, match="cuda"):
+        loss("cuda")
+
+
+def test_no_function_hides_its_module():
+    """But in `ops` and `reference`, where an operator's file has its name."""
+    for found in pkgutil.walk_packages(pydistill.__path__, "pydistill."):
+        (package, _, name), room = found.name.rpartition("."), found.name.split(".")[1]
+        if room in ("ops", "reference", "triton", "bench") or name == "__main__" or name.startswith("_C"):
+            continue
+        importlib.import_module(found.name)
+        assert isinstance(getattr(importlib.import_module(package), name), ModuleType), found.name
