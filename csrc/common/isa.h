@@ -68,10 +68,10 @@ inline Isa isa() {
   return chosen;
 }
 
-// Of kernels by instruction set, from the base on, the one to run; the last serves all better sets too.
+// Of kernels by instruction set, from the base on, the one to run; the last serves all better sets too, or `last` does.
 template <class Kernel, std::size_t N>
-Kernel* best_of(Kernel* const (&kernels)[N]) {
-  return kernels[std::min<std::size_t>(static_cast<std::size_t>(isa()), N - 1)];
+Kernel* best_of(Kernel* const (&kernels)[N], Isa last = static_cast<Isa>(N - 1)) {
+  return kernels[std::min(static_cast<std::size_t>(isa()), static_cast<std::size_t>(last))];
 }
 
 }  // namespace pydistill

@@ -19,7 +19,9 @@ PYDISTILL_INLINE auto with_types([[maybe_unused]] const Step& step, Visit visit)
 #elif defined(__AVX512BF16__)
   return visit(float(), Bf16Pairs());
 #else
+#if !defined(__AVX512F__)
   if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
+#endif
   if (step.bf16) return visit(float(), Native<float, true>());
   return visit(float(), Native<float, false>());
 #endif

@@ -476,9 +476,11 @@ void run(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
 }  // namespace
 
 void PYDISTILL_KERNEL(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
-#if !defined(__AVX512BF16__)  // which has nothing for the others that AVX-512 lacks
-  if (call.scalar == Scalar::f64) run<double, double, double>(call, begin, end, scratch);
-  if (call.scalar == Scalar::f32) run<float, float, float>(call, begin, end, scratch);
+#if !defined(__AVX512F__)
+  if (call.scalar == Scalar::f64) return run<double, double, double>(call, begin, end, scratch);
+#endif
+#if !defined(__AVX512BF16__)  // which has nothing for float32 that AVX-512 lacks
+  if (call.scalar == Scalar::f32) return run<float, float, float>(call, begin, end, scratch);
 #endif
   if (call.paired()) run<float, Bf16, int32_t>(call, begin, end, scratch);
 }

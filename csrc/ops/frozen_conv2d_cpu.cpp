@@ -73,10 +73,11 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
     const int64_t even = (call.chunks() + threads - 1) / threads * threads;
     call.chunk = (call.tiles() + even - 1) / even;
   }
-  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512};
-  static constexpr FrozenConv2dKernel* of_pairs[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
-                                                     frozen_conv2d_avx512_bf16};
-  FrozenConv2dKernel* const kernel = call.paired() ? best_of(of_pairs) : best_of(kernels);
+  static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
+                                                    frozen_conv2d_avx512_bf16};
+  // float64 is not compiled beyond AVX2, and the last is for pairs alone
+  const Isa last = call.paired() ? Isa::avx512_bf16 : call.scalar == Scalar::f64 ? Isa::avx2 : Isa::avx512;
+  FrozenConv2dKernel* const kernel = best_of(kernels, last);
   torch::stable::parallel_for(
       0, call.units(), 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end, scratch(call.scratch_bytes())); });
   return y;

@@ -374,7 +374,7 @@ def test_features_are_stored_for_the_logits_that_they_make(teacher, data, distil
         torch.testing.assert_close(labels.dense, wanted.dense, rtol=0, atol=bound)
         assert not torch.equal(labels.dense, wanted.dense)
     post_train(STUDENT, distilled, replace(views, format="features8"), found["features8"], num_classes=data.num_classes)
-    with pytest.raises(ValueError, match="features8: expected features of these teachers, got those of others"):
+    with pytest.raises(ValueError, match="features8: expected labels of these teachers, got those of others"):
         relabel(replace(views, format="features8"), distilled, [other, teacher], tmp_path / "features8")
 
 
@@ -480,6 +480,11 @@ def test_relabelling_refuses_what_does_not_fit(teacher, data, distilled, tmp_pat
     moved = DistilledSet(distilled.images + 1, distilled.labels, 0.01, distilled.mean, distilled.std, distilled.config)
     with pytest.raises(ValueError, match="expected labels of these images, got those of others"):
         relabel(VIEWS, moved, [teacher], tmp_path / "a")
+    net = copy.deepcopy(teacher.net)
+    next(net.parameters()).data.mul_(1.01)
+    other = Teacher(net, teacher.mean, teacher.std, teacher.class_names, teacher.config)
+    with pytest.raises(ValueError, match="a: expected labels of these teachers, got those of others"):
+        relabel(VIEWS, distilled, [other], tmp_path / "a")
     with pytest.raises(ValueError, match=r"expected labels of .*, got some of crop=0.6"):
         relabel(replace(VIEWS, crop=0.7), distilled, [teacher], tmp_path / "a")
     with pytest.raises(ValueError, match="store: expected labels of 4 classes, got 3"):

@@ -7,6 +7,7 @@ another of its batch, and what the teachers say of the view is stored beside the
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -173,9 +174,12 @@ def relabel(
     if Path(path).exists():
         store = SoftLabelStore.open(path, writable=True)
         check_store(store, config, distilled)
-        if classifier is not None and not all(map(torch.equal, store.classifier, [each.cpu() for each in classifier])):
+        others = store.metadata.get("teachers_crc32", (crc := _crc32(teachers))) != crc  # older stores do not say
+        if classifier is not None:
+            others |= not all(map(torch.equal, store.classifier, [each.cpu() for each in classifier]))
+        if others:
             store.close()
-            raise ValueError(f"{path}: expected features of these teachers, got those of others")
+            raise ValueError(f"{path}: expected labels of these teachers, got those of others")
     else:
         store = SoftLabelStore.create(
             path,
@@ -187,7 +191,7 @@ def relabel(
             classifier=classifier,
             record_bytes=(1 if config.mix == "none" else 2) * PACKED.itemsize,
             sources="images",
-            metadata=_metadata(config, distilled),
+            metadata=_metadata(config, distilled) | {"teachers_crc32": _crc32(teachers)},
         )
     crops = config.crops(images.shape[2])
     whole = torch.cat([ask(part) for part in images.split(config.batch_size)]) if config.static else None
@@ -264,6 +268,15 @@ def _as_rows(record: Tensor) -> np.ndarray:
 
 def _metadata(config: Relabel, distilled: DistilledSet) -> dict[str, Any]:
     return {"relabel": asdict(config), "images_crc32": data_crc32(distilled.images, distilled.labels)}
+
+
+def _crc32(teachers: Sequence[Teacher]) -> int:
+    """Of all parameters and buffers."""
+    found = 0
+    for teacher in teachers:
+        for tensor in teacher.net.state_dict().values():
+            found = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), found)
+    return found
 
 
 def views_of(store: SoftLabelStore) -> Relabel:
