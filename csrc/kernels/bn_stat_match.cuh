@@ -196,17 +196,7 @@ void launch_scalar(const Call& call, cudaStream_t stream) {
 namespace pydistill {
 
 inline void launch_bn_stat_match(const BnStatMatch& call, cudaStream_t stream) {
-  using namespace bn_stat_match;
-  switch (call.scalar) {
-    case Scalar::f32:
-      return launch_scalar<float>(call, stream);
-    case Scalar::f64:
-      return launch_scalar<double>(call, stream);
-    case Scalar::bf16:
-      return launch_scalar<__nv_bfloat16>(call, stream);
-    case Scalar::f16:
-      return launch_scalar<__half>(call, stream);
-  }
+  with_scalar(call.scalar, [&](auto zero) { bn_stat_match::launch_scalar<decltype(zero)>(call, stream); });
 }
 
 }  // namespace pydistill

@@ -348,17 +348,8 @@ void launch_sum(const void* shares, void* sum, int64_t N, int64_t C, cudaStream_
 namespace pydistill {
 
 inline void launch_instance_norm_relu_avg_pool(const InstanceNormReluAvgPool& call, cudaStream_t stream) {
-  using namespace instance_norm_relu_avg_pool;
-  switch (call.scalar) {
-    case Scalar::f32:
-      return launch_scalar<float>(call, stream);
-    case Scalar::f64:
-      return launch_scalar<double>(call, stream);
-    case Scalar::bf16:
-      return launch_scalar<__nv_bfloat16>(call, stream);
-    case Scalar::f16:
-      return launch_scalar<__half>(call, stream);
-  }
+  with_scalar(call.scalar,
+              [&](auto zero) { instance_norm_relu_avg_pool::launch_scalar<decltype(zero)>(call, stream); });
 }
 
 // sum[c] = sum of shares[n, c] over n: the grad_weight or grad_bias of the whole batch.

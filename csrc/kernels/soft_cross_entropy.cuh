@@ -165,17 +165,7 @@ void launch_scalar(const Call& call, cudaStream_t stream) {
 namespace pydistill {
 
 inline void launch_soft_cross_entropy(const SoftCrossEntropy& call, cudaStream_t stream) {
-  using namespace soft_cross_entropy;
-  switch (call.scalar) {
-    case Scalar::f32:
-      return launch_scalar<float>(call, stream);
-    case Scalar::f64:
-      return launch_scalar<double>(call, stream);
-    case Scalar::bf16:
-      return launch_scalar<__nv_bfloat16>(call, stream);
-    case Scalar::f16:
-      return launch_scalar<__half>(call, stream);
-  }
+  with_scalar(call.scalar, [&](auto zero) { soft_cross_entropy::launch_scalar<decltype(zero)>(call, stream); });
 }
 
 }  // namespace pydistill

@@ -465,26 +465,4 @@ void global_store(T* address, T value) {
 
 #endif
 
-namespace pydistill {
-
-// What sums over elements of type T are kept in.
-template <class T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <class T>
-__device__ __forceinline__ T narrow(Accumulator<T> value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half(value);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16(value);
-  } else {
-    return value;
-  }
-}
-
-}  // namespace pydistill
+#include "cuda_scalars.h"
