@@ -9,7 +9,7 @@ no figures there. Bytes moved are counted, not modelled: the same kernel runs on
 The minimum is every input read once and every output written once.
 
 The Triton kernels follow, compiled by Triton for the same architectures and AMD's gfx942, and counted in its
-interpreter, at 32x32 with 16 channels, and at 96x96 where the panel is streamed (`bench/triton_kernels.py`). All their
+interpreter, at 32x32 with 16 channels, and at 96x96 where the panel is streamed (`bench/triton_cases`). All their
 shared memory is dynamic. Bytes are counted of `instance_norm_relu_avg_pool` alone. `row_products` has rows of 27 and
 1152 elements. For gfx942 registers are vector registers, spills scratch memory, both of a thread.
 """
@@ -205,15 +205,7 @@ def triton_rows() -> list[Row]:
 
     counted = triton_kernels.counted()
     rows = []
-    compiled = (
-        triton_kernels.compiled(),
-        triton_kernels.compiled_rows(),
-        triton_kernels.compiled_maps(),
-        triton_kernels.compiled_attention(),
-        triton_kernels.compiled_bn(),
-        triton_kernels.compiled_label_losses(),
-    )
-    for kernel in chain.from_iterable(compiled):
+    for kernel in chain.from_iterable(map(triton_kernels.compiled, triton_kernels.OPERATORS)):
         layout = "channels_last" if "channels_last" in kernel.kernel else "nchw"
         rows.append(
             Row(

@@ -1,63 +1,28 @@
-"""The Triton kernels of instance_norm_relu_avg_pool: right in the interpreter, compiled for every GPU, reached by name.
-
-Interpreter and compiler exclude one another within a process, so each gets one of its own.
-"""
+"""The Triton kernels of the block: right in the interpreter, compiled for every GPU, and what is chosen when."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_checks import check_compiled, check_in_the_interpreter, needs_triton
 
 from bench import triton_kernels
-from bench.triton_kernels import CASES, TARGETS, Compiled
+from bench.triton_cases.instance_norm_relu_avg_pool import CASES
+from bench.triton_kernels import TARGETS
 from pydistill import _library, info, instance_norm_relu_avg_pool
 from pydistill.ops import _operator
-
-needs_triton = pytest.mark.skipif(
-    platform.system() != "Linux" and importlib.util.find_spec("triton") is None,
-    reason="Triton has no release for this system",  # on Linux the test extra brings it
-)
 
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("interpreted_instance_norm_relu_avg_pool.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[Compiled]:
-    return triton_kernels.compiled()
+    check_in_the_interpreter("instance_norm_relu_avg_pool")
 
 
 @needs_triton
-def test_every_kernel_compiles_for_every_gpu_without_spills(compiled: list[Compiled]) -> None:
-    for arch in TARGETS:
-        names = [kernel.kernel for kernel in compiled if kernel.arch == arch]
-        sums = {f"instance_norm_relu_avg_pool::triton_sum_over_batch<{scalar}>" for scalar in ("f32", "f64")}
-        assert set(names) == {case.name for case in CASES} | sums
-    for kernel in compiled:
-        assert kernel.spill_stores == kernel.spill_loads == 0, kernel
-        # 64 Ki registers on NVIDIA's multiprocessors; a quarter of 128 Ki on each of AMD's four SIMDs
-        threads = kernel.config["num_warps"] * TARGETS[kernel.arch][2]
-        assert 0 < kernel.registers * threads <= 64 * 1024, kernel
-        assert kernel.shared <= 32 * 1024, kernel
-
-
-@needs_triton
-def test_all_forms_sum_statistics_in_one_order(compiled: list[Compiled]) -> None:
-    """A ReLU opens at the same positions in every form only if mean and variance are the same to the bit."""
+def test_every_kernel_compiles_without_spills_and_sums_statistics_in_one_order() -> None:
+    count, registers = len(CASES) + 2, {"registers": 64 * 1024, "amd_registers": 64 * 1024}
+    compiled = check_compiled("instance_norm_relu_avg_pool", count, shared=32 * 1024, **registers)
+    # a ReLU opens at the same positions in every form only if mean and variance are the same to the bit
     layouts: dict[tuple[str, ...], set[str]] = {}
     for kernel in compiled:
         for case in CASES:

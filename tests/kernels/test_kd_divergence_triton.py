@@ -1,52 +1,23 @@
-"""The Triton kernels of kd_divergence and sparse_label_loss: right in the interpreter, compiled for every GPU.
-
-Interpreter and compiler exclude one another within a process, so each gets one of its own.
-"""
+"""The Triton kernels of kd_divergence and sparse_label_loss: right in the interpreter, and compiled for every GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from triton_checks import check_compiled, check_in_the_interpreter, needs_triton
 
-from bench import triton_kernels
-from bench.triton_kernels import TARGETS
 from pydistill import info
 
-needs_triton = pytest.mark.skipif(
-    platform.system() != "Linux" and importlib.util.find_spec("triton") is None,
-    reason="Triton has no release for this system",  # on Linux the test extra brings it
-)
+
+@needs_triton
+@pytest.mark.parametrize("operator", ["kd_divergence", "sparse_label_loss"])
+def test_in_the_interpreter(operator: str) -> None:
+    check_in_the_interpreter(operator)
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["kd_divergence", "sparse_label_loss"])
-def test_in_the_interpreter(name: str) -> None:
-    file = Path(__file__).with_name(f"interpreted_{name}.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
-
-
-@needs_triton
-def test_every_form_compiles_for_every_gpu_without_spills() -> None:
-    compiled = triton_kernels.compiled_label_losses()
-    names = {triton_kernels.kd_name(*case) for case in triton_kernels.KD_CASES}
-    names |= {triton_kernels.sparse_name(*case) for case in triton_kernels.SPARSE_CASES}
-    for arch in TARGETS:
-        assert {kernel.kernel for kernel in compiled if kernel.arch == arch} == names
-    for kernel in compiled:
-        assert kernel.spill_stores == kernel.spill_loads == 0, kernel
-        threads = kernel.config["num_warps"] * TARGETS[kernel.arch][2]
-        assert 0 < kernel.registers * threads <= 32 * 1024, kernel  # at least two blocks a multiprocessor
-        assert kernel.shared <= 1024, kernel
+@pytest.mark.parametrize(("operator", "count"), [("kd_divergence", 14), ("sparse_label_loss", 4)])
+def test_every_form_compiles_for_every_gpu_without_spills(operator: str, count: int) -> None:
+    check_compiled(operator, count, shared=1024)
 
 
 def test_info_knows_their_backends() -> None:

@@ -1,0 +1,58 @@
+"""What every Triton kernel has to pass: right in the interpreter, and compiled for every GPU.
+
+Interpreter and compiler exclude one another within a process, so each gets one of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import triton_kernels
+from bench.triton_kernels import TARGETS, Compiled
+
+needs_triton = pytest.mark.skipif(
+    platform.system() != "Linux" and importlib.util.find_spec("triton") is None,
+    reason="Triton has no release for this system",  # on Linux the test extra brings it
+)
+
+
+def check_in_the_interpreter(operator: str) -> None:
+    """The tests of ``interpreted_OPERATOR.py`` pass, all of them."""
+    file = Path(__file__).with_name(f"interpreted_{operator}.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
+
+
+def check_compiled(
+    operator: str,
+    count: int,
+    *,
+    shared: int,
+    registers: int = 32 * 1024,
+    amd_registers: int = 32 * 1024,
+    spills: int = 0,
+) -> list[Compiled]:
+    """Each of the ``count`` kernels compiles for every GPU, within what a block may have of registers (by default half
+    of NVIDIA's 64 Ki a multiprocessor, a quarter of AMD's 128 Ki a SIMD) and of bytes that are shared or spilt."""
+    compiled = triton_kernels.compiled(operator)
+    names = {kernel.kernel for kernel in compiled}
+    assert len(names) == count
+    for arch in TARGETS:
+        assert sorted(kernel.kernel for kernel in compiled if kernel.arch == arch) == sorted(names)
+    for kernel in compiled:
+        assert max(kernel.spill_stores, kernel.spill_loads) <= spills, kernel
+        threads = kernel.config["num_warps"] * TARGETS[kernel.arch][2]
+        available = registers if kernel.arch.startswith("sm") else amd_registers
+        assert 0 < kernel.registers * threads <= available, kernel
+        assert kernel.shared <= shared, kernel
+    return compiled
