@@ -64,7 +64,7 @@ def contrastive_ce(
         A scalar, or ``[B]`` for reduction "none"; in float32 or float64.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit.
         NotImplementedError: in the backward pass of a gradient.
     """

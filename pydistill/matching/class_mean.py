@@ -43,7 +43,7 @@ def class_mean_match(
         A scalar, or ``[K]`` for reduction "none", where a class that neither side has is 0; in float32 or float64.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit, or `check_classes` finds the labels wrong.
     """
     if reduction not in ("sum", "mean", "none"):

@@ -35,7 +35,7 @@ def sample_scores(logits: Tensor, labels: Tensor, kinds: Sequence[str] = KINDS) 
         The scores by name, ``[N]`` each, in float32 (float64 for float64). With a single class the margin is infinite.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, a device or a name does not fit, or a class number is not in 0..C-1 (looked at on the CPU).
     """
     _check(logits, labels, kinds)
