@@ -1,4 +1,4 @@
-"""What was built and what of it runs here: ``python -m pydistill.info``."""
+"""What was built, and which of it runs here: ``python -m pydistill.info``."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def engine(
 
     Args:
         net: the student.
-        image: ``(C, H, W)`` of the images, as an augmentation leaves them.
+        image: ``(C, H, W)`` of the images after augmentation.
         device: where they are.
         output: as for `pydistill.unroll`.
 
     Returns:
-        "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run. Those nets
-        run on autograd: compiling a step takes minutes, which is done for ``engine="compiled"`` alone.
+        "student: " and the recognised shape, or "generic: " and what the student engine cannot run. Those nets run on
+        autograd: compiling a step takes minutes, and is done only for ``engine="compiled"``.
     """
     found = convnet_shape(net, image, FlatModule(net).dtype, device, output=output)
     return f"generic: {found}; engine='compiled' would compile it" if isinstance(found, str) else f"student: {found}"

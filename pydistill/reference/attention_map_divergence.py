@@ -19,14 +19,14 @@ def attention_map_divergence(
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """Full maps: ``kl_div(log_softmax(q_s @ k_s.mT / tau_s, -1), softmax(q_t @ k_t.mT / tau_t, -1))``, by row."""
+    """Full maps: ``kl_div(log_softmax(q_s @ k_s.mT / tau_s, -1), softmax(q_t @ k_t.mT / tau_t, -1))``, per row."""
 
     def log_softmax(q: Tensor, k: Tensor, tau: float | None) -> Tensor:  # [..., N, M]
         scores = q @ k.mT / (math.sqrt(q.shape[-1]) if tau is None else tau)
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).log_softmax(-1)
 
     def parts(log: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities, and their logarithms with zero in the place of minus infinity."""
+        """Probabilities, and their logarithms with zero in place of minus infinity."""
         return log.exp(), log if mask is None else log.masked_fill(~mask, 0.0)
 
     (s, log_s), (t, log_t) = parts(log_softmax(q_s, k_s, tau_s)), parts(log_softmax(q_t, k_t, tau_t))
