@@ -15,7 +15,7 @@
 
 namespace pydistill {
 
-// Each has what stands before it. avx512_bf16: sums of products of pairs, of bf16 and of 16-bit integers (VNNI); amx:
+// Each includes those before it. avx512_bf16: sums of products of pairs, of bf16 and of 16-bit integers (VNNI); amx:
 // bf16 matrix tiles.
 enum class Isa : int { base, avx2, avx512, avx512_bf16, amx };
 inline constexpr int kIsas = 5;
@@ -49,7 +49,7 @@ inline bool supported(Isa isa) {
   return isa == Isa::base;
 }
 
-// The best set this processor has, or the one PYDISTILL_ISA names: a test's way to run each of them.
+// The best set this processor has, or the one named by PYDISTILL_ISA, so that tests can run each of them.
 inline Isa isa() {
   static const Isa chosen = [] {
     if (const char* name = std::getenv("PYDISTILL_ISA"); name && *name) {
@@ -68,7 +68,7 @@ inline Isa isa() {
   return chosen;
 }
 
-// Of kernels by instruction set, from the base on, the one to run; the last serves all better sets too.
+// The kernel to run, of kernels by instruction set from the base on; the last also serves all better sets.
 template <class Kernel, std::size_t N>
 Kernel* best_of(Kernel* const (&kernels)[N]) {
   return kernels[std::min<std::size_t>(static_cast<std::size_t>(isa()), N - 1)];
