@@ -1,7 +1,7 @@
-"""The Triton kernels' part of `bench.kernels`: what the compiler says of them, and what they ask of memory.
+"""The Triton kernels' part of `bench.kernels`: what the compiler reports, and their memory accesses.
 
-Triton decides between compiler and interpreter when a kernel is defined, so each has a process of its own:
-`compiled` and `counted` start them. The compiler needs no GPU: it builds for sm_80, sm_90, sm_100 and AMD's gfx942.
+Triton chooses compiler or interpreter when a kernel is defined, so each has a separate process: `compiled` and
+`counted` start them. The compiler needs no GPU: it builds for sm_80, sm_90, sm_100 and AMD's gfx942.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from . import ROOT
 from .kernels import FORMS, SHAPE, minimum_bytes
 
-TARGETS = {  # backend, architecture, threads of a warp
+TARGETS = {  # backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
@@ -58,7 +58,7 @@ CASES = [
     Case(*words)
     for words in (
         *product(DTYPES, FORMS, LAYOUTS, ("kept",)),
-        *product(("f32", "f64"), FORMS, LAYOUTS, ("streamed",)),  # what is kept in registers there is of these types
+        *product(("f32", "f64"), FORMS, LAYOUTS, ("streamed",)),  # values in registers there have these types
     )
 ]
 
@@ -85,16 +85,16 @@ ROW_CASES = [
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compilers say of one kernel on one architecture."""
+    """What the compilers report for one kernel on one architecture."""
 
     kernel: str
     arch: str
-    registers: int  # a thread, as the next two
+    registers: int  # per thread, like the next two
     spill_stores: int  # bytes; for AMD vector registers' scratch memory
     spill_loads: int
-    shared: int  # bytes a block
+    shared: int  # bytes per block
     config: dict[str, Any]
-    statistics_layouts: list[str]  # how the tiles lie over the threads that are summed to means and variances
+    statistics_layouts: list[str]  # how the tiles summed to means and variances are distributed over threads
 
 
 def tensors_of(case: Case, device: str) -> dict[str, Tensor | None]:
@@ -129,7 +129,7 @@ def compiled(architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
 
 
 def _compiled(task: str, architectures: Iterable[str]) -> list[Compiled]:
-    with tempfile.TemporaryDirectory() as cache:  # nothing of an earlier run, and nothing for a later one
+    with tempfile.TemporaryDirectory() as cache:  # shares nothing with earlier or later runs
         output = _in_own_process(task, *architectures, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
     return [Compiled(**row) for row in output]
 
@@ -224,7 +224,7 @@ def compiled_label_losses(architectures: Iterable[str] = tuple(TARGETS)) -> list
 
 
 def counted() -> dict[str, float]:
-    """For each case, by name, the bytes that are loaded and stored, over the least possible."""
+    """For each case, by name, the bytes loaded and stored, relative to the least possible."""
     return _in_own_process("count", TRITON_INTERPRET="1")
 
 
@@ -426,7 +426,7 @@ def _compile_one(name: str, arch: str, kernel: Any, arguments: dict[str, Any], o
 
 
 def statistics_layouts(ttgir: str, count: int) -> list[str]:
-    """The layouts of the first ``count`` tiles [positions, lanes] that are summed, spelled out, each once."""
+    """The layouts of the first ``count`` summed tiles [positions, lanes], spelled out, without repetition."""
     names = re.findall(r"^ *\}\) : \(tensor<\d+x\d+xf\d+, (#\w+)>\)", ttgir, re.MULTILINE)[:count]
     return sorted({re.search(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[1] for name in names})
 
