@@ -24,7 +24,7 @@ BACKENDS = ["cpu", "reference"]
 DTYPES = [torch.float32, torch.float64]
 
 
-# a distance to minus infinity is none
+# a distance to minus infinity is not defined
 @pytest.mark.parametrize(("kind", "edge"), [(k, e) for k in KINDS for e in ROWS if k != "mse" or "masked" not in e])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kd_divergence(backend, kind, edge):
@@ -140,7 +140,7 @@ def test_contrastive_ce(edge, normalise):
         loss = contrastive_ce(*leaves, **options)
         torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=1e-6)
         found, truth = torch.autograd.grad(loss, leaves), torch.autograd.grad(true, wide)
-        # slopes of scores have errors of a rounding, and differences of them are what is left
+        # slopes of scores have rounding errors, and only their differences remain
         reach = (
             scale * float(a.detach().abs().max()) / (float(q.norm(dim=1).max().clamp_min(1e-12)) if normalise else 1)
         )
@@ -157,5 +157,5 @@ def test_attention_nmi(edge):
             mean = p.mean(0)
             shared, entropy = torch.special.entr(mean).sum(), torch.special.entr(p).sum(1).mean()
             true = (shared - entropy) / (torch.tensor(len(q)).log() * shared).sqrt() if shared > 0 and len(q) > 1 else 0
-            # a quotient by the root of an entropy that may be a few roundings
+            # a quotient by the root of an entropy, which may be only rounding
             torch.testing.assert_close(float(attention_nmi(q, k, tau=tau)), float(true), rtol=1e-4, atol=1e-3)

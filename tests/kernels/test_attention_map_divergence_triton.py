@@ -1,6 +1,6 @@
 """The Triton kernels of attention_map_divergence: right in the interpreter, compiled for every GPU, reached by name.
 
-Interpreter and compiler exclude one another within a process, so each gets one of its own.
+Interpreter and compiler exclude each other within a process, so each gets its own.
 """
 
 from __future__ import annotations

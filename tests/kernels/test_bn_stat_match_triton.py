@@ -1,6 +1,6 @@
 """The Triton kernels of bn_stat_match: right in the interpreter, and compiled for every GPU.
 
-Interpreter and compiler exclude one another within a process, so each gets one of its own.
+Interpreter and compiler exclude each other within a process, so each gets its own.
 """
 
 from __future__ import annotations

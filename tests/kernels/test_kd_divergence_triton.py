@@ -1,6 +1,6 @@
 """The Triton kernels of kd_divergence and sparse_label_loss: right in the interpreter, compiled for every GPU.
 
-Interpreter and compiler exclude one another within a process, so each gets one of its own.
+Interpreter and compiler exclude each other within a process, so each gets its own.
 """
 
 from __future__ import annotations

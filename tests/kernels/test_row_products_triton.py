@@ -1,6 +1,6 @@
 """The Triton kernel of row_products: right in the interpreter, compiled for every GPU, and what GPUs choose.
 
-Interpreter and compiler exclude one another within a process, so each gets one of its own.
+Interpreter and compiler exclude each other within a process, so each gets its own.
 """
 
 from __future__ import annotations
