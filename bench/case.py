@@ -1,8 +1,8 @@
-"""What a benchmark case is: what is timed beside what, what must be right before it is, and what must come out.
+"""A benchmark case: what is timed against what, what must be correct before that, and what the result must show.
 
 A case owns its configuration, its providers (the first is the baseline of every ratio), its points (what is measured)
-and its two gates: `gate` on a small problem in float64, where every digit counts, and `check` on the outputs of the
-very thunks that are about to be timed.
+and its two gates: `gate` on a small problem in float64, where every digit counts, and `check` on the outputs of
+exactly the thunks that are about to be timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .peers.problem import Problem
 Config = dict[str, Any]
 
 
-SIZES = ("full", "brief", "quick")  # quick: tiny, shows that a case works and measures nothing
+SIZES = ("full", "brief", "quick")  # quick: tiny, only shows that a case works
 
 
 class Provider(Protocol):
@@ -31,13 +31,13 @@ class Provider(Protocol):
 @dataclass(frozen=True)
 class Entry:
     prepare: Provider
-    mode: str = ""  # which quantity it computes, where a case's providers differ in that
-    precision: str = "fp32"  # "bf16" has a check of its own, and no gate in float64
+    mode: str = ""  # which quantity it computes, if a case's providers differ in that
+    precision: str = "fp32"  # "bf16" has its own check, and no gate in float64
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a gate, or one bound that a result must keep."""
+    """One line of a gate, or one bound that a result must satisfy."""
 
     subject: str
     what: str
@@ -47,7 +47,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        # a NaN fails either way
+        # NaN fails either way
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def __str__(self) -> str:
@@ -85,10 +85,10 @@ class Case:
     gate: Callable[[Case, Config], Iterator[Check]]
     check: Callable[[Case, Point, Any, dict[str, Any]], Iterator[Check]]
     must_show: Callable[[Medians, Config], Iterator[Check]] = field(default=lambda medians, config: iter(()))
-    brief: Config = field(default_factory=dict)  # what `pydistill bench` changes of `full`, to be done in minutes
-    brief_providers: tuple[str, ...] = ()  # and whom it measures; all without
+    brief: Config = field(default_factory=dict)  # what `pydistill bench` changes in `full`, to finish in minutes
+    brief_providers: tuple[str, ...] = ()  # the providers that it measures; empty: all
     lines: bool = False  # whether cost should grow along a straight line in x, by mode
-    measure: Callable[[Callable[[], Any]], float] | None = None  # of a thunk, where that is not its time
+    measure: Callable[[Callable[[], Any]], float] | None = None  # of a thunk, if not its time
     problem: Callable[[Config, int], Problem] | None = None  # how a memory subprocess rebuilds a point's problem
 
     @property
@@ -100,7 +100,7 @@ class Case:
         return {"full": self.full, "brief": {**self.full, **self.brief}, "quick": self.quick}[size]
 
     def only(self, names: Sequence[str]) -> Case:
-        """The case with its baseline and those of the named providers that it has."""
+        """The case with its baseline and those named providers that it has."""
         kept = {name: entry for name, entry in self.providers.items() if name in names or name == self.baseline}
         return replace(self, providers=kept)
 
@@ -131,7 +131,7 @@ GATE: Config = {**SMALL, "image_size": 18, "depth": 3, "steps": 5, "lr": 0.05}
 
 
 def step_must_show(bounds: dict[tuple[str, str], float], medians: Medians, config: Config) -> Iterator[Check]:
-    """``bounds``: by provider and the peer that it has to beat; "compiled*": the fastest of the float32 ones."""
+    """``bounds``: by provider and the peer that it must beat; "compiled*": the fastest of the float32 ones."""
     values = {provider: value for (_, _, provider), value in medians.items()}
     compiled_values = [v for name, v in values.items() if name.startswith("compiled") and name != "compiled-bf16"]
     if compiled_values:

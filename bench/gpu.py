@@ -1,12 +1,12 @@
-"""`python -m bench.gpu`: everything that takes a real card to know, in one command.
+"""`python -m bench.gpu`: everything that needs a real GPU, in one command.
 
 First the tests that need a CUDA device, then each case as `bench.run` does it: gate, interleaved measurement, CSV rows.
 
-    gpu_block   the block's four forms beside eager torch and torch.compile, and beside a copy that moves as many bytes
+    gpu_block   the block's four forms against eager torch and torch.compile, and a copy that moves as many bytes
     gpu_step    a student's gradient, and its forward-over-reverse tangent, per call and for E students
     gpu_memory  peak device memory of the same
 
-Exit status: that of `bench.run`; 1 if a test fails; 2 where there is no CUDA device.
+Exit status: that of `bench.run`; 1 if a test fails; 2 if there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCALARS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_seconds(thunk: Callable[[], Any]) -> float:
-    """One call's time on the device's own clock, waiting for launches included."""
+    """One call's time on the device's own clock, including waits for launches."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -52,7 +52,7 @@ def device_seconds(thunk: Callable[[], Any]) -> float:
 
 
 def device_peak(thunk: Callable[[], Any]) -> float:
-    """Highest device memory while it runs, in bytes above what its inputs take."""
+    """Peak device memory while it runs, in bytes above that of its inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -86,7 +86,7 @@ def make_forms(shape: tuple[int, ...], layout: str, form: str, scalar: str, devi
 
 
 def _written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The block in elementary operations: torch has no forward-mode formula for its norm that takes channels-last."""
+    """The block in elementary operations: torch's forward-mode formula for its norm does not take channels-last."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = compiled.instance_norm(x.to(wide), weight.to(wide), bias.to(wide))
     return F.avg_pool2d(F.relu(y).to(x.dtype), 2)
@@ -140,7 +140,7 @@ def block_ours(problem: Forms) -> Callable[[], Tensors]:
 
 
 def block_copy(problem: Forms) -> Callable[[], Tensors]:
-    """The yardstick, and no answer: half of the form's least bytes read, half written."""
+    """A yardstick, not a solution: reads half of the form's least bytes and writes half."""
     x = max(problem.arguments, key=torch.numel)
     half = minimum_bytes(problem.form, problem.scalar, tuple(x.shape)) // 2
     source = torch.zeros(half, dtype=torch.uint8, device=x.device)
@@ -251,7 +251,7 @@ def make_step(config: Config, students: int, quantity: str, precision: str, devi
 
 
 def _switched(problem: Step, call: Callable[[], Tensors]) -> Callable[[], Tensors]:
-    """`call` with TF32 allowed where the problem says so, and refused elsewhere."""
+    """`call` with TF32 allowed if the problem says so, and otherwise disabled."""
 
     def run() -> Tensors:
         switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
@@ -408,7 +408,7 @@ GPU_STEP = Case(
     check=_step_check,
 )
 
-# without graphs: what a graph has in use is its pool's, which is there between its runs as well
+# without graphs: a graph's memory belongs to its pool, which stays allocated between its runs
 GPU_MEMORY = replace(
     GPU_STEP,
     name="gpu_memory",

@@ -1,11 +1,11 @@
 """What the CUDA kernels cost before any GPU runs them: registers, spills, shared memory, bytes moved.
 
-``python -m bench.kernels`` compiles every ``csrc/kernels/*.cuh`` with nvcc for the architectures that are shipped, and
-writes ``bench/results/kernels.csv``. Registers, spills and static shared memory are ptxas's words. Dynamic shared
-memory is the launcher's choice for planes of 32x32 and 16 channels on that architecture; `soft_cross_entropy`, a warp a
-row, and `multi_crop`, a thread a pixel, ask for none, `augment`, a block an image, for less than a kilobyte: these have
-no figures there. Bytes moved are counted, not modelled: the same kernel runs on the host machine of
-``cuda_vocabulary.h``, which counts what is asked of global memory; caches would make it less, half-used sectors more.
+``python -m bench.kernels`` compiles every ``csrc/kernels/*.cuh`` with nvcc for the shipped architectures, and writes
+``bench/results/kernels.csv``. Registers, spills and static shared memory are as reported by ptxas. Dynamic shared
+memory is the launcher's choice for planes of 32x32 and 16 channels on that architecture; `soft_cross_entropy`, a warp
+per row, and `multi_crop`, a thread per pixel, ask for none, `augment`, a block per image, for less than a kilobyte:
+these have no figures there. Bytes moved are counted, not modelled: the same kernel runs on the host machine of
+``cuda_vocabulary.h``, which counts global memory accesses; caches would reduce them, half-used sectors increase them.
 The minimum is every input read once and every output written once.
 
 The Triton kernels follow, compiled by Triton for the same architectures and AMD's gfx942, and counted in its
@@ -48,18 +48,18 @@ HOST_FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of one kernel on one architecture."""
+    """What ptxas reports for one kernel on one architecture."""
 
     kernel: str
     arch: str
     registers: int
-    spill_stores: int  # bytes, as the next two
+    spill_stores: int  # bytes, like the next two
     spill_loads: int
     static_shared: int
 
 
 class Launch(ctypes.Structure):
-    """What is asked of the host machine and what it answers: Launch of tests/kernels/host_launch.cpp."""
+    """A request to the host machine and its answer: Launch in tests/kernels/host_launch.cpp."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
@@ -93,7 +93,7 @@ def exercise(
 ) -> Launch:
     """Runs one form on the host machine, on tensors of zeros that the library allocates.
 
-    Without the ReLU by default: on zeros it would be closed everywhere and spare the kernel most of its reads.
+    Without the ReLU by default: on zeros it would be closed everywhere and save the kernel most of its reads.
     """
     launch = Launch(shared_limit=shared_limit)
     run = library.exercise_instance_norm_relu_avg_pool
@@ -130,7 +130,7 @@ def compile_kernels(header: Path, architectures: Iterable[str] = ARCHITECTURES) 
 
 
 def parse_ptxas(log: str) -> list[Resources]:
-    """The demangled output of `ptxas -v`, where each kernel has a few lines of its own."""
+    """The demangled output of `ptxas -v`, in which each kernel has a few lines."""
     found = []
     for name, arch, text in re.findall(
         r"Compiling entry function '(.*)' for '(sm_\w+)'\n((?:(?!.*Compiling entry).*\n)*)", log
@@ -184,7 +184,7 @@ def with_launch(kernel: Resources, library: ctypes.CDLL) -> Row:
     scalar, form, storage = match.groups()
 
     def launched(channels_last: bool) -> Launch:
-        # A limit under which the sums fit and no panel does is how a launch comes to stream.
+        # A limit within which the sums fit but no panel does makes a launch stream.
         streamed = 8192 if channels_last else 2048
         limit = SHARED_MEMORY_LIMIT[kernel.arch] if storage == "kept" else streamed
         launch = exercise(library, form, scalar, channels_last=channels_last, shared_limit=limit)
@@ -201,7 +201,7 @@ def with_launch(kernel: Resources, library: ctypes.CDLL) -> Row:
 
 
 def triton_rows() -> list[Row]:
-    from . import triton_kernels  # which stands on this module
+    from . import triton_kernels  # which imports this module
 
     counted = triton_kernels.counted()
     rows = []

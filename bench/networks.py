@@ -1,9 +1,9 @@
 """`python -m bench.networks`: every network of torchvision and timm with BatchNorm, with and without what we attach.
 
-Random weights and small images; logits, losses and what is left after removal are compared with the plain network's in
-float64. Needs torchvision and timm; where torchvision's compiled part does not load beside this torch, its Python part
-does. A row a network goes to bench/results/networks.csv, smallest networks first, until the time is up; rows that are
-there already from the same versions are kept.
+Random weights and small images; logits, losses and what remains after removal are compared with the plain network's in
+float64. Needs torchvision and timm; if torchvision's compiled part does not load with this torch, its Python part
+suffices. A row per network goes to bench/results/networks.csv, smallest networks first, until the time is up; existing
+rows from the same versions are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _kept: list[Any] = []
 
 
 def import_torchvision() -> Any:
-    """torchvision; if its operators cannot be loaded, without them.
+    """torchvision, without its operators if they cannot be loaded.
 
     Raises:
         ImportError: it is not installed.
@@ -47,7 +47,7 @@ def import_torchvision() -> Any:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept.append(library)  # torch forgets the operators of a library that is collected
+        _kept.append(library)  # torch drops the operators of a garbage-collected library
         return importlib.import_module("torchvision")
 
 
@@ -72,7 +72,7 @@ def build(library: str, name: str, **options: Any) -> nn.Module:
 
 
 def empty(library: str, name: str) -> nn.Module:
-    """The network without its numbers, where it can be built so."""
+    """The network without its numbers, if it can be built that way."""
     try:
         with torch.device("meta"):
             return build(library, name)
@@ -85,7 +85,7 @@ def batch_norms(net: nn.Module) -> list[nn.Module]:
 
 
 def randomise(net: nn.Module) -> None:
-    """Statistics, weights and biases for which every BatchNorm makes a difference."""
+    """Sets statistics, weights and biases for which every BatchNorm makes a difference."""
     with torch.no_grad():
         for bn in batch_norms(net):
             bn.running_mean.normal_(0, 0.1)
@@ -111,7 +111,7 @@ def hooked(net: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """All in an output of whatever form."""
+    """All tensors in an output of any form."""
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
@@ -127,7 +127,7 @@ def apart(found: Any, truth: Any) -> float:
 
 
 def things_set(net: nn.Module) -> list[tuple[Any, ...]]:
-    """All that is set on a network's modules, to be compared before and after."""
+    """Everything set on a network's modules, for comparison before and after."""
     return [
         (name, [(key, id(value)) for key, value in vars(module).items()], *map(list, _hooks(module)))
         for name, module in net.named_modules()
@@ -140,7 +140,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def side_of(net: nn.Module) -> int:
-    """The smallest of `SIDES`, or the side that timm names, whose images it takes."""
+    """The side of its images: the smallest of `SIDES` that it takes, or the one given by timm."""
     own = getattr(net, "default_cfg", {}).get("input_size", SIDES)[-1]
     errors = []
     for side in sorted({*SIDES, own}):
@@ -155,7 +155,7 @@ def side_of(net: nn.Module) -> int:
 
 
 def compared(library: str, name: str) -> dict[str, Any]:
-    """The row of a network."""
+    """The table row of a network."""
     torch.manual_seed(0)
     net = build(library, name).double()
     randomise(net)

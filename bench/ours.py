@@ -30,7 +30,7 @@ from .peers.problem import Problem, Result, Thunk
 
 
 def accelerated(net: nn.Module) -> nn.Module:
-    # imported late, so that the peers can be run and compared without pydistill
+    # imported late, so that peers can be run and compared without pydistill
     from pydistill.nn import accelerate
 
     return accelerate(copy.deepcopy(net))
@@ -41,7 +41,7 @@ def eager_accelerated(problem: Problem) -> Thunk:
 
 
 def trajectory_match(problem: Problem, students: int | None = None, **options: Any) -> Thunk:
-    """The plain module goes in as it is: what a user of a method repository has."""
+    """Takes the plain module as it is: what a user of a method repository has."""
     import pydistill
 
     theta0, target = problem.theta0, problem.target
@@ -100,10 +100,10 @@ def exact_compiled(problem: Problem) -> Thunk:
 
 
 def exact_generic(problem: Problem, share: float) -> Thunk:
-    """Within ``share`` of what the loop by hand keeps, or as near to it as storing fewer parameters comes."""
+    """Within ``share`` of what the loop by hand keeps, or as close as storing fewer parameters allows."""
     memory, one = int(share * problem.steps * eager.graph_bytes(problem)), problem.theta0.nbytes
 
-    def needed(every: int) -> int:  # what is kept, and what a stretch recomputes
+    def needed(every: int) -> int:  # what is kept, plus what a stretch recomputes
         return (-(-problem.steps // every) + every - 1) * one
 
     choices = range(1, problem.steps + 1)
@@ -229,7 +229,7 @@ def label_store(problem: stored_labels.Labels, form: str) -> Any:
 
 
 def stored_labels_epoch(problem: stored_labels.Labels, form: str = "topk8") -> stored_labels.Thunk:
-    """As a training loop reads them, without the images that would come along."""
+    """As a training loop reads them, without the images."""
     from pydistill.labels import SoftLabelDataset, StoredBatches, collate_soft_labels
 
     data = SoftLabelDataset(None, label_store(problem, form))
@@ -240,7 +240,7 @@ def stored_labels_epoch(problem: stored_labels.Labels, form: str = "topk8") -> s
 
 
 def stored_bytes(problem: stored_labels.Labels, form: str) -> Callable[[], float]:
-    """Bytes a label: all of the file, divided."""
+    """Bytes per label: the whole file, divided."""
     path = label_store(problem, form).path
     return lambda: path.stat().st_size / problem.images
 
@@ -364,7 +364,7 @@ def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
 
 
 def frozen_layer(layer: resnet.Layer) -> resnet.Thunk:
-    """The filters are transformed before: they are those of a network that stays."""
+    """The filters are transformed beforehand, as those of a network that is kept."""
     from pydistill.ops import frozen_conv2d, frozen_filters
 
     layer = layer.to(memory_format=torch.channels_last)

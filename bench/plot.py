@@ -78,7 +78,7 @@ def draw_memory(axes: Axes, rows: list[Row]) -> None:
     below = -1.0
     for provider, points in sorted(lines.items(), key=lambda line: max(line[1])[1]):
         x, y = axes.transAxes.inverted().transform(axes.transData.transform(max(points)))
-        y = below = max(y, below + 0.075)  # one line of text, where two curves end close together
+        y = below = max(y, below + 0.075)  # one line of text apart if two curves end close together
         colour = COLOURS.get(provider, PEER)
         weight = "bold" if colour == OURS else "normal"
         name = NAMES.get(provider, provider)
@@ -106,7 +106,7 @@ def draw_time(axes: Axes, rows: list[Row]) -> None:
 
 
 def draw_scaling(axes: Sequence[Axes], rows: list[Row]) -> None:
-    """One panel a size: medians, their 20 % to 80 %, and the line whose R^2 the rows hold."""
+    """One panel per size: medians, their 20 % to 80 %, and the line whose R^2 is in the rows."""
     straight = {row["mode"]: float(row["median"]) for row in rows if row["metric"] == LINE}
     for panel, (mode, label) in zip(axes, SIZES.items(), strict=True):
         found = [row for row in rows if row["mode"] == mode and row["metric"] not in (LINE, RATIO)]

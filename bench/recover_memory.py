@@ -1,8 +1,8 @@
 """Peak memory of recovering 1,000 classes at 224 pixels, against the batch: `python -m bench.recover_memory [B ...]`.
 
-Each row is a process of its own, which runs `recover` of `pydistill.methods.decoupled.recover` (SRe2L on ResNet-18, two
+Each row is a separate process, which runs `recover` of `pydistill.methods.decoupled.recover` (SRe2L on ResNet-18, two
 iterations) on one batch of B images out of the 1,000 of one image per class, and prints a JSON line. ``peak`` is the
-highest resident size above that of the process with its network, before the first step; ``set`` is what all images of
+peak resident size above that of the process with its network, before the first step; ``set`` is what all images of
 ``ipc`` per class would take at once with Adam's two moments, which no process ever holds.
 """
 
@@ -37,7 +37,7 @@ def measure(batch: int, classes: int) -> dict[str, int]:
     """Runs one batch in this process."""
     config = SRe2L(ipc=1, iterations=2, batch_size=batch, crop=0.08, flip=0.5, jitter=32)
     net = teacher(classes)
-    share = -(-classes // batch)  # of which this process makes one
+    share = -(-classes // batch)  # parts, of which this process makes one
     with tempfile.TemporaryDirectory() as folder:
         baseline = psutil.Process().memory_info().rss
         peak = peak_of(lambda: recover(config, [net], folder, rank=0, world=share))

@@ -1,4 +1,4 @@
-"""`python -m bench.run [case ...]`: every case beside its peers in one run, interleaved, after its gate passed in it.
+"""`python -m bench.run [case ...]`: every case and its peers in one run, interleaved, after its gate has passed.
 
 Exit status: 0 all well, 1 a gate is red (then no figure is reported), 3 a bound that a case must show was missed.
 """
@@ -64,7 +64,7 @@ def measured(case: Case, point: Point, repeats: int, measure: Callable[[Callable
     """`measure` (in seconds or bytes) of every provider, interleaved."""
     problem = point.problem()
     thunks = {name: case.providers[name].prepare(problem) for name in point.providers}
-    # the first run of each warms it up (compilation, caches) and is what its gate looks at
+    # the first run of each warms it up (compilation, caches), and its output is checked
     checks = passed(case.check(case, point, problem, {name: thunk() for name, thunk in thunks.items()}))
     print(f"  {_label(case, point)}: {checks} checks green", flush=True)
     scale = {"s": 1.0, "ms": 1e3, "MiB": 2**-20, "B": 1.0}[case.unit] / point.per
@@ -94,7 +94,7 @@ def peaks(case: Case, config: Config, points: Sequence[Point], repeats: int, siz
 
 
 def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequence[Samples], repeats: int) -> list[Row]:
-    """One row a measurement, and one for its ratio to the baseline, taken round by round: neighbours in time."""
+    """One row per measurement, and one for its ratio to the baseline, taken round by round: adjacent in time."""
     common = {
         "case": case.name,
         "x_name": case.x_name,
@@ -113,7 +113,7 @@ def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequen
         for name, values in sample.items():
             place = {"provider": name, "mode": point.mode or case.providers[name].mode, "x_value": point.x}
             rows.append(common | place | {"metric": case.metric, "unit": case.unit} | _quantiles(np.array(values)))
-            # a peak below the system's resolution is a zero, which has no ratio
+            # a peak below the system's resolution is zero and has no ratio
             if baseline is not None and name != case.baseline and min(values) > 0:
                 rows.append(common | place | {"metric": RATIO, "unit": "x"} | _quantiles(baseline / np.array(values)))
     if case.lines:
@@ -122,7 +122,7 @@ def rows_of(case: Case, config: Config, points: Sequence[Point], samples: Sequen
 
 
 def _lines(rows: Sequence[Row]) -> list[Row]:
-    """How straight each mode's medians lie: R^2 of a line fit."""
+    """How close each mode's medians are to a line: R^2 of a linear fit."""
     found: dict[tuple[str, str], dict[float, float]] = {}
     for row in rows:
         found.setdefault((row["mode"], row["provider"]), {})[row["x_value"]] = row["median"]
@@ -174,7 +174,7 @@ def run_case(
 
 
 def brief(names: Sequence[str]) -> int:
-    """What `pydistill bench` does: cases at sizes that take minutes, tables and no files."""
+    """What `pydistill bench` does: cases at sizes that take minutes, tables but no files."""
     unknown = set(names) - set(CASES)
     if unknown:
         raise ValueError(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -222,7 +222,7 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def machine() -> str:
-    """CPU model and core count, and the CUDA device where there is one."""
+    """CPU model and core count, and the CUDA device if there is one."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -243,8 +243,8 @@ def versions() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured; marked where the tree differs from it in more than results."""
-    if not (ROOT / ".git").exists():  # installed: the folder may lie in somebody else's repository
+    """The measured commit; marked if the tree differs from it in more than results."""
+    if not (ROOT / ".git").exists():  # installed: the folder may be inside another repository
         return "none"
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)

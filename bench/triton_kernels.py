@@ -1,4 +1,4 @@
-"""The Triton kernels' part of `bench.kernels`: what the compiler says of them, and what they ask of memory.
+"""The Triton kernels' part of `bench.kernels`: what the compiler reports, and their memory accesses.
 
 What is compiled stands in `bench/triton_cases`, a file an operator. Triton decides between compiler and interpreter
 when a kernel is defined, so each has a process of its own: `compiled` and `counted` start them. The compiler needs no
@@ -28,7 +28,7 @@ from . import ROOT, triton_cases
 from .kernels import minimum_bytes
 from .triton_cases import CompileCase
 
-TARGETS = {  # backend, architecture, threads of a warp
+TARGETS = {  # backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
@@ -39,16 +39,16 @@ OPERATORS = sorted(found.name for found in pkgutil.iter_modules(triton_cases.__p
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compilers say of one kernel on one architecture."""
+    """What the compilers report for one kernel on one architecture."""
 
     kernel: str
     arch: str
-    registers: int  # a thread, as the next two
+    registers: int  # per thread, like the next two
     spill_stores: int  # bytes; for AMD vector registers' scratch memory
     spill_loads: int
-    shared: int  # bytes a block
+    shared: int  # bytes per block
     config: dict[str, Any]
-    statistics_layouts: list[str]  # how the tiles lie over the threads that are summed to means and variances
+    statistics_layouts: list[str]  # how the tiles summed to means and variances are distributed over threads
 
 
 def compiled(operator: str, architectures: Iterable[str] = tuple(TARGETS)) -> list[Compiled]:
@@ -122,7 +122,7 @@ def _compile_one(case: CompileCase, arch: str) -> Compiled:
 
 
 def statistics_layouts(ttgir: str, count: int) -> list[str]:
-    """The layouts of the first ``count`` tiles [positions, lanes] that are summed, spelled out, each once."""
+    """The layouts of the first ``count`` summed tiles [positions, lanes], spelled out, without repetition."""
     names = re.findall(r"^ *\}\) : \(tensor<\d+x\d+xf\d+, (#\w+)>\)", ttgir, re.MULTILINE)[:count]
     return sorted({re.search(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[1] for name in names})
 

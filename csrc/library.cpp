@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   m.def("row_products(Tensor a, Tensor b, int[] rows) -> Tensor");
   m.def("row_products_backward(Tensor grad, Tensor a, Tensor b, int[] rows) -> (Tensor, Tensor)");
   m.def("row_products_jvp(Tensor a, Tensor b, Tensor a_t, Tensor b_t, int[] rows) -> Tensor");
-  // the keys' and queries' gradients are those of the sum of the losses, and come where `summed`
+  // the keys' and queries' gradients are those of the sum of the losses, and are computed if `summed`
   m.def(
       "attention_map_divergence(Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask, float scale_s,"
       " float scale_t, int kind, float beta, bool summed, bool with_q, bool with_k) -> (Tensor, Tensor, Tensor)");
@@ -57,8 +57,8 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // `shape` is int64: channels, height and width of the images, padding of the first convolution, classes; norm,
   // groups, activation, pool and whether convolutions have biases; and every block's width. `running` [2, channels of
   // all blocks] are the means and variances of a norm that keeps them, `statistics` [E, 2, channels] receives those of
-  // a batch norm. `workspace` is uint8, as large as the first number of convnet_step_bytes; the others are those of a
-  // tape per image and of each thread's own memory.
+  // a batch norm. `workspace` is uint8, of the size given by the first number of convnet_step_bytes; the others are the
+  // sizes of a tape per image and of each thread's own memory.
   m.def(
       "convnet_step_bytes(Tensor shape, int form, int students, int images, bool float64, bool bf16)"
       " -> Tensor");
@@ -93,7 +93,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       " -> Tensor");
 
   // x is [N, C, P]. Without a scale y has no elements; `statistics` are mean and variance [2, C], and the last output
-  // is the mean once more, for the backward.
+  // is the mean again, for the backward.
   m.def(
       "bn_stat_match(Tensor x, Tensor? residual, Tensor? scale, Tensor? shift, bool relu)"
       " -> (Tensor, Tensor, Tensor)");
@@ -101,8 +101,8 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "bn_stat_match_backward(Tensor? grad_y, Tensor grad_statistics, Tensor x, Tensor? residual, Tensor? scale,"
       " Tensor? shift, Tensor mean, bool relu) -> (Tensor, Tensor)");
 
-  // The same with a max pooling behind it, of images in channels-last memory: pooled images, statistics, the numbers of
-  // what won in its window, uint8, and the mean.
+  // The same followed by a max pooling, for images in channels-last memory: pooled images, statistics, the winners'
+  // numbers in their windows, uint8, and the mean.
   m.def(
       "bn_match_pool(Tensor x, Tensor scale, Tensor shift, bool relu, int kernel, int stride, int padding)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
@@ -110,7 +110,7 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "bn_match_pool_backward(Tensor grad_y, Tensor grad_statistics, Tensor x, Tensor which, Tensor scale,"
       " Tensor shift, Tensor mean, bool relu, int kernel, int stride, int padding) -> Tensor");
 
-  // Losses of rows of student logits; the second of what forward gives is their gradient, [N, 0] unless `keep`.
+  // Losses of rows of student logits; the second output of forward is their gradient, [N, 0] unless `keep`.
   m.def(
       "kd_divergence(Tensor student, Tensor? target, Tensor? labels, int kind, bool probs, float T, float scale,"
       " float ce_weight, float beta, float gamma, bool keep) -> (Tensor, Tensor)");
@@ -131,17 +131,17 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "sparse_label_loss_backward(Tensor grad, Tensor logits, Tensor indices, Tensor values, float T, int tail,"
       " float step, bool entropy, float scale) -> Tensor");
 
-  // A convolution with 3 taps a side or, of cells of 2x2 pixels, 4, `before` of them above and left of the position:
-  // two where x has the cells, one where the output has. `filters` and `adjoint` are transformed filters [36, vectors,
+  // A convolution with 3 taps per side or, on cells of 2x2 pixels, 4, `before` of them above and left of the position:
+  // two if x has the cells, one if the output has. `filters` and `adjoint` are transformed filters [36, vectors,
   // channels, lanes] of it and of its adjoint, which is of the same kind.
   m.def("frozen_conv2d(Tensor x, Tensor filters, Tensor adjoint, int taps, int before) -> Tensor");
-  // Filters of frozen_conv2d, or of its adjoint where `turned`, from a weight [K, C, taps, taps].
+  // Filters of frozen_conv2d, or of its adjoint if `turned`, from a weight [K, C, taps, taps].
   m.def("conv2d_filters(Tensor weight, bool turned) -> Tensor");
   // The gradient in the filters [K, C, taps, taps] of a convolution whose output is as large as its input; with x_2 and
-  // grad_2, of two of them together.
+  // grad_2, the sum for two of them.
   m.def("conv2d_weight_grad(Tensor x, Tensor grad, Tensor? x_2, Tensor? grad_2, int taps) -> Tensor");
 
-  // Beside the largest of every window its number in the window, uint8; gather picks what the numbers say out of x, and
+  // The largest of every window and its number in the window, uint8; gather picks the numbered elements from x, and
   // backward is its adjoint.
   m.def("max_pool2d(Tensor x, int kernel, int stride, int padding) -> (Tensor, Tensor)");
   m.def("max_pool2d_gather(Tensor x, Tensor which, int kernel, int stride, int padding) -> Tensor");

@@ -4,7 +4,7 @@ from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from pkgutil import extend_path as _extend_path
 
-# Python started in a source checkout finds that before the installed package, which alone has the compiled parts.
+# Python started in a source checkout finds that before the installed package, but only the latter has compiled parts.
 __path__ = _extend_path(__path__, __name__)
 
 from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference, select, trajectory
@@ -47,7 +47,7 @@ __all__ = [
     "unroll",
 ]
 
-# imported when they are asked for, so that the rest is quick
+# imported on demand, to keep the import fast
 _ON_DEMAND = ("data", "evaluate", "info", "methods", "testing")
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes: whoever reads, and whatever crashes, finds the old file or the new one whole. Needs no torch."""
+"""Atomic writes: a reader, or a crash, finds either the old file or the complete new one. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PathLike = str | os.PathLike[str]
 
 
 def write_atomic(path: PathLike, data: bytes) -> None:
-    """Writes ``data`` to ``path`` so that a reader, or a crash at any moment, sees the old file or the new one whole.
+    """Writes ``data`` to ``path`` so that a reader, or a crash at any moment, finds the old or the complete new file.
 
-    The bytes go to a temporary file in the same folder, are synced to the disk, and are renamed over ``path``.
+    The bytes go to a temporary file in the same folder, which is synced to disk and renamed to ``path``.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -37,7 +37,7 @@ def write_atomic(path: PathLike, data: bytes) -> None:
 
 @contextmanager
 def naming(path: PathLike) -> Iterator[None]:
-    """Gives an error of the system that names no file, such as that of a full disk, the name of ``path``."""
+    """Adds the name of ``path`` to a system error that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -48,9 +48,9 @@ def naming(path: PathLike) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, ending: str = "partial") -> Iterator[Path]:
-    """Names a file that the block writes and syncs, and that takes the place of ``path`` unless the block raises.
+    """Yields a file name for the block to write and sync, which then replaces ``path`` unless the block raises.
 
-    The name is the same for all attempts, so that those which were killed leave one file at most.
+    The name is the same for all attempts, so that killed ones leave one file at most.
     """
     partial = path.with_name(f".{path.name}.{ending}")
     try:
@@ -63,7 +63,7 @@ def replacing(path: Path, ending: str = "partial") -> Iterator[Path]:
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """Renames a file that has been synced over another in the same folder; lasting when it returns."""
+    """Renames a synced file to replace another in the same folder; durable when it returns."""
     os.replace(source, target)
     if os.name == "posix":
         folder = os.open(target.parent, os.O_RDONLY)
@@ -74,12 +74,12 @@ def put_in_place(source: Path, target: Path) -> None:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Has on the disk what was written to ``file``."""
+    """Flushes what was written to ``file`` to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
-    """FileExistsError for a file at ``path`` that nothing said to overwrite."""
+    """FileExistsError for a file at ``path``, unless ``overwrite``."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")

@@ -1,4 +1,4 @@
-"""Loads the compiled operator libraries, and knows why a backend cannot run."""
+"""Loads the compiled operator libraries, and says why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def _load(name: str) -> str | None:
-    """Load ``pydistill.<name>`` into torch's dispatcher; the reason why not, or None."""
+    """Load ``pydistill.<name>`` into torch's dispatcher; None, or the reason for failure."""
     spec = importlib.util.find_spec(f"pydistill.{name}")
     if spec is None or spec.origin is None:
         return f"pydistill was built without {name}"
@@ -27,13 +27,13 @@ if _cpu_error is not None:
 _cuda_error = "this torch is a build without CUDA" if torch.version.cuda is None else _load("_C_cuda")
 
 
-# Triton decides between compiler and interpreter when a kernel is defined; decided here as early, and once
+# Triton chooses compiler or interpreter when a kernel is defined; read here equally early, and once
 triton_is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _triton_missing = importlib.util.find_spec("triton") is None
 
 
 def unavailable(backend: str) -> str | None:
-    """Why ``backend`` cannot run on this machine, or None where it can."""
+    """Why ``backend`` cannot run on this machine, or None if it can."""
     if backend == "cuda":
         if _cuda_error is None and not torch.cuda.is_available():
             return "no CUDA device is visible"

@@ -1,15 +1,15 @@
-"""Files of a fixed size that are written in place and read where it is asked for. Needs no torch: workers import it.
+"""Files of a fixed size that are written in place and read on demand. Needs no torch: workers import it.
 
 All kinds start alike, with little-endian integers, and are sparse until they are written to::
 
     prefix    magic, version, length and crc32 of the header
-    header    JSON; "flags", where there are some, name what a reader has to know about
-    ...       what the kind lays out
+    header    JSON; "flags", if any, name features that a reader must know
+    ...       laid out by the kind
 
-They are read through a memory map, of which nothing is handed out but copies. Where a file becomes shorter under its
-reader, as when somebody copies another over it, touching the map is the end of the process (SIGBUS); so the size of the
-file is looked at before each read, and that is an error with a name. A file that is cut in the very moment of a read,
-between that look and the end of the copy, is beyond this.
+They are read through a memory map, of which only copies are handed out. If a file becomes shorter while it is read,
+as when another is copied over it, touching the map kills the process (SIGBUS); so the file's size is checked before
+each read, and a proper error raised. A file truncated during a read, between that check and the end of the copy, is
+not caught.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class StoreFile:
 
     Attributes:
         path: the file.
-        header: what its header says.
+        header: the content of its header.
         version: of the file.
     """
 
     _kind: str  # with its article
     _magic: bytes  # 8 of them
     _version: int  # that is written
-    _oldest = 1  # that is read
+    _oldest = 1  # that can be read
     _flags: frozenset[str] = frozenset()  # that are known
-    _fields: Mapping[str, Callable[[Any], bool]]  # what each field of the header has to be
-    _size: int  # of the file in bytes, which `_layout` sets
-    _fixed_at: int  # where a kind has something that is written once; `_layout` sets it
-    _bytes: np.ndarray | None = None  # of the whole file, uint8: its map, which goes with the last reference to it
+    _fields: Mapping[str, Callable[[Any], bool]]  # a check for each field of the header
+    _size: int  # of the file in bytes; set by `_layout`
+    _fixed_at: int  # offset of what a kind writes only once; set by `_layout`
+    _bytes: np.ndarray | None = None  # the whole file, uint8: its map, freed with the last reference to it
 
     path: Path
     header: dict[str, Any]
@@ -100,16 +100,16 @@ class StoreFile:
         self._bytes = np.ndarray(size, np.uint8, mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ))
 
     def _current(self, header: dict[str, Any], version: int) -> dict[str, Any]:
-        """The header of a file of some version, as one of the newest says the same."""
+        """The header of a file of some version, converted to the newest."""
         return header
 
     def _layout(self, start: int) -> None:
-        """Takes `_size` and all places from the header, behind which the file goes on at ``start``."""
+        """Computes `_size` and all offsets from the header; the data after it begins at ``start``."""
         raise NotImplementedError
 
     @classmethod
     def _make(cls, path: Path, header: dict[str, Any], fixed: bytes = b"") -> None:
-        """Makes an empty file, atomically, in the place of one that is there; ``fixed`` goes to `_fixed_at`."""
+        """Makes an empty file, atomically, replacing an existing one; ``fixed`` goes to `_fixed_at`."""
         text = json.dumps(header, allow_nan=False).encode()
         sizes = cls.__new__(cls)
         sizes.version, sizes.header = cls._version, header
@@ -123,7 +123,7 @@ class StoreFile:
             sync(file)
 
     def close(self) -> None:
-        """Closes the file, which cannot be read from then on; a second time it does nothing."""
+        """Closes the file, which cannot be read afterwards; a second call does nothing."""
         self._bytes = None
         self._file.close()
 
@@ -142,13 +142,13 @@ class StoreFile:
         self.close()
 
     def _read(self, at: int, count: int) -> np.ndarray:
-        """Bytes of the file, uint8, a copy; ValueError where it has become shorter than that."""
+        """Bytes of the file, uint8, a copy; ValueError if it has become too short."""
         self._check_open()
         self._check_reaches(at + count)
         return self._bytes[at : at + count].copy()
 
     def _check_reaches(self, stop: int) -> None:
-        """ValueError where the file has become shorter than ``stop``; due before anything up to there is touched."""
+        """ValueError if the file has become shorter than ``stop``; call it before touching anything up to there."""
         size = os.fstat(self._file.fileno()).st_size
         if size < stop:
             raise ValueError(f"{self.path}: expected {self._size} bytes as it had, it was cut to {size} since")
@@ -161,7 +161,7 @@ class StoreFile:
         sync(self._file)
 
     def _lock(self) -> None:
-        """Until the file is closed, or the process dies."""
+        """Locks the file until it is closed or the process dies."""
         if os.name != "posix":
             return
         import fcntl
@@ -181,7 +181,7 @@ class StoreFile:
 
 
 def check_of(entries: np.ndarray) -> np.ndarray:
-    """What the last field of table entries has to be: it tells one from another that is missing or half written."""
+    """The required last field of table entries, which tells them from missing or half-written ones."""
     return ~np.bitwise_xor.reduce([entries[name] for name in entries.dtype.names[:-1]])
 
 

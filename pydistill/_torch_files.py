@@ -1,8 +1,8 @@
-"""Files that somebody's ``torch.save`` wrote: checked before they are trusted, and read without running code.
+"""Files written by ``torch.save`` elsewhere: checked before they are trusted, and read without running code.
 
-``torch.load`` does not look at the checksums that its archives carry, and reads a flipped bit as another number; here
-they are verified first. Files that have none (those of torch before 1.6, which are no archives, and those written after
-``torch.serialization.set_crc32_options(False)``) are read as they stand.
+``torch.load`` ignores the checksums in its archives, and reads a flipped bit as another number; here they are verified
+first. Files without checksums (those of torch before 1.6, which are not archives, and those written after
+``torch.serialization.set_crc32_options(False)``) are read as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = ["read_state_dict", "read_torch"]
 
 _ARCHIVE = b"PK\3\4"
-_AT_ONCE = 1 << 20  # bytes of a member that are in memory while its checksum is taken
+_AT_ONCE = 1 << 20  # bytes of a member in memory while its checksum is computed
 _STATE_KEYS = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights"),
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
@@ -38,9 +38,9 @@ def _plain_dict(*factory: Any) -> dict[Any, Any]:
 
 
 def _harmless() -> list[Any]:
-    """What checkpoints hold beside tensors, as `torch.serialization.safe_globals` takes it: values, nothing that acts.
+    """What checkpoints hold besides tensors, for `torch.serialization.safe_globals`: values, nothing that runs code.
 
-    Of NumPy's types those of numbers, whose pickled form cannot describe a layout of its own. A path becomes a pure
+    Of NumPy's types only those of numbers, whose pickled form cannot describe its own layout. A path becomes a pure
     one, which touches no disk and may be of either system; a defaultdict a dict.
     """
     reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
@@ -59,29 +59,29 @@ def _harmless() -> list[Any]:
 
 
 _HARMLESS = _harmless()
-_lock = threading.Lock()  # what is admitted is admitted in the whole process
+_lock = threading.Lock()  # safe globals are process-wide
 
 
 def read_torch(path: Path, wanted: str, *, mmap: bool = False, verified: bool = False) -> Any:
     """Reads a file that ``torch.save`` wrote, onto the CPU, by ``torch.load(weights_only=True)``.
 
     Besides what that admits, ``argparse.Namespace``, NumPy's numbers, arrays and dtypes, paths, dates and defaultdicts
-    are read, and what the caller's program gave to ``torch.serialization.add_safe_globals``.
+    are read, and what the caller's program passed to ``torch.serialization.add_safe_globals``.
 
     Args:
         path: the file.
         wanted: what it should hold, for messages.
-        mmap: leave the numbers in the file until they are used, where it is an archive.
-        verified: whether the file's checksums have been verified already.
+        mmap: leave the numbers in the file until they are used, if it is an archive.
+        verified: whether the file's checksums have already been verified.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, foreign, damaged, or asks for something else to be imported, which is named.
+        ValueError: it is truncated, foreign, damaged, or asks to import something else, which is named.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
     with path.open("rb") as file:
-        is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE  # as torch decides it
+        is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE  # torch's own criterion
     if is_archive and not verified:
         try:
             _verify(path)
@@ -89,7 +89,7 @@ def read_torch(path: Path, wanted: str, *, mmap: bool = False, verified: bool = 
             raise ValueError(f"{path}: expected {wanted}; it is truncated or damaged ({error})") from error
     try:
         with _lock:
-            known = set(torch.serialization.get_safe_globals())  # leaving the context would take these away
+            known = set(torch.serialization.get_safe_globals())  # leaving the context would remove these
             with torch.serialization.safe_globals([each for each in _HARMLESS if each not in known]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
     except Exception as error:  # a foreign stream makes the unpickler raise almost anything
@@ -98,15 +98,15 @@ def read_torch(path: Path, wanted: str, *, mmap: bool = False, verified: bool = 
 
 
 def read_state_dict(path: Path, wanted: str, key: str | None = None) -> dict[str, Tensor]:
-    """Reads a network's state out of a checkpoint as training scripts write theirs.
+    """Reads a network's state from a checkpoint as written by training scripts.
 
-    It is the whole file or stands under one of the usual keys, of which a running average's come last, or under
-    ``key``. What wrappers put before the names goes: "module." (DataParallel, averages), "_orig_mod." (torch.compile),
-    and a "model.", "net." or "network." before all of them.
+    It is the whole file, or is under one of the usual keys, those of running averages last, or under ``key``. Prefixes
+    of wrappers are removed from the names: "module." (DataParallel, averages), "_orig_mod." (torch.compile), and a
+    "model.", "net." or "network." common to all of them.
 
     Raises:
-        FileNotFoundError, ValueError: as of `read_torch`; or there is no state in it, or not under ``key``, or a number
-            of it is not finite; says which.
+        FileNotFoundError, ValueError: as for `read_torch`; or it has no state, or not under ``key``, or a number in it
+            is not finite; says which.
     """
     content = read_torch(path, wanted)
     if key is not None:
@@ -139,7 +139,7 @@ def _verify(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Torch's, without its advice to run the file's code."""
+    """Torch's message, without its advice to run the file's code."""
     text = str(error)
     name = re.search(r"GLOBAL (\S+)", text)
     if name is not None:

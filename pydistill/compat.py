@@ -1,4 +1,4 @@
-"""Shapes that the method repositories call, on the package's own parts."""
+"""Interfaces that the method repositories use, on the package's own parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ReparamModule(nn.Module):
 
     The interface of the class of that name in the trajectory-matching repositories (MTT, TESLA, FTD, DATM, AST):
     ``flat_param`` is the module's own vector ``[P]`` in ``net.parameters()`` order, ``param_numel`` its length, and a
-    vector given to the call takes its place. A leading dimension of size one, which those repositories add for
+    vector passed to the call replaces it. A leading dimension of size one, which those repositories add for
     ``DataParallel``, is dropped. The wrapped network stays as it was, with its own parameters, under ``.module``.
 
     Raises:
@@ -26,7 +26,7 @@ class ReparamModule(nn.Module):
         super().__init__()
         flat = FlatModule(module)
         self._flat = flat
-        # kept out of the registry of submodules: the wrapper's one parameter is the flat vector
+        # not registered as a submodule: the wrapper's only parameter is the flat vector
         object.__setattr__(self, "module", module)
         self.flat_param = nn.Parameter(flat.parameters())
         self.param_numel = flat.numel
@@ -36,7 +36,7 @@ class ReparamModule(nn.Module):
 
     @property
     def reparametrised(self) -> nn.Module:
-        """The network whose parameters the flat vector stands for."""
+        """The network whose parameters the flat vector represents."""
         return self.module
 
     def train(self, mode: bool = True) -> ReparamModule:
@@ -44,7 +44,7 @@ class ReparamModule(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ReparamModule:
-        self.module._apply(fn, recurse)  # .to(), .double(): its buffers have to move along
+        self.module._apply(fn, recurse)  # .to(), .double(): its buffers must move along
         return super()._apply(fn, recurse)
 
     def forward(

@@ -1,7 +1,7 @@
 """How good a small training set is: the accuracy of fresh students trained on it.
 
 The protocol is the one the distillation papers share (Zhao, Mopuri, Bilen, "Dataset Condensation with Gradient
-Matching", ICLR 2021): SGD with momentum 0.9 and weight decay 5e-4, the learning rate divided by ten at half of the
+Matching", ICLR 2021): SGD with momentum 0.9 and weight decay 5e-4, the learning rate divided by ten after half of the
 epochs, several students from different initialisations, mean and deviation of their test accuracies.
 """
 
@@ -67,9 +67,9 @@ def train_student(
 ) -> None:
     """Trains ``net`` in place by SGD on the cross-entropy: one student of `pydistill.train_students`.
 
-    After ``ceil(epochs / 2)`` epochs the learning rate falls to a tenth and the momentum starts anew, as in the papers'
-    code. Losses that are not finite are the caller's to notice. ``net`` receives its parameters and buffers, and is
-    left in training mode, when the training has ended; after an exception it is what it was.
+    After ``ceil(epochs / 2)`` epochs the learning rate falls to a tenth and the momentum is reset, as in the papers'
+    code. Checking for non-finite losses is up to the caller. ``net`` receives its parameters and buffers at the end of
+    the training, and is left in training mode; after an exception it is unchanged.
 
     Args:
         net: gives logits ``[B, K]``.
@@ -82,7 +82,7 @@ def train_student(
         momentum: of SGD.
         weight_decay: of SGD, coupled.
         augment: None, or an object with ``draw(shape, generator) -> record`` and ``__call__(images, record)``.
-        generator: of the order of the images and of the augmentation, on the CPU; the global one by default.
+        generator: for the order of the images and the augmentation, on the CPU; the global one by default.
         on_step: called after each step; an exception from it ends the training.
 
     Raises:
@@ -130,14 +130,14 @@ def evaluate(
 ) -> list[float]:
     """Trains fresh students on ``(images, labels)`` and returns their test accuracies, each in ``[0, 1]``.
 
-    Students that `pydistill.train_students` trains at once are trained at once.
+    Students that `pydistill.train_students` can train at once are trained at once.
 
     Args:
-        make_net: builds a network that gives logits ``[B, K]``; those it built are left trained.
-        images: float32 ``[N, C, H, W]`` to train on, or a student's own, ``[len(students), N, C, H, W]``; their device
-            is where the work is done.
-        labels: int64 ``[N]`` or, with ``label_kind``, float ``[N, K]``; with ``[len(students)]`` in front where the
-            images have it.
+        make_net: builds a network that gives logits ``[B, K]``; the networks built are left trained.
+        images: float32 ``[N, C, H, W]`` to train on, or one set per student, ``[len(students), N, C, H, W]``; the work
+            is done on their device.
+        labels: int64 ``[N]`` or, with ``label_kind``, float ``[N, K]``; with ``[len(students)]`` in front if the images
+            have it.
         test_images: float32 ``[M, C, H, W]``.
         test_labels: int64 ``[M]``.
         lr: learning rate; for a distilled set, the one learnt along with it.
@@ -145,13 +145,13 @@ def evaluate(
         batch_size: images per step.
         label_kind: what ``labels`` holds: "hard", "logits" or "probs".
         augment: of each batch, as for `pydistill.train_students`.
-        students: numbers of the students; student ``s`` is initialised and shown its images by ``(seed, s)`` alone.
-            (The last bits of what it computes depend also on how many are trained at once.)
+        students: numbers of the students; student ``s``'s initialisation and order of images depend on ``(seed, s)``
+            alone. (The last bits of its results also depend on how many are trained at once.)
         seed: see ``students``.
         on_step: called after each training step and test batch of each student; an exception from it ends the
             evaluation.
-        options: further arguments of `pydistill.train_students`; momentum, weight decay and schedule are the
-            protocol's, and losses that are not finite are let pass, where they are not given.
+        options: further arguments of `pydistill.train_students`; by default momentum, weight decay and schedule are the
+            protocol's, and non-finite losses do not raise.
 
     Raises:
         TypeError, ValueError: as `pydistill.train_students` does.
@@ -194,7 +194,7 @@ def evaluate(
 def linear_probe(
     net: Any, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, *, decay: float = 1e-3
 ) -> float:
-    """Accuracy in [0, 1] of a logistic regression on a network's frozen features, standardised; by L-BFGS.
+    """Accuracy in [0, 1] of a logistic regression, by L-BFGS, on a network's frozen, standardised features.
 
     ``net.embed`` gives the features ``[N, F]`` of images ``[N, C, H, W]``; ``decay`` is that of the weights.
     """

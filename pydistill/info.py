@@ -1,4 +1,4 @@
-"""What was built and what of it runs here: ``python -m pydistill.info``."""
+"""What was built, and which of it runs here: ``python -m pydistill.info``."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def engine(
 
     Args:
         net: the student.
-        image: ``(C, H, W)`` of the images, as an augmentation leaves them.
+        image: ``(C, H, W)`` of the images after augmentation.
         device: where they are.
         output: as for `pydistill.unroll`.
 
     Returns:
-        "student: " and the shape that was recognised, or "generic: " and what the student engine cannot run. Those nets
-        run on autograd: compiling a step takes minutes, which is done for ``engine="compiled"`` alone.
+        "student: " and the recognised shape, or "generic: " and what the student engine cannot run. Those nets run on
+        autograd: compiling a step takes minutes, and is done only for ``engine="compiled"``.
     """
     try:
         return f"student: {convnet_shape(net, image, FlatModule(net).dtype, device, output=output)}"

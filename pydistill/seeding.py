@@ -1,7 +1,7 @@
 """Random streams by name.
 
-What is drawn for one thing depends on a run's seed and on that thing's name and place, and on nothing else: a run that
-is cut off and goes on, or that runs on other ranks, draws what it would have drawn.
+What is drawn for one purpose depends only on a run's seed and on the purpose's name and position: a run that is
+interrupted and resumed, or divided among other ranks, draws the same numbers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["Stream", "seeded_generator", "seeded_net", "torch_seeded"]
 
 
 class Stream(IntEnum):
-    """What a stream is drawn for: the second number of a key, after the seed.
+    """The purpose of a stream: the second number of a key, after the seed.
 
-    The numbers are part of every result, so they stay. Names that share one are drawn in different commands.
+    The numbers affect every result, so they must not change. Names that share one are used in different commands.
     """
 
     # networks trained on real images: experts, teachers, students of a table
@@ -30,10 +30,10 @@ class Stream(IntEnum):
     TEACHER_BATCHES = 1  # + epoch
     TEST_STUDENT = 2  # + student: its parameters
     TEST_STUDENT_BATCHES = 3  # + student
-    TEST_REAL_IMAGES = 4  # + student: the real images beside which a method is shown
+    TEST_REAL_IMAGES = 4  # + student: the real images that a method is compared with
 
-    # methods of an outer loop
-    SYNTHETIC = 5  # what the synthetic images begin as (+ client)
+    # methods with an outer loop
+    SYNTHETIC = 5  # the initial synthetic images (+ client)
     OUTER_STEP = 6  # + iteration (+ turn, class, client): segments, minibatches, augmentations
     OUTER_STEP_NET = 7  # + iteration: a new network's parameters
     INNER_TRAINING = 8  # + iteration, turn: of DC's network between its outer steps
@@ -44,19 +44,19 @@ class Stream(IntEnum):
     COMBINED = 7  # + class: the images that PCA combines
 
     # decoupled methods
-    REAL_START = 0  # the real images that recovery begins with
+    REAL_START = 0  # the real images that recovery starts from
     RECOVER_CROPS = 1  # + batch, iteration
     NOISE_START = 2  # + batch
     RELABEL_BATCHES = 1  # + epoch
     POST_TRAINED = 3  # the student's parameters
 
     # KRR-ST
-    TARGET = 10  # the encoder that is trained by itself, without labels
+    TARGET = 10  # the self-supervised encoder
     SELF_SUPERVISED = 11  # its projector, then its batches
     POOL = 20  # + number: the parameters of a network of the pool
     POOL_AGES = 21
     KRR_BATCH = 22  # + iteration
-    KRR_IMAGES = 23  # the real images that the synthetic ones begin as
+    KRR_IMAGES = 23  # the real images that the synthetic ones start from
     PRETRAINED = 30  # + student: the parameters of a student that is pretrained and probed
 
     # HeLlO
@@ -75,16 +75,16 @@ class Stream(IntEnum):
 
 
 def seeded_generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator whose stream depends on ``seed`` and all of ``key`` alone: integers of at least 0.
+    """A CPU generator whose stream depends on ``seed`` and ``key`` alone: integers of at least 0.
 
-    Zeros at the end count for nothing, so keys of one kind of thing have to be of one length.
+    Trailing zeros make no difference, so keys for the same purpose must have the same length.
     """
     return torch.Generator().manual_seed(int(SeedSequence((seed, *key)).generate_state(1, "uint64")[0]))
 
 
 @contextmanager
 def torch_seeded(generator: torch.Generator) -> Iterator[None]:
-    """Torch's own CPU generator seeded as ``generator`` was, for code that draws from it; then as it was before."""
+    """Seeds torch's own CPU generator as ``generator`` was, for code that draws from it; restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         yield
@@ -93,7 +93,7 @@ def torch_seeded(generator: torch.Generator) -> Iterator[None]:
 def seeded_net(
     make_net: Callable[[], nn.Module], seed: int, *key: int, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Builds a network whose initial parameters depend on ``seed`` and ``key`` only; the global random state is left as
-    it was."""
+    """Builds a network whose initial parameters depend on ``seed`` and ``key`` only; the global random state is
+    unchanged."""
     with torch_seeded(seeded_generator(seed, *key)):
         return make_net().to(device)

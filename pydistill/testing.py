@@ -1,4 +1,4 @@
-"""`check_op`: the matrix of properties that every operator is held to.
+"""`check_op`: the properties that every operator must have.
 
     check_op(pydistill.instance_norm_relu_avg_pool, pydistill.reference.instance_norm_relu_avg_pool, cases)
 
@@ -26,8 +26,8 @@ class Case:
     name: str
     make: Callable[[torch.dtype], tuple[Tensor, ...]]
     options: dict[str, Any] = field(default_factory=dict)
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # beside float64, always
-    order: int = 2  # derivatives that the operator has; of one that has 1, the second and forward mode must be refused
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # besides float64
+    order: int = 2  # derivatives that the operator has; if 1, the second and forward mode must be refused
 
 
 def check_op(
@@ -38,18 +38,18 @@ def check_op(
     raw_calls: Callable[..., list[tuple[Any, tuple]]] | None = None,
     checks: Iterable[str] | None = None,
 ) -> None:
-    """Hold ``op`` to ``reference`` in every check on every case.
+    """Compare ``op`` with ``reference`` in every check on every case.
 
     Args:
         op: the public function, differentiable as often as the cases say.
         reference: its definition in plain torch.
         cases: the inputs.
         raw_calls: from ``(*tensors, **options)`` the registered operators behind ``op`` with arguments, for
-            torch's ``opcheck``; None leaves that check out.
-        checks: names out of `CHECKS`; all by default.
+            torch's ``opcheck``; None omits that check.
+        checks: names from `CHECKS`; all by default.
 
     Raises:
-        AssertionError: naming the check, the case and what was off.
+        AssertionError: names the check, the case and what was off.
     """
     for case in cases:
         for name in CHECKS if checks is None else checks:
@@ -66,9 +66,9 @@ def check_op(
 def assert_close(name: str, actual: Tensor, truth: Tensor, plain: Tensor | None = None, rtol: float = 0.0) -> None:
     """Elementwise closeness, direction, size, and no true value turned into zero.
 
-    The bound is twice what ``plain`` (torch's own result in the same precision) is off by, plus ``rtol`` of the largest
-    true value, held elementwise and, at a quarter of ``rtol``, in the root mean square (of a few elements, either
-    maximum is luck). Tolerances alone would let a gradient pass that is zero where the truth is small.
+    The bound is twice the error of ``plain`` (torch's own result in the same precision), plus ``rtol`` of the largest
+    true value, applied elementwise and, with a quarter of ``rtol``, to the root mean square (with few elements, either
+    maximum is luck). Tolerances alone would pass a gradient that is zero where the truth is small.
     """
     assert actual.shape == truth.shape, f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"
     if truth.numel() == 0:
@@ -91,7 +91,7 @@ def assert_close(name: str, actual: Tensor, truth: Tensor, plain: Tensor | None 
         assert cosine > 0.999, f"{name}: cosine {cosine:.6f} to the truth"
         relative = ((actual - truth).norm() / truth.norm()).item()
         assert relative < 0.05, f"{name}: relative L2 error {relative:.3e}"
-    present = truth.abs() > max(eps, rtol) * scale  # less may cancel in rounding
+    present = truth.abs() > max(eps, rtol) * scale  # smaller values may be lost to rounding
     if plain is not None:  # torch's own result may have underflowed too
         present &= plain.detach() != 0
     lost = ((actual == 0) & present).sum().item()
@@ -148,7 +148,7 @@ def check_values(op: Function, reference: Function, case: Case) -> None:
 def check_gradcheck(op: Function, reference: Function, case: Case) -> None:
     """Numerical derivatives, first and second order, reverse and forward mode, batched."""
     leaves = _leaves(case, torch.float64)
-    if any(t.numel() == 0 or _overlaps(t) for t in leaves):  # nothing to step along, or not one value at a time
+    if any(t.numel() == 0 or _overlaps(t) for t in leaves):  # nothing to perturb, or not one element at a time
         return
     function = lambda *tensors: op(*tensors, **case.options)  # noqa: E731
     torch.autograd.gradcheck(
@@ -166,7 +166,7 @@ def check_gradcheck(op: Function, reference: Function, case: Case) -> None:
 
 
 def _check_refused(function: Function, leaves: tuple[Tensor, ...]) -> None:
-    """A second derivative in any input, and one that hides behind a term that has it, raise NotImplementedError."""
+    """A second derivative in any input, even behind a term that has one, raises NotImplementedError."""
     for i, leaf in enumerate(leaves):
         total = function(*leaves).sum() + leaf.pow(3).sum()
         (first,) = torch.autograd.grad(total, leaf, create_graph=True)
@@ -189,7 +189,7 @@ def check_registrations(raw_calls: Callable[..., list[tuple[Any, tuple]]], case:
 
 def check_func(op: Function, reference: Function, case: Case) -> None:
     """``torch.func``: grad, vmap, vmap of grad, jvp, and jvp of grad against the reference."""
-    # torch itself writes into the inputs of jvp, which expanded ones do not allow
+    # torch itself writes into the inputs of jvp, which must therefore not be expanded
     tensors = tuple(t.contiguous() if _overlaps(t) else t for t in case.make(torch.float64))
     tangents = tuple(_weights(tensors, 3))
     cotangent = _weights([reference(*tensors, **case.options)], 4)[0]
@@ -251,7 +251,7 @@ def check_compile(op: Function, reference: Function, case: Case) -> None:
 
 
 def check_repeats(op: Function, reference: Function, case: Case) -> None:
-    """Equal bits from run to run and over thread counts."""
+    """Equal bits across runs and thread counts."""
     threads = torch.get_num_threads()
     try:
         results = []
@@ -266,7 +266,7 @@ def check_repeats(op: Function, reference: Function, case: Case) -> None:
 
 
 def check_nan(op: Function, reference: Function, case: Case) -> None:
-    """NaN and Inf in give what they give in the reference: NaN in the same places, no crash."""
+    """NaN and Inf inputs give the same as in the reference: NaN in the same places, no crash."""
     for poison in (float("nan"), float("inf")):
         tensors = [t.clone() if _overlaps(t) else t for t in case.make(torch.float32)]
         if tensors[0].numel() == 0:
@@ -279,7 +279,7 @@ def check_nan(op: Function, reference: Function, case: Case) -> None:
 CHECKS: dict[str, Callable[[Function, Function, Case], None] | None] = {
     "values": check_values,
     "gradcheck": check_gradcheck,
-    "opcheck": None,  # check_registrations, which looks at the registered operators instead
+    "opcheck": None,  # check_registrations, which checks the registered operators instead
     "func": check_func,
     "compile": check_compile,
     "repeats": check_repeats,

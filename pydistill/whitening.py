@@ -1,4 +1,4 @@
-"""ZCA whitening of images, which many distilled sets are made in."""
+"""ZCA whitening of images, used for many distilled sets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 __all__ = ["ZCA"]
 
-_IMAGES_AT_ONCE = 4096  # that are held in float64
+_IMAGES_AT_ONCE = 4096  # held in float64
 
 
 @dataclass(frozen=True, eq=False)
 class ZCA:
     """Decorrelates the D = C H W pixels of an image while changing it as little as possible (Bell & Sejnowski, 1997).
 
-    With the mean and the covariance ``U diag(S) U^T`` (of N - 1 degrees of freedom) of the flattened images it was
+    With the mean and the covariance ``U diag(S) U^T`` (with N - 1 degrees of freedom) of the flattened images it was
     fitted on, an image x becomes ``U diag(1 / sqrt(S + eps)) U^T (x - mean)``. Equal to
-    ``kornia.enhance.ZCAWhitening(eps=eps, compute_inv=True)`` but for rounding, the eigenvectors being found in
-    float64. MTT (Cazenavette et al., CVPR 2022) and its successors take eps 0.1, and fit pixels in [0, 1] that are not
-    normalised otherwise: of a `pydistill.data.Dataset`, ``train_images * std[:, None, None] + mean[:, None, None]``.
+    ``kornia.enhance.ZCAWhitening(eps=eps, compute_inv=True)`` up to rounding, as eigenvectors are computed in float64.
+    MTT (Cazenavette et al., CVPR 2022) and its successors use eps 0.1, and fit pixels in [0, 1] that are not otherwise
+    normalised: for a `pydistill.data.Dataset`, ``train_images * std[:, None, None] + mean[:, None, None]``.
 
-    ``ZCA(**zca.tensors())`` is zca again, so that its tensors may be saved with a result. Calls are differentiable.
+    ``ZCA(**zca.tensors())`` equals zca, so that its tensors may be saved with a result. Calls are differentiable.
 
     Attributes:
-        mean: ``[C, H, W]``, float32 or float64, as the images are that it takes.
+        mean: ``[C, H, W]``, float32 or float64, like the images that it takes.
         matrix: ``[D, D]``, symmetric, of the mean's dtype and device.
         inverse_matrix: ``[D, D]``, its inverse.
 
@@ -55,10 +55,10 @@ class ZCA:
 
         Args:
             images: float32 or float64 ``[N, C, H, W]``, N >= 2.
-            eps: added to the variances; 0 where N > D and none of them is zero.
+            eps: added to the variances; may be 0 if N > D and none of them is zero.
 
         Raises:
-            TypeError: images are of another dtype, or eps is no number.
+            TypeError: images are of another dtype, or eps is not a number.
             ValueError: images have another shape, are too few or not finite, eps is negative, or it is zero and the
                 covariance is singular.
         """
@@ -81,7 +81,7 @@ class ZCA:
         if not covariance.isfinite().all():
             raise ValueError("images: expected finite pixels with finite squares, got others")
         variances, vectors = torch.linalg.eigh(covariance)
-        smallest = len(mean) * torch.finfo(torch.float64).eps * variances[-1]  # what rounding makes of zero
+        smallest = len(mean) * torch.finfo(torch.float64).eps * variances[-1]  # rounding of zero
         if eps == 0 and not variances[0] > smallest:
             rank = int((variances > smallest).sum())
             raise ValueError(
@@ -102,7 +102,7 @@ class ZCA:
         return ((images - self.mean).flatten(-3) @ self.matrix).view(images.shape)
 
     def inverse(self, images: Tensor) -> Tensor:
-        """The images ``[..., C, H, W]`` that are whitened to ``images``: what to show of a distilled set.
+        """The images ``[..., C, H, W]`` whose whitening gives ``images``: what to show of a distilled set.
 
         Raises:
             ValueError: images have another shape or dtype.
@@ -111,7 +111,7 @@ class ZCA:
         return (images.flatten(-3) @ self.inverse_matrix).view(images.shape) + self.mean
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that there is to save, by name."""
+        """Everything to save, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, target: torch.device | str | torch.dtype) -> ZCA:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# pytest-xdist's workers share the processor, and so do the processes that their tests start
+# pytest-xdist's workers share the processor, as do the processes that their tests start
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for bench; last, so that pydi
 if find_spec("torchvision") is not None:
     from bench.networks import import_torchvision
 
-    import_torchvision()  # whose wheel on PyPI is for CUDA, and lacks its operators beside a torch for the CPU
+    import_torchvision()  # its wheel on PyPI is for CUDA, and lacks its operators with a torch for the CPU
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_threads() -> Iterator[None]:
-    # two workers with two threads each wait for one another: tests then take ten times as long
+    # two workers with two threads each wait for each other: tests then take ten times as long
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

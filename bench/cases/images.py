@@ -36,8 +36,8 @@ def _block_gate(case: Case, config: Config) -> Iterator[Check]:
 def _block_check(case: Case, point: Point, problem: block.Block, outputs: dict[str, Any]) -> Iterator[Check]:
     """Against plain torch in float64: at most twice plain torch's own fp32 error.
 
-    The floor of 1e-3 is a dozen activations of 13 million that lie within rounding of zero and fall on the ReLU's other
-    side: an error of order one each, different in every correct implementation.
+    The floor of 1e-3 is due to a dozen activations of 13 million that are within rounding of zero and fall on the
+    ReLU's other side: an error of order one each, different in every correct implementation.
     """
     truths = block.eager_block(problem.double())()
     for i, truth in enumerate(truths):

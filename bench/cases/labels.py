@@ -26,7 +26,7 @@ def _label_points(case: Case, config: Config) -> list[Point]:
 
 
 def _label_truths(case: Case, problem: stored_labels.Labels) -> Iterator[tuple[str, stored_labels.Trained]]:
-    """Of each provider, the loss of the distributions that its labels are, in float64."""
+    """For each provider, the loss against the distributions of its labels, in float64."""
     for name, entry in case.providers.items():
         if entry.mode:  # a form of the store; mode "" is the files
             labels = ours.densified_labels(problem, entry.mode)
@@ -38,7 +38,7 @@ def _label_truths(case: Case, problem: stored_labels.Labels) -> Iterator[tuple[s
 def _label_checks(
     case: Case, problem: stored_labels.Labels, outputs: dict[str, stored_labels.Trained]
 ) -> Iterator[Check]:
-    """Within 1e-6 of the densified labels' loss; relative to one above one, which float32 rounds by as much."""
+    """Within 1e-6 of the densified labels' loss; relative if that is above one, as is float32's rounding."""
     for name, truth in _label_truths(case, problem):
         if name not in outputs:
             continue
@@ -110,7 +110,7 @@ def _bytes_points(case: Case, config: Config) -> list[Point]:
 
 
 def _bytes_gate(case: Case, config: Config) -> Iterator[Check]:
-    """What is small must be right: the loss of the top-k forms at the size that is measured."""
+    """Small labels must still be right: the loss of the top-k forms at the measured size."""
     for T in config["gate"]["T"]:
         for dtype in (torch.float32, torch.float64):
             problem = stored_labels.make_labels(config, T=T, workers=0, dtype=dtype)

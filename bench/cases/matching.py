@@ -46,7 +46,7 @@ def _gradient_gate(case: Case, config: Config) -> Iterator[Check]:
 def _gradient_check(
     case: Case, point: Point, problem: gradient_matching.Matching, outputs: dict[str, gradient_matching.Matched]
 ) -> Iterator[Check]:
-    """At the size and precision that is timed: 5e-3, or twice the baseline's own distance from float64."""
+    """At the timed size and precision: 5e-3, or twice the baseline's own distance from float64."""
     truths = gradient_matching.prepare_eager(problem.double())()
     for i, (what, truth) in enumerate(zip(gradient_matching.Matched._fields, truths, strict=True)):
         bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
@@ -102,10 +102,10 @@ def _distribution_gate(maps: bool, case: Case, config: Config) -> Iterator[Check
 def _distribution_check(
     maps: bool, case: Case, point: Point, problem: distribution.Images, outputs: dict[str, distribution.Matched]
 ) -> Iterator[Check]:
-    """At the size that is timed, against float64: 1e-2, or twice the baseline's own error; bf16: a cosine of 0.99.
+    """At the timed size, against float64: 1e-2, or twice the baseline's own error; bf16: a cosine of 0.99.
 
-    The floor is activations within rounding of zero that fall on the ReLU's other side, different ones in every order
-    of summation: two ways of compiling plain torch are 6e-4 off.
+    The floor is due to activations within rounding of zero that fall on the ReLU's other side, different ones in every
+    order of summation: two ways of compiling plain torch differ by 6e-4.
     """
     truth = distribution.truth(problem, maps=maps)
     for name, output in outputs.items():
@@ -150,7 +150,7 @@ DATADAM_STEP = _distribution_case(
     "datadam_step",
     True,
     {
-        # where the hardware has no bf16, torch's convolutions in it take some thirty times as long as float32's
+        # on hardware without bf16, torch's bf16 convolutions take some thirty times as long as float32 ones
         "compiled-bf16": Entry(partial(distribution.compiled_matching, maps=True, half=True), precision="bf16"),
         "pydistill": Entry(ours.datadam),
         "pydistill-bf16": Entry(partial(ours.datadam, precision="bf16"), precision="bf16"),
@@ -167,7 +167,7 @@ DATADAM_STEP = _distribution_case(
 
 _PUBLISHED = {"kind": {"norm": "batch"}, "power": 1.0, "real": 64}
 
-# what its repository runs, where the paper has instance norm and the fourth power
+# as its repository runs it; the paper has instance norm and the fourth power
 DATADAM_STEP_PUBLISHED = _distribution_case(
     "datadam_step_published",
     True,
@@ -208,10 +208,10 @@ def _mmd_check(
     problem: distribution.Rows,
     outputs: dict[str, distribution.Discrepancy],
 ) -> Iterator[Check]:
-    """At the size and precision that is timed: 1e-4, or twice the baseline's own distance from float64.
+    """At the timed size and precision: 1e-4, or twice the baseline's own distance from float64.
 
-    The loss is a small difference of means of kernels, whose roundings are the floor. The truth's distances are sums of
-    squares, as the cube's are: only without the cube, which would take 16 GiB in float64.
+    The loss is a small difference of means of kernels, whose rounding is the floor. The truth's distances are sums of
+    squares, like the cube's, but without the cube, which would take 16 GiB in float64.
     """
     exact = partial(distribution.by_cdist, by_product=False)
     truth = distribution.autograd_mmd(problem.double(), exact)()
@@ -353,7 +353,7 @@ ATTENTION_MAP_DIVERGENCE_MEMORY = replace(
     name="attention_map_divergence_memory",
     metric="peak memory above the process's baseline",
     unit="MiB",
-    # what a compiler takes to compile is not of interest here
+    # the memory taken by compilation is not of interest here
     providers={name: ATTENTION_MAP_DIVERGENCE.providers[name] for name in ("eager", "eager-once", "pydistill")},
     full={**ATTENTION_MAP_DIVERGENCE.full, "check_steps": 37},
     # large enough for the system's resolution
@@ -370,7 +370,7 @@ def _krr_points(case: Case, config: Config) -> list[Point]:
 
 
 def _krr_gate(case: Case, config: Config) -> Iterator[Check]:
-    """Float64, few rows: the loss and both gradients to 1e-8, which a condition of 1e6 leaves of them."""
+    """Float64, few rows: the loss and both gradients to 1e-8, the accuracy left by a condition of 1e6."""
     problem = kernel_ridge.make_features(config["gate"], dtype=torch.float64)
     truth = kernel_ridge.prepare(problem)()
     for name, entry in case.providers.items():
@@ -381,7 +381,7 @@ def _krr_gate(case: Case, config: Config) -> Iterator[Check]:
 def _krr_check(
     case: Case, point: Point, problem: kernel_ridge.Features, outputs: dict[str, kernel_ridge.Ridge]
 ) -> Iterator[Check]:
-    """At the size and precision that is timed: 1e-5, or twice the baseline's own distance from float64."""
+    """At the timed size and precision: 1e-5, or twice the baseline's own distance from float64."""
     truth = kernel_ridge.prepare(problem.double())()
     for i, (what, true) in enumerate(zip(kernel_ridge.Ridge._fields, truth, strict=True)):
         bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], true))

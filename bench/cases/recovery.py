@@ -85,7 +85,7 @@ def _gradient_mib(config: Config) -> float:
 
 
 def _matched_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:
-    """The gradients themselves, of which nobody is spared any, and a twentieth."""
+    """The gradients themselves, which every provider needs, and a twentieth."""
     value = medians.get(("", max(config["rows"]), "pydistill"))
     if value is not None:
         yield Check("pydistill", "peak over the gradients' own size", value / _gradient_mib(config), 1.05)
@@ -128,8 +128,8 @@ def _recover_check(case: Case, point: Point, problem: Any, outputs: dict[str, An
             similar = cosine(output.d_images, truth.d_images)
             yield Check(name, "bf16 d_images, cosine to float32", similar, 0.9, at_least=True)
         elif name != case.baseline:
-            # where a ReLU or a maximum is decided by rounding, a gradient jumps: the repository's own step in another
-            # layout is off by 0.003 of its float64; every digit counts in the gate, in float64
+            # if rounding decides a ReLU or a maximum, a gradient jumps: the repository's own step in another layout is
+            # off by 0.003 from its float64; every digit counts in the gate, in float64
             for what, bound in (("loss", 1e-4), ("d_images", 0.05)):
                 error = relative_error(getattr(output, what), getattr(truth, what))
                 yield Check(name, f"float32 {what}, relative error", error, bound)
@@ -138,7 +138,7 @@ def _recover_check(case: Case, point: Point, problem: Any, outputs: dict[str, An
 _RECOVER_BOUNDS = {
     ("pydistill", "repository"): 1.6,
     ("pydistill", "compiled*"): 1.15,
-    # peers in float32 and in bfloat16, which is the faster where the processor has it and takes half a minute else
+    # peers in float32 and in bfloat16, which is faster if the processor has it and otherwise takes half a minute
     ("pydistill-bf16", "repository"): 3.0,
     ("pydistill-bf16", "repository-bf16"): 3.0,
     ("pydistill-bf16", "compiled*"): 2.0,
@@ -173,7 +173,7 @@ SRE2L_RECOVER_STEP = Case(
 
 
 def _frozen_points(case: Case, config: Config) -> list[Point]:
-    """By the layer's channels and side; the stem has three channels, and "/2" is a stride of two."""
+    """Named by the layer's channels and side; the stem has three channels, and "/2" is a stride of two."""
     return [
         Point(
             f"{before}x{size}" + ("/2" if taps == 3 and stride == 2 else ""),
@@ -195,9 +195,9 @@ def _frozen_gate(make: Callable[..., Any], truth: Provider, case: Case, config: 
 
 
 def _frozen_check(case: Case, point: Point, problem: resnet.Layer, outputs: dict[str, Any]) -> Iterator[Check]:
-    """Against float64: four times the error in float32 of torch's eager convolution, seven for the gradient of 3x3 taps
-    with stride 2, whose direct sums are short. Of torch's own in other layouts, which the float64 gate has seen, some
-    are further off than that."""
+    """Against float64: four times the float32 error of torch's eager convolution, seven for the gradient of 3x3 taps
+    with stride 2, whose direct sums are short. Some of torch's own in other layouts, which passed the float64 gate, are
+    further off than that."""
     short = problem.weight.shape[2] == 3 and problem.stride == 2
     for i, truth in enumerate(resnet.layer_in_torch(problem.to(torch.float64))()):
         bound = (7 if short and i == 1 else 4) * relative_error(outputs[case.baseline][i], truth)
@@ -207,7 +207,7 @@ def _frozen_check(case: Case, point: Point, problem: resnet.Layer, outputs: dict
 
 
 def _frozen_must_show(medians: Medians, config: Config) -> Iterator[Check]:
-    """Over the layers, each as often as the network has it."""
+    """Summed over the layers, each as often as the network has it."""
     totals: dict[str, float] = {}
     for (_, x, provider), value in medians.items():
         totals[provider] = totals.get(provider, 0.0) + value * config["times"].get(x, 1)
@@ -265,7 +265,7 @@ def _network_sizes(config: Config) -> tuple[int, ...]:
 
 
 def _network_check(case: Case, point: Point, problem: resnet.Recovered, outputs: dict[str, Any]) -> Iterator[Check]:
-    """Logits to rounding. Of the gradient a few activations within rounding of zero fall on the ReLU's other side."""
+    """Logits to rounding. In the gradient, a few activations within rounding of zero fall on the ReLU's other side."""
     truths = outputs[case.baseline]
     for name, values in outputs.items():
         yield Check(name, "logits, relative error", relative_error(values[0], truths[0]), 1e-4)

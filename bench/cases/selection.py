@@ -35,9 +35,9 @@ def _graph_cut_gate(case: Case, config: Config) -> Iterator[Check]:
 def _graph_cut_check(
     case: Case, point: Point, problem: selection.Samples, outputs: dict[str, Tensor]
 ) -> Iterator[Check]:
-    """At the size that is timed, against float64: ours pick by pick; of numpy's in float32 all but 1 % of the set.
+    """At the timed size, against float64: ours pick by pick; numpy's in float32 as a set, up to 1 % of it.
 
-    The sums of the loop have an error of about 1e-2 in float32, and gains lie closer than that.
+    The sums of the loop have an error of about 1e-2 in float32, and gains are closer than that.
     """
     truth = selection.rows(problem.double())()
     for name, picks in outputs.items():

@@ -1,4 +1,4 @@
-"""Trajectory matching, the students that it trains, and the experts that it reads."""
+"""Trajectory matching, the students it trains, and the experts it reads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..peers.problem import Problem, Result, make_problem
 
 
 def _truth(problem: Problem, mode: str) -> Result:
-    """By definition: autograd through all steps, for the first-order estimator with each step's parameters constant."""
+    """By definition: autograd through all steps; for the first-order estimator with each step's parameters constant."""
     return eager.prepare(problem, first_order=mode == "first_order")()
 
 
@@ -43,7 +43,7 @@ def _rounding_noise(problem: Problem, truth: Result, mode: str) -> float:
 
 
 def _unroll_gate(case: Case, config: Config) -> Iterator[Check]:
-    """Float64, small: minibatches (so that an image stands in several steps), every gradient to 1e-10."""
+    """Float64, small: minibatches (so that an image is in several steps), every gradient to 1e-10."""
     problem = make_problem(**config["gate"], dtype=torch.float64)
     entries = {name: entry for name, entry in case.providers.items() if entry.precision == "fp32"}
     truths = {entry.mode: _truth(problem, entry.mode) for entry in entries.values()}
@@ -53,7 +53,7 @@ def _unroll_gate(case: Case, config: Config) -> Iterator[Check]:
 
 
 def _bf16_check(name: str, case: Case, problem: Problem, output: Result, truth: Result) -> Iterator[Check]:
-    """The image gradient after all steps and, of ours, what each step gives at the thetas of float32."""
+    """The image gradient after all steps and, for ours, the result of each step at the thetas of float32."""
     yield Check(name, "bf16 d_images, cosine to float32", cosine(output.d_images, truth.d_images), 0.95, at_least=True)
     if case.providers[name].prepare is ours.exact_bf16:
         for what, value in ours.lowest_step_cosines(problem).items():
@@ -61,7 +61,7 @@ def _bf16_check(name: str, case: Case, problem: Problem, output: Result, truth: 
 
 
 def _unroll_check(case: Case, point: Point, problem: Problem, outputs: dict[str, Result]) -> Iterator[Check]:
-    """At the size and precision that is timed: 0.1 in L2 (a cosine of 0.995), or twice the measured rounding noise."""
+    """At the timed size and precision: 0.1 in L2 (a cosine of 0.995), or twice the measured rounding noise."""
     truths: dict[str, Result] = {case.providers[case.baseline].mode: outputs[case.baseline]}
     for name, output in outputs.items():
         if name == case.baseline:
@@ -148,7 +148,7 @@ UNROLL_STEP_64 = _step_case(
 )
 
 
-# so small that calling operators takes longer than what they do
+# so small that calling operators takes longer than their work
 UNROLL_STEP_SMALL = _step_case(
     "unroll_step_small",
     {"steps": 50, "width": 32, "images": 10, "batch": 10},
@@ -158,7 +158,7 @@ UNROLL_STEP_SMALL = _step_case(
 )
 
 
-# a trajectory method's outer step as its repository writes it: ten images of each class, augmented in every inner step
+# a trajectory method's outer step as in its repository: ten images per class, augmented in every inner step
 OUTER_STEP = _step_case(
     "outer_step",
     {"steps": 20, "augment": True, "gate": {**GATE, "augment": True}},
@@ -187,7 +187,7 @@ def _kinds_points(case: Case, config: Config) -> list[Point]:
 
 
 def _kinds_gate(case: Case, config: Config) -> Iterator[Check]:
-    """torch.compile is compared at the size that is timed alone: a graph for each network takes it half a minute."""
+    """torch.compile is compared at the timed size only: compiling takes half a minute per network."""
     case = replace(case, providers={name: entry for name, entry in case.providers.items() if name != "compiled"})
     for name, changes in config["kinds"].items():
         kind = {"kind": changes["kind"]} if "kind" in changes else {}
@@ -331,7 +331,7 @@ def _scaling_points(case: Case, config: Config) -> list[Point]:
 
 
 def _scaling_gate(case: Case, config: Config) -> Iterator[Check]:
-    """Float64, three students: the mean of the loss and of the gradients is that of one, for they are all alike."""
+    """Float64, three students: the mean loss and gradients are those of one, since all are alike."""
     problem = make_problem(**config["gate"], dtype=torch.float64)
     for name, entry in case.providers.items():
         outputs = entry.prepare(Scaled(problem, 3))()
@@ -372,7 +372,7 @@ UNROLL_SCALING = Case(
 def _memory_points(case: Case, config: Config) -> list[Point]:
     points = []
     for steps in config["steps"]:
-        # the eager loop keeps every step: 50 steps of 100 images want 15 GiB
+        # the eager loop keeps every step: 50 steps of 100 images need 15 GiB
         fits = tuple(name for name in case.providers if name != "eager-plain" or steps <= config["eager_steps"])
         points.append(Point(steps, partial(_memory_problem, config, steps), fits))
     return points
@@ -487,7 +487,7 @@ def _training_gate(case: Case, config: Config) -> Iterator[Check]:
 def _training_check(
     case: Case, point: Point, problem: training.Training, outputs: dict[str, training.Trained]
 ) -> Iterator[Check]:
-    """At the size and precision that is timed: 5e-3, or twice the baseline's own distance from float64."""
+    """At the timed size and precision: 5e-3, or twice the baseline's own distance from float64."""
     truths = training.prepare_eager(problem.double())()
     for i, (what, truth) in enumerate(zip(training.Trained._fields, truths, strict=True)):
         bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
@@ -506,7 +506,7 @@ TRAIN_STUDENTS = Case(
         "compiled-vmap": Entry(training.prepare_vmapped),
         "pydistill": Entry(ours.train_students),
     },
-    # epochs are alike: what a hundred take is a hundred times what one of a few takes
+    # epochs are alike: a hundred take a hundred times as long as one
     full={**CONVNET, "students": 5, "epochs": 2, "lr": 0.01, "gate": {**GATE, "students": 3, "epochs": 3}},
     quick={**SMALL, "students": 3, "epochs": 2, "lr": 0.01, "gate": {**GATE, "students": 3, "epochs": 3}},
     repeats=5,
@@ -532,7 +532,7 @@ def _is_truth(name: str, what: str, found: segments.Segment, truth: segments.Seg
 
 
 def _store_gate(case: Case, config: Config) -> Iterator[Check]:
-    """A small file, some segments, to the bit."""
+    """A small file, some segments, bit for bit."""
     problem = segments.make_experts({**config, **config["gate"]})
     for name, entry in case.providers.items():
         read = entry.prepare(problem)
@@ -566,7 +566,7 @@ EXPERT_STORE = Case(
         "torch.load-mmap": Entry(partial(segments.prepare_load, mmap=True)),
         "pydistill": Entry(ours.expert_store),
     },
-    # experts, epochs; the store that is only opened has no data
+    # experts, epochs; the store that is merely opened has no data
     full={**CONVNET, "length": 2, "read": (10, 50), "opened": (100, 50), "gate": {**SMALL, "read": (3, 4)}},
     quick={**SMALL, "length": 2, "read": (3, 4), "opened": (5, 6), "gate": {**SMALL, "read": (3, 4)}},
     repeats=20,

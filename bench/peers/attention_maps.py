@@ -17,7 +17,7 @@ Thunk = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Maps:
-    q_s: Tensor  # [B, H, N, d], as the next three
+    q_s: Tensor  # [B, H, N, d], like the next three
     k_s: Tensor
     q_t: Tensor
     k_t: Tensor
@@ -27,7 +27,7 @@ class Maps:
         return replace(self, **{name: getattr(self, name).double() for name in ("q_s", "k_s", "q_t", "k_t")})
 
     def with_steps(self, tokens: int) -> Maps:
-        """The problem of the shape with so many tokens, or one of a single sample."""
+        """The problem of the shape with this many tokens, or one with a single sample."""
         _, H, _, d = self.q_s.shape
         return make_maps(next((shape for shape in self.shapes if shape[2] == tokens), (1, H, tokens, d)), self.shapes)
 
@@ -40,7 +40,7 @@ def make_maps(shape: Shape, shapes: tuple[Shape, ...] = (), dtype: torch.dtype =
 
 
 def unip(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-    """As in UNIP's training: a layer's map for its output and its scores once more for the loss, on both sides."""
+    """As in UNIP's training: a layer's map for its output and its scores again for the loss, on both sides."""
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
         ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1)
@@ -53,7 +53,7 @@ def unip(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
 
 
 def once(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-    """The same loss with each product taken once."""
+    """The same loss with each product computed once."""
     log_s, log_t = (((q @ k.mT) * q.shape[-1] ** -0.5).log_softmax(-1) for q, k in ((q_s, k_s), (q_t, k_t)))
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1).mean()
 

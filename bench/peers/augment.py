@@ -19,7 +19,7 @@ AugmentOp = Callable[[Tensor, Tensor], Tensor]
 class Augmentation:
     mode: str
     images: Tensor  # [B, C, H, W]
-    record: Tensor  # [B, 13], float32: the columns of pydistill.ops.augment_images, every operation at work
+    record: Tensor  # [B, 13], float32: the columns of pydistill.ops.augment_images, every operation active
     grad: Tensor  # of the result
 
     def double(self) -> Augmentation:
@@ -86,7 +86,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def scale_by_image(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """With the grids' matrices built as the method repositories build them, image by image in Python."""
+    """With the grids' matrices built as in the method repositories, image by image in Python."""
     theta = [[[across[n], 0, 0], [0, down[n], 0]] for n in range(len(x))]
     return resample(x, torch.tensor(theta, dtype=across.dtype))
 
@@ -118,7 +118,7 @@ IDENTITY = torch.tensor([0.0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0])
 
 
 def draw_single(shape: tuple[int, ...], step: int) -> tuple[str, Tensor]:
-    """A batch's operation, each in its turn, and the record that has this one at work alone."""
+    """A batch's operation, each in turn, and the record in which only this one is active."""
     name = list(OPERATIONS)[step % len(OPERATIONS)]
     columns = OPERATIONS[name][1]
     record = IDENTITY.expand(shape[0], -1).clone()
@@ -132,7 +132,7 @@ def single(x: Tensor, name: str, record: Tensor) -> Tensor:
 
 
 def drawn(x: Tensor) -> Tensor:
-    """One operation for the whole batch, it and its parameters from torch's generator: DiffAugment as MTT calls it."""
+    """One operation for the whole batch, drawn like its parameters from torch's generator: DiffAugment as in MTT."""
     return single(x, *draw_single(tuple(x.shape), int(torch.randint(len(OPERATIONS), ()))))
 
 
@@ -151,5 +151,5 @@ def eager_augment(problem: Augmentation, op: AugmentOp = sequence) -> Callable[[
 
 
 def compiled_augment(problem: Augmentation) -> Callable[[], tuple[Tensor, ...]]:
-    """Differentiated from outside: with the derivative inside of the graph, torch 2.13 writes out of bounds."""
+    """Differentiated from outside: with the derivative inside the graph, torch 2.13 writes out of bounds."""
     return eager_augment(problem, torch.compile(sequence, fullgraph=True, dynamic=False))

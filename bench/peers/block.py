@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vjp
 
 LAYOUTS = ("nchw", "channels_last")
-# each mode holds the one before it, because no user runs a backward without its forward
+# each mode includes the one before it, because no user runs a backward without its forward
 MODES = ("forward", "forward+backward", "forward+backward+double")
 
 BlockOp = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,7 +62,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def eager_block(problem: Block, op: BlockOp = plain) -> Callable[[], tuple[Tensor, ...]]:
-    """`op` under autograd, as it stands in an eager unroll."""
+    """`op` under autograd, as in an eager unroll."""
     second = problem.mode == MODES[2]
 
     def run() -> tuple[Tensor, ...]:
@@ -74,14 +74,14 @@ def eager_block(problem: Block, op: BlockOp = plain) -> Callable[[], tuple[Tenso
         gradients = torch.autograd.grad(op(*leaves), leaves, grad_y, create_graph=second)
         if not second:
             return gradients
-        # the bias enters the gradients through the ReLU's mask alone, where its derivative is zero
+        # the bias enters the gradients only through the ReLU's mask, whose derivative is zero
         return torch.autograd.grad(gradients, (leaves[0], leaves[1], grad_y), problem.cotangents)
 
     return run
 
 
 def compiled_block(problem: Block) -> Callable[[], tuple[Tensor, ...]]:
-    """One compiled graph a mode; autograd cannot go twice through a compiled function, so the derivatives are in it."""
+    """One compiled graph per mode, derivatives included: autograd cannot differentiate a compiled function twice."""
 
     def gradients(x: Tensor, weight: Tensor, bias: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
         return vjp(plain, x, weight, bias)[1](grad_y)

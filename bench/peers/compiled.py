@@ -8,7 +8,7 @@ Chosen on a 2-core AVX-512 CPU in fp32 (ConvNet-D3-128, B=100, T=2, 32x32; the s
     0.77       vjp of the step's gradient through nn.GroupNorm
 
 max-autotune and cpp_wrapper made no difference beyond the noise (tried on a busy machine only). The forward-mode
-derivative keeps to ordinary convolution shapes, where the double backward of a convolution swaps batch and channels;
+derivative keeps to ordinary convolution shapes, whereas the double backward of a convolution swaps batch and channels;
 the norm is written out because torch's forward-mode formula for `group_norm` fails on channels-last inputs.
 """
 
@@ -66,8 +66,8 @@ def logits(net: PlainConvNet, theta: Parameters, x: Tensor) -> Tensor:
 
 
 def prepare(problem: Problem, half: bool = False, channels_last: bool = True) -> Thunk:
-    """``half``: under bf16 autocast, as torch means it to be used: around the forward pass."""
-    # torch counts compilations by line of source, and a run asks for these lines at many sizes and in three ways
+    """``half``: under bf16 autocast, used as torch intends: around the forward pass."""
+    # torch counts compilations per source line, and a run compiles these lines at many sizes and in three ways
     torch._dynamo.config.recompile_limit = 64
     net = problem.net
     lay_out = _channels_last if channels_last else Tensor.contiguous

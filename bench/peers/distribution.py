@@ -1,13 +1,13 @@
-"""Distribution matching in plain torch: an outer step's gradient as DataDAM and DM write it, and the rows' discrepancy.
+"""Distribution matching in plain torch: an outer step's gradient as in DataDAM and DM, and the rows' discrepancy.
 
 The compiled variants were chosen on a busy 2-core AVX2 CPU in fp32 (DataDAM, ConvNet-D3-128, 128 real and 10 synthetic
-images a class, 32x32; the seconds are one outer gradient, eager ones 5.4):
+images per class, 32x32; the seconds are one outer gradient, 5.4 for the eager one):
 
-    2.8-3.3  the real side and the synthetic side a graph each, channels-last, nn.GroupNorm
-    3.1-3.6  the same with the norm written out; on a busier machine it was the faster by a tenth   <- both are peers
+    2.8-3.3  one graph each for the real and the synthetic side, channels-last, nn.GroupNorm
+    3.1-3.6  the same with the norm written out; on a busier machine faster by a tenth              <- both are peers
     4.6-6.6  both sides in one graph, channels-last, norm written out
-    4.7-4.9  a graph each, NCHW, norm written out
-    5.9-8.6  a graph each, NCHW, nn.GroupNorm
+    4.7-4.9  one graph each, NCHW, norm written out
+    5.9-8.6  one graph each, NCHW, nn.GroupNorm
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Thunk = Callable[[], Matched]
 
 @dataclass(frozen=True)
 class Images:
-    """Real and synthetic images, class after class, each class as many; a fresh network of frozen parameters."""
+    """Real and synthetic images, class by class, of equal size; a fresh network with frozen parameters."""
 
     net: PlainConvNet
     real: Tensor  # [K * R, C, H, W]
@@ -47,7 +47,7 @@ class Images:
 
     @property
     def labels(self) -> tuple[Tensor, Tensor]:
-        """Of the real and of the synthetic images."""
+        """The labels of the real and of the synthetic images."""
         numbers = torch.arange(self.classes)
         return tuple(numbers.repeat_interleave(len(x) // self.classes) for x in (self.real, self.synthetic))
 
@@ -62,7 +62,7 @@ class Images:
 
 
 def make_images(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Images:
-    """Drawn in float64 and rounded; classes differ in their mean, so that the distances are no mere noise."""
+    """Drawn in float64 and rounded; classes differ in their mean, so that the distances are not mere noise."""
     K, C, size = config["classes"], config["channels"], config["image_size"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -85,7 +85,7 @@ def attention(f: Tensor, power: float) -> Tensor:
 
 
 def eager_datadam(problem: Images) -> Thunk:
-    """As the repository has it: hooks that clone what every ReLU puts out, and class means that go by the host."""
+    """As in the repository: hooks that clone every ReLU's output, and class means that go through the host."""
     activations: list[Tensor] = []
 
     def forward(x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -146,7 +146,7 @@ def distance(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
 
 
 def truth(problem: Images, *, maps: bool) -> Matched:
-    """In float64 by definition, the real images class by class, where no norm joins them, for the sake of memory."""
+    """In float64 by definition, the real images class by class if no norm couples them, to save memory."""
     problem = problem.double()
     joined = any(isinstance(layer, nn.BatchNorm2d) for layer in problem.net.features)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def compiled_matching(
 ) -> Thunk:
     """All classes at once, the class means by reshape.
 
-    ``half``: the real images' forward pass under bf16 autocast, as torch means it to be used.
+    ``half``: the real images' forward pass under bf16 autocast, used as torch intends.
     """
     torch._dynamo.config.recompile_limit = 64
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -209,7 +209,7 @@ def compiled_matching(
 
 
 def eager_dm(problem: Images) -> Thunk:
-    """As the repository has it: a class after the other, one backward pass."""
+    """As in the repository: class by class, one backward pass."""
 
     def run() -> Matched:
         synthetic = problem.synthetic.clone().requires_grad_()
@@ -238,7 +238,7 @@ class Rows:
     y: Tensor  # [n, d]
 
     def with_steps(self, rows: int) -> Rows:
-        """The first ones of each side."""
+        """The first rows of each side."""
         return Rows(self.x[:rows], self.y[:rows])
 
     def double(self) -> Rows:
@@ -246,7 +246,7 @@ class Rows:
 
 
 def make_rows(config: dict[str, Any], rows: int | None = None, dtype: torch.dtype = torch.float32) -> Rows:
-    """Features as a ReLU leaves them, of two domains."""
+    """Features after a ReLU, of two domains."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, rows or config["rows"], config["features"])
     x, y = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -254,7 +254,7 @@ def make_rows(config: dict[str, Any], rows: int | None = None, dtype: torch.dtyp
 
 
 def _sum_of_kernels(distances: Tensor, n: int) -> Tensor:
-    """Five kernels, each of its own exponential, and the mean over the four blocks."""
+    """Five kernels, each with its own exponential, and the mean over the four blocks."""
     N = len(distances)
     bandwidth = distances.detach().sum() / (N**2 - N) / 2.0**2
     kernels = sum(torch.exp(-distances / (bandwidth * 2.0**i)) for i in range(5))
@@ -262,7 +262,7 @@ def _sum_of_kernels(distances: Tensor, n: int) -> Tensor:
 
 
 def cube(x: Tensor, y: Tensor) -> Tensor:
-    """As FedLGD's repository has it: rows repeated into two cubes, their difference a third."""
+    """As in FedLGD's repository: rows repeated into two cubes, their difference a third."""
     total = torch.cat([x, y])
     shape = (len(total), *total.shape)
     return _sum_of_kernels(((total.unsqueeze(0).expand(shape) - total.unsqueeze(1).expand(shape)) ** 2).sum(2), len(x))

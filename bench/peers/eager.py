@@ -27,7 +27,7 @@ def matching_loss(theta: Tensor, problem: Problem) -> Tensor:
 
 
 def graph_bytes(problem: Problem) -> int:
-    """What autograd keeps of the loop's first step, which is alive until the last."""
+    """Bytes that autograd keeps for the loop's first step, which stay alive until the last."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ def graph_bytes(problem: Problem) -> int:
 
 
 def prepare(problem: Problem, net: nn.Module | None = None, *, first_order: bool = False) -> Thunk:
-    """`net` replaces the plain ConvNet by an accelerated one of the same parameters (the drop-in level of adoption).
+    """`net` replaces the plain ConvNet by an accelerated one with the same parameters (the drop-in level of adoption).
 
     `first_order=True` treats every theta_k inside the steps' gradients as a constant: by definition the estimator that
-    TESLA computes, at the price of the whole graph. It is the truth for TESLA's gate and is never timed.
+    TESLA computes, at the cost of the whole graph. It is the truth for TESLA's gate and is never timed.
     """
     net = problem.net if net is None else net
 

@@ -30,7 +30,7 @@ Thunk = Callable[[], Matched]
 
 @dataclass(frozen=True)
 class Matching:
-    """Classes in order, as many images in each."""
+    """Classes in order, with equal numbers of images."""
 
     net: PlainConvNet
     theta: Tensor  # [P]
@@ -64,7 +64,7 @@ def match_loss(syn: list[Tensor], real: list[Tensor]) -> Tensor:
 
 
 def prepare_eager(problem: Matching) -> Thunk:
-    """The repositories' loop: a class after the other, the graphs of all of them alive until one backward."""
+    """The repositories' loop: class by class, all their graphs alive until one backward."""
     net = copy.deepcopy(problem.net)
     vector_to_parameters(problem.theta.clone(), net.parameters())
     parameters = list(net.parameters())
@@ -106,7 +106,7 @@ def _through(problem: Matching) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _along(problem: Matching) -> Callable[..., tuple[Tensor, Tensor]]:
     """The same in two compiled functions, forward over reverse: the image gradient's derivative along d distance /
-    d gradient. One function of both fails in torch 2.13, whose tangents have to be laid out as the parameters are."""
+    d gradient. One function for both fails in torch 2.13, whose tangents must have the parameters' layout."""
     loss = _class_loss(problem)
 
     @torch.compile(fullgraph=True, dynamic=False)
@@ -115,7 +115,7 @@ def _along(problem: Matching) -> Callable[..., tuple[Tensor, Tensor]]:
 
     @torch.compile(fullgraph=True, dynamic=False)
     def image_gradient(theta: Parameters, x: Tensor, y: Tensor, along: Parameters) -> Tensor:
-        along = {name: 1.0 * part for name, part in along.items()}  # torch takes no tangent as it comes in
+        along = {name: 1.0 * part for name, part in along.items()}  # torch does not accept an input itself as a tangent
         _, (_, d_images) = jvp(lambda theta: grad(loss, argnums=(0, 1))(theta, x, y), (theta,), (along,))
         return d_images
 
@@ -128,7 +128,7 @@ def _along(problem: Matching) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def prepare_compiled(problem: Matching, through: bool = False) -> Thunk:
-    """A class after the other, channels-last, each side compiled."""
+    """Class by class, channels-last, each side compiled."""
     torch._dynamo.config.recompile_limit = 64
     real_step = torch.compile(grad(_class_loss(problem)), fullgraph=True, dynamic=False)
     syn_step = torch.compile(_through(problem), fullgraph=True, dynamic=False) if through else _along(problem)
@@ -136,7 +136,7 @@ def prepare_compiled(problem: Matching, through: bool = False) -> Thunk:
 
     @torch.no_grad()
     def run() -> Matched:
-        # copies: torch takes no tangent of a parameter that is a view
+        # copies: torch does not accept tangents for parameters that are views
         theta = {name: lay_out(p).clone() for name, p in unflatten(problem.net, problem.theta).items()}
         real_labels, syn_labels = problem.labels(problem.real), problem.labels(problem.syn)
         losses, d_images = [], []
@@ -151,7 +151,7 @@ def prepare_compiled(problem: Matching, through: bool = False) -> Thunk:
 
 
 def prepare_vmapped(problem: Matching) -> Thunk:
-    """All classes in one compiled function a side, by vmap, under which torch has no forward over reverse."""
+    """All classes in one compiled function per side, by vmap, under which torch has no forward over reverse."""
     torch._dynamo.config.recompile_limit = 64
     real_step = torch.compile(vmap(grad(_class_loss(problem)), (None, 0, 0)), fullgraph=True, dynamic=False)
     syn_step = torch.compile(vmap(_through(problem), (None, 0, 0, 0)), fullgraph=True, dynamic=False)

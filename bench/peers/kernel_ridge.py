@@ -1,4 +1,4 @@
-"""Kernel ridge regression in plain torch: the loss and its gradients as KRR-ST's repository writes it, and compiled."""
+"""Kernel ridge regression in plain torch: the loss and its gradients as in KRR-ST's repository, and compiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ridge(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """Without the column of ones that everybody regresses with."""
+    """Without the column of ones that every provider adds."""
 
     f_real: Tensor  # [B, d]
     f_syn: Tensor  # [m, d]
@@ -37,7 +37,7 @@ class Features:
 
 
 def make_features(config: dict[str, Any], rows: int | None = None, dtype: torch.dtype = torch.float32) -> Features:
-    """Features as a ReLU leaves them; the targets are a linear function of them and noise."""
+    """Features after a ReLU; the targets are a linear function of them plus noise."""
     generator = torch.Generator().manual_seed(0)
     B, m, d, q = config["real"], rows or config["synthetic"], config["features"], config["targets"]
 
@@ -50,7 +50,7 @@ def make_features(config: dict[str, Any], rows: int | None = None, dtype: torch.
 
 
 def by_solve(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
-    """Features with their ones, both kernels whole, a general solve."""
+    """Features with their ones, both kernels in full, a general solve."""
     f_real, f_syn = (torch.cat([f, f.new_ones(len(f), 1)], 1) for f in (f_real, f_syn))
     k_ss, k_rs = f_syn @ f_syn.T, f_real @ f_syn.T
     ridge = LAM * k_ss.detach().trace() * torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device)
@@ -58,14 +58,14 @@ def by_solve(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Te
 
 
 def by_cholesky(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
-    """What a skilled user changes: the symmetric solve, no column of ones."""
+    """What a skilled user would change: the symmetric solve, no column of ones."""
     k_ss, k_rs = f_syn @ f_syn.T + 1, f_real @ f_syn.T + 1
     ridge = LAM * k_ss.detach().trace() * torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device)
     return F.mse_loss(k_rs @ torch.cholesky_solve(y_syn, torch.linalg.cholesky(k_ss + ridge)), y_real)
 
 
 def prepare(problem: Features, op: Callable[..., Tensor] = by_solve) -> Callable[[], Ridge]:
-    """`op` and its gradients by the synthetic side."""
+    """`op` and its gradients in the synthetic side."""
 
     def run() -> Ridge:
         f_syn, y_syn = (t.detach().requires_grad_() for t in (problem.f_syn, problem.y_syn))

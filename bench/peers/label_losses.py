@@ -1,4 +1,4 @@
-"""Post-training's losses in plain torch: against a teacher's logits, and against the ten classes that are stored."""
+"""Post-training's losses in plain torch: against a teacher's logits, and against the ten stored classes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Loss = Callable[[Tensor, Logits], Tensor]
 
 
 def dense(student: Tensor, problem: Logits) -> Tensor:
-    """As SRe2L's train_FKD.py has it."""
+    """As in SRe2L's train_FKD.py."""
     log_q, p = (student / problem.T).log_softmax(1), (problem.teacher / problem.T).softmax(1)
     return F.kl_div(log_q, p, reduction="batchmean")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MODES = ("forward", "forward+backward")
-CROPS = ("each", "shared")  # a crop for each image, as relabelling has it; one for the batch, as SRe2L's recovery
+CROPS = ("each", "shared")  # one crop per image, as in relabelling; one for the batch, as in SRe2L's recovery
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 CropOp = Callable[["Crops"], Callable[[Tensor], Tensor]]
@@ -61,7 +61,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def by_image(problem: Crops) -> Callable[[Tensor], Tensor]:
-    """The whole batch at once where it has one crop."""
+    """The whole batch at once if it shares one crop."""
     boxes = problem.boxes.tolist()
     if problem.boxes.stride(0) == 0:
         return lambda images: normalised(resized(images, boxes[0], problem.size))
@@ -74,7 +74,7 @@ def by_image(problem: Crops) -> Callable[[Tensor], Tensor]:
 
 
 def triangles(begin: Tensor, length: Tensor, flip: Tensor, roll: Tensor, size: int, pixels: int) -> Tensor:
-    """``[B, size, pixels]``: the filter of one axis with the crop, the flip and the roll in it."""
+    """``[B, size, pixels]``: the filter of one axis, including the crop, the flip and the roll."""
     begin, length, flip, roll = (v.view(-1, 1, 1) for v in (begin, length, flip, roll))
     place = (torch.arange(size).view(-1, 1) - roll) % size
     place = torch.where(flip != 0, size - 1 - place, place)

@@ -16,7 +16,7 @@ _POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 class PlainConvNet(nn.Module):
     """[convolution 3x3, norm, activation, 2x2 pool] x depth, then a linear classifier.
 
-    With ``doubling`` widths are those of FRePo: width, twice that, and so on.
+    With ``doubling``, widths are those of FRePo: width, twice that, and so on.
     """
 
     def __init__(

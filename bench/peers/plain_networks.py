@@ -1,4 +1,4 @@
-"""The other networks of the distillation repos' tables in plain torch, in their structure and parameter order."""
+"""The other networks of the distillation repos' tables in plain torch, with their structure and parameter order."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PlainResNet18(nn.Module):
 
 
 class PlainTiny(nn.Module):
-    """What is quick to compile and has what the others have."""
+    """Quick to compile, with the same kinds of layers as the others."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()

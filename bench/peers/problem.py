@@ -1,4 +1,4 @@
-"""The one question that every provider answers: the trajectory-matching loss and its gradients for one segment."""
+"""The problem that every provider solves: the trajectory-matching loss and its gradients for one segment."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_problem(
     depth: int = 0,
     **_: Any,
 ) -> Problem:
-    """Drawn in float64 and rounded to `dtype`, so that the same seed is the same problem in every precision.
+    """Drawn in float64 and rounded to `dtype`, so that the same seed gives the same problem in every precision.
 
     The net is one of `NETWORKS`, or else a ConvNet of ``width`` and ``depth``.
     """
@@ -76,7 +76,7 @@ def make_problem(
             net = NETWORKS[network](channels, classes)
     generator = torch.Generator().manual_seed(seed)
     theta0 = torch.nn.utils.parameters_to_vector(net.parameters()).detach().double()
-    # a random direction of an expert segment's length: it weighs every parameter, so no term of the gradient can hide
+    # a random direction of an expert segment's length: it weights every parameter, so no term of the gradient can hide
     target = theta0 + 0.01 * torch.randn(theta0.shape, generator=generator, dtype=torch.float64)
     x = torch.randn(images, channels, image_size, image_size, generator=generator, dtype=torch.float64)
     # chunks of permutations, without replacement until used up, as the trajectory repos draw them

@@ -1,9 +1,9 @@
 """SRe2L's recover step in plain torch, and the BatchNorm statistics' match that it regularises with.
 
-ResNet-18 in torchvision's layout, frozen; of the images, one resized crop and flip for the whole batch and a roll;
+ResNet-18 in torchvision's layout, frozen; one resized crop, flip and roll for the whole batch of images;
 cross entropy + 0.01 (10 r_1 + sum r_l) with r_l = |mean - running mean| + |var - running var| of each BatchNorm's
-input; the gradient in the images, Adam (0.25; 0.5, 0.9), and a clip of each channel to what a pixel can be. The
-repository computes a total variation and an L2 term too, with weights of zero: left out here.
+input; the gradient in the images, Adam (0.25; 0.5, 0.9), and a clip of each channel to the range of pixels. The
+repository also computes a total variation and an L2 term, with weights of zero: omitted here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
 
 
 def match_over_dimensions(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    """The same for a compiler, which would have to write the copy out."""
+    """The same for a compiler, which would otherwise write the copy to memory."""
     var, mean = torch.var_mean(x.float() if x.dtype == torch.bfloat16 else x, (0, 2, 3), correction=0)
     return (running_var - var).norm() + (running_mean - mean).norm()
 
@@ -70,7 +70,7 @@ class Recovery:
 
 
 def make_recovery(config: dict[str, Any], batch: int | None = None, dtype: torch.dtype = torch.float32) -> Recovery:
-    """A frozen network whose running statistics are those of other noise than the images."""
+    """A frozen network whose running statistics are those of noise other than the images."""
     size, B = config["image_size"], batch or config["batch"]
     random = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
@@ -174,7 +174,7 @@ class Matched(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a ResNet-18's BatchNorms are given, and their statistics."""
+    """The inputs of a ResNet-18's BatchNorms, and their statistics."""
 
     x: tuple[Tensor, ...]
     means: tuple[Tensor, ...]
@@ -185,7 +185,7 @@ class Inputs:
 
 
 def make_inputs(config: dict[str, Any], batch: int | None = None, dtype: torch.dtype = torch.float32) -> Inputs:
-    """All inputs are neighbours in memory as convolutions leave them: ``config["layout"]``."""
+    """All inputs have the memory layout that convolutions leave: ``config["layout"]``."""
     size, B = config["image_size"], batch or config["batch"]
     random = torch.Generator().manual_seed(0)
     shapes = [(config["width"], size // 2)]

@@ -1,5 +1,5 @@
-"""ResNet-18 as torchvision lays it out, for 224x224 images, and how a recover step runs it: frozen, for its gradient to
-the images."""
+"""ResNet-18 in torchvision's layout, for 224x224 images, as run by a recover step: frozen, for its gradient to the
+images."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def frozen(classes: int = 1000, width: int = 64, seed: int = 0, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of the network with constant weights, and a cotangent: what is wanted is (y, gradient of x)."""
+    """A convolution of the network with constant weights, and a cotangent; wanted: (y, gradient of x)."""
 
     x: Tensor
     weight: Tensor  # 3x3, or the stem's 7x7; padded to keep the size
@@ -123,7 +123,7 @@ def layer_in_torch(layer: Layer, channels_last: bool = False, compiled: bool = F
 
 @dataclass(frozen=True)
 class Recovered:
-    """Images and labels of a frozen network: what is wanted is (logits, gradient of the cross-entropy to images)."""
+    """Images and labels of a frozen network; wanted: (logits, gradient of the cross-entropy to images)."""
 
     net: nn.Module
     images: Tensor

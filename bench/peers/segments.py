@@ -1,4 +1,4 @@
-"""Segments of expert trajectories out of files: the question, and what the repositories do."""
+"""Segments of expert trajectories from files: the problem, and what the repositories do."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Thunk = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Experts:
-    """Random trajectories, and the places of segments in them; `folder` is removed with the object."""
+    """Random trajectories, and the positions of segments in them; `folder` is removed with the object."""
 
     net: PlainConvNet
     experts: int
     epochs: int
     length: int
-    opens: bool  # whether the question is how long opening takes, of a file without data
+    opens: bool  # whether to time only the opening of a file, which then has no data
     folder: tempfile.TemporaryDirectory[str]
 
     @property
@@ -55,7 +55,7 @@ class Experts:
 
     @property
     def buffer(self) -> Path:
-        """All experts in a file as the repositories' buffer.py writes it."""
+        """All experts in a file as written by the repositories' buffer.py."""
         path = Path(self.folder.name) / "replay_buffer_0.pt"
         if not path.exists():
             sizes = [p.numel() for p in self.net.parameters()]
@@ -82,7 +82,7 @@ def make_experts(config: dict[str, Any], opens: bool = False) -> Experts:
 
 
 def prepare_load(problem: Experts, **options: Any) -> Thunk:
-    """The repositories' distill.py, which does so for every tenth segment, the file having ten experts."""
+    """The repositories' distill.py, which does this for every tenth segment, as a file has ten experts."""
     places, path = problem.places(), problem.buffer
 
     def run() -> Segment:

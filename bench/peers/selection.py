@@ -1,4 +1,4 @@
-"""Greedy graph cut as Dataset Quantization's code has it: the matrix of all similarities, cut anew for every pick."""
+"""Greedy graph cut as in Dataset Quantization's code: the matrix of all similarities, sliced anew for every pick."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Thunk = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    features: Tensor  # [n, d], of a last hidden layer: not negative, in clusters
+    features: Tensor  # [n, d], of a last hidden layer: nonnegative, in clusters
     factors: Tensor | None  # [n, C], gradients of the loss in the logits
     picks: int
 
@@ -37,7 +37,7 @@ def make_samples(config: dict[str, Any], with_factors: bool, dtype: torch.dtype 
 
 
 def similarities(problem: Samples) -> np.ndarray:
-    """[n, n]: 0.5 + 0.5 cosine, of gradients written out where there are factors."""
+    """[n, n]: 0.5 + 0.5 cosine, of gradients in full if there are factors."""
     rows = problem.features.numpy()
     if problem.factors is not None:
         b = problem.factors.numpy()
@@ -67,7 +67,7 @@ def loop(problem: Samples) -> Thunk:
 
 
 def rows(problem: Samples) -> Thunk:
-    """The same, with one row of the matrix taken off for every pick."""
+    """The same, with one row of the matrix subtracted for every pick."""
 
     def run() -> Tensor:
         s = similarities(problem)

@@ -1,4 +1,4 @@
-"""Stored soft labels of a relabelling (FKD): the question, and what SRe2L's code does."""
+"""Stored soft labels of a relabelling (FKD): the problem, and what SRe2L's code does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 class Trained(NamedTuple):
     losses: list[float]  # of the batches
-    d_logits: Tensor  # [B, C], of the student, by the last of them
+    d_logits: Tensor  # [B, C], of the student, for the last of them
 
 
 Thunk = Callable[[], Any]
@@ -60,7 +60,7 @@ class Labels:
 
     @cached_property
     def files(self) -> list[Path]:
-        """One a batch, as relabel/generate_soft_label.py saves them with cutmix and fp16."""
+        """One per batch, as relabel/generate_soft_label.py saves them with cutmix and fp16."""
         paths = [Path(self.folder.name) / "epoch_0" / f"batch_{b}.tar" for b in range(self.batches)]
         paths[0].parent.mkdir()
         for b, path in enumerate(paths):
@@ -81,7 +81,7 @@ def kl(student: Tensor, logits: Tensor, T: float) -> Tensor:
 
 
 def passes(loader: Any, loss: Callable[[Any], Tensor], student: Tensor) -> Trained:
-    """The loss and its gradient, batch after batch; as in training, a gradient is gone before the next one comes."""
+    """The loss and its gradient, batch by batch; as in training, a gradient is freed before the next one is made."""
     losses, d_logits = [], student
     for labels in loader:
         del d_logits
@@ -105,7 +105,7 @@ class Files:
 
 
 def prepare_load(problem: Labels, *, compiled: bool = False) -> Thunk:
-    """An epoch of files, batch after batch; compiled: mapped, and the loss through torch.compile."""
+    """An epoch of files, batch by batch; compiled: memory-mapped, and the loss through torch.compile."""
     files = Files(problem.files, **({"mmap": True} if compiled else {}))
     loader = DataLoader(files, batch_size=None, num_workers=problem.workers, persistent_workers=problem.workers > 0)
     function = torch.compile(kl) if compiled else kl
@@ -114,7 +114,7 @@ def prepare_load(problem: Labels, *, compiled: bool = False) -> Thunk:
 
 
 def saved_bytes(problem: Labels) -> Callable[[], float]:
-    """Bytes a label in these files, with its record."""
+    """Bytes per label in these files, with its record."""
     return lambda: sum(path.stat().st_size for path in problem.files) / problem.images
 
 

@@ -5,7 +5,7 @@ With g_k the gradient of step k at (theta_k, X_k), J_k = d g_k / d X_k, e = thet
     dX_k = -(2 / D) lr J_k^T e          d_lr = -(2 / D) (sum_k g_k) . e
 
 which is the true gradient without the products of (I - lr H_j) over the later steps. The published code loses the
-factor 2 of the first formula (it multiplies a tuple); here it is kept, as in the paper, so that the two first-order
+factor 2 of the first formula (it multiplies a tuple); here it is kept, as in the paper, so that both first-order
 implementations can be compared.
 """
 
@@ -26,7 +26,7 @@ def prepare(problem: Problem) -> Thunk:
         for index in problem.batches:
             theta = thetas[-1].clone().requires_grad_()
             loss = inner_loss(problem.net, theta, images[index], problem.labels[index])
-            # the published code asks for a graph here and drops it: kept, because the peer is what people run
+            # the published code creates a graph here and drops it: kept, because the peer is what people run
             (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
             gradient = gradient.detach()
             gradient_sum += gradient

@@ -1,4 +1,4 @@
-"""Students trained on a fixed set of images, as a distilled set is evaluated: the question, and the peers."""
+"""Students trained on a fixed set of images, as in evaluating a distilled set: the problem and the peers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Thunk = Callable[[], Trained]
 
 @dataclass(frozen=True)
 class Training:
-    """E students from `theta0`, each shown the images in orders of its own, by SGD with momentum and weight decay."""
+    """E students from `theta0`, each shown the images in its own orders, by SGD with momentum and weight decay."""
 
     net: PlainConvNet
     theta0: Tensor  # [E, P]
@@ -59,14 +59,14 @@ class Training:
 def make_training(config: dict[str, Any]) -> Training:
     made = make_problem(**config | {"steps": 1})
     generator = torch.Generator().manual_seed(1)
-    # networks of one initialisation and a tenth of its size: the work is that of fresh ones
+    # networks near one initialisation, with noise of a tenth of its size: the work is that of fresh ones
     noise = torch.randn(config["students"], len(made.theta0), generator=generator, dtype=torch.float64)
     theta0 = made.theta0 + 0.1 * made.theta0.std() * noise.to(made.theta0.dtype)
     return Training(made.net, theta0, made.images, made.labels, config["epochs"], config["batch"], config["lr"])
 
 
 def prepare_eager(problem: Training) -> Thunk:
-    """The repositories' loop: a network after the other, torch.optim.SGD, the loss read at every step."""
+    """The repositories' loop: one network after the other, torch.optim.SGD, the loss read at every step."""
 
     def train(theta: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         net = copy.deepcopy(problem.net)
@@ -93,7 +93,7 @@ def prepare_eager(problem: Training) -> Thunk:
 
 
 def _step(problem: Training) -> Callable[..., tuple[Parameters, Parameters, Tensor]]:
-    """A student's step as a function; a velocity of zeros is that of a first step."""
+    """A student's step as a function; the velocity of a first step is zero."""
 
     def loss(theta: Parameters, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(compiled.logits(problem.net, theta, x), y)
@@ -110,7 +110,7 @@ def _step(problem: Training) -> Callable[..., tuple[Parameters, Parameters, Tens
 
 
 def prepare_compiled(problem: Training) -> Thunk:
-    """Channels-last, the whole step of one student in one compiled function, a student after the other."""
+    """Channels-last, the whole step of a student in one compiled function, one student after the other."""
     step = torch.compile(_step(problem), fullgraph=True, dynamic=False)
 
     def channels_last(x: Tensor) -> Tensor:

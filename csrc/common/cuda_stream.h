@@ -9,8 +9,8 @@
 
 namespace pydistill {
 
-// The function lives in libtorch_cuda, which a build against the CPU wheel cannot name as a dependency and which torch
-// loads without offering its symbols to others. It is in memory wherever there are CUDA tensors: ask for it there.
+// The function is in libtorch_cuda, which a build against the CPU wheel cannot name as a dependency and which torch
+// loads without exporting its symbols globally. It is loaded whenever there are CUDA tensors: look it up there.
 inline void* current_cuda_stream(int32_t device) {
   using Function = AOTITorchError(int32_t device, void** stream);
   static Function* const get = [] {

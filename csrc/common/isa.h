@@ -15,7 +15,7 @@
 
 namespace pydistill {
 
-// Each has what stands before it. avx512_bf16: sums of products of pairs, of bf16 and of 16-bit integers (VNNI); amx:
+// Each includes those before it. avx512_bf16: sums of products of pairs, of bf16 and of 16-bit integers (VNNI); amx:
 // bf16 matrix tiles.
 enum class Isa : int { base, avx2, avx512, avx512_bf16, amx };
 inline constexpr int kIsas = 5;
@@ -49,7 +49,7 @@ inline bool supported(Isa isa) {
   return isa == Isa::base;
 }
 
-// The best set this processor has, or the one PYDISTILL_ISA names: a test's way to run each of them.
+// The best set this processor has, or the one named by PYDISTILL_ISA, so that tests can run each of them.
 inline Isa isa() {
   static const Isa chosen = [] {
     if (const char* name = std::getenv("PYDISTILL_ISA"); name && *name) {

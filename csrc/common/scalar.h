@@ -1,4 +1,4 @@
-// Element types and tensor views that kernels speak of; torch-free.
+// Element types and tensor views used by kernels; torch-free.
 #pragma once
 
 #include <cstdint>

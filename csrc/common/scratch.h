@@ -1,4 +1,4 @@
-// A thread's working memory, kept between calls: fresh pages cost several times what a kernel does with them.
+// A thread's working memory, kept between calls: fresh pages cost several times as much as a kernel's work on them.
 #pragma once
 
 #if defined(__linux__)
@@ -11,8 +11,8 @@
 
 namespace pydistill {
 
-// Asks for large pages where [memory, memory + bytes) spans any: kernels that stride through megabytes otherwise spend
-// their time looking up addresses. Advice only; worth nothing once the pages are in use.
+// Asks for large pages if [memory, memory + bytes) spans any: kernels that stride through megabytes otherwise spend
+// their time on address translation. Advice only; useless once the pages are in use.
 inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{1} << 21;
@@ -31,7 +31,7 @@ inline void* scratch(int64_t bytes) {
   thread_local int64_t size = 0;
   if (size < bytes) {
     memory.reset();
-    size = 0;  // should the next line throw
+    size = 0;  // in case the next line throws
     memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t(64)));
     advise_large_pages(memory.get(), bytes);
     size = bytes;

@@ -1,4 +1,4 @@
-// From torch tensors (stable ABI) to what kernels speak, with the checks that keep a direct call from reading astray.
+// From torch tensors (stable ABI) to the kernels' types, with checks that keep a direct call within bounds.
 // The public Python functions check first and say more; these guard torch.ops.pydistill.*.
 #pragma once
 
@@ -41,7 +41,7 @@ inline Scalar scalar_of(const Tensor& x, const char* name) {
   return Scalar::f32;
 }
 
-// The type that x is computed in, and that its per-channel parameters have.
+// The compute type of x, which is also the type of its per-channel parameters.
 inline ScalarType compute_type(Scalar scalar) { return scalar == Scalar::f64 ? ScalarType::Double : ScalarType::Float; }
 
 inline void check_image(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like) {
@@ -61,7 +61,7 @@ inline Map map_of(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), stride[0], stride[1], stride[2], stride[3]};
 }
 
-// torch's is_contiguous(channels_last), for tensors that are not NCHW-contiguous as well: NCHW wins where both hold.
+// torch's is_contiguous(channels_last), for tensors that are not also NCHW-contiguous: NCHW wins if both hold.
 inline bool is_channels_last(const Tensor& t) {
   if (t.is_contiguous()) return false;
   const auto size = t.sizes(), stride = t.strides();
@@ -82,8 +82,8 @@ inline Tensor empty_image(const Tensor& x, int64_t N, int64_t C, int64_t H, int6
                               is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// An output in the CPU's memory that is still to be written. Activations are larger than what malloc keeps, so each is
-// of fresh pages, which cost several times the kernel.
+// An output in the CPU's memory that is yet to be written. Activations are larger than what malloc keeps, so each has
+// fresh pages, which cost several times as much as the kernel.
 inline Tensor& on_large_pages(Tensor& planes) {
   const int64_t bytes = planes.numel() * static_cast<int64_t>(planes.element_size());
   if (bytes >= int64_t{2} << 20) advise_large_pages(planes.mutable_data_ptr(), bytes);

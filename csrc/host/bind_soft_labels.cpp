@@ -1,4 +1,4 @@
-// What the label store needs of C++, with NumPy arrays in and out and the GIL released.
+// The label store's C++ functions, with NumPy arrays in and out and the GIL released.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -79,7 +79,7 @@ py::tuple decode_topk(const Bytes& rows, int64_t classes, int64_t k, double step
   bool right = true;
   {
     py::gil_scoped_release free;
-    thread_local Weights weights;  // the rows of the next call mostly have steps as fine as these
+    thread_local Weights weights;  // the rows of the next call mostly have equally fine steps
     for (; row < n && right; ++row)
       right = decode(from + row * stride, form, weights, to_indices + row * k, to_values + row * k, to_tail + row);
   }

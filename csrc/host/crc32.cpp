@@ -22,7 +22,7 @@ constexpr uint32_t x_to_the(int n) {
   return a;
 }
 
-// table[j][b]: what byte b does to the register j bytes later
+// table[j][b]: the effect of byte b on the register j bytes later
 constexpr auto kTable = [] {
   std::array<std::array<uint32_t, 256>, kTables> table{};
   for (uint32_t byte = 0; byte < 256; ++byte) {
@@ -54,8 +54,8 @@ uint32_t by_tables(const uint8_t* data, std::size_t size, uint32_t a) {
 #if defined(__x86_64__)
 constexpr std::size_t kFold = 64;  // bytes folded at once: four registers
 
-// Multiplies the two halves of `a`, which stand `bits` + 64 and `bits` before the end of `next`, and adds `next`. A
-// product of reflected factors is reflected but for one bit, hence the shift of the constants.
+// Multiplies the two halves of `a`, which are `bits` + 64 and `bits` before the end of `next`, and adds `next`. A
+// product of reflected factors is reflected up to one bit, hence the shift of the constants.
 template <int bits>
 __attribute__((target("pclmul,sse4.1"))) __m128i fold(__m128i a, __m128i next) {
   constexpr uint64_t far = static_cast<uint64_t>(x_to_the(bits + 32)) << 1;
@@ -72,7 +72,7 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t by_products(const uint8_t* dat
     for (int i = 0; i < 4; ++i) sums[i] = fold<8 * kFold>(sums[i], load(i));
   __m128i sum = sums[0];
   for (int i = 1; i < 4; ++i) sum = fold<128>(sum, sums[i]);
-  uint8_t rest[16];  // congruent to all that was read
+  uint8_t rest[16];  // congruent to all bytes read so far
   _mm_storeu_si128(reinterpret_cast<__m128i*>(rest), sum);
   return by_tables(data, size, by_tables(rest, sizeof rest, 0));
 }

@@ -1,4 +1,4 @@
-// CRC-32 as zlib, gzip and zip take it (polynomial 0xEDB88320, bits reflected); torch-free.
+// CRC-32 as in zlib, gzip and zip (polynomial 0xEDB88320, bits reflected); torch-free.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The torch-free module: what was built, and what of it runs here. Safe to import in data-loader workers.
+// The torch-free module: what was built, and which of it runs here. Safe to import in data-loader workers.
 #include <pybind11/pybind11.h>
 
 #include "../common/isa.h"

@@ -25,7 +25,7 @@ float float_of(uint16_t half) {
   return std::bit_cast<float>(((exponent + 112) << 23) | (mantissa << 13));
 }
 
-// The weight of the first class needs no code: its byte says by which power of 2^(1/16) a row's steps are finer.
+// The weight of the first class needs no code: its byte says by which power of 2^(1/16) the row's steps are finer.
 double step_of(const TopK& form, uint8_t finer) { return form.step * std::exp2(-finer / 16.0); }
 
 // The most that still lets 255 steps reach as far as `span`.
@@ -53,7 +53,7 @@ Flaw encode(const float* values, const TopK& form, bool probs, double temperatur
   for (int64_t c = 0; c < form.classes; ++c)
     weights[c] = probs ? values[c] : std::exp((values[c] - first) / temperature);
 
-  // the rest is added up by itself: one minus the sum of the others would lose its digits where it is small
+  // the rest is summed separately: one minus the sum of the others would lose its digits if it is small
   const double top = weights[order[0]];
   double kept = 0, rest = 0;
   uint8_t* codes = row + 4 + 2 * form.k;

@@ -1,11 +1,11 @@
-// Attention maps of features x [N, C, positions]: with f the `order`-th derivative of |x|^power, times `factor` where
-// there is one,
+// Attention maps of features x [N, C, positions]: with f the `order`-th derivative of |x|^power, times `factor` if
+// given,
 //
 //   reduce    spatial [N, positions] = sum of f over the channels,  channel [N, C] = sum of f over the positions
 //   adjoint   out [N, C, positions] = f (spatial + channel)
 //
-// Each is the other's adjoint in its sums, and differentiation raises the order: the pair is closed under it. At zero
-// derivatives are taken as zero, as torch's of abs are.
+// Each is the other's adjoint in its sums, and differentiation raises the order: the pair is closed under it. At zero,
+// derivatives are zero, as torch's of abs are.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace pydistill {
 
-// x lies densely as [N][outer][inner]: the outer index is the channel, or the position where channels are last.
+// x is dense in memory as [N][outer][inner]: the outer index is the channel, or the position if channels are last.
 struct AttentionMap {
   Scalar scalar = Scalar::f32;  // of x, factor and out; maps are float32, or float64 with f64
   int64_t N = 0, outer = 0, inner = 0;

@@ -31,7 +31,7 @@ struct Derivative {
   }
 };
 
-// Up to L neighbouring values, zeros behind them; and back.
+// Up to L adjacent values, padded with zeros; and back.
 template <class T, class S>
 PYDISTILL_INLINE Wide<T> read(const S* from, int64_t count) {
   if (count >= Lanes<T>::count) return wide_of<T>(load_widened<T>(from));
@@ -49,7 +49,7 @@ PYDISTILL_INLINE void write(S* to, Wide<T> value, int64_t count) {
 template <class T, class S, class Power>
 __attribute__((noinline)) void reduce(const AttentionMap& call, Power power, int64_t n, T* partial) {
   constexpr int64_t L = Lanes<T>::count;
-  constexpr int64_t kBlock = 16;  // rows whose sum is formed on its own: rounding errors stay small
+  constexpr int64_t kBlock = 16;  // rows that are summed separately: rounding errors stay small
   const Derivative<T, Power> derivative(call, power);
   const int64_t inner = call.inner, outer = call.outer;
   const S* x = static_cast<const S*>(call.x) + n * outer * inner;
@@ -111,7 +111,7 @@ void run_samples(const AttentionMap& call, int64_t begin, int64_t end, void* scr
 
 }  // namespace
 
-// `scratch` holds `inner` values and 64 bytes more, 64-byte aligned.
+// `scratch` holds `inner` values plus 64 bytes, 64-byte aligned.
 void PYDISTILL_KERNEL(const AttentionMap& call, int64_t begin, int64_t end, void* scratch) {
   if (call.scalar == Scalar::f64) run_samples<double, double>(call, begin, end, scratch);
   if (call.scalar == Scalar::f32) run_samples<float, float>(call, begin, end, scratch);

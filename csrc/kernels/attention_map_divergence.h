@@ -9,10 +9,10 @@
 //   ce   loss = -<T, log P>                                     d loss/d s = P - T
 // d loss/d q_s = scale_s (d loss/d s) k_s and d loss/d k_s = scale_s (d loss/d s)^T q_s. The teacher has no gradient.
 //
-// A task is a chunk of the rows of one head. It meets the rows in blocks of a few dozen against all of the head's keys,
-// so that what is as long as the keys is a block's, lies in cache, and is never written out. Gradients come in the same
-// sweep: those of the sum of the rows' losses, or of <grad, loss>. How rows are cut into chunks hangs on the shape
-// alone; the keys' gradient is summed over a head's chunks in order. Hence equal bits over thread counts.
+// A task is a chunk of the rows of one head. It processes the rows in blocks of a few dozen against all of the head's
+// keys, so that anything as long as the keys is per block, stays in cache, and is never written out. Gradients come in
+// the same sweep: those of the sum of the rows' losses, or of <grad, loss>. The division of rows into chunks depends on
+// the shape alone; the keys' gradient is summed over a head's chunks in order. Hence equal bits across thread counts.
 #pragma once
 
 #include <cstdint>
@@ -37,15 +37,15 @@ struct AttentionMapDivergence {
   int64_t width_s = 0, width_t = 0;  // of the student's and the teacher's heads
 
   Heads q_s, k_s, q_t, k_t;
-  Heads mask;  // [A, H, N, M] of bool; what is false takes no part
-  Heads grad;  // [A, H, N], its column of no meaning; ones where absent
+  Heads mask;  // [A, H, N, M] of bool; false: the key takes no part
+  Heads grad;  // [A, H, N], its column is unused; ones if absent
 
-  void* loss = nullptr;    // [A, H, N], contiguous, as all outputs; each may be absent
+  void* loss = nullptr;    // [A, H, N], contiguous, like all outputs; each may be absent
   void* grad_q = nullptr;  // [A, H, N, width_s]
   void* grad_k = nullptr;  // [A, H, M, width_s]
 
   int64_t chunks = 1;      // of a head's rows
-  void* parts = nullptr;   // [A, H, chunks, M, padded width_s]: shares of grad_k, where there are several chunks
+  void* parts = nullptr;   // [A, H, chunks, M, padded width_s]: shares of grad_k, if there are several chunks
   bool add_parts = false;  // the second pass: tasks are rows of grad_k
 
   int64_t tasks() const { return A * H * (add_parts ? M : chunks); }
@@ -63,14 +63,14 @@ inline int64_t attention_padded(int64_t size, int64_t bytes) {
   return (size + lanes - 1) / lanes * lanes;
 }
 
-// From one row of scores to the next: an odd number of vectors, for a power of two would put a column into one set of
-// the cache.
+// Stride of rows of scores: an odd number of vectors, since a power of two would put a column into one set of the
+// cache.
 inline int64_t attention_row_stride(int64_t M, int64_t bytes) {
   const int64_t padded = attention_padded(M, bytes), lanes = 64 / bytes;
   return padded / lanes % 2 ? padded : padded + lanes;
 }
 
-// What a thread wants as scratch memory.
+// Scratch memory of a thread.
 inline int64_t attention_scratch_bytes(const AttentionMapDivergence& call) {
   const int64_t bytes = call.scalar == Scalar::f64 ? 8 : 4;
   const int64_t keys = attention_padded(call.M, bytes), rows = attention_block_rows(call.M, bytes);

@@ -1,7 +1,7 @@
-// CPU body: see attention_map_divergence.h for what is computed and how it is cut up.
+// CPU body: see attention_map_divergence.h for what is computed and how it is divided.
 //
-// Sums over a row run in the order of the sixteen (eight in double) lanes of a 64-byte vector, whatever a register
-// holds of it: AVX2 and AVX-512 give the same bits. The baseline, which has no fused multiply-add, differs in rounding.
+// Sums over a row run in the order of the sixteen (eight in double) lanes of a 64-byte vector, whatever the width of a
+// register: AVX2 and AVX-512 give the same bits. The baseline, which has no fused multiply-add, differs in rounding.
 #include "attention_map_divergence.h"
 #include "vocabulary/matrix_product.h"
 
@@ -44,11 +44,11 @@ PYDISTILL_INLINE Reg<T> where(typename Bits<T>::Type live, Reg<T> v) {
   return (Reg<T>)((typename Bits<T>::Type)v & live);
 }
 
-// e^x for x <= 0, with 0 for what would not be a normal number; NaN stays NaN. x = n ln 2 + r, and e^r by the
-// polynomial of Cephes' expf.
+// e^x for x <= 0, flushed to 0 below the normal numbers; NaN stays NaN. x = n ln 2 + r, and e^r by the polynomial of
+// Cephes' expf.
 PYDISTILL_INLINE Reg<float> exp_of(Reg<float> x) {
   using Int = Bits<float>::Type;
-  const Reg<float> magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const Reg<float> magic = all(12582912.0f);  // 1.5 * 2^23: adding to it rounds to an integer
   const Int normal = ~(x < all(-87.0f));
   const Reg<float> shifted = multiply_add(x, all(1.44269504f), magic), n = shifted - magic;
   const Reg<float> r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
@@ -97,7 +97,7 @@ struct Running {
   }
 };
 
-// `body(offset, c)` for every register of a row of `size` elements, c being its place in its vector.
+// `body(offset, c)` for every register of a row of `size` elements, with c its position in its vector.
 template <class T, class Body>
 PYDISTILL_INLINE void over_row(int64_t size, Body body) {
   constexpr int per = Registers<T>::per_vector, lanes = Registers<T>::lanes;
@@ -107,8 +107,8 @@ PYDISTILL_INLINE void over_row(int64_t size, Body body) {
   }
 }
 
-// One row: its loss, and over s the loss's gradient times g. `size` counts whole vectors; `live` has all bits set where
-// a key takes part. What takes no part is kept out of every sum, since even zero times its score need not be zero.
+// One row: its loss, and in place of s the loss's gradient times g. `size` counts whole vectors; `live` has all bits
+// set where a key takes part. Other keys are excluded from every sum, as even zero times their score need not be zero.
 template <class T, Kind kind>
 __attribute__((noinline)) T finish_row(T* s, T* t, const typename Bits<T>::Lane* live, int64_t size, bool gradient, T g,
                                        T beta) {
@@ -120,7 +120,7 @@ __attribute__((noinline)) T finish_row(T* s, T* t, const typename Bits<T>::Lane*
   over_row<T>(size, [&](int64_t at, int c) PYDISTILL_LAMBDA {
     const Int on = alive(at);
     const Reg<T> x = on ? read(s + at) : all(-infinity), y = on ? read(t + at) : all(-infinity);
-    top_s.part[c] = x > top_s.part[c] ? x : top_s.part[c];  // a NaN is passed over here and comes back with the sums
+    top_s.part[c] = x > top_s.part[c] ? x : top_s.part[c];  // NaN is ignored here and shows in the sums
     top_t.part[c] = y > top_t.part[c] ? y : top_t.part[c];
   });
   const Reg<T> max_s = all(top_s.max()), max_t = all(top_t.max());
@@ -170,10 +170,10 @@ __attribute__((noinline)) T finish_row(T* s, T* t, const typename Bits<T>::Lane*
       const Int on = alive(at);
       const Reg<T> log_p_s = read(s + at) - all(log_s), log_p_t = read(t + at) - all(log_t);
       const Reg<T> p_s = where<T>(on, exp_of(log_p_s)), p_t = where<T>(on, exp_of(log_p_t));
-      // in units of the larger probability, where the mixture is near one: by itself it may be too small a number
+      // in units of the larger probability, where the mixture is near one: by itself it may underflow
       const Reg<T> unit = p_t > p_s ? p_t : p_s, log_unit = p_t > p_s ? log_p_t : log_p_s;
       const Reg<T> log_mix = log_of<T>((p_t / unit) * all(beta) + (p_s / unit) * all(share));
-      // a probability of zero has no part, whatever its logarithm
+      // a probability of zero does not count, whatever its logarithm
       const Reg<T> a = p_t == all(T(0)) ? all(T(0)) : (log_p_t - log_unit) - log_mix;
       const Reg<T> b = p_s == all(T(0)) ? all(T(0)) : (log_p_s - log_unit) - log_mix;
       sum_a.part[c] = multiply_add(p_t, a, sum_a.part[c]);
@@ -199,7 +199,7 @@ PYDISTILL_INLINE const S* head(const Heads& heads, int64_t a, int64_t h) {
   return static_cast<const S*>(heads.data) + a * heads.a + h * heads.h;
 }
 
-// Rows [begin, begin + rows) of one head, widened and scaled, in lines of whole vectors.
+// Rows [begin, begin + rows) of one head, widened, scaled and padded to whole vectors.
 template <class T, class S>
 PYDISTILL_INLINE void load_rows_of(const Heads& heads, int64_t a, int64_t h, int64_t begin, int64_t rows, int64_t width,
                                    int64_t padded, T scale, T* to) {
@@ -234,7 +234,7 @@ PYDISTILL_INLINE void store_rows_of(const T* from, int64_t rows, int64_t width, 
   }
 }
 
-// Into rows `first` and on of a contiguous output.
+// Into a contiguous output, from row `first` on.
 template <class T, class... Arguments>
 void store_rows(Scalar scalar, Arguments... arguments) {
   if constexpr (sizeof(T) == 8) {
@@ -246,8 +246,8 @@ void store_rows(Scalar scalar, Arguments... arguments) {
   }
 }
 
-// A head's [rows, columns] as panels: a vector's worth of columns in each, one row after another; or, transposed, of
-// rows, one column after another.
+// A head's [rows, columns] as panels of one vector's width of columns, row after row; or, transposed, of rows, column
+// after column.
 template <class T>
 void pack_panels(Scalar scalar, const Heads& heads, int64_t a, int64_t h, int64_t rows, int64_t columns,
                  bool transposed, Vec<T>* panels) {

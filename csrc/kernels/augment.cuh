@@ -3,7 +3,7 @@
 // One block owns an image. The colours are affine in a pixel and its image's mean, so they commute with the index
 // arithmetic and the resamplings: a thread gathers a result's pixel straight from the image, at most four taps of the
 // rotation with four of the scaling each, and mixes the channels afterwards. Nothing in between is stored. The adjoint
-// gathers too: a thread goes through the results whose taps could reach its pixel, so nothing is added atomically.
+// gathers too: a thread visits the results whose taps could reach its pixel, so nothing is added atomically.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ using Form = Call::Form;
 
 constexpr int threads = 256, channels_at_once = 3;
 
-constexpr int blocks_at_once = 2;  // 128 registers a thread: with fewer it spills
+constexpr int blocks_at_once = 2;  // 128 registers per thread: with fewer it spills
 
 // An image's row of the record, in the words of the loops below.
 template <class A>
@@ -32,7 +32,7 @@ struct Parameters {
   bool scales, rotates, finite;
   A scale_x, scale_y;
   A xx, xy, yx, yy;  // rotation: from the result's place about the centre to the source's
-  A back_xx, back_xy, back_yx, back_yy, reach_x, reach_y;  // and back, with how far off the results of a source lie
+  A back_xx, back_xy, back_yx, back_yy, reach_x, reach_y;  // the inverse, and how far from a source its results can be
 };
 
 template <class A>
@@ -70,7 +70,7 @@ __device__ Parameters<A> parameters_of(const Call& call, int64_t n) {
   p.xy = down > 0 ? -sine * across / down : 0;
   p.yx = across > 0 ? sine * down / across : 0;
   const A determinant = p.xx * p.yy - p.xy * p.yx;
-  if (std::abs(determinant) > A(1e-3)) {  // in an image of one row or column it may be anything up to 1
+  if (std::abs(determinant) > A(1e-3)) {  // in an image of one row or column it can be any value up to 1
     p.back_xx = p.yy / determinant, p.back_xy = -p.xy / determinant;
     p.back_yx = -p.yx / determinant, p.back_yy = p.xx / determinant;
     p.reach_x = std::abs(p.back_xx) + std::abs(p.back_xy), p.reach_y = std::abs(p.back_yx) + std::abs(p.back_yy);
@@ -81,14 +81,14 @@ __device__ Parameters<A> parameters_of(const Call& call, int64_t n) {
   return p;
 }
 
-// A block's shared memory: parameters take too many registers, and a sine, to be every thread's own.
+// A block's shared memory: parameters take too many registers, and a sine, for every thread to have its own.
 template <class A>
 struct Shared {
   Parameters<A> parameters[2];  // by copy
   A parts[threads / 32];
 };
 
-// Every thread gets the total of the block, with the same bits. Once a kernel.
+// Every thread gets the total of the block, with the same bits. Use once per kernel.
 template <class A>
 __device__ A sum_over_block(A* parts, A value) {
   for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, step);
@@ -99,7 +99,7 @@ __device__ A sum_over_block(A* parts, A value) {
   return total;
 }
 
-// The one or two sources of a place on an axis: the first one's index, and how much of the second.
+// The one or two sources of a place on an axis: the first one's index, and the weight of the second.
 template <class A>
 struct Tap {
   int index;
@@ -108,12 +108,12 @@ struct Tap {
 
 template <class A>
 __device__ Tap<A> tap(A at, int size) {
-  at = between<A>(-2, at, static_cast<A>(size));  // beyond, both sources lie outside of the image
+  at = between<A>(-2, at, static_cast<A>(size));  // beyond, both sources are outside the image
   const A index = std::floor(at);
   return {static_cast<int>(index), at - index};
 }
 
-// `visit(i, j, weight)` with every pixel that four taps about (y, x) reach inside of an image of [H, W].
+// `visit(i, j, weight)` with every pixel that four taps about (y, x) reach inside an image of [H, W].
 template <class A, class Visit>
 __device__ void for_each_tap(A y, A x, int H, int W, Visit visit) {
   const Tap<A> down = tap(y, H), across = tap(x, W);
@@ -128,7 +128,7 @@ __device__ void for_each_tap(A y, A x, int H, int W, Visit visit) {
   }
 }
 
-// `visit(i, j, weight)` with every pixel of the image that pixel (i, j) of the result is made of.
+// `visit(i, j, weight)` with every pixel of the image that contributes to pixel (i, j) of the result.
 template <class A, class Visit>
 __device__ void for_each_source(const Parameters<A>& p, int H, int W, int i, int j, Visit visit) {
   const A centre_y = static_cast<A>(H - 1) / 2, centre_x = static_cast<A>(W - 1) / 2;
@@ -162,7 +162,7 @@ __device__ Range around(A at, A reach, int size) {
           static_cast<int>(std::ceil(between<A>(0, at + reach, last))) + 1};
 }
 
-// What becomes of an infinite mean where it is subtracted and added again.
+// The result of subtracting and adding an infinite mean again: NaN.
 template <class A>
 __device__ A nan_if_infinite(A mean) {
   return mean + 0 * mean;
@@ -182,7 +182,7 @@ __device__ Range reached_by(A scale, int at, int size) {
   return around((static_cast<A>(at) - centre) / scale + centre, 1 / std::abs(scale), size);
 }
 
-// `visit(i, j, weight)` with every pixel of the result that pixel (y, x) of the image is a part of.
+// `visit(i, j, weight)` with every pixel of the result to which pixel (y, x) of the image contributes.
 template <class A, class Visit>
 __device__ void for_each_result(const Parameters<A>& p, int H, int W, int y, int x, Visit visit) {
   const A centre_y = static_cast<A>(H - 1) / 2, centre_x = static_cast<A>(W - 1) / 2;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once) kernel(const Call cal
   }
   __syncthreads();
 
-  // What is added to each pixel of the result: forward, in proportion to how much of it is image.
+  // What is added to each pixel of the result: in the forward, in proportion to its share of image.
   A part = 0, brightness = 0;
   bool finite = true, sums = false;
   for (int copy = 0; copy < copies; ++copy) {
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once) kernel(const Call cal
         }
         A alike = mixes ? p.contrast * (1 - p.saturation) * nan_if_infinite(all / static_cast<A>(C)) : A(0);
         if (form == Form::forward && weight != 0)
-          alike += (constant + brightness) * weight;  // a NaN only where image is
+          alike += (constant + brightness) * weight;  // NaN only where the image is
         for (int l = 0; l < channels_at_once; ++l) out[l] += p.contrast * p.saturation * own[l] + alike;
       }
       for (int l = 0; l < channels_at_once; ++l) {

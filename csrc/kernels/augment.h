@@ -4,18 +4,18 @@
 //   brightness     x + brightness
 //   saturation     (x - m) saturation + m     m: the pixel's mean over the channels
 //   contrast       (x - M) contrast + M       M: the image's mean
-//   crop           y[i, j] = x[i + crop_y, j + crop_x], zero from outside of the image
+//   crop           y[i, j] = x[i + crop_y, j + crop_x], zero outside the image
 //   cutout         zero in rows [top, top + height) and columns [left, left + width)
 //   flip           y[i, j] = x[i, W - 1 - j]
 //   scale, rotate  one bilinear resampling each about the image's centre (grid_sample of an affine_grid, zeros outside)
 // As brightness passes through both means, with saturation s and contrast c the colours are
-//   c s x + c (1 - s) m + (1 - c) M + brightness, m and M taken of x.
-// With two copies, image n of the result is made of image n % N, mirrored beforehand where n >= N.
+//   c s x + c (1 - s) m + (1 - c) M + brightness, with m and M those of x.
+// With two copies, image n of the result comes from image n % N, mirrored beforehand if n >= N.
 //
-// forward   images -> images; `linear` leaves the brightness out, which is all that is not linear in the images
+// forward   images -> images; `linear` omits the brightness, the only part not linear in the images
 // backward  its adjoint: gradients of the results -> gradients of the images, summed over the copies
 //
-// A record with a scale or an angle that is not finite makes its image NaN.
+// A record with a non-finite scale or angle makes its image NaN.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct Augment {
   Scalar scalar = Scalar::f32;
   int64_t N = 0, C = 0, H = 0, W = 0;  // of the images
   int64_t copies = 1;                  // 1 or 2
-  bool align_corners = true;           // of affine_grid and grid_sample; for square images both are one
+  bool align_corners = true;           // of affine_grid and grid_sample; no difference for square images
   bool linear = false;
 
   const float* record = nullptr;  // [copies N, columns]

@@ -1,8 +1,8 @@
-// CPU body: see augment.h for what is computed. An image at a time goes through its stages in scratch memory that stays
-// in the nearest caches. Up to cutout and flip its channels are planes of [H, W]; for the resamplings four neighbouring
-// channels are woven into pixels, so that a tap is one short vector, in a ring of zeros two pixels wide, so that no tap
-// asks whether it lies inside. Coordinates are in double; sums run in a fixed order of sixteen partial sums, so that
-// instruction sets of any width give the same bits.
+// CPU body: see augment.h for what is computed. One image at a time goes through its stages in scratch memory that
+// stays in the nearest caches. Up to cutout and flip its channels are planes of [H, W]; for the resamplings four
+// adjacent channels are interleaved into pixels, so that a tap is one short vector, within a ring of zeros two pixels
+// wide, so that no tap needs a bounds check. Coordinates are in double; sums run in a fixed order of sixteen partial
+// sums, so that instruction sets of any width give the same bits.
 #include "augment.h"
 #include "vocabulary/cpu_vocabulary.h"
 
@@ -58,7 +58,7 @@ Parameters parameters_of(const Call& call, int64_t n) {
   return p;
 }
 
-// Scratch memory, taken piece by piece.
+// Scratch memory, allocated piece by piece.
 struct Memory {
   unsigned char* next;
   template <class T>
@@ -169,8 +169,8 @@ PYDISTILL_INLINE bool moves(const Parameters& p) {
          p.mirrored;
 }
 
-// Mirror, crop, cutout and flip as runs of neighbours: `run(to, from, step, count)` for results to, to + 1, ... that
-// are made of from, from + step, ... in a plane. What no run names is zero.
+// Mirror, crop, cutout and flip as runs of adjacent elements: `run(to, from, step, count)` for results to, to + 1, ...
+// that come from from, from + step, ... in a plane. Results in no run are zero.
 template <class Run>
 PYDISTILL_INLINE void for_each_run(const Parameters& p, int64_t H, int64_t W, Run run) {
   const int64_t step = p.flip != p.mirrored ? -1 : 1;
@@ -220,7 +220,7 @@ void place_adjoint(const Parameters& p, int64_t C, int64_t H, int64_t W, const T
   });
 }
 
-// L neighbouring channels of a pixel.
+// L adjacent channels of a pixel.
 template <class T, int L>
 struct Pixel {
   typedef T Type __attribute__((vector_size(L * sizeof(T)), aligned(sizeof(T))));
@@ -240,7 +240,7 @@ PYDISTILL_INLINE void set_pixel(T* at, typename Pixel<T, L>::Type v) {
   *reinterpret_cast<typename Pixel<T, L>::Type*>(at) = v;
 }
 
-// Of four vectors the four that hold their first, second, third and fourth elements.
+// From four vectors, the four that hold their first, second, third and fourth elements.
 template <class P>
 PYDISTILL_INLINE void transpose_four(P (&v)[4]) {
   const P low = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5), high = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
@@ -345,7 +345,7 @@ struct Resampling {
   Taps<T> taps;
 
   Resampling(int64_t C, int64_t H, int64_t W, Memory& memory) : C(C), H(H), W(W) {
-    zeros = memory.take<T>(H * W);  // what stands for the channels that a last group lacks
+    zeros = memory.take<T>(H * W);  // stands in for the channels that the last group lacks
     first = memory.take<T>(framed()), second = memory.take<T>(framed());
     row = memory.take<T>(pitch * L);
     across = Axis<T>::take(memory, W), down = Axis<T>::take(memory, H);
@@ -509,7 +509,7 @@ void run_images(const Call& call, int64_t begin, int64_t end, void* scratch) {
 
 }  // namespace
 
-// begin and end count results, or for the backward images.
+// begin and end count results, or images for the backward.
 void PYDISTILL_KERNEL(const Augment& call, int64_t begin, int64_t end, void* scratch) {
   if (call.scalar == Scalar::f64)
     call.C == 1 ? run_images<double, 1>(call, begin, end, scratch) : run_images<double, 4>(call, begin, end, scratch);

@@ -1,9 +1,9 @@
 // The BatchNorm statistics with the frozen BatchNorm on CUDA; bn_stat_match.h says what each pass computes.
 //
-// tiles: a block takes a tile of positions and 32 channels where channels are neighbours (a warp reads 32 of them, its
-// row of threads every 8th position), and a tile of one channel else (all threads along the positions). Both sum in an
-// order that only the shape sets, first a thread's own elements and then the block's threads in a tree.
-// merge: a warp to a channel. backward: elements in the order of memory, as they come.
+// tiles: a block takes a tile of positions and 32 channels if channels are adjacent in memory (a warp reads 32 of them,
+// its row of threads every 8th position), otherwise a tile of one channel (all threads along the positions). Both sum
+// in an order that depends only on the shape, first a thread's own elements and then the block's threads in a tree.
+// merge: a warp per channel. backward: elements in memory order.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Norm {  // the frozen BatchNorm of a channel
       : scale(call.scale ? global_load(static_cast<const A*>(call.scale) + c) : A(0)),
         shift(call.scale ? global_load(static_cast<const A*>(call.shift) + c) : A(0)) {}
 
-  // Not fused: the backward must find the ReLU open where the forward did, whatever stands around.
+  // Not fused: the backward must find the ReLU open where the forward did, whatever the surrounding code.
   __device__ A operator()(const Call& call, int64_t n, int64_t c, int64_t p, A x) const {
     A y = separately_rounded_sum(x * scale, shift);
     if (call.residual.data) y += widen(global_load(at<T>(call.residual, n, c, p)));
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(threads, std::is_same_v<A, double> ? 2 : 4) me
   const double last = static_cast<double>(call.P - (of_sample - 1) * call.tile);
   const double full = static_cast<double>(call.tile), inverse_of_full = 1 / full, inverse_of_last = 1 / last;
   const double count = static_cast<double>(call.M);
-  // A sample's tiles go to the lanes: to divide by the number of samples' tiles takes registers.
+  // A sample's tiles are spread over the lanes: dividing by the number of a sample's tiles takes registers.
   const auto each_tile = [&](auto body) {
     for (int64_t n = 0; n < call.N; ++n)
 #ifdef __CUDACC__

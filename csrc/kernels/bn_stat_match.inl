@@ -1,7 +1,7 @@
-// CPU body: see bn_stat_match.h for what is computed. Two layouts have loops of their own: channels that are
-// neighbours (rows, a lane a channel, whose sums stay in the nearest cache) and positions that are neighbours (planes,
-// summed in as many parts in every instruction set). All others go element by element. Additions are in an order that
-// neither threads nor the width of registers change, hence equal bits over both.
+// CPU body: see bn_stat_match.h for what is computed. Two layouts have their own loops: adjacent channels (rows, one
+// lane per channel, whose sums stay in the nearest cache) and adjacent positions (planes, summed in the same number of
+// parts in every instruction set). All others go element by element. The order of additions depends on neither threads
+// nor register width, hence equal bits across both.
 #include "bn_stat_match.h"
 #include "vocabulary/cpu_vocabulary.h"
 #include "vocabulary/storage_registers.h"
@@ -14,7 +14,7 @@ using Planes = Call::Planes;
 
 constexpr int64_t kPanel = Call::kPanel;
 
-// V is a register of T, or T itself for what is left over: both are computed alike.
+// V is a register of T, or T itself for the remainder: both are computed alike.
 template <class V, class T, class S>
 PYDISTILL_INLINE V load_lanes(const S* p) {
   if constexpr (sizeof(V) == sizeof(T))
@@ -32,7 +32,7 @@ PYDISTILL_INLINE void store_lanes(S* p, V v) {
 }
 
 template <class V>
-PYDISTILL_INLINE V opened(V argument, V value) {  // zero where the ReLU is shut; it lets NaN through, as in torch
+PYDISTILL_INLINE V opened(V argument, V value) {  // zero where the ReLU is closed; NaN passes, as in torch
   return argument <= V{} ? V{} : value;
 }
 
@@ -46,7 +46,7 @@ PYDISTILL_INLINE const T* channels(const void* values) {
   return static_cast<const T*>(values);
 }
 
-// What a call does with an element, known when compiling: the frozen BatchNorm, a residual, a ReLU.
+// What a call does with an element, known at compile time: the frozen BatchNorm, a residual, a ReLU.
 template <bool kNorm, bool kResidual, bool kRelu>
 struct Steps {
   static constexpr bool norm = kNorm, residual = kResidual, relu = kRelu;
@@ -84,7 +84,7 @@ PYDISTILL_INLINE void write_gradient(V x, V mean, V scale, V shift, V level, V s
   store_lanes<V, T>(grad_x, grad);
 }
 
-// R rows of lanes from channel c on: their sums together onto those of the tile.
+// R rows of lanes from channel c on: their sums are added to those of the tile.
 template <class How, class V, int R, class T, class S>
 PYDISTILL_INLINE void sum_rows(const Call& call, int64_t c, const S* x, const S* residual, S* y, T* partial) {
   const V first = load_lanes<V, T>(partial + c);
@@ -158,7 +158,7 @@ void backward_rows(const Call& call, const Tile& tile, const T* level, const T* 
   }
 }
 
-// A channel of a tile, positions `stride` apart: in W partial sums where they are neighbours, and in one else.
+// A channel of a tile, positions `stride` apart: in W partial sums if they are adjacent, otherwise in one.
 template <class How, class T, class S>
 void forward_plane(const Call& call, const Tile& tile, int64_t c, bool neighbours, T* partial) {
   using V = Register<T>;
@@ -264,7 +264,7 @@ void run_unit(const Call& call, const Tile& tile, int64_t index) {
   run_tile<Steps<true, false, false>, T, S>(call, tile, index);
 }
 
-// Mean and variance of a panel of channels, from those of the tiles in their order, in double.
+// Mean and variance of a panel of channels, from those of the tiles in order, in double.
 template <class T>
 void merge_panel(const Call& call, int64_t first_channel, int64_t last_channel) {
   const int64_t C = call.C, tiles = call.tiles(), of_sample = call.tiles_of_sample();
@@ -291,13 +291,13 @@ void merge_panel(const Call& call, int64_t first_channel, int64_t last_channel) 
   for (int64_t c = first_channel; c < last_channel; ++c) {
     statistics[c] = kept[c] = static_cast<T>(mean[c - first_channel]);
     const double var = squares[c - first_channel] / count;
-    statistics[C + c] = static_cast<T>(var < 0 ? 0 : var);  // rounding may leave less than nothing of a constant
+    statistics[C + c] = static_cast<T>(var < 0 ? 0 : var);  // rounding may make that of a constant negative
   }
 }
 
 }  // namespace
 
-// Units [begin, end): panels of channels, and of them tiles but in the merge.
+// Units [begin, end): panels of channels, times tiles except in the merge.
 void PYDISTILL_KERNEL(const BnStatMatch& call, int64_t begin, int64_t end) {
   const int64_t panels = (call.C + kPanel - 1) / kPanel, of_sample = call.tiles_of_sample();
   for (int64_t unit = begin; unit < end; ++unit) {

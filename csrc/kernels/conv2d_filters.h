@@ -1,5 +1,5 @@
 // The filters of a convolution for frozen_conv2d, as the CPU body receives them: at each of Winograd's 36 points a
-// matrix [C][K], cut into vectors of 64 bytes of output channels (frozen_conv2d.h).
+// matrix [C][K], divided into vectors of 64 bytes of output channels (frozen_conv2d.h).
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Conv2dFilters {
   Map weight;           // [K, C, taps, taps], any strides: turned filters have negative ones
   void* out = nullptr;  // [36][vectors][C][lanes], zero where there is no channel
 
-  static constexpr int64_t kChannels = 16;  // that are gathered at a time
+  static constexpr int64_t kChannels = 16;  // gathered at a time
 
   int64_t lanes() const { return scalar == Scalar::f64 ? 8 : 16; }
   int64_t vectors() const { return (K + lanes() - 1) / lanes(); }

@@ -1,5 +1,5 @@
 // The gradient of a convolution with respect to its filters, as the CPU body receives it: Winograd's F(4x4, 3x3) or,
-// with five taps a side, F(2x2, 5x5).
+// with five taps per side, F(2x2, 5x5).
 //
 // out[k, c, i, j] = sum over n, h, w of x[n, h + i - taps / 2, w + j - taps / 2, c] grad[n, h, w, k], in channels-last
 // memory with zeros around x; summed over up to two pairs of x and grad. At each of the 36 points the transformed tiles
@@ -19,14 +19,14 @@ struct Conv2dWeightGrad {
   int64_t pairs = 1;
   const void* x[2] = {};     // [N][H][W][C]
   const void* grad[2] = {};  // [N][H][W][K]
-  // [slots][K][C][taps][taps]: of a slot's share of the tiles. Sums over slots are the result, whatever the threads.
+  // [slots][K][C][taps][taps]: of a slot's share of the tiles. The result is the sum over slots, whatever the threads.
   void* sums = nullptr;
   int64_t slots = 1;
 
-  // A unit of work is a block of channels, with which the sums at 36 points stay in the second-level cache, and a slot.
+  // A unit of work is a slot and a block of channels whose sums at 36 points stay in the second-level cache.
   static constexpr int64_t kChannels = 64;  // of x
   static constexpr int64_t kVectors = 4;    // of 64 bytes, of channels of grad
-  static constexpr int64_t kChunk = 24;     // tiles that are transformed and multiplied at a time
+  static constexpr int64_t kChunk = 24;     // tiles transformed and multiplied at a time
 
   int64_t bytes() const { return scalar == Scalar::f64 ? 8 : 4; }
   int64_t lanes() const { return 64 / bytes(); }
@@ -39,8 +39,8 @@ struct Conv2dWeightGrad {
   int64_t blocks() const { return blocks_of_x() * blocks_of_grad(); }
   int64_t units() const { return blocks() * slots; }
 
-  // From one point to the next one, in 64-byte vectors: one more than it takes, or a tile's 36 points would all fall
-  // into one set of the first-level cache.
+  // Stride of points, in 64-byte vectors: one more than needed, or a tile's 36 points would all fall into one set of
+  // the first-level cache.
   int64_t x_plane() const { return kChunk * kChannels / lanes() + 1; }
   int64_t grad_plane() const { return kChunk * kVectors + 1; }
   int64_t sum_plane() const { return kChannels * kVectors + 1; }

@@ -56,7 +56,7 @@ class WeightGrad {
   const Call& call;
   const int64_t H, W, C, K, x_plane, grad_plane, sum_plane;
   T *const xs, *const grads, *const sums;           // [36][tiles][channels], twice, and [36][channels][columns]
-  T* const zeros;                                   // a pixel outside of the image
+  T* const zeros;                                   // a pixel outside the image
   int64_t c = 0, k = 0, channels = 0, columns = 0;  // of the block
 
   int64_t vectors() const { return (columns + L - 1) / L; }
@@ -72,7 +72,7 @@ class WeightGrad {
     }
   }
 
-  // Pixels of a tile, those outside of the image zero.
+  // Pixels of a tile, with zeros outside the image.
   template <int SIZE>
   PYDISTILL_INLINE void find(const T* image, int64_t top, int64_t left, int64_t channels_of_image,
                              const T* (&pixels)[SIZE][SIZE]) const {

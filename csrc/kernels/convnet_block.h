@@ -1,12 +1,12 @@
-// A ConvNet's block behind its convolution, of any norm, activation and pool, on one packed panel (one image, L
-// neighbouring channels). What the fused block of instance_norm_relu_avg_pool_panel.h does in one loop is done here in
-// stages over a few positions at a time, in buffers that stay in the first-level cache: the switches stand between the
-// stages, outside of every loop.
+// A ConvNet's block after its convolution, of any norm, activation and pool, on one packed panel (one image, L
+// adjacent channels). What the fused block of instance_norm_relu_avg_pool_panel.h does in one loop is done here in
+// stages over a few positions at a time, in buffers that stay in the first-level cache: the switches are between the
+// stages, outside all loops.
 //
 //   h = (x - mean) r,  z = h g + b,  a = activation(z),  y = pool(a)
 //
 // _t is the derivative along a direction: h_t = r (x_t - mean_t - h tilt), with tilt = mean(h x_t). Backwards, e is the
-// gradient that reaches z and c = g e that of h; m1 and m2 are the means of c and c h over all that shares a mean:
+// gradient that reaches z and c = g e that of h; m1 and m2 are the means of c and c h over all values sharing a mean:
 //
 //   grad x = r (c - m1 - h m2),  its tangent r (c_t - n1 - h_t m2 - h n2) - r tilt grad x,
 //
@@ -20,7 +20,7 @@ namespace pydistill {
 namespace {
 
 template <class T>
-struct BlockAttention {  // as Attention in instance_norm_relu_avg_pool_panel.h, of |a|
+struct BlockAttention {  // like Attention in instance_norm_relu_avg_pool_panel.h, of |a|
   T power = 1;
   Wide<T>* spatial = nullptr;
   Wide<T> channel{};
@@ -39,14 +39,14 @@ struct BlockPanel {
   const V *x, *x_t;
   V mean, r, mean_t, tilt;
   const V *g, *b, *g_t, *b_t;  // position i's at i * each
-  int64_t each;                // 1 where every position has parameters of its own, else 0
+  int64_t each;                // 1 if every position has its own parameters, else 0
   const V *grad_y, *grad_y_t;  // null: zero
   BlockAttention<T>* attention;
 
   bool curved() const { return activation > ConvNetStep::Activation::leaky_relu; }
 };
 
-// Positions that are worked on at a time: `n` outputs, each of `inputs` positions, or n positions that a pool drops.
+// Positions processed at a time: `n` outputs, each from `inputs` positions, or n positions that a pool drops.
 struct Segment {
   static constexpr int kMost = 32;
   int64_t base, stride, row, output;  // of input k of output j: base + j stride + k % 2 + k / 2 row
@@ -102,7 +102,7 @@ PYDISTILL_INLINE void map_lanes(int n, const Wide<T>* from, Wide<T>* to, Functio
   for (int64_t i = 0; i < n * Lanes<T>::count; ++i) out[i] = function(in[i]);
 }
 
-// a and the first and second derivative of the activation at z; d2 only where it is curved.
+// a and the first and second derivative of the activation at z; d2 only if it is curved.
 template <class T>
 __attribute__((noinline)) void activate(ConvNetStep::Activation activation, T slope, int n, const Wide<T>* z,
                                         Wide<T>* a, Wide<T>* d1, Wide<T>* d2) {
@@ -138,7 +138,7 @@ __attribute__((noinline)) void activate(ConvNetStep::Activation activation, T sl
   }
 }
 
-// |a|^p, with the sign of a where it is wanted (none at zero).
+// |a|^p, with the sign of a if wanted (none at zero).
 template <class T>
 __attribute__((noinline)) void powers(T p, bool with_sign, int n, const Wide<T>* a, Wide<T>* out) {
   with_power(p, [&](auto power) PYDISTILL_LAMBDA {
@@ -151,13 +151,13 @@ __attribute__((noinline)) void powers(T p, bool with_sign, int n, const Wide<T>*
   });
 }
 
-// What a segment's positions compute, input k of output j at [k * n + j].
+// The values at a segment's positions, input k of output j at [k * n + j].
 template <class T>
 struct BlockValues {
   using V = Wide<T>;
   V h[Segment::kMost], h_t[Segment::kMost], z[Segment::kMost], z_t[Segment::kMost];
   V a[Segment::kMost], d1[Segment::kMost], d2[Segment::kMost];
-  V share[Segment::kMost];  // of an output's gradient that each input gets
+  V share[Segment::kMost];  // each input's share of an output's gradient
   V e[Segment::kMost], e_t[Segment::kMost];
 };
 
@@ -196,7 +196,7 @@ __attribute__((noinline)) void evaluate(const BlockPanel<T>& p, const Segment& s
     for (int k = 0; k < s.count(); ++k) v.share[k] = V{} + T(s.inputs == 4 ? 0.25 : 1);
 }
 
-// A block's pooled output, or along the direction its tangent; and the maps of its attention.
+// A block's pooled output, or its tangent along the direction; and its attention maps.
 template <class T, bool TANGENT>
 __attribute__((noinline)) void block_forward(const BlockPanel<T>& p, Wide<T>* y) {
   using V = Wide<T>;
@@ -257,7 +257,7 @@ PYDISTILL_INLINE void block_gradient(const BlockPanel<T>& p, const Segment& s, B
 }
 
 // Sums over the panel: of c, c h, and in tangents c_t, c_t h + c h_t; and the gradients of g and b, or their tangents,
-// which with parameters of their own for every position are added to `each_g` and `each_b` [H * W].
+// which are added to `each_g` and `each_b` [H * W] if every position has its own parameters.
 template <class T>
 struct BlockSums {
   Wide<T> c{}, c_h{}, c_t{}, c_t_h{}, g{}, b{};
@@ -314,8 +314,8 @@ struct BlockMeans {
   Wide<T> m1{}, m2{}, n1{}, n2{};
 };
 
-// The gradient of x, and in tangents its tangent; `grad` may be x and `grad_t` x_t. Returns the sum over the panel of
-// what comes last: the gradient of a convolution's bias.
+// The gradient of x, and in tangents its tangent; `grad` may be x and `grad_t` x_t. Returns the sum of the last of
+// these over the panel: the gradient of a convolution's bias.
 template <class T, bool TANGENT>
 __attribute__((noinline)) Wide<T> block_backward(const BlockPanel<T>& p, const BlockMeans<T>& m, Wide<T>* grad,
                                                  Wide<T>* grad_t) {

@@ -1,4 +1,4 @@
-// theta (and the direction) into the packed factors that the products read. Part of convnet_step.inl.
+// Packs theta (and the direction) into the factors that the products read. Part of convnet_step.inl.
 #pragma once
 
 #include "convnet_layout.h"
@@ -42,7 +42,7 @@ class Filters {
   const Layout<T, A> layout;
   int64_t per_set;
 
-  // What rounding takes from v.
+  // What rounding removes from v.
   static V remainder(V v) {
     for (int i = 0; i < L; ++i) v[i] -= widen(A::narrow_one(v[i]));
     return v;
@@ -91,7 +91,7 @@ class Filters {
     }
   }
 
-  // The first layer's filters for tiles, unrounded: [panels][points][in][L]. `value` is that of a tap and a channel.
+  // The first layer's filters for tiles, unrounded: [panels][points][in][L]. `value` is that at a tap and a channel.
   template <class Value>
   void tiled(Value value, T* to) const {
     const int64_t C = step.layer[0].in;
@@ -143,7 +143,7 @@ class Filters {
       const Step::Layer& from = step.layer[l];
       const LayerLayout& to = layout.layer[l];
       T* norm = layout.values(set) + to.norm;
-      const int64_t each = to.norm_size / to.out;  // positions with parameters of their own
+      const int64_t each = to.norm_size / to.out;  // positions with their own parameters
       for (int64_t which = 0; which < 2; ++which)
         for (int64_t group = 0; group < to.out_groups; ++group)
           for (int64_t position = 0; position < each; ++position)
@@ -169,7 +169,7 @@ class Filters {
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t c = v / plane * L, position = v % plane;
       for (int64_t k = 0; k < layout.classes; ++k) {
-        V row{};  // of class k: this position's neighbouring channels
+        V row{};  // of class k: adjacent channels at this position
         for (int i = 0; i < L; ++i)
           if (c + i < out && k < step.classes) row[i] = weight[k * out * plane + (c + i) * plane + position];
         if (k < step.classes) store(values + layout.head_t + packed_offset<T>(k, v, step.classes, vectors), row);

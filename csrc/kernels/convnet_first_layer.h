@@ -1,4 +1,4 @@
-// The first layer: its output from tiles where that pays and may be, all else from its input's columns. Part of
+// The first layer: its output from tiles where that pays off and is allowed, all else from its input's columns. Part of
 // convnet_step.inl.
 #pragma once
 
@@ -22,8 +22,8 @@ class SlotFirst : protected SlotTiles<T, A> {
   using Base::Base;
 
  protected:
-  // Readies the first layer's input for image g of the chunk: the forward pass gathers it, and the backward pass again
-  // where it is not kept. Features need no columns beside the tiles.
+  // Prepares the first layer's input for image g of the chunk: the forward pass gathers it, and the backward pass again
+  // if it is not kept. Features need no columns in addition to the tiles.
   void use_input(int64_t g, bool forward) {
     columns = work.columns + (layout.keeps_first ? g * layout.columns() : 0);
     if (!forward && layout.keeps_first) return;
@@ -32,7 +32,7 @@ class SlotFirst : protected SlotTiles<T, A> {
     if (!layout.tiled_first || sums_taps) gather_columns(first + g);
   }
 
-  // A row's pixels lie apart by their column modulo 4, so that a register takes the same pixel of tiles side by side.
+  // A row's pixels are grouped by column modulo 4, so that a register takes the same pixel of adjacent tiles.
   __attribute__((noinline)) void gather_tiles(int64_t n) {
     const LayerLayout& at = layout.layer[0];
     const int64_t C = step.layer[0].in, H = step.image_h, W = step.image_w, edge = at.padding;
@@ -177,7 +177,7 @@ class SlotFirst : protected SlotTiles<T, A> {
       for (int64_t v = 0; v < panels; ++v) A::put(to + (i * panels + v) * L, i < positions ? from[v * all + i] : V{});
   }
 
-  // Where image g's panels from `group` on lie in `all`.
+  // Where image g's panels from `group` on are in `all`.
   V* first_panels(V* all, int64_t g, int64_t group) const {
     return layout.keeps_first ? all + (g * layout.layer[0].out_groups + group) * layout.first_stride() : all;
   }

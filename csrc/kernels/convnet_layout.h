@@ -1,4 +1,4 @@
-// Where a step's numbers lie: in theta's packed forms, a tape, a slot's sums, a thread's memory. Part of
+// Where a step's numbers are: in theta's packed forms, a tape, a slot's sums, a thread's memory. Part of
 // convnet_step.inl.
 #pragma once
 
@@ -8,16 +8,16 @@
 namespace pydistill {
 namespace {
 
-// Sizes and offsets of one layer. Offsets are in elements of what they point into.
+// Sizes and offsets of one layer. Offsets are in elements of the array they refer to.
 struct LayerLayout {
   int64_t in, out, in_groups, out_groups;  // padded channels, panels
   int64_t H, W, OH, OW, padding;
   int64_t in_row, out_row;                // of transformed tiles: a power of two would crowd few cache sets
   int64_t rows, columns, tiles;           // of Winograd tiles
   int64_t filter, filter_t, filter_rest;  // packed [in][out] and [out][in], per point; first layer: [taps][out]
-  int64_t filter_primal;                  // that of the primal forward pass where it has another class
+  int64_t filter_primal;                  // that of the primal forward pass if it has another class
   int64_t norm, norm_size;                // weight, bias, each [out], of layer norm [panels][positions][L]
-  int64_t bias;                           // the convolution's [out], where the norm does not subtract it
+  int64_t bias;                           // the convolution's [out], if the norm does not subtract it
   int64_t tiled_filter;                   // first layer: transformed [panels][points][in][L], in T
   int64_t sum, sum_norm, sum_bias;        // a slot's sums: [points][in][out] or [taps][out]; [2][norm_size]; [out]
   int64_t pooled, grad_pooled, conv;      // in the tape
@@ -30,26 +30,26 @@ struct LayerLayout {
 template <class T, class A>
 struct Layout {
   static constexpr int L = Lanes<T>::count;
-  static constexpr int64_t kTiledGroup = 4;  // tiles of the first layer whose products are at work at a time
-  static constexpr int64_t kBunch = 2;       // panels of the first layer that are at work at a time
+  static constexpr int64_t kTiledGroup = 4;  // tiles of the first layer whose products are in progress at a time
+  static constexpr int64_t kBunch = 2;       // panels of the first layer that are in progress at a time
   static constexpr int64_t kKept = 1 << 20;  // bytes that leave room for the rest in a second-level cache
   using Operand = typename A::Operand;
   static constexpr int64_t kPrimalSize = sizeof(typename A::Primal::Operand) / sizeof(Operand);
 
-  int64_t depth, taps, used_taps, classes, features;  // padded, but for used_taps: those that products run over
+  int64_t depth, taps, used_taps, classes, features;  // padded, except used_taps: those that products run over
   LayerLayout layer[Step::kMaxDepth];
   int64_t head, head_t, head_bias;  // packed [features][classes], [classes][features], [classes], in T
-  int64_t head_begin, filters;      // bytes: where T begins in a filter set, and all of it
+  int64_t head_begin, filters;      // bytes: where T begins in a filter set, and its whole size
   int64_t sum_head, sum_head_bias, partials;
-  int64_t logits_grad, tape, stored;                      // bytes of an image's tape at work, and as it is kept
+  int64_t logits_grad, tape, stored;                      // bytes of an image's tape in use, and as kept
   int64_t exchange, widest;                               // bytes of a slot's; the most channels of a layer
   int64_t tile_elements, padded_panel, positions, chunk;  // the largest over layers
   int64_t input_elements;                                 // of the input's tiles of all layers
-  bool backwards, to_images;       // whether the form has a pass backwards, and takes it to the images
+  bool backwards, to_images;       // whether the form has a backward pass, and whether it reaches the images
   bool tiled_first, tiled_primal;  // the first convolution, or its primal pass, runs on Winograd tiles
   int64_t phase,
       tile_columns;   // of its input: a row's pixels by column modulo 4, and tiles of a row, in whole registers
-  bool primal_apart;  // there is a primal forward pass, in another operand class than the rest
+  bool primal_apart;  // there is a primal forward pass in another operand class than the rest
   bool keeps_first;   // a chunk's columns and first convolutions stay in cache from the forward to the backward pass
 
   explicit Layout(const Step& step) {
@@ -57,10 +57,10 @@ struct Layout {
     classes = round_up(step.classes, L);
     taps = round_up(9 * step.layer[0].in, larger(L, A::kChannels));
     used_taps = round_up(9 * step.layer[0].in, A::kSplit ? taps : A::kTiles);  // matrix tiles take whole ones only
-    // An image of one channel is not worth the transforms but where its products would be rounded; matrix tiles take a
-    // convolution's taps as they are. And where weights have gradients, which ReLUs are open decides derivatives, and
-    // no later sum hides that tiles round three times as much as the sum of a few taps does: there only the tangent
-    // runs on them, if the taps are not rounded.
+    // An image of one channel is not worth the transforms unless its products would be rounded; matrix tiles take a
+    // convolution's taps as they are. And if weights have gradients, the open ReLUs decide derivatives, and no later
+    // sum hides that tiles round three times as much as the sum of a few taps: then only the tangent runs on tiles, if
+    // the taps are not rounded.
     const bool weights = step.form == Step::Form::gradient || step.form == Step::Form::tangent;
     const bool forward_only =
         (step.form == Step::Form::logits || step.form == Step::Form::features) && step.tape_use == Step::Tape::none;
@@ -105,13 +105,13 @@ struct Layout {
       to.chunk = step.chunk;
       if (l > 0) {
         tapes += to.H * to.W * to.out;
-        // Where every layer is a pass of its own, later ones take more images at a time: as many tiles as the second.
+        // If every layer is a separate pass, later ones take more images at a time: as many tiles as the second.
         const int64_t slot = (step.N + step.slots - 1) / step.slots;
         if (step.over_batch()) to.chunk = smaller(slot, larger(step.chunk, step.chunk * layer[1].tiles / to.tiles));
         chunk = larger(chunk, to.chunk);
         const int64_t tiles = round_up(to.chunk * to.tiles, A::kTiles), gap = 64 / sizeof(Operand);
         tile_elements = larger(tile_elements, Winograd::kPoints * (tiles * larger(to.in_row, to.out_row) + gap));
-        // Else the backward pass finds those of the forward pass.
+        // Otherwise the backward pass reuses those of the forward pass.
         const int64_t inputs = Winograd::kPoints * (tiles * to.in_row + gap);
         to.input = step.over_batch() ? 0 : input_elements;
         input_elements = larger(input_elements, to.input + round_up(inputs, 64));
@@ -155,7 +155,7 @@ struct Layout {
   }
 };
 
-// Whether a tape that is handed on can be worked in.
+// Whether a tape that is handed on can be used in place.
 template <class T, class A>
 constexpr bool kTapeInPlace = sizeof(typename A::Stored) == sizeof(T);
 
@@ -176,12 +176,12 @@ struct Workspace {
   using Operand = typename A::Operand;
   T *tape, *tape_t;
   Vec<T>*padded, *x, *x_t, *y, *attention;
-  Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels at work
+  Vec<T>*first, *first_t;                    // the first convolutions of a chunk, or of the panels in progress
   T *lanes, *combined;                       // of blocks in stages: sums of an image's channels; those of the batch
   Operand *input, *input_t, *grad, *grad_t;  // transformed tiles [points][tiles][channels]
-  typename A::Primal::Operand* primal;       // an input's for the primal forward pass where it has another class
+  typename A::Primal::Operand* primal;       // an input's for the primal forward pass if it has another class
   T* product;
-  // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest where factors are split
+  // the first layer's: padded planes, [positions][taps], [positions][a bunch of panels]; _rest if factors are split
   Operand *image, *image_rest, *columns, *columns_rest, *rows, *rows_t;
   T *taps_grad, *phases, *tiles;  // the last two: its input by column modulo 4, and as transformed tiles
 

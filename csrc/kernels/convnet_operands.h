@@ -1,4 +1,4 @@
-// What a ConvNet's convolutions multiply, and in which order. Part of convnet_step.inl.
+// The factors of a ConvNet's convolutions, and their order in memory. Part of convnet_step.inl.
 #pragma once
 
 #include "convnet_step.h"
@@ -19,13 +19,13 @@ PYDISTILL_INLINE double exp_scalar(double v) { return __builtin_exp(v); }
 PYDISTILL_INLINE float log_scalar(float v) { return __builtin_logf(v); }
 PYDISTILL_INLINE double log_scalar(double v) { return __builtin_log(v); }
 
-// The factors of the convolutions' products as they are computed in: T itself, or rounded to bfloat16 but kept in T.
+// The factors of the convolutions' products as computed: T itself, or rounded to bfloat16 but kept in T.
 //
 // Rounded factors cost a linear map little, but a unit that falls on the ReLU's other side changes every derivative by
-// a term of its own size: the cosine of a step's image gradient to that in float32 is 0.990 where the products that
-// decide this, those of the primal forward pass, are rounded too, else 0.9998. So that pass has an operand class of its
-// own, Primal, which rounds nothing; or, on matrix tiles, it takes each factor as a sum of two operands: value value +
-// rest value + value rest is right to 16 bits, at three products of the dozen that a step has.
+// a term of its own size: the cosine of a step's image gradient to that in float32 is 0.990 if the products that decide
+// this, those of the primal forward pass, are rounded too, else 0.9998. So that pass has its own operand class, Primal,
+// which rounds nothing; or, on matrix tiles, it takes each factor as a sum of two operands: value value + rest value +
+// value rest is accurate to 16 bits, for three of the dozen products of a step.
 template <bool FIRST, class A, class B>
 struct Choose {
   using Type = A;
@@ -45,7 +45,7 @@ struct Native {
   static constexpr int64_t kTiles = 1;                     // and rows of a product to multiples of this
   static constexpr bool kSplit = false;                    // the primal forward pass has sums of two operands
   using Primal = Native<T, false>;                         // what it is computed in
-  using Stored = typename Choose<ROUNDED, Bf16, T>::Type;  // what steps keep of activations, one to another
+  using Stored = typename Choose<ROUNDED, Bf16, T>::Type;  // the type of activations that one step keeps for another
 
   PYDISTILL_INLINE static Operand narrow_one(T v) {
     if constexpr (ROUNDED) {
@@ -70,7 +70,7 @@ struct Native {
     put(to + packed_offset<T>(d, v, depth, vectors), even);
     if (d + 1 < depth) put(to + packed_offset<T>(d + 1, v, depth, vectors), odd);
   }
-  // out (+)= the sum of left right, left [rows][depth] with its rows `left_row` apart, right packed
+  // out (+)= the sum of left right, with left [rows][depth], its rows `left_row` apart, and right packed
   static void product(int64_t rows, int64_t depth, int64_t vectors, const Factors<T>* factors, int terms,
                       int64_t left_row, Product<T> out) {
     for (int i = 0; i < terms; ++i, out.add = true)

@@ -1,4 +1,4 @@
-// The order of a step's work where a block is run in stages: see convnet_step.h. Part of convnet_step.inl.
+// The order of a step's work if a block is run in stages: see convnet_step.h. Part of convnet_step.inl.
 #pragma once
 
 #include "convnet_step.h"
@@ -6,17 +6,17 @@
 namespace pydistill {
 namespace {
 
-// What a step does, in order, and where it waits until all slots have come so far.
+// What a step does, in order, and where it waits for all slots.
 struct Program {
   enum class Do : uint8_t {
-    convolve,    // the layer's convolution, and the sums that its statistics are made of
-    again,       // the first layer's, which is not kept, once more
+    convolve,    // the layer's convolution, and the sums for its statistics
+    again,       // the first layer's convolution again, as it is not kept
     block,       // norm, activation, pool
-    head,        // from the last block's output to the loss's gradient in the logits, or to what the form asks for
+    head,        // from the last block's output to the loss's gradient in the logits, or to the form's results
     head_back,   // to the gradient of the last block's output
     sums,        // over the gradient of a norm's output
-    back,        // to the gradient of the layer's input, or for the first to the weights' or the images'
-    convolve_t,  // and all of that along the direction
+    back,        // to the gradient of the layer's input, or for the first layer to the weights' or the images'
+    convolve_t,  // and likewise along the direction
     again_t,
     block_t,
     head_t,

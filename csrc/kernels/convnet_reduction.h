@@ -1,4 +1,4 @@
-// The slots' sums, in order, back to theta's layout. Part of convnet_step.inl.
+// Adds up the slots' sums, in order, in theta's layout. Part of convnet_step.inl.
 #pragma once
 
 #include "convnet_layout.h"

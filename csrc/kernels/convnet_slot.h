@@ -1,4 +1,4 @@
-// The passes over a slot's images where whole blocks are run at once. Part of convnet_step.inl.
+// The passes over a slot's images if whole blocks are run at once. Part of convnet_step.inl.
 #pragma once
 
 #include "convnet_first_layer.h"
@@ -73,7 +73,7 @@ class Slot : protected SlotFirst<T, A> {
     return at;
   }
 
-  // A block behind its convolution, and the maps of its attention: panels of an image come in order.
+  // A block after its convolution, and its attention maps: panels of an image come in order.
   void forward_panel(int64_t l, int64_t g, int64_t group, V* conv) {
     const LayerLayout& at = layout.layer[l];
     const Panels<T> panels = {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)};
@@ -98,7 +98,7 @@ class Slot : protected SlotFirst<T, A> {
     }
   }
 
-  // The gradient of a block's input to its norm, in x's place, from those of its pooled output and its maps.
+  // The gradient of the input to a block's norm, in place of x, from those of its pooled output and its maps.
   AffineGradient<T> backward_panel(int64_t l, int64_t g, int64_t group, V* x) {
     const LayerLayout& at = layout.layer[l];
     const Panels<T> panels = {x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr};
@@ -199,7 +199,7 @@ class Slot : protected SlotFirst<T, A> {
       convolve_tiles(l);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t group = 0; group < at.out_groups; ++group) {
-          // The panel leaves its deviations from the mean behind; for all later purposes they are as good.
+          // The panel leaves its deviations from the mean, which serve all later purposes equally well.
           V* conv = panel(tape, g, at.conv, group, at.H * at.W);
           transform_output(at, g, group, conv);
           forward_panel(l, g, group, conv);
@@ -250,7 +250,7 @@ class Slot : protected SlotFirst<T, A> {
     return high + log_scalar(sum);
   }
 
-  // Logits to the loss and, in their place, the gradient with respect to them; the row's padding becomes zero.
+  // Logits to the loss and, in their place, the gradient with respect to them; the row's padding is set to zero.
   __attribute__((noinline)) void cross_entropy(int64_t n, T* row) {
     const T high = target_scale(n), log_sum = log_sum_exp(row);
     T loss = 0, mass = 0;
@@ -268,7 +268,7 @@ class Slot : protected SlotFirst<T, A> {
   }
 
   // From the logits' tangents to the tangent of their gradient, in their place; the loss's slope; the labels' gradient.
-  // The gradient is (mass p - target) / N, from which mass p is had back.
+  // The gradient is (mass p - target) / N, from which mass p is recovered.
   void cross_entropy_tangent(int64_t n, const T* grad, T* row_t) {
     const T high = target_scale(n), N = T(step.N);
     T slope = 0, mass = 0, mean = 0, target_mean = 0;

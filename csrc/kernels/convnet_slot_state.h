@@ -40,8 +40,8 @@ class SlotState {
   bool split;         // the primal forward pass takes its factors as sums of two operands
   bool fresh = true;  // the slot's first chunk overwrites its sums
   void *filters, *filters_t;
-  Operand* columns = nullptr;                             // of the first layer's input, for the image at work
-  T *sums = nullptr, *tape = nullptr, *tape_t = nullptr;  // no sums where step.grad is absent
+  Operand* columns = nullptr;                             // of the first layer's input, for the current image
+  T *sums = nullptr, *tape = nullptr, *tape_t = nullptr;  // no sums if step.grad is absent
 
   static void fill(T* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = 0;
@@ -50,7 +50,7 @@ class SlotState {
     for (int64_t i = 0; i < n; ++i) to[i] = V{};
   }
 
-  // Image g of the chunk's part of the tape that steps hand on; there and back again.
+  // The part of image g of the chunk in the tape that steps hand on; writing and reading it.
   char* kept_tape(int64_t g) const { return static_cast<char*>(step.tape) + (e * step.N + first + g) * layout.stored; }
   void keep_tape() const {
     for (int64_t g = 0; g < count; ++g) {
@@ -69,7 +69,7 @@ class SlotState {
     }
   }
 
-  // Image g of the chunk's part of a tape, and panel `group` of a plane there.
+  // The part of image g of the chunk in a tape, and panel `group` of a plane there.
   T* at(T* in, int64_t g, int64_t offset) const { return in + g * (layout.tape / sizeof(T)) + offset; }
   V* panel(T* in, int64_t g, int64_t offset, int64_t group, int64_t plane) const {
     return reinterpret_cast<V*>(at(in, g, offset) + group * plane * L);

@@ -1,4 +1,4 @@
-// Means and variances of a norm that is run in stages: of groups of channels, of a batch. Part of convnet_step.inl.
+// Means and variances of a norm run in stages: of groups of channels or of a batch. Part of convnet_step.inl.
 #pragma once
 
 #include "convnet_slot.h"
@@ -26,7 +26,7 @@ class VariantStatistics : protected Slot<T, A> {
   T* exchange(int64_t s) const {
     return static_cast<T*>(step.exchange) + (e * step.slots + s) * (layout.exchange / sizeof(T));
   }
-  // A convolution's output: the first layer's is kept while its chunk is at work only.
+  // A convolution's output: the first layer's is kept only while its chunk is in progress.
   V* convolved(V* first_planes, T* in, int64_t l, int64_t g, int64_t group) const {
     const LayerLayout& of = layout.layer[l];
     return l == 0 ? Base::first_panels(first_planes, g, group) : panel(in, g, of.conv, group, of.H * of.W);
@@ -36,7 +36,7 @@ class VariantStatistics : protected Slot<T, A> {
   static W wide_at(const T* from) { return wide_of<T>(load(from)); }
   static void put(T* to, W v) { store(to, vector_of(v)); }
 
-  // How many values share a mean, in this image and in all.
+  // How many values share a mean, in this image and in total.
   T shared(const LayerLayout& of) const { return T(of.H * of.W); }
 
   // Visits the channels that share a mean as visit(first, last) in an image.
@@ -104,7 +104,7 @@ class VariantStatistics : protected Slot<T, A> {
     }
   }
 
-  // Adds an image's means and squares to the slot's, which are those of `before` values.
+  // Merges an image's means and squares into the slot's, which are those of `before` values.
   void merge_means(const LayerLayout& of, const T* mean, const T* squares, T before, T added) const {
     T *const to = exchange(slot) + of.means, *const to_squares = to + of.out;
     for (int64_t c = 0; c < of.out; c += L) merge_means(to + c, to_squares + c, before, mean + c, squares + c, added);
@@ -115,7 +115,7 @@ class VariantStatistics : protected Slot<T, A> {
     store(squares, load(squares) + load(other_squares) + apart * apart * (before / (before + added) * added));
   }
 
-  // Of one image: what shares a mean is in its channels.
+  // Of one image: the values that share a mean are in its channels.
   void image_statistics(int64_t l, const T* mean, const T* squares, T* to) const {
     const LayerLayout& of = layout.layer[l];
     T* const r = to + of.out;
@@ -143,7 +143,7 @@ class VariantStatistics : protected Slot<T, A> {
   int64_t images_of(int64_t s) const { return step.N * (s + 1) / step.slots - step.N * s / step.slots; }
   T in_batch(const LayerLayout& of) const { return shared(of) * T(step.N); }
 
-  // The batch's mean and sum of squared deviations, of the slots' in order.
+  // The batch's mean and sum of squared deviations, from the slots' in order.
   void batch_means(const LayerLayout& of, T* mean) const {
     Base::fill(mean, 2 * of.out);
     T before = 0;

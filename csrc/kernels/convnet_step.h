@@ -11,14 +11,14 @@
 //   features_backward  theta, images, gradients of those -> images_grad
 //
 // Students and images are independent until weights' gradients are summed. So a thread takes a few images at a time
-// through all layers and back, in working memory that stays in its cache, and no activation of the whole batch is ever
-// written. Convolutions beyond the first run in Winograd's form (winograd.h), whose transformed tiles forward, backward
-// and tangent products share. Where a norm subtracts a convolution's bias it has no effect and a gradient of zero.
+// through all layers and back, in working memory that stays in its cache, and activations of the whole batch are never
+// written. Convolutions after the first run in Winograd's form (winograd.h), whose transformed tiles are shared by
+// forward, backward and tangent products. A bias that the norm subtracts has no effect and gradient zero.
 //
-// Blocks of instance norm, ReLU and average pool have all they need of an image in one panel, and run in one loop
+// Blocks of instance norm, ReLU and average pool need only one panel of an image, and run in one loop
 // (instance_norm_relu_avg_pool_panel.h). All others run in stages (convnet_block.h, convnet_variants.h), between which
-// the means of what shares a norm's statistics are formed. Batch norm shares them over the batch: there every stage is
-// a pass of its own over all images, whose activations are then all kept.
+// the statistics of the norm are formed. Batch norm shares these over the batch: there every stage is a separate pass
+// over all images, whose activations are then all kept.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +39,11 @@ struct ConvNetStep {
   struct Layer {
     int64_t in, out;  // channels
     int64_t H, W;     // of the convolution's output
-    int64_t padding;  // 1, but in the first layer
+    int64_t padding;  // 1, except in the first layer
     int64_t OH, OW;   // pooled
     // where the layer's parameters begin: weight [out, in, 3, 3]; bias [out] and the norm's weight, followed by its
     // bias
-    // ([out], of layer norm [out, H, W]), -1 where there are none
+    // ([out], for layer norm [out, H, W]), -1 if there are none
     int64_t theta, bias, affine;
     int64_t statistics;  // where its channels begin in `statistics` and `running`
   };
@@ -63,10 +63,10 @@ struct ConvNetStep {
   bool subtracts_bias() const { return norm == Norm::instance || norm == Norm::batch; }
 
   int64_t E = 0, N = 0, classes = 0, depth = 0, image_h = 0, image_w = 0;
-  // What a block's activation a = relu(norm(conv)) [out, H, W] is summed up to, before it is pooled: sums of a^power
-  // over the channels [H * W], the spatial attention, and over the positions [out], that of the channels; and what the
-  // last block's pool leaves, the embedding [out * OH * OW]. Blocks whose bit is set in `attended` have maps; they
-  // stand one after the other in an image's row.
+  // Sums over a block's activation a = relu(norm(conv)) [out, H, W] before it is pooled: of a^power over the channels
+  // [H * W], the spatial attention, and over the positions [out], the channel attention; and the output of the last
+  // block's pool, the embedding [out * OH * OW]. Blocks whose bit is set in `attended` have maps, which follow one
+  // another in an image's row.
   struct Features {
     double power = 1;
     uint64_t attended = 0;
@@ -82,7 +82,7 @@ struct ConvNetStep {
   int64_t head = 0, P = 0;  // theta: [E, P]; the classifier's weight [classes, out * OH * OW] begins at `head`
   double eps = 0;
 
-  int64_t slots = 1;  // parts that a student's batch is cut into, each summed on its own, then all in order
+  int64_t slots = 1;  // parts of a student's batch, each summed separately, then all in order
   int64_t chunk = 1;  // images that a thread takes through the network at a time
 
   const void* theta = nullptr;
@@ -90,7 +90,7 @@ struct ConvNetStep {
   const void* scale = nullptr;                     // [E], in tangent
   const void* images = nullptr;                    // [N, C, H, W] per student
   const void* labels = nullptr;                    // [N] int64 or [N, classes]
-  int64_t images_student = 0, labels_student = 0;  // elements from one student's to the next; 0 where shared
+  int64_t images_student = 0, labels_student = 0;  // elements from one student's to the next; 0 if shared
 
   void* logits = nullptr;       // [E, N, classes]
   void* losses = nullptr;       // [E, N]; in tangent their slopes
@@ -100,17 +100,17 @@ struct ConvNetStep {
 
   int64_t channels = 0;           // of all blocks
   const void* running = nullptr;  // [2, channels] per student: means and variances
-  int64_t running_student = 0;    // elements from one student's to the next; 0 where shared
+  int64_t running_student = 0;    // elements from one student's to the next; 0 if shared
   void* statistics = nullptr;     // [E, 2, channels]: batch norm's means and biased variances; null: not wanted
 
-  // The primal quantities of every image ([E, N] tapes): written by gradient, they save tangent their recomputation,
-  // and written by features that of features_backward. With bf16 they are kept in it, and worked on in `scalar`.
+  // The primal quantities of every image ([E, N] tapes): gradient writes them so that tangent need not recompute them,
+  // likewise features for features_backward. With bf16 they are kept in bf16, and used in `scalar`.
   Tape tape_use = Tape::none;
   void* tape = nullptr;
 
   void* filters = nullptr;   // [E][1 or 2] sets: of theta, and of the direction
   void* partials = nullptr;  // [E][slots]
-  // over_batch(): what slots tell each other of their sums [E][slots], and the activations and their tangents [E, N]
+  // over_batch(): the sums that slots exchange [E][slots], and the activations and their tangents [E, N]
   void *exchange = nullptr, *batch_tape = nullptr, *batch_tape_t = nullptr;
 };
 
@@ -124,8 +124,8 @@ struct ConvNetStepSizes {
   int64_t tape_t;    // per image
 };
 
-// The three phases, each over independent units; the next begins when the one before is done. So does each pass of
-// `run`.
+// The three phases, each over independent units; each begins when the one before is done. The same holds for the passes
+// of `run`.
 struct ConvNetStepKernel {
   ConvNetStepSizes (*sizes)(const ConvNetStep&);
   int64_t (*prepare_units)(const ConvNetStep&);

@@ -1,4 +1,4 @@
-// Winograd tiles of the later layers: transforms there and back, their adjoints, the products. Part of
+// Winograd tiles of the later layers: the transforms, their inverses and adjoints, the products. Part of
 // convnet_step.inl.
 #pragma once
 
@@ -21,7 +21,7 @@ class SlotTiles : protected SlotState<T, A> {
   using Base::Base;
 
  protected:
-  // A block's pooled output, as the next layer's transformed input tiles.
+  // Transforms a block's pooled output into the next layer's input tiles.
   template <class B = A>
   __attribute__((noinline)) void transform_input(int64_t l, T* from, typename B::Operand* to,
                                                  typename B::Operand* rest = nullptr) {
@@ -82,7 +82,7 @@ class SlotTiles : protected SlotState<T, A> {
         }
   }
 
-  // Products' tiles back to a convolution's output.
+  // Transforms the products' tiles back to a convolution's output.
   __attribute__((noinline)) void transform_output(const LayerLayout& at, int64_t g, int64_t group, V* plane) const {
     const int64_t plane_size = tile_plane<T>(at, at.out);
     for (int64_t row = 0; row < at.rows; ++row)
@@ -104,7 +104,7 @@ class SlotTiles : protected SlotState<T, A> {
         }
   }
 
-  // Products' tiles back to the gradient of the previous block's pooled output, overlaps added.
+  // Transforms the products' tiles back to the gradient of the previous block's pooled output, adding overlaps.
   __attribute__((noinline)) void transform_input_adjoint(int64_t l, T* to) {
     const LayerLayout& at = layout.layer[l];
     const int64_t width = 4 * at.columns + 2, plane_size = tile_plane<T>(at, at.in);
@@ -134,14 +134,14 @@ class SlotTiles : protected SlotState<T, A> {
 
   int64_t padded_tiles(const LayerLayout& at) const { return round_up(count * at.tiles, A::kTiles); }
 
-  // From one point's tiles to the next one's, in elements of S: a cache line more than they take, or a tile's 36 points
-  // would all fall into one set of the first-level cache.
+  // Stride of points, in elements of S: a cache line more than their tiles take, or a tile's 36 points would all fall
+  // into one set of the first-level cache.
   template <class S>
   int64_t tile_plane(const LayerLayout& at, int64_t row) const {
     return padded_tiles(at) * row + 64 / static_cast<int64_t>(sizeof(S));
   }
 
-  // Tiles that only fill up a product's rows hold zeros: sums over tiles run over them.
+  // Tiles that only pad a product's rows hold zeros, as sums over tiles include them.
   template <class B = A>
   void clear_rest(const LayerLayout& at, typename B::Operand* tiles, int64_t row) const {
     const int64_t all = padded_tiles(at), used = count * at.tiles;
@@ -162,7 +162,7 @@ class SlotTiles : protected SlotState<T, A> {
     multiply_tiles<A>(at, factors, at.out_row, at.out, at.in);
   }
 
-  // A point's terms one after the other: its sums stay in cache.
+  // A point's terms in succession, so that its sums stay in cache.
   template <class B, int N>
   void multiply_tiles(const LayerLayout& at, const Factors<typename B::Operand> (&factors)[N], int64_t row,
                       int64_t from, int64_t to) {

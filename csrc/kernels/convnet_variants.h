@@ -1,4 +1,4 @@
-// The passes over a slot's images where a block is run in stages: see convnet_step.h. Included by convnet_step.inl.
+// The passes over a slot's images if a block is run in stages: see convnet_step.h. Included by convnet_step.inl.
 #pragma once
 
 #include "convnet_program.h"
@@ -52,7 +52,7 @@ class VariantSlot : VariantStatistics<T, A> {
       for (int i = from; i < program.count && program.parts[i].what != Program::Do::wait; ++i)
         run(program.parts[i].what, program.parts[i].layer);
     }
-    // A slot without images still has something to tell where it is the first.
+    // The first slot reports statistics even if it has no images.
     if (step.over_batch() && pass > 0 && pass <= layout.depth && slot == 0) tell_statistics(pass - 1);
   }
 
@@ -222,7 +222,7 @@ class VariantSlot : VariantStatistics<T, A> {
     return &attention;
   }
 
-  // Readies the batch's means; an image's are in its lanes.
+  // Prepares the batch's means; an image's are in its lanes.
   void batch_sums(int64_t l) {
     if (!step.over_batch() || !fresh) return;
     const LayerLayout& of = layout.layer[l];
@@ -274,7 +274,7 @@ class VariantSlot : VariantStatistics<T, A> {
       }
     Base::clear_rest(of, work.grad, of.out_row);
     if (weights) {
-      // those of the forward pass are still there, unless other chunks have come in between
+      // those of the forward pass are still there, unless other chunks have come between
       if (step.over_batch() || layout.primal_apart) Base::transform_input(l, tape, work.input + of.input);
       Base::add_outer(of, {{work.input + of.input, work.grad}});
     }

@@ -1,19 +1,19 @@
-// A convolution whose filters stay and whose output is as large as its input, as the CPU body receives it: Winograd's
-// F(4x4, 3x3) or, with four, two or (float and double) five taps a side, F(3x3, 4x4), F(5x5, 2x2) or F(2x2, 5x5).
+// A convolution with fixed filters whose output is as large as its input, as the CPU body receives it: Winograd's
+// F(4x4, 3x3) or, with four, two or (float and double) five taps per side, F(3x3, 4x4), F(5x5, 2x2) or F(2x2, 5x5).
 //
 // y[n, h, w, k] = sum over c, i, j of x[n, h + i - before, w + j - before, c] w[k, c, i, j], in channels-last memory,
 // with zeros around x. The adjoint is of the same kind, with `taps - 1 - before`. The filters come transformed: for
-// each of the 36 points a matrix [C][K], cut into vectors of 64 bytes of output channels.
+// each of the 36 points a matrix [C][K], divided into vectors of 64 bytes of output channels.
 //
 // Four taps are those of a 7x7 convolution with stride 2, two those of a 3x3 one. Their positions are cells of 2x2
 // pixels: x (with half of the taps before the position) or y (in the adjoint, with one less) is an image of twice the
-// height and width and a quarter of the channels, and a cell's channels are its pixels' in their order.
+// height and width and a quarter of the channels, and a cell's channels are those of its pixels in order.
 //
 // For bf16 the products are of 16-bit integers, in pairs of input channels (int16_pairs.h): each tile's and each
-// filter's channels at a point are scaled to the largest norm that no sum overflows with. Of the 15 bits that this
-// leaves, a sum over 512 channels uses 11 for an input of average size: rounding at the 36 points, which the transform
-// back magnifies five times, stays below that of the output to bf16. Factors in bf16 would be as fast, and wrong by a
-// hundredth.
+// filter's channels at a point are scaled to the largest norm for which no sum overflows. Of the 15 bits that this
+// leaves, a sum over 512 channels uses 11 for an input of average size: rounding at the 36 points, which the inverse
+// transform magnifies five times, stays below that of the output to bf16. Factors in bf16 would be as fast, but off by
+// a hundredth.
 #pragma once
 
 #include <cstdint>
@@ -28,12 +28,12 @@ struct FrozenConv2d {
   int64_t taps = 3, before = 1;
   const void* x = nullptr;  // [N][H][W][C], or cells
   // [36][vectors][C][lanes] of double for f64, else float; for bf16 [36][vectors][1 + C / 2][lanes] of int16 pairs,
-  // of which the first row holds float factors that undo the scaling. Zero where there is no channel.
+  // of which the first row holds float factors that undo the scaling. Zero if there is no channel.
   const void* filters = nullptr;
   void* y = nullptr;  // [N][H][W][K], or cells
 
   // A unit of work is `part` vectors of output channels of a chunk of `chunk` tiles; the units of a chunk are
-  // neighbours, so that a thread transforms its inputs once.
+  // consecutive, so that a thread transforms its inputs once.
   int64_t chunk = 1, part = 1;
 
   bool of_cells() const { return taps % 2 == 0 && before == taps / 2; }      // x
@@ -53,8 +53,8 @@ struct FrozenConv2d {
   int64_t parts() const { return (outputs() + part - 1) / part; }
   int64_t units() const { return chunks() * parts(); }
 
-  // From one point's tiles to the next one's, in 64-byte vectors: one more than they take, or a tile's 36 points would
-  // all fall into one set of the first-level cache.
+  // Stride of points, in 64-byte vectors: one more than their tiles take, or a tile's 36 points would all fall into one
+  // set of the first-level cache.
   int64_t input_plane() const { return chunk * inputs() + 1; }
   int64_t product_plane() const { return chunk * part + 1; }
   int64_t tile_plane() const { return 2 * inputs() + 1; }  // of one tile in float, before it is scaled

@@ -1,10 +1,10 @@
 // The one-dimensional transforms of a frozen convolution's tiles, with all of winograd.h's six points or with fewer.
 //
-// The points serve any number of taps: y = A^T [ (G w) * (B^T x) ] gives 7 - taps outputs of six inputs. Where an image
-// ends within a tile, fewer outputs have to be right, and fewer points give them: five (+-a, +-b and infinity), four
-// (0, +-a and infinity) or three (+-a and infinity). The filters are those of all points: what their scale lacks, p,
-// p^2 - b^2 or both at point p, is in the transform of the input. A point that is left out gets a copy of another one,
-// which nobody multiplies.
+// The points serve any number of taps: y = A^T [ (G w) * (B^T x) ] gives 7 - taps outputs from six inputs. If an image
+// ends within a tile, fewer outputs have to be right, and fewer points suffice: five (+-a, +-b and infinity), four
+// (0, +-a and infinity) or three (+-a and infinity). The filters are those of all points: the scale they lack, p,
+// p^2 - b^2 or both at point p, is in the transform of the input. An omitted point gets a copy of another one, which is
+// not multiplied.
 #pragma once
 
 #include "vocabulary/winograd.h"
@@ -55,7 +55,7 @@ constexpr double power(double x, int n) { return n == 0 ? 1 : x * power(x, n - 1
 
 template <int POINTS, class T, int SIDE>
 PYDISTILL_INLINE void output_of(const Register<T> (&m)[6], Register<T> (&y)[SIDE]) {
-  constexpr int last = POINTS + SIDE - 7;  // of the outputs that count: infinity gives to it
+  constexpr int last = POINTS + SIDE - 7;  // the last output that counts: infinity contributes to it
   const Register<T> sum_a = m[1] + m[2], odd_a = m[1] - m[2];
   if constexpr (POINTS >= 5) {
     const Register<T> sum_b = m[3] + m[4], odd_b = m[3] - m[4];

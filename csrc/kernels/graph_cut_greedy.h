@@ -1,20 +1,20 @@
 // A greedy graph cut, as the CPU body receives it.
 //
-// Sample j stands for the vector g_j = a_j (x) [e_j, 1] of length 1: e_j are its embeddings, a_j its factors times the
+// Sample j stands for the vector g_j = a_j (x) [e_j, 1] of length 1: e_j is its embedding, a_j its factors times the
 // sample's scale; without factors it is e_j alone, times the scale. With M the sum of the picks' vectors, the gain
-// of j is, but for what all samples have in common,
+// of j is, up to a constant common to all samples,
 //
 //   gain_j = lam / 2 sum over i of g_i . g_j - g_j . M
 //
-// so one gain costs O(C d), and who can be the best is told by bounds. Since the last pass over all samples M has moved
-// by w; what w does to j is known but for the part of w outside a few orthonormal directions, with coordinates p:
+// so one gain costs O(C d), and bounds tell which samples can be the best. Since the last pass over all samples M has
+// moved by w; its effect on j is known except for w's part outside a few orthonormal directions, with coordinates p:
 //
 //   |g_j . w - p_j . p_w| <= sqrt(1 - |p_j|^2) sqrt(|w|^2 - |p_w|^2)
 //
-// The directions are the rows of sum g_i, a group of neighbouring rows each: all picks lie mostly in them.
+// The directions are the rows of sum g_i, a group of adjacent rows each: all picks are mostly in their span.
 //
-// The forms, in this order: `scale` makes the scales, `total` sums all vectors into `moved`, `pass` takes what
-// has `moved` off all gains, `pick` picks until the next pass is wanted. Sums are in float64.
+// The forms, in this order: `scale` computes the scales, `total` sums all vectors into `moved`, `pass` subtracts what
+// has `moved` from all gains, `pick` picks until the next pass is needed. Sums are in float64.
 #pragma once
 
 #include <cstdint>
@@ -40,12 +40,12 @@ struct GraphCutGreedy {
 
   double* scale = nullptr;     // [N]
   double* moved = nullptr;     // [C][d + 1], the last column for the 1
-  double* gain = nullptr;      // [N], exact at the last pass; minus infinity for what is picked
+  double* gain = nullptr;      // [N], exact at the last pass; minus infinity for picks
   double* estimate = nullptr;  // [N], with what is known of the move since then
   double* outside = nullptr;   // [N], sqrt(1 - |p_j|^2)
   double* along = nullptr;     // [directions][N], p_j
-  double* exact = nullptr;     // [N], of the samples in question
-  int64_t* near = nullptr;     // [N], those samples
+  double* exact = nullptr;     // [N], of the candidates
+  int64_t* near = nullptr;     // [N], the candidates
   int64_t* picks = nullptr;    // [budget]
   int64_t picked = 0;          // of them
 

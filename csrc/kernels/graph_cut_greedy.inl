@@ -116,7 +116,7 @@ class Greedy {
     }
   }
 
-  // Takes what has moved off the gains of samples [begin, end); the first time it makes the gains, and the coordinates.
+  // Subtracts what has moved from the gains of samples [begin, end); the first time it computes gains and coordinates.
   void pass(int64_t begin, int64_t end) {
     const bool first = call.picked == 0;
     double inverse[Call::kMaxDirections] = {};
@@ -144,7 +144,7 @@ class Greedy {
         });
   }
 
-  // Picks after a pass, until there is nothing to pick or the next pass is wanted.
+  // Picks after a pass, until there is nothing to pick or the next pass is needed.
   void pick() {
     for (int64_t i = 0; i < C * width; ++i) call.moved[i] = 0;
     double along_moved[Call::kMaxDirections] = {};
@@ -158,7 +158,7 @@ class Greedy {
       make_exact(1);
       const int64_t count = find_near(radius, call.exact[0] - 2 * Call::kTie);
       read += count;
-      if (read > 2 * N || count > N / 4) return;  // to read them all in order is no dearer
+      if (read > 2 * N || count > N / 4) return;  // reading them all in order costs no more
       make_exact(count);
       take(call.near[first_from(call.exact, largest(call.exact, count) - Call::kTie)], along_moved);
     }
@@ -169,7 +169,8 @@ class Greedy {
   const int64_t N, d, C, width, directions;
   const S *const embeddings, *const factors;
 
-  // Of a vector whose square is `whole`, the length beside what has the square `inside`: no less for their rounding.
+  // For a vector of square length `whole`, the length of its rest beside the part of square length `inside`; an upper
+  // bound despite rounding.
   static double length_beside(double whole, double inside) {
     const double square = whole - inside;
     return __builtin_sqrt((square > 0 ? square : 0) + 1e-14 * whole);
@@ -234,7 +235,7 @@ class Greedy {
       }
   }
 
-  // The gains of the first `count` samples in question.
+  // The gains of the first `count` candidates.
   void make_exact(int64_t count) {
     for_rows(
         0, count, [&](int64_t k) { return call.near[k]; },
@@ -245,7 +246,7 @@ class Greedy {
         });
   }
 
-  // Who can be as good as `floor`: returns how many.
+  // Finds the samples that can be as good as `floor`; returns how many.
   int64_t find_near(double radius, double floor) {
     constexpr int64_t block = 64;
     int64_t count = 0;
@@ -269,7 +270,7 @@ class Greedy {
       for (int64_t i = 0; i < d; ++i) moved[i] += w * row[i];
       moved[d] += w * one();
     }
-    constexpr int64_t block = 512;  // of estimates stay in the nearest cache for all directions
+    constexpr int64_t block = 512;  // estimates that stay in the nearest cache for all directions
     double of_pick[Call::kMaxDirections];
     for (int64_t g = 0; g < directions; ++g) along_moved[g] += of_pick[g] = call.along[g * N + pick];
     for (int64_t first = 0; first < N; first += block) {

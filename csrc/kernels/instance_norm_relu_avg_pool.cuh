@@ -1,7 +1,7 @@
 // The ConvNet block after the convolution, on CUDA; instance_norm_relu_avg_pool.h says what each form computes.
 //
-// One block of threads owns a panel: one sample, `lanes` neighbouring channels, all H*W positions. Everything a plane
-// needs is inside, so each tensor is read from global memory once, kept in shared memory, and written once:
+// One block of threads owns a panel: one sample, `lanes` adjacent channels, all H*W positions. Everything a plane needs
+// is inside, so each tensor is read from global memory once, kept in shared memory, and written once:
 //   1. read the inputs, sum x [and x_t]
 //   2. sum the squared deviations of x [and their products with those of x_t]
 //   3. backward: sum the shares of grad_weight and grad_bias, from which the means in grad_x follow as well
@@ -33,8 +33,8 @@ namespace pydistill::instance_norm_relu_avg_pool {
 using Call = InstanceNormReluAvgPool;
 using Form = Call::Form;
 
-// Two blocks of 512 threads on a multiprocessor leave 64 registers a thread. Without the bound ptxas aims for fewer and
-// spills; double needs more, and one block.
+// Two blocks of 512 threads on a multiprocessor leave 64 registers per thread. Without the bound ptxas aims for fewer
+// and spills; double needs more registers, so one block.
 constexpr int max_threads = 512;
 template <class T>
 constexpr int blocks_at_once = std::is_same_v<T, double> ? 1 : 2;
@@ -54,8 +54,8 @@ __device__ T* element(const Map& map, int64_t n, int64_t c, int64_t h, int64_t w
   return static_cast<T*>(map.data) + n * map.n + c * map.c + h * map.h + w * map.w;
 }
 
-// The positions of a plane that one thread visits: every `step`-th, row by row. Counting rows and columns along costs
-// a few additions; dividing a running index at every step would cost more than the arithmetic.
+// The positions of a plane that one thread visits: every `step`-th, row by row. Tracking row and column costs a few
+// additions; dividing a running index at every step would cost more than the arithmetic.
 struct Walk {
   int height, width, h, w, step_h, step_w;
 
@@ -86,7 +86,7 @@ struct Plane {
   T* shared = nullptr;  // [height * width][lanes], from this thread's lane on
   int width = 0, lanes = 0;
 
-  // The first visit of a position. Others may ask for it after the next barrier.
+  // The first visit of a position. Other threads may read it after the next barrier.
   __device__ Accumulator<T> read(int h, int w) const {
     const T value = global_load(global + h * stride_h + w * stride_w);
     if constexpr (kept) shared[(h * width + w) * lanes] = value;
@@ -100,9 +100,9 @@ struct Plane {
   }
 };
 
-// Sums over the block's threads, apart for each of its `lanes` channels (a power of two up to 32), in an order that the
-// launch fixes. Every thread gets its channel's sums. Also a barrier: what was written to shared memory before is there
-// for all.
+// Sums over the block's threads, separately for each of its `lanes` channels (a power of two up to 32), in an order
+// fixed by the launch. Every thread gets its channel's sums. Also a barrier: earlier writes to shared memory are then
+// visible to all.
 template <int count, class A>
 __device__ void sum_over_block(A (&values)[count], int lanes, A* scratch /* [count][warps][lanes] */) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, thread = threadIdx.x % 32;
@@ -122,12 +122,12 @@ template <class T, Form form, bool kept>
 __global__ void __launch_bounds__(max_threads, blocks_at_once<T>) kernel(const Call call, const int lanes) {
   using A = Accumulator<T>;
   constexpr bool tangents = has_tangents(form), backward = has_backward(form);
-  constexpr int each = tangents ? 2 : 1;  // sums come alone, or with their tangents behind them
+  constexpr int each = tangents ? 2 : 1;  // sums alone, or followed by their tangents
 
   const int lane = threadIdx.x % lanes, slot = threadIdx.x / lanes, slots = blockDim.x / lanes;
   const unsigned panels = static_cast<unsigned>((call.C + lanes - 1) / lanes);  // of one sample
   const int64_t n = blockIdx.x / panels, c = int64_t{blockIdx.x % panels} * lanes + lane;
-  // Past the last channel there is nothing to visit, but every thread must come to the barriers.
+  // Past the last channel there is nothing to visit, but every thread must reach the barriers.
   const bool active = c < call.C;
 
   const int H = static_cast<int>(call.H), W = static_cast<int>(call.W);
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(max_threads, blocks_at_once<T>) kernel(const C
   const A r = 1 / std::sqrt(second[0] / size + static_cast<A>(call.eps));
   const A s = tangents ? r * (second[each - 1] / size) : 0;
 
-  // The ReLU must open at the same positions in every form, to the bit, or a gradient would not be that of its
-  // forward. So h and a are written once, in operations that leave the compiler nothing to contract.
+  // The ReLU must open at exactly the same positions in every form, or a gradient would not be that of its forward. So
+  // h and a are written once, in operations that the compiler cannot contract.
   // NaN counts as open: it shows in y, and its gradient passes, as in torch.
   const auto normalized = [&](int h, int w) { return (x(h, w) - mean) * r; };
   const auto affine = [&](A norm) { return std::fma(norm, weight, bias); };
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(max_threads, blocks_at_once<T>) kernel(const C
   const auto affine_t = [&](A norm, A norm_t) { return norm_t * weight + norm * weight_t + bias_t; };
 
   if constexpr (backward) {
-    // Gradient of the affine map's output: grad_y over its window, nothing where the pool dropped a row or column.
+    // Gradient of the affine map's output: grad_y spread over its window, zero where the pool dropped a row or column.
     const A share = call.pool ? A(0.25) : A(1);
     const auto spread = [&](const Plane<T, kept>& grad, A norm, const Walk& at) {
       const int h = at.h >> halved, w = at.w >> halved;
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(max_threads, blocks_at_once<T>) kernel(const C
   }
 }
 
-// A channel to a column of threads, and sum_rows samples at a time: enough loads in flight for thousands of samples.
+// A channel per column of threads, and sum_rows samples at a time: enough loads in flight for thousands of samples.
 constexpr int sum_columns = 32, sum_rows = 16;
 
 template <class A>
@@ -276,15 +276,15 @@ struct Plan {
 inline int64_t positions(const Call& call) { return call.H * call.W; }
 inline int64_t positions_y(const Call& call) { return call.pool ? (call.H / 2) * (call.W / 2) : positions(call); }
 
-// How many channels a block takes. All forms of one x must agree on it, for it sets the order of the sums and with
-// them the last bits of mean and r, where a ReLU opens.
+// How many channels a block takes. All forms of one x must agree on it, as it sets the order of the sums and so the
+// last bits of mean and r, on which the ReLU depends.
 template <class T>
 int lanes_of(const Call& call, int64_t shared_limit) {
   if (call.C == 1 || call.x.c != 1) return 1;
   constexpr int sector = 32 / sizeof(T);
   const int64_t plane_bytes = (positions(call) + positions_y(call)) * int64_t{sizeof(T)};  // of x and grad_y
-  // A part of a sector is still cheaper than a panel read in every pass: the blocks that want the other parts run at
-  // the same time and find them in the L2 cache. Room for tangents as well also means two blocks of the other forms.
+  // Part of a sector is still cheaper than a panel read in every pass: the blocks that need the other parts run at the
+  // same time and find them in the L2 cache. Room for tangents also means two blocks of the other forms.
   for (const int64_t planes : {2 * plane_bytes, plane_bytes}) {
     for (int lanes = sector; lanes >= sector / 4; lanes /= 2) {
       if (planes * lanes <= shared_limit * 15 / 16) return lanes;  // the rest is for the sums
@@ -299,7 +299,7 @@ Plan plan(const Call& call, int64_t shared_limit) {
   plan.lanes = lanes_of<T>(call, shared_limit);
   plan.blocks = call.N * ((call.C + plan.lanes - 1) / plan.lanes);
 
-  // About eight elements a thread: enough to pay for the sums over the block, and loads to hide latency with.
+  // About eight elements per thread: enough work to amortise block-wide sums, and loads to hide latency.
   plan.threads =
       static_cast<int>(std::clamp<int64_t>((positions(call) * plan.lanes / 8 + 31) / 32 * 32, 32, max_threads));
 

@@ -28,7 +28,7 @@ struct InstanceNormReluAvgPool {
 
   Map x, x_t;                    // [N, C, H, W]
   Map grad_y, grad_y_t;          // [N, C, H/2, W/2] with pool, else [N, C, H, W]; grad_y_t may be absent
-  const void* weight = nullptr;  // [C], contiguous, as the next three
+  const void* weight = nullptr;  // [C], contiguous, like the next three
   const void* bias = nullptr;
   const void* weight_t = nullptr;
   const void* bias_t = nullptr;

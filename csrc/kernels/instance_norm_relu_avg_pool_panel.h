@@ -1,5 +1,5 @@
-// The block's arithmetic on one packed panel (one sample, L neighbouring channels): shared by every kernel that has the
-// block in it. See instance_norm_relu_avg_pool.h for what is computed.
+// The block's arithmetic on one packed panel (one sample, L adjacent channels): shared by every kernel that contains
+// the block. See instance_norm_relu_avg_pool.h for what is computed.
 #pragma once
 
 #include "instance_norm_relu_avg_pool.h"
@@ -45,8 +45,8 @@ struct Attention {
 };
 
 // Visits every input position that reaches the output, as visit(position, output position). Positions that a pool of
-// an odd-sized plane drops are left out: no gradient comes back to them but that through mean and variance, and that of
-// attention maps.
+// an odd-sized plane drops are left out: their only gradient is that through mean and variance, and that of attention
+// maps.
 template <bool POOL, class Visit>
 PYDISTILL_INLINE void for_pooled(int64_t out_row, int64_t out_w, int64_t W, Visit visit) {
   const int64_t o = out_row * (POOL ? W / 2 : W) + out_w;
@@ -81,7 +81,7 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
   constexpr bool TANGENT = FORM == Form::jvp || FORM == Form::backward_jvp;
   constexpr bool BACKWARD = FORM == Form::backward || FORM == Form::backward_jvp;
   const int64_t OH = POOL ? H / 2 : H, OW = POOL ? W / 2 : W;
-  const T share = T(POOL ? 0.25 : 1);  // of an output's gradient that each of its inputs gets
+  const T share = T(POOL ? 0.25 : 1);  // each input's share of an output's gradient
   const T count = T(H * W);
   const V g = wide_of<T>(affine.g), b = wide_of<T>(affine.b);
   const V g_t = wide_of<T>(affine.g_t), b_t = wide_of<T>(affine.b_t);
@@ -91,7 +91,7 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
   } const panel = {wide<T>(panels.x), wide<T>(panels.x_t), wide<T>(panels.grad_y), wide<T>(panels.grad_y_t),
                    wide<T>(panels.y)};
 
-  // Statistics. The deviations' own mean, zero but for rounding, corrects the mean that they were taken from: without
+  // Statistics. The mean of the deviations, zero up to rounding, corrects the mean that they were taken from: without
   // it a plane far from zero loses digits. Along a direction: h_t = r (x_t - mean x_t - h slope), slope = mean(h x_t).
   V r, rest, rest_t = zero, slope = zero;
   {
@@ -121,7 +121,7 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
   const auto normalised = [&](int64_t i) PYDISTILL_LAMBDA { return (panel.x[i] - rest) * r; };
   const auto normalised_t = [&](int64_t i, V h) PYDISTILL_LAMBDA { return r * (panel.x_t[i] - rest_t - h * slope); };
 
-  // h and the activation's argument are formed alike in every form, so that all agree on which units are on.
+  // h and the activation's argument are computed alike in every form, so that all agree on which units are on.
   const auto through = [&](V h, V value) PYDISTILL_LAMBDA { return RELU ? where_on(h * g + b, value) : value; };
 
   if constexpr (!BACKWARD) {
@@ -165,7 +165,7 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
     return AffineGradient<T>{};
   } else {
     const bool moving = TANGENT && panel.grad_y_t != nullptr;
-    // `attended(i, h)`: what comes back to position i's activation from the attention maps
+    // `attended(i, h)`: the gradient of position i's activation from the attention maps
     const auto run = [&](auto attended) PYDISTILL_LAMBDA -> AffineGradient<T> {
       // e: the gradient that reaches the activation's argument; sums over positions of e, e h, e h_t, e_t, e_t h
       V total[5];

@@ -10,9 +10,9 @@
 //   mse      D = sum (z - target / T)^2
 //   ofa      D = -sum t log q,    t = (p + 1)^gamma - 1 at the row's label, p^gamma elsewhere
 //   loss = scale D - ce_weight log softmax(student) at the row's label
-// What has no probability adds nothing, whatever its logarithm.
+// A zero probability adds nothing, whatever its logarithm.
 //
-// The gradient of D in z and its derivative along u = student_t / T, where t is what weighs -log q, s its sum, and
+// The gradient of D in z and its derivative along u = student_t / T, where t is the weight of -log q, s its sum, and
 // q_t = q (u - <q, u>):
 //   fkl, soft_ce, ce, ofa   g = s q - t        g_t = s q_t
 //   rkl, jsd                g = q (a - <q, a>) g_t = q_t (a - <q, a>) + q (a_t - <q_t, a> - <q, a_t>)
@@ -20,12 +20,12 @@
 //     jsd   a = (1 - beta) (log q - log m)     a_t = (1 - beta) (u - <q, u>) (1 - (1 - beta) q / m)
 //   mse                     g = 2 (z - target / T)                g_t = 2 u
 // The forms, with G the gradient of loss in student and G_t its derivative along student_t:
-//   forward       -> loss, and G where grad_logits is there
+//   forward       -> loss, and G if grad_logits is given
 //   backward      -> grad G
 //   jvp           -> <G, student_t> as loss
 //   backward_jvp  -> <G, student_t> as loss, and grad G_t + grad_t G
 //
-// A class number out of range makes its row NaN: the check of a direct call must not read astray.
+// A class number out of range makes its row NaN, so that a direct, unchecked call never reads out of bounds.
 #pragma once
 
 #include <cstdint>
@@ -54,10 +54,10 @@ struct KdDivergence {
 
   Rows student, student_t;  // [N, C]
   Rows target;              // [N, C], absent for ce
-  Rows labels;              // int64 [N], absent where nothing asks for them
+  Rows labels;              // int64 [N], absent if not needed
   Rows grad, grad_t;        // [N]; grad_t may be absent
 
-  void* loss = nullptr;         // [N], contiguous, as the next
+  void* loss = nullptr;         // [N], contiguous, like the next
   void* grad_logits = nullptr;  // [N, C]
 };
 

@@ -1,4 +1,4 @@
-// CPU body: see kd_divergence.h for what is computed, and softmax_rows.h for how rows are gone through.
+// CPU body: see kd_divergence.h for what is computed, and softmax_rows.h for how rows are traversed.
 #include "kd_divergence.h"
 #include "vocabulary/softmax_rows.h"
 
@@ -9,8 +9,8 @@ using Call = KdDivergence;
 using Form = Call::Form;
 using Kind = Call::Kind;
 
-// log x to about one unit in the last place, without a branch and in operations that every instruction set rounds
-// alike, so that loops over it are vectorised: x = 2^n m, and log m by the polynomial of Cephes' logf.
+// log x to about one unit in the last place, without branches so that loops over it are vectorised, and in operations
+// that every instruction set rounds alike: x = 2^n m, and log m by the polynomial of Cephes' logf.
 PYDISTILL_INLINE float log_of(float x) {
   const bool subnormal = x < 1.17549435e-38f;
   const float normal = subnormal ? x * 8388608.0f : x;
@@ -44,7 +44,7 @@ PYDISTILL_INLINE double log_of(double x) { return log_lane(x); }
 PYDISTILL_INLINE float grown(float x, float gamma) { return __builtin_expm1f(gamma * __builtin_log1pf(x)); }
 PYDISTILL_INLINE double grown(double x, double gamma) { return __builtin_expm1(gamma * __builtin_log1p(x)); }
 
-// What has no probability adds nothing; NaN stays.
+// A zero probability adds nothing; NaN stays.
 template <class T>
 PYDISTILL_INLINE T weighted(T weight, T x) {
   return weight == 0 ? T(0) : weight * x;
@@ -73,7 +73,7 @@ PYDISTILL_INLINE T inner(int64_t C, const T* a, const T* b) {
   return sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return a[c] * b[c]; });
 }
 
-// The kinds whose loss is -sum t log q, up to what the target alone decides: g and h from t, which is in p.
+// The kinds whose loss is -sum t log q, up to a term of the target alone: g and h from t, which is in p.
 template <class T>
 void weigh(int64_t C, const Row<T>& row, bool along, T s, T* loss) {
   if (loss) *loss = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return -weighted(row.p[c], row.log_q[c]); });
@@ -83,7 +83,7 @@ void weigh(int64_t C, const Row<T>& row, bool along, T s, T* loss) {
   for (int64_t c = 0; c < C; ++c) row.h[c] = s * (row.q[c] * (row.u[c] - mean));
 }
 
-// The kinds whose gradient in q is a; `moved(c, v)` is a's derivative along log q's, which is v.
+// The kinds whose gradient in q is a; `moved(c, v)` is a's derivative along v, that of log q.
 template <class T, class Moved>
 PYDISTILL_INLINE void by_student(int64_t C, const Row<T>& row, bool along, Moved moved) {
   const T mean = sum<T>(C, [&](int64_t c) PYDISTILL_LAMBDA { return weighted(row.q[c], row.a[c]); });
@@ -100,7 +100,7 @@ PYDISTILL_INLINE void by_student(int64_t C, const Row<T>& row, bool along, Moved
   }
 }
 
-// The row's D, with its gradient in z in g and, along u, that one's derivative in h.
+// The row's D, with its gradient in z in g and, along u, the derivative of g in h.
 template <class T>
 T divergence(const Call& call, int64_t n, const Row<T>& row, int64_t label, bool along) {
   const int64_t C = call.C;
@@ -141,7 +141,7 @@ T divergence(const Call& call, int64_t n, const Row<T>& row, int64_t label, bool
   }
   if (kind == Kind::jsd) {
     const T beta = T(call.beta), rest = T(1 - call.beta);
-    // In units of the larger of p and q, where m is near one: as it is it may be too small a number for T.
+    // In units of the larger of p and q, where m is near one: by itself it may underflow.
     for (int64_t c = 0; c < C; ++c) {
       const bool more = p[c] > q[c];
       const T unit = more ? p[c] : q[c], log_unit = more ? log_p[c] : log_q[c];
@@ -164,7 +164,7 @@ T divergence(const Call& call, int64_t n, const Row<T>& row, int64_t label, bool
     const bool valid = label >= 0 && label < C;
     if (call.gamma != 1) {
       const T gamma = T(call.gamma), own = valid ? p[label] : T(0);
-      for (int64_t c = 0; c < C; ++c) p[c] = exp_lane(gamma * log_p[c]);  // p itself may have been too small for T
+      for (int64_t c = 0; c < C; ++c) p[c] = exp_lane(gamma * log_p[c]);  // p itself may have underflowed
       if (valid) p[label] = grown(own, gamma);
     }
     if (!valid) p[0] = nan;

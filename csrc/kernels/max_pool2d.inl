@@ -1,5 +1,5 @@
-// CPU body: see max_pool2d.h for what is computed. Channels are lanes, and numbers of elements are integers as wide as
-// them, so that a comparison chooses both.
+// CPU body: see max_pool2d.h for what is computed. Channels are lanes, and the numbers of elements are integers of the
+// same width, so that one comparison selects both.
 #include "max_pool2d.h"
 #include "vocabulary/cpu_vocabulary.h"
 #include "vocabulary/storage_registers.h"
@@ -20,8 +20,8 @@ struct Choices {
   PYDISTILL_INLINE void add(int64_t offset, int64_t number) { at[count++] = {offset, static_cast<int32_t>(number)}; }
 };
 
-// Neighbouring channels that are worked on together: `parts` times a Value, with a Number for each lane. A single one,
-// for what is left over:
+// Adjacent channels that are processed together: `parts` times a Value, with a Number for each lane. A single one, for
+// the remainder:
 template <class T, class S>
 struct One {
   static constexpr int parts = 1, lanes = 1;
@@ -34,8 +34,8 @@ struct One {
   PYDISTILL_INLINE static void store(uint8_t* p, const Number (&n)[1]) { *p = static_cast<uint8_t>(n[0]); }
 };
 
-// A register of them. The compiler converts between bytes and wider lanes one by one where it is not told how; for
-// double only AVX-512 is.
+// A register of them. The compiler converts between bytes and wider lanes one by one unless told how; for double only
+// AVX-512 is.
 template <class T, class S>
 struct Whole {
   static constexpr int parts = 1, lanes = Registers<T>::lanes;
@@ -98,7 +98,7 @@ struct Whole {
 };
 
 #if defined(__SSE2__)
-// A register of pairs of bfloat16, as those on even and on odd places: neither to widen nor to narrow does a lane move.
+// A register of pairs of bfloat16, split into even and odd elements: widening and narrowing move no lanes.
 struct Pairs {
   static constexpr int parts = 2, lanes = 2 * Registers<float>::lanes;
   typedef Register<float> Value;
@@ -114,7 +114,7 @@ struct Pairs {
   PYDISTILL_INLINE static void store(Bf16* p, const Value (&v)[2]) {
     *reinterpret_cast<Unaligned*>(p) = rounded(v[0]) >> 16 | (rounded(v[1]) & 0xFFFF0000u);
   }
-  PYDISTILL_INLINE static FloatBits rounded(Value v) {  // in the upper half; the lower one is anything
+  PYDISTILL_INLINE static FloatBits rounded(Value v) {  // in the upper half; the lower one is arbitrary
     const FloatBits bits = reinterpret_cast<FloatBits>(v);
     return v == v ? bits + 0x7FFFu + ((bits >> 16) & 1u) : FloatBits{} + 0x7FC00000u;
   }
@@ -157,7 +157,7 @@ struct Pairs {
 };
 #endif
 
-// Lanes of another number than the wanted one become zero.
+// Lanes whose number is not the wanted one become zero.
 template <class Group, class S>
 PYDISTILL_INLINE void load_named(const S* p, const uint8_t* which, int32_t number, typename Group::Value (&v)[1]) {
   typename Group::Number numbers[1];
@@ -172,7 +172,7 @@ PYDISTILL_INLINE void load_named(const Bf16* p, const uint8_t* which, int32_t nu
 }
 #endif
 
-// What is done with a group of channels at one position.
+// The operation on a group of channels at one position.
 
 template <class Group, class S>
 PYDISTILL_INLINE void pool(const Choice* choices, int count, const S* from, S* to, uint8_t* which) {
@@ -245,7 +245,7 @@ struct Pooling {
     }
   }
 
-  // A row of windows, in runs of those that have the same elements: all but the outer ones.
+  // A row of windows, in runs of those with the same set of elements: all but the outer ones.
   void windows(int64_t p, const S* image, S* to, uint8_t* which) {
     const int64_t top = p * stride - padding, i_begin = top < 0 ? -top : 0, i_end = H - top < kernel ? H - top : kernel;
     for (int64_t q = 0, run = 1; q < columns; q += run) {
@@ -268,13 +268,13 @@ struct Pooling {
     return W - left < kernel ? W - left : kernel;
   }
 
-  // A row of what was pooled. Positions a stride apart are covered by the same windows, counted from their own, and so
-  // they come together. Windows are in their own order, and so are the terms of the sums.
+  // A row of the pooling's input. Positions a stride apart are covered by the same windows, counted from their own, so
+  // they are processed together. Windows come in order, and so do the terms of the sums.
   void positions(int64_t h, const S* image, S* to, uint8_t* which) {
     const int64_t p_last = (h + padding) / stride, p_first = p_last - covering(h) + 1;
     const int64_t p_begin = p_first < 0 ? 0 : p_first, p_end = p_last < rows ? p_last + 1 : rows;
     for (int64_t phase = 0; phase < apart; ++phase) {
-      int64_t last = (phase + padding) / stride;  // window that covers w, were there as many
+      int64_t last = (phase + padding) / stride;  // window that covers w, if there were that many
       const int64_t count = covering(phase);
       for (int64_t w = phase, run = 1; w < W; w += run * apart, last += run) {
         const int64_t q_begin = first_window(last, count), q_end = end_of_windows(last);
@@ -293,7 +293,7 @@ struct Pooling {
     }
   }
 
-  // How many windows cover a row or column, were there some beyond every edge.
+  // How many windows cover a row or column, if windows went beyond every edge.
   PYDISTILL_INLINE int64_t covering(int64_t at) const {
     const int64_t number = (at + padding) % stride;  // in the last of them
     return number < kernel ? (kernel - 1 - number) / stride + 1 : 0;
@@ -313,7 +313,7 @@ struct Pooling {
 
   template <int K>
   __attribute__((noinline)) void choose_of(const S* from, S* to, uint8_t* which, int64_t run) const {
-    Choice own[K ? K : 1];  // bytes that are written could be part of the others, for all that the compiler knows
+    Choice own[K ? K : 1];  // for all the compiler knows, written bytes might alias the others
     for (int i = 0; i < K; ++i) own[i] = choices.at[i];
     const Choice* const all = K ? own : choices.at;
     const int count = K ? K : choices.count;

@@ -1,9 +1,9 @@
 // The crops of a batch on CUDA; multi_crop.h says what is computed.
 //
-// A thread makes a pixel of a result, all channels of it, straight from the pixels of the images that its filters
-// reach: nothing in between is stored. The adjoint gathers too: a thread owns a pixel of an image and goes through the
-// records' parts in their order and the places whose filters reach it, so nothing is added atomically. Filters are in
-// integers (see multi_crop.h), so that both directions agree on every weight to the last bit.
+// A thread makes all channels of a result's pixel straight from the images' pixels that its filters reach: nothing in
+// between is stored. The adjoint gathers too: a thread owns a pixel of an image and visits the records' parts in order
+// and the places whose filters reach it, so nothing is added atomically. Filters are in integers (see multi_crop.h), so
+// that both directions agree on every weight to the last bit.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ using Form = Call::Form;
 
 constexpr int threads = 256, channels_at_once = 3;
 
-// 80 registers a thread (128 for double): with fewer it spills.
+// 80 registers per thread (128 for double): with fewer it spills.
 template <class T>
 constexpr int blocks_at_once = std::is_same_v<T, double> ? 2 : 3;
 
@@ -92,7 +92,7 @@ struct Filter {
     return q > 0 ? q : 0;
   }
 
-  // Of all on one axis, `count` of them `step` wide, those within reach of `centre`.
+  // Of the `count` pixels or places on one axis, `step` wide each, those within reach of `centre`.
   __device__ Span near(int centre, int step, int count) const {
     const int below = centre - 2 * most + step, above = centre + 2 * most + step - 1;
     const int begin = below > 0 ? below / (2 * step) : 0, end = above / (2 * step);
@@ -102,7 +102,7 @@ struct Filter {
   __device__ Span places(int x) const { return near((2 * x + 1) * size, in, size); }
 
   template <class A>
-  __device__ A share(int r) const {  // what makes a place's weights add up to one
+  __device__ A share(int r) const {  // normalises a place's weights to sum to one
     int total = 0;
     const Span span = pixels(r);
     for (int x = span.begin; x < span.end; ++x) total += weight(x, r);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T>) kernel(const Call 
   const auto load = [&](const Map& map, int64_t m, int64_t c, int y, int x) {
     return widen(global_load(static_cast<const T*>(map.data) + m * map.n + c * map.c + y * map.h + x * map.w));
   };
-  // How much of a record's part p is seen under those that follow it.
+  // How much of a record's part p is seen under the parts after it.
   const auto seen_through = [&](int64_t b, int64_t p, int y, int x) {
     A weight = 1;
     for (int64_t q = p + 1; q < call.parts; ++q) {
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T>) kernel(const Call 
     } else {
       for (int64_t k = 0; k < call.B * call.parts; ++k) {
         const int64_t b = k / call.parts, p = k % call.parts;
-        if (!call.shared) {  // most parts are of other images: ask for no more than that
+        if (!call.shared) {  // most parts are of other images: read no more than that
           const float source = global_load(call.record + b * call.record_row + p * call.record_part);
           if (!(source > -1 && source < static_cast<float>(call.N) && static_cast<int64_t>(source) == n)) continue;
         }

@@ -1,8 +1,8 @@
-// CPU body: see multi_crop.h for what is computed. The filter is separable: rows first, on neighbours of a row, then
+// CPU body: see multi_crop.h for what is computed. The filter is separable: rows first, on adjacent elements, then
 // columns, for which as many rows as a register has lanes are transposed, so that a tap is a register there too and
 // nothing is gathered. Flip, roll and the part's place are all in the two axes' tables of taps. The adjoint goes the
-// same way back; whoever owns an image's rows adds to them in the order of records, parts and rows, so that neither
-// threads nor instruction sets show in the bits.
+// same way back; the owner of an image's rows adds to them in the order of records, parts and rows, so that neither
+// threads nor instruction sets affect the bits.
 #include "multi_crop.h"
 #include "vocabulary/cpu_vocabulary.h"
 
@@ -12,7 +12,7 @@ namespace {
 using Call = MultiCrop;
 using Form = Call::Form;
 
-// Scratch memory, taken piece by piece.
+// Scratch memory, allocated piece by piece.
 struct Memory {
   unsigned char* next;
   template <class T>
@@ -74,7 +74,7 @@ bool read_parts(const Call& call, int64_t b, Part* parts) {
   return valid;
 }
 
-// Of every place of one axis of the result: the first pixel of the crop that it is made of, how many, and their
+// For every place on one axis of the result: the first pixel of the crop that it is made from, how many, and their
 // weights.
 template <class T>
 struct Axis {
@@ -183,7 +183,7 @@ PYDISTILL_INLINE void add_row(const T* __restrict from, T weight, int64_t width,
   for (int64_t x = 0; x < width; ++x) to[x] += weight * from[x];
 }
 
-// How much of part p is to be seen in row i of the result, for columns [part.to_left, part.to_right).
+// How much of part p is seen in row i of the result, for columns [part.to_left, part.to_right).
 template <class T>
 void visible(const Part* parts, int64_t count, int64_t p, int64_t i, T* weight) {
   const Part& part = parts[p];
@@ -205,7 +205,7 @@ struct Plane {
   int64_t pitch;
 };
 
-// A part's crop of one channel, base included: in place where it can be, else in `copy`.
+// A part's crop of one channel, base included: in place if possible, else in `copy`.
 template <class S, class T>
 Plane<T> plane_of(const Call& call, const Part& part, int64_t c, T* copy) {
   const Map& from = call.from;
@@ -322,7 +322,7 @@ void forward_rows(const Call& call, int64_t begin, int64_t end, Memory memory) {
   }
 }
 
-// Adds what part p of record b has to say about rows [y0, y1) of channel c of its image.
+// Adds the contribution of part p of record b to rows [y0, y1) of channel c of its image.
 template <class S, class T>
 struct Adjoint {
   static constexpr int lanes = Columns<T>::lanes;
@@ -430,7 +430,7 @@ void run(const Call& call, int64_t begin, int64_t end, void* scratch) {
 
 }  // namespace
 
-// Rows [begin, end) of all channels' planes of the results, one after the other; of the images in the backward.
+// Rows [begin, end) of all channels' planes of the results, one after the other, or of the images in the backward.
 void PYDISTILL_KERNEL(const MultiCrop& call, int64_t begin, int64_t end, void* scratch) {
   switch (call.scalar) {
     case Scalar::f32:

@@ -1,11 +1,11 @@
 // Scalar products of the rows of two flat vectors, as the CPU body receives them.
 //
-// Per vector k and row r, a stretch of neighbouring elements: <a, b>, <a, a>, <b, b>, |a - b|^2. The forms:
+// Per vector k and row r, a run of adjacent elements: <a, b>, <a, a>, <b, b>, |a - b|^2. The forms:
 //   forward    a, b             -> products [K, R, 4]
 //   jvp        a, b, a_t, b_t   -> products: their derivatives along (a_t, b_t),
 //              <a_t, b> + <a, b_t>, 2 <a, a_t>, 2 <b, b_t>, 2 <a - b, a_t - b_t>
 //   backward   grad c, a, b     -> grad_a = c0 b + 2 c1 a + 2 c3 (a - b),  grad_b = c0 a + 2 c2 b - 2 c3 (a - b),
-//              zero in what belongs to no row
+//              zero for elements in no row
 // backward is linear in c and, by a symmetric matrix, in (a, b); jvp is bilinear in (a, b) and (a_t, b_t). Hence their
 // derivatives are sums of these three forms again, to any order.
 #pragma once
@@ -19,7 +19,7 @@ namespace pydistill {
 struct RowProducts {
   enum class Form : int { forward, backward, jvp };
 
-  // [K, P]: base pointer and distance from a vector to the next, in elements; a vector's elements are neighbours
+  // [K, P]: base pointer and distance from one vector to the next, in elements; a vector's elements are adjacent
   struct Vectors {
     void* data = nullptr;
     int64_t next = 0;
@@ -27,7 +27,7 @@ struct RowProducts {
   // `count` rows of `length` elements, one after the other
   struct Block {
     int64_t start, count, length;
-    int64_t first;  // number of the first row, or negative: elements that belong to no row
+    int64_t first;  // number of the first row; negative: elements in no row
   };
 
   Form form = Form::forward;

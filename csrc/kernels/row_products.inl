@@ -1,6 +1,6 @@
-// CPU body: see row_products.h for what is computed. A row is summed in stretches of 1024 elements, each in the lanes
-// of a vector and then over them, the stretches in double: the rounding error does not grow with the row, and
-// instruction sets of any width give the same bits.
+// CPU body: see row_products.h for what is computed. A row is summed in runs of 1024 elements, each in the lanes of a
+// vector and then over these, the runs in double: the rounding error does not grow with the row, and instruction sets
+// of any width give the same bits.
 #include "row_products.h"
 #include "vocabulary/cpu_vocabulary.h"
 
@@ -16,7 +16,7 @@ PYDISTILL_INLINE S* at(const Call::Vectors& vectors, int64_t k, int64_t element)
   return static_cast<S*>(vectors.data) + k * vectors.next + element;
 }
 
-// The last elements of a row, zeros behind them: zeros add nothing to any product.
+// The last elements of a row, padded with zeros, which add nothing to any product.
 template <class T, class S>
 PYDISTILL_INLINE Vec<T> load_part(const S* from, int64_t count) {
   Vec<T> v{};

@@ -1,8 +1,8 @@
 // The soft-label cross entropy on CUDA; soft_cross_entropy.h says what each form computes.
 //
-// One warp owns a row: its lanes go through the classes with a stride of 32 and sum by shuffles, so there is no shared
-// memory, no barrier, and an order of additions that only K sets. A row is read once per pass; past the first pass it
-// comes from the caches.
+// One warp owns a row: its lanes traverse the classes with a stride of 32 and sum by shuffles, so there is no shared
+// memory, no barrier, and the order of additions depends only on K. A row is read once per pass; after the first pass
+// it comes from the caches.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ using Kind = Call::Kind;
 
 constexpr int rows_per_block = 4;
 
-// 80 registers a thread (128 for double). Without the bound ptxas aims for fewer and spills.
+// 80 registers per thread (128 for double). Without the bound ptxas aims for fewer and spills.
 template <class T>
 constexpr int blocks_at_once = std::is_same_v<T, double> ? 4 : 6;
 
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * rows_per_block, blocks_at_once<T>) kernel
     return widen(global_load(static_cast<const T*>(rows.data) + n * rows.row + k * rows.column));
   };
 
-  // A NaN is passed over here and comes back with the sums.
+  // NaN is ignored here and shows in the sums.
   A max = -A(INFINITY), max_labels = max;
   for (int64_t k = lane; k < K; k += 32) {
     const A l = load(call.logits, k);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(32 * rows_per_block, blocks_at_once<T>) kernel
     const A q = load(call.labels, k);
     return probs ? q : std::exp(q - max_labels) / total_labels;
   };
-  // A class that neither side gives a probability takes no part: its u counts as a constant 0.
+  // A class with zero probability on both sides takes no part: its u counts as a constant 0.
   const auto out = [](A l, A t) { return t == 0 && l == -A(INFINITY); };
   const auto surprise = [&](A l, A t) { return out(l, t) ? A(0) : log_total - l; };
   const auto weighted = [](A weight, A x) { return weight == 0 ? A(0) : weight * x; };

@@ -18,7 +18,7 @@
 // and the product rule on the backward's lines. As the Hessian of grad * loss is symmetric, backward_jvp with grad_t
 // absent is also the vector-Jacobian product of the backward.
 //
-// A class number out of range makes its row NaN: a device cannot raise, and must not read astray.
+// A class number out of range makes its row NaN: a device cannot raise, and must not read out of bounds.
 #pragma once
 
 #include <cstdint>
@@ -43,12 +43,12 @@ struct SoftCrossEntropy {
   int64_t N = 0, K = 0;
 
   Rows logits, logits_t;  // [N, K]
-  Rows labels, labels_t;  // [N, K]; for hard labels int64 [N], and labels_t is not looked at
+  Rows labels, labels_t;  // [N, K]; for hard labels int64 [N], and labels_t is not used
   Rows grad, grad_t;      // [N]; grad_t may be absent
 
-  void* loss = nullptr;         // [N], contiguous, as the next two
+  void* loss = nullptr;         // [N], contiguous, like the next two
   void* grad_logits = nullptr;  // [N, K]
-  void* grad_labels = nullptr;  // [N, K], nothing for hard labels
+  void* grad_labels = nullptr;  // [N, K], absent for hard labels
 };
 
 }  // namespace pydistill

@@ -1,4 +1,4 @@
-// CPU body: see soft_cross_entropy.h for what is computed, and softmax_rows.h for how rows are gone through.
+// CPU body: see soft_cross_entropy.h for what is computed, and softmax_rows.h for how rows are traversed.
 #include "soft_cross_entropy.h"
 #include "vocabulary/softmax_rows.h"
 
@@ -32,7 +32,7 @@ void run_row(const Call& call, int64_t n, T* scratch) {
   }
   const T s = probs ? sum<T>(K, [&](int64_t k) PYDISTILL_LAMBDA { return t[k]; }) : T(1);
 
-  // A class that neither side gives a probability takes no part: its u counts as a constant 0.
+  // A class with zero probability on both sides takes no part: its u counts as a constant 0.
   const T infinity = T(__builtin_inff());
   for (int64_t k = 0; k < K; ++k) u[k] = t[k] == 0 && u[k] == infinity ? T(0) : u[k];
   const auto weighted = [](T weight, T x) PYDISTILL_LAMBDA { return weight == 0 ? T(0) : weight * x; };

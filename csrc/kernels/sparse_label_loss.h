@@ -1,13 +1,13 @@
-// One call of the loss of logits against a target of which k classes a row are stored, as the CPU body receives it.
+// One call of the loss of logits against a target of which k classes per row are stored, as the CPU body receives it.
 //
-// Per row, with q = softmax(logits / T), p_j the stored probabilities (codes: exp(-code step)), and u what each of the
-// other C - k classes has:
-//   smooth  u = max(0, 1 - sum p) / (C - k)      zeros  u = 0      renorm  u = 0, and p / sum p in the place of p
+// Per row, with q = softmax(logits / T), p_j the stored probabilities (codes: exp(-code step)), and u that of each of
+// the other C - k classes:
+//   smooth  u = max(0, 1 - sum p) / (C - k)      zeros  u = 0      renorm  u = 0, and p / sum p in place of p
 //   loss = -sum_j p_j log q_j - u sum of the other classes' log q
 //   entropy: + sum_j p_j log p_j + (C - k) u log u, which makes it the KL divergence
-//   gradient in logits / T: s q_c - u, and s q_j - p_j of a stored class, with s the sum of the target
+//   gradient in logits / T: s q_c - u, and s q_j - p_j for a stored class, with s the sum of the target
 // The forms:
-//   forward   -> scale loss, and its gradient in logits where grad_logits is there
+//   forward   -> scale loss, and its gradient in logits if grad_logits is given
 //   backward  -> grad times that gradient
 //
 // A class number out of range, or one that a row names twice, makes its row NaN: no sum over it would be right.
@@ -40,7 +40,7 @@ struct SparseLabelLoss {
   Rows values;   // [N, k]
   Rows grad;     // [N]; absent in forward
 
-  void* loss = nullptr;         // [N], contiguous, as the next; absent in backward
+  void* loss = nullptr;         // [N], contiguous, like the next; absent in backward
   void* grad_logits = nullptr;  // [N, C]
 };
 

@@ -1,4 +1,4 @@
-// CPU body: see sparse_label_loss.h for what is computed, and softmax_rows.h for how rows are gone through.
+// CPU body: see sparse_label_loss.h for what is computed, and softmax_rows.h for how rows are traversed.
 #include "sparse_label_loss.h"
 #include "vocabulary/softmax_rows.h"
 
@@ -16,7 +16,7 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     return static_cast<const int64_t*>(call.indices.data)[n * call.indices.row + j * call.indices.column];
   };
 
-  // As few passes over the row as there can be: where it is stored as it is computed, neither it nor its gradient is
+  // As few passes over the row as possible: if it is stored in the compute type, neither it nor its gradient is
   // copied. q = exp(z) with z = (x - max x) / T.
   const bool same = call.scalar == (sizeof(T) == 8 ? Scalar::f64 : Scalar::f32);
   const T* x = scratch;
@@ -47,8 +47,8 @@ void run_row(const Call& call, int64_t n, T* scratch) {
     s += u * T(C - k);
   }
 
-  // What has no probability adds nothing, whatever its logarithm. Sums one by one are in double: k is small. A class
-  // that was met is marked by a number that no log q is.
+  // A zero probability adds nothing, whatever its logarithm. Sums over the k classes are in double, as k is small. A
+  // class already seen is marked by a value that no log q has.
   for (int64_t c = 0; c < C; ++c) log_q[c] = (x[c] - high) * cold - log_sum;
   double loss = 0;
   bool valid = true;

@@ -34,7 +34,7 @@ Tensor dense(const Tensor& t, const Tensor& like) {
   return copy;
 }
 
-// x is dense; factor is made so.
+// x is dense; factor is made dense.
 AttentionMap describe(const Tensor& x, std::optional<Tensor>& factor, double power, int64_t order) {
   AttentionMap call;
   call.scalar = scalar_of(x, "x");
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& any, std::optional<Tensor
   AttentionMap call = describe(x, factor, power, order);
   const ScalarType type = compute_type(call.scalar);
   const bool last = is_channels_last(x);
-  // a tensor without elements stands for "not wanted": an operator cannot return nothing
+  // an empty tensor stands for "not wanted": an operator cannot return nothing
   Tensor by_position = empty_matrix(x, type, call.N, spatial ? x.sizes()[2] * x.sizes()[3] : 0);
   Tensor by_channel = empty_matrix(x, type, call.N, channel ? x.sizes()[1] : 0);
   void* const at_position = spatial ? by_position.mutable_data_ptr() : nullptr;

@@ -82,8 +82,8 @@ void run(Call& call, const Tensor& like) {
     }
     return;
   }
-  // Few heads: their rows are cut up, to have work for sixteen threads. Each chunk packs the keys once more, and where
-  // their gradient is asked for it takes as much memory again: so no chunk has fewer rows than there are keys then.
+  // Few heads: their rows are divided to have work for sixteen threads. Each chunk packs the keys again, and if their
+  // gradient is wanted it takes as much memory again: then no chunk has fewer rows than there are keys.
   const int64_t least = call.grad_k ? std::max<int64_t>(64, call.M) : std::max<int64_t>(64, call.M / 8);
   const int64_t wanted = (15 + call.A * call.H) / (call.A * call.H);
   call.chunks = std::clamp<int64_t>(call.N / least, 1, wanted);
@@ -101,7 +101,7 @@ void run(Call& call, const Tensor& like) {
   }
 }
 
-// A tensor without elements stands for "no gradient": an operator cannot return nothing.
+// An empty tensor stands for "no gradient": an operator cannot return nothing.
 std::tuple<Tensor, Tensor> describe_gradients(Call& call, const Tensor& q_s, bool with_q, bool with_k) {
   const auto output = [&](bool wanted, int64_t rows, void*& data) {
     Tensor made = wanted ? empty_of(q_s, q_s.scalar_type(), {call.A, call.H, rows, call.width_s})

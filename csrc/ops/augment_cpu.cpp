@@ -13,7 +13,7 @@ AugmentKernel augment_base, augment_avx2, augment_avx512;
 
 namespace {
 
-// Four sets of planes, two woven frames with a ring, and rows: see augment.inl.
+// Four sets of planes, two interleaved frames with a ring, and rows: see augment.inl.
 int64_t scratch_bytes(const Augment& call) {
   const int64_t lanes = call.C == 1 ? 1 : 4, framed = (call.H + 4) * (call.W + 4) * lanes;
   const int64_t planes = (3 * call.C + 2) * call.H * call.W, rows = (call.W + 4) * lanes + 8 * call.W + 3 * call.H;

@@ -17,8 +17,8 @@ namespace {
 
 using Pass = BnStatMatch::Pass;
 
-// Two kernels by turns, on a band of image rows at a time: what lies between them, as large as x, stays in a thread's
-// cache. The numbers are those of one kernel after the other.
+// Two kernels in alternation, on a band of image rows at a time: the tensor between them, as large as x, stays in a
+// thread's cache. The results are those of one kernel after the other.
 class BnMatchPool {
  public:
   BnMatchPool(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu, MaxPool2d::Pass pass,
@@ -35,7 +35,7 @@ class BnMatchPool {
     bn.shift = per_channel(bn, shift, 0, "shift", x);
   }
 
-  BnStatMatch bn;  // what is the caller's of both calls: all but what lies between
+  BnStatMatch bn;  // the caller's part of both calls: all but the tensor in between
   MaxPool2d pool;
 
   void forward() {
@@ -78,7 +78,7 @@ class BnMatchPool {
   BnStatMatch::Planes positions(const void* data) const { return {const_cast<void*>(data), 0, 1, pool.C}; }
 
  private:
-  static constexpr int64_t kBandBytes = 192 << 10;  // with x beside it, in the second-level cache
+  static constexpr int64_t kBandBytes = 192 << 10;  // together with x, in the second-level cache
 
   const int64_t element, image_row, band;  // bytes, bytes, rows
   BnStatMatchKernel* const bn_kernel = [] {
@@ -93,7 +93,7 @@ class BnMatchPool {
   int64_t panels() const { return (bn.C + BnStatMatch::kPanel - 1) / BnStatMatch::kPanel; }
   int64_t pooled() const { return pool.rows() * pool.columns() * pool.C; }  // elements of an image
 
-  // Windows that see nothing of row `end` and those below.
+  // Windows that do not reach row `end` or below.
   int64_t windows_within(int64_t end) const {
     if (end == pool.H) return pool.rows();
     const int64_t room = end + pool.padding - pool.kernel;

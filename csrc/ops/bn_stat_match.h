@@ -1,7 +1,7 @@
 // Checks, allocation and passes of the two operators; a Backend runs them on its device:
-//   static int64_t tile(const BnStatMatch& call);                      how many positions make one
+//   static int64_t tile(const BnStatMatch& call);                      positions per tile
 //   static void run(const BnStatMatch& call, const Tensor& x);         the call's pass
-//   static void allocated(Tensor& planes);                             sees an output before it is written
+//   static void allocated(Tensor& planes);                             gets an output before it is written
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -109,12 +109,12 @@ struct BnStatMatchOps {
     return planes_of(t);
   }
 
-  // Uninitialised, of x's shape: channels neighbours where they are in x, positions else.
+  // Uninitialised, of x's shape: channels adjacent if they are in x, else positions.
   static Tensor empty_planes(const Tensor& x) {
     const int64_t N = x.sizes()[0], C = x.sizes()[1], P = x.sizes()[2];
     const bool rows = x.strides()[1] == 1 && C > 1 && P > 1;
     const int64_t shape[] = {N, C, P}, strides[] = {C * P, rows ? 1 : P, rows ? C : 1};
-    // not empty and transposed: autograd would take that for a view of something
+    // not an empty, transposed tensor: autograd would take that for a view
     int32_t type, device, index;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
@@ -126,9 +126,9 @@ struct BnStatMatchOps {
     return t;
   }
 
-  // One sample of all positions where samples follow one another in every tensor; then the tiles.
+  // One sample of all positions if samples follow one another in every tensor; then the tiles.
   static void shape(Call& call) {
-    if (call.P == 1) {  // the stride of positions says nothing: let the samples be them
+    if (call.P == 1) {  // the stride of positions has no meaning: treat samples as positions
       for (Call::Planes* each : all(call)) each->p = each->n;
       call.P = call.N, call.N = 1;
     }

@@ -13,8 +13,8 @@ BnStatMatchKernel bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512;
 namespace {
 
 struct Cpu {
-  // Rows: three numbers of a tile for so many read, and no sum of more terms than single precision likes. Planes: as
-  // many, in each of their partial sums.
+  // Rows: three numbers per tile, few compared with what is read, and no sum too long for single precision. Planes: as
+  // many terms in each of their partial sums.
   static int64_t tile(const BnStatMatch& call) { return call.x.p == 1 ? 2048 : 128; }
 
   static void allocated(Tensor& planes) { on_large_pages(planes); }

@@ -46,7 +46,7 @@ Tensor conv2d_weight_grad(const Tensor& x, const Tensor& grad, const std::option
   const Tensor xs[] = {dense(x), dense(x_2 ? *x_2 : x)}, grads[] = {dense(grad), dense(grad_2 ? *grad_2 : grad)};
   for (int i = 0; i < 2; ++i) call.x[i] = xs[i].const_data_ptr(), call.grad[i] = grads[i].const_data_ptr();
 
-  // A slot's sums cost about as much as the products of 20 tiles. Their number depends on shapes alone.
+  // A slot's sums cost about as much as the products of 20 tiles. The number of slots depends on shapes alone.
   call.slots =
       call.blocks() == 0
           ? 1

@@ -36,10 +36,10 @@ void check_dense(const Tensor& t, const char* name, std::initializer_list<int64_
   check(fits && t.is_contiguous() && t.scalar_type() == type, name, ": wrong shape, dtype or strides");
 }
 
-// The network, and how the work is cut. More slots are more threads at work and more memory; their number depends on
-// the sizes alone, so that results do not depend on the number of threads.
+// The network, and how the work is divided. More slots keep more threads busy and take more memory; their number
+// depends on the sizes alone, so that results do not depend on the number of threads.
 constexpr int64_t kMostSums = 16 << 20;  // elements, of all slots, beyond which a batch norm takes fewer of them
-constexpr int64_t kBeforeWidths = 10;    // channels, height, width, first padding, classes, and what a block is
+constexpr int64_t kBeforeWidths = 10;    // channels, height, width, first padding, classes, and the kind of a block
 
 ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool float64, bool bf16) {
   check(shape.dim() == 1 && shape.scalar_type() == ScalarType::Long && shape.is_contiguous() &&
@@ -87,12 +87,12 @@ ConvNetStep describe(const Tensor& shape, Form form, int64_t E, int64_t N, bool 
   int64_t slots = 1;  // with one student: 2 for 4 images, 4 for 8, 8 for 16 to 127, 16 for 128, 32 for 512
   while (slots < 8 && 2 * slots <= N / 2) slots *= 2;
   for (int64_t size = 128; size <= N && slots < 32; size *= 4) slots *= 2;
-  // Each slot has sums of its own, 36 for 9 weights. Where a batch norm takes a layer at a time, few of wide layers do:
-  // their sums, written, read again and added up, cost more than what more threads save.
+  // Each slot has its own sums, 36 for 9 weights. If a batch norm takes a layer at a time, wide layers get few slots:
+  // writing, reading and adding up their sums costs more than more threads save.
   int64_t weights = 0;
   for (int64_t l = 1; l < step.depth; ++l) weights += step.layer[l].in * step.layer[l].out;
   while (step.over_batch() && slots > 4 && slots * weights * 36 > kMostSums) slots /= 2;
-  // with more, about ten in all: an odd number of students shares out evenly too
+  // with more students, about ten slots in total: an odd number of students is spread evenly, too
   while (E > 1 && slots > 1 && E * (slots / 2) >= 10) slots /= 2;
   step.slots = slots;
   // tiles of the second layer that fill the products' rows well while their 36 planes stay in the second-level cache

@@ -1,4 +1,4 @@
-// Checks and allocation of what pools.
+// Checks and allocation for everything that pools.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace pydistill {
 
-// `like` has the images, the channels, the element type and the device; `height` and `width` are what is pooled.
+// `like` has the images, channels, element type and device; `height` and `width` are those of the pooling's input.
 inline MaxPool2d max_pool2d_call(MaxPool2d::Pass pass, const Tensor& like, const char* name, int64_t height,
                                  int64_t width, int64_t kernel, int64_t stride, int64_t padding) {
   check(kernel >= 1 && kernel <= MaxPool2d::kLargest, "kernel: expected 1 to ", MaxPool2d::kLargest, ", got ", kernel);

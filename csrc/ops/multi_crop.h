@@ -50,7 +50,7 @@ struct MultiCropOps {
       call.shared = true;
       to_base = run(call, grad, 1, height, width);
     }
-    if (!with_base) to_base = empty_vector(grad, grad.scalar_type(), 0);  // an output of its own
+    if (!with_base) to_base = empty_vector(grad, grad.scalar_type(), 0);  // a separate output
     return {to_images, to_base};
   }
 

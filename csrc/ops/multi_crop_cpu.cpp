@@ -24,12 +24,12 @@ int64_t scratch_bytes(const MultiCrop& call) {
   return (tables + rows + planes * call.H * call.W) * int64_t{sizeof(double)} + 64 * 64;
 }
 
-// The record's parts by their source, in their own order: a counting sort. No source has those without one.
+// The record's parts by source, in their own order: a counting sort. Parts without a valid source are omitted.
 struct BySource {
   std::vector<int64_t> first, parts_of;
 
   explicit BySource(const MultiCrop& call) : first(static_cast<size_t>(call.shared ? 1 : call.N) + 1) {
-    const auto place = [&](int64_t k) -> int64_t {  // of the part's source in `first`; -1: it has none
+    const auto place = [&](int64_t k) -> int64_t {  // of the part's source in `first`; -1: none
       const float n = call.record[k / call.parts * call.record_row + k % call.parts * call.record_part];
       if (!(n > -1.0f && n < static_cast<float>(call.N))) return -1;
       const int64_t whole = static_cast<int64_t>(n);

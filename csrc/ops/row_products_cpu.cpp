@@ -17,10 +17,10 @@ namespace {
 
 using Form = RowProducts::Form;
 
-// A vector's elements as neighbours; copies where they are not.
+// A tensor whose vectors' elements are adjacent; copies if they are not.
 Tensor dense(const Tensor& t) { return t.strides()[1] == 1 ? t : torch::stable::contiguous(t); }
 
-// One call, and the tensors that have to live as long as it runs.
+// One call, and the tensors that must live as long as it runs.
 class Run {
  public:
   Run(Form form, const Tensor& a, const Tensor& b, const std::vector<int64_t>& rows) : like_(a) {
@@ -72,7 +72,7 @@ class Run {
   }
 
  private:
-  // The blocks, in backward with those between them, whose elements belong to no row.
+  // The blocks; in backward also the gaps between them, whose elements belong to no row.
   void describe(const std::vector<int64_t>& rows) {
     check(rows.size() % 3 == 0, "rows: expected (start, count, length) triples, got ", rows.size(), " numbers");
     const int64_t P = like_.sizes()[1];

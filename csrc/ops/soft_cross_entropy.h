@@ -100,7 +100,7 @@ struct SoftCrossEntropyOps {
 
   static std::tuple<Tensor, Tensor> run_backward(Call& call, const Tensor& logits) {
     Tensor grad_logits = empty_matrix(logits, logits.scalar_type(), call.N, call.K);
-    // a tensor without elements stands for "no gradient": an operator cannot return nothing
+    // an empty tensor stands for "no gradient": an operator cannot return nothing
     Tensor grad_labels = empty_matrix(logits, logits.scalar_type(), call.N, call.kind == Kind::hard ? 0 : call.K);
     call.grad_logits = grad_logits.mutable_data_ptr();
     call.grad_labels = grad_labels.mutable_data_ptr();

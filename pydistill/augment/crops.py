@@ -1,4 +1,4 @@
-"""Random resized crops, flips, rolls and mixes: what to draw, and CDA's curriculum of how small a crop may be."""
+"""Random resized crops, flips, rolls and mixes: how to draw them, and CDA's curriculum of crop sizes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from pydistill.ops.multi_crop import COLUMNS, MAX_SIZE, multi_crop
 
 Column = Tensor | float
-TRIES = 10  # of torchvision's RandomResizedCrop, before it settles for the centre
+TRIES = 10  # of torchvision's RandomResizedCrop, before it falls back to the centre
 
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Random crops of a batch of images: ``draw`` draws a record, ``__call__`` applies it, as often as asked.
+    """Random crops of a batch of images: ``draw`` draws a record, ``__call__`` applies it, any number of times.
 
     Crops are distributed as those of torchvision's ``RandomResizedCrop.get_params`` (ten tries, then the centre). ::
 
@@ -32,12 +32,12 @@ class MultiCrop:
         ratio: bounds of a crop's width over its height, whose logarithm is uniform.
         flip: probability of mirroring.
         roll: r; both axes are rolled by U{0, ..., r} pixels.
-        mean, std: what results are normalised by, a number a channel each; see `pydistill.ops.multi_crop`.
-        mix: "mixup" and "cutmix": of every crop with that of another image, in a random permutation, with one lambda
-            of Beta(alpha, alpha) and one box a batch, as in SRe2L's relabelling. "mosaic": four crops, of four images,
-            as tiles of two rows and columns, each resized to its tile (RDED, PCA), flipped and rolled by itself.
+        mean, std: what results are normalised by, one number per channel each; see `pydistill.ops.multi_crop`.
+        mix: "mixup" and "cutmix": every crop with that of another image, in a random permutation, with one lambda from
+            Beta(alpha, alpha) and one box per batch, as in SRe2L's relabelling. "mosaic": four crops, of four images,
+            as tiles in two rows and columns, each resized to its tile (RDED, PCA), flipped and rolled independently.
         alpha: of the Beta distribution.
-        shared: one draw of crop, flip and roll for all images of a batch, as SRe2L's recovery has it.
+        shared: one draw of crop, flip and roll for all images of a batch, as in SRe2L's recovery.
 
     Raises:
         ValueError: an option is out of range.
@@ -78,7 +78,7 @@ class MultiCrop:
         return (self.out_size, self.out_size) if isinstance(self.out_size, int) else tuple(self.out_size)
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the result, of that of the images, a crop of each."""
+        """The shape of the result, given that of the images, with one crop of each."""
         return (*shape[:2], *self.size)
 
     def draw(
@@ -89,15 +89,15 @@ class MultiCrop:
         Args:
             shape: ``[N, C, H, W]`` of the images.
             generator: torch's default one on the CPU when None.
-            sources: ``[B]``, of which image each result is made; each of one image when None. For a mosaic perhaps
-                ``[B, 4]``, its tiles row by row; else the further ones are random permutations of the first.
+            sources: ``[B]``, the image that each result is made from; one result per image when None. For a mosaic
+                optionally ``[B, 4]``, its tiles row by row; otherwise the others are random permutations of the first.
 
         Returns:
             The record, float32 ``[B, P, 14]`` on the generator's device, P being 1, 2 for mixup and cutmix and 4 for a
             mosaic: see `pydistill.ops.multi_crop` for its columns.
 
         Raises:
-            ValueError: ``sources`` have another shape or name an image that there is not.
+            ValueError: ``sources`` have another shape or name a nonexistent image.
         """
         N, _, H, W = shape
         device = "cpu" if generator is None else generator.device
@@ -144,7 +144,7 @@ class MultiCrop:
         aspect = (low + (high - low) * uniform(TRIES)).exp()
         width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
         fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
-        first = fits.to(torch.uint8).argmax(0, keepdim=True)  # of several largest the first
+        first = fits.to(torch.uint8).argmax(0, keepdim=True)  # the first of several largest
         found = fits.any(0)
         centre_height, centre_width = self._centre(H, W)
         height = torch.where(found, height.gather(0, first)[0], float(centre_height))
@@ -157,7 +157,7 @@ class MultiCrop:
         }
 
     def _centre(self, H: int, W: int) -> tuple[int, int]:
-        """Where no try fits: as much of the image as its ratio allows."""
+        """If no try fits: as much of the image as the ratio allows."""
         if self.ratio[0] > W / H:
             return round(W / self.ratio[0]), W
         if self.ratio[1] < W / H:
@@ -197,13 +197,13 @@ def crop_schedule(
     milestone: float = 1.0,
     lowest: float = 0.08,
 ) -> float:
-    """The least area of a crop in an iteration: from 1 down to ``lowest`` within ``milestone * iterations``.
+    """The least area of a crop at an iteration: from 1 down to ``lowest`` within ``milestone * iterations``.
 
     CDA's curriculum ("Dataset Distillation via Curriculum Data Synthesis in Large Data Era", Yin and Shen, TMLR 2024):
     whole images first, then crops as small as SRe2L's. For ``MultiCrop(..., scale=(crop_schedule(...), 1.0))``.
 
     Args:
-        kind: "step": 1 until then; "linear"; "cosine": ``lowest + (1 - lowest) * (1 + cos(pi * i / end)) / 2``.
+        kind: "step": 1 until the end; "linear"; "cosine": ``lowest + (1 - lowest) * (1 + cos(pi * i / end)) / 2``.
         iteration: from 0.
         iterations: of the whole run.
         milestone: share of them after which ``lowest`` holds.

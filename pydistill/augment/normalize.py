@@ -1,4 +1,4 @@
-"""Normalised images within the range that pixels have."""
+"""Keeps normalised images within the range of pixels."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 @torch.no_grad()
 def clamp_normalized_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Clip normalised images, in place and in one pass, to what pixels of 0 to 1 are: SRe2L's after every step.
+    """Clip normalised images, in place and in one pass, to the range of pixels in [0, 1]: SRe2L's after every step.
 
     Equivalent to ``x[:, c].clamp_(-mean[c] / std[c], (1 - mean[c]) / std[c])`` for every channel c. Not recorded by
     autograd, so that an optimizer's leaf can be clipped as it is. NaN stays NaN.
 
     Args:
         x: ``[B, C, H, W]``, floating point, any strides; written to.
-        mean, std: C numbers each, what the images were normalised by.
+        mean, std: C numbers each, that the images were normalised by.
 
     Returns:
         x.
 
     Raises:
-        TypeError: x is no floating-point tensor.
+        TypeError: x is not a floating-point tensor.
         ValueError: its shape or the lengths do not fit, or a std is not above zero.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():

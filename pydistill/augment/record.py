@@ -1,4 +1,4 @@
-"""What a record of crops says beside its images: the share of each source, for labels, and itself as bytes."""
+"""Records of crops: the share of each source, to mix labels, and conversion to bytes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ PACKED = np.dtype(
 
 
 def record_to_bytes(record: Tensor) -> bytes:
-    """A record as bytes: 16, and for each of its rows 29 a part: 58 for mixup and cutmix.
+    """A record as bytes: 16, plus 29 per part for each of its rows: 58 for mixup and cutmix.
 
-    `record_from_bytes` gives back every bit, so the same crops again.
+    `record_from_bytes` recovers every bit, and so the same crops.
 
     Args:
         record: float32 ``[B, P, 14]``: see `pydistill.ops.multi_crop`. Flip and fit are kept as 0 or 1.
 
     Raises:
-        TypeError, ValueError: it is no record, or a number does not fit its field.
+        TypeError, ValueError: it is not a record, or a number does not fit its field.
     """
     if not isinstance(record, Tensor) or record.dtype != torch.float32:
         raise TypeError(f"record: expected a float32 tensor, got {getattr(record, 'dtype', type(record).__name__)}")
@@ -59,10 +59,10 @@ def record_to_bytes(record: Tensor) -> bytes:
 
 
 def record_from_bytes(data: bytes | bytearray | memoryview) -> Tensor:
-    """The record that `record_to_bytes` made these bytes of, float32 ``[B, P, 14]`` on the CPU.
+    """The record that `record_to_bytes` turned into these bytes, float32 ``[B, P, 14]`` on the CPU.
 
     Raises:
-        ValueError: they are no record, or not all of one.
+        ValueError: they are not a record, or not a complete one.
     """
     if len(data) < HEADER.size:
         raise ValueError(f"data: expected a record of at least {HEADER.size} bytes, got {len(data)}")
@@ -79,7 +79,7 @@ def record_from_bytes(data: bytes | bytearray | memoryview) -> Tensor:
 
 
 def mix_weights(record: Tensor, out_size: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Of which images each result is made, and how much of it is of each.
+    """Which images each result is made from, and the share of each.
 
     For mixup ``[lam, 1 - lam]``; for cutmix the box's share of the pixels after clipping; a quarter for each tile.
 
@@ -95,7 +95,7 @@ def mix_weights(record: Tensor, out_size: int | tuple[int, int]) -> tuple[Tensor
     alpha, top, left = columns["alpha"], columns["to_top"], columns["to_left"]
     bottom, right = top + columns["to_height"], left + columns["to_width"]
 
-    def common(parts: list[int]) -> Tensor:  # [B]: area of what their places have in common
+    def common(parts: list[int]) -> Tensor:  # [B]: area of the intersection of their places
         height = bottom[:, parts].amin(1) - top[:, parts].amax(1)
         width = right[:, parts].amin(1) - left[:, parts].amax(1)
         return height.clamp(min=0) * width.clamp(min=0)
@@ -115,7 +115,7 @@ def mix_weights(record: Tensor, out_size: int | tuple[int, int]) -> tuple[Tensor
 def mix_labels(
     labels: Tensor, record: Tensor, out_size: int | tuple[int, int], *, num_classes: int | None = None
 ) -> Tensor:
-    """Labels of results, mixed as their pixels: ``sum_p weights[:, p] * labels[sources[:, p]]``.
+    """Labels of results, mixed like their pixels: ``sum_p weights[:, p] * labels[sources[:, p]]``.
 
     Args:
         labels: of the images: ``[N, K]`` probabilities, or int64 ``[N]`` classes.
@@ -124,7 +124,7 @@ def mix_labels(
         num_classes: K, where labels are class numbers.
 
     Returns:
-        ``[B, K]``, in the dtype of probabilities, float32 of classes.
+        ``[B, K]``, in the dtype of the probabilities, float32 for classes.
 
     Raises:
         ValueError: labels have another shape, or ``num_classes`` is missing.

@@ -1,4 +1,4 @@
-"""Differentiable siamese augmentation, as the dataset distillation repositories parametrise it.
+"""Differentiable siamese augmentation, parametrised as in the dataset distillation repositories.
 
 "Dataset Condensation with Differentiable Siamese Augmentation" (Zhao and Bilen, ICML 2021), after "Differentiable
 Augmentation for Data-Efficient GAN Training" (Zhao et al., NeurIPS 2020).
@@ -20,7 +20,7 @@ OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
 
 class _Draws:
-    """Independent draws for some images, from a generator in whatever state it is, or seeded anew for each draw."""
+    """Independent draws for some images, from a generator in its current state, or reseeded for each draw."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class _Draws:
         return self.uniform(self.colours)
 
     def integers(self, low: int, high: int) -> Tensor:
-        """From ``low`` up to and without ``high``."""
+        """From ``low`` up to, but excluding, ``high``."""
         return torch.randint(low, high, (self.images,), **self._next())
 
     def one_of(self, choices: Sequence[str]) -> str:
@@ -56,8 +56,8 @@ class _Draws:
 class DiffAugment:
     """The augmentation that `pydistill.unroll`, `trajectory_match` and `train_students` take as ``augment``.
 
-    ``draw`` draws a batch's parameters, ``__call__`` applies them by `pydistill.ops.augment_images`, the same
-    ones as often as asked, bit for bit. A record is a plain float32 tensor of 52 bytes an image. ::
+    ``draw`` draws a batch's parameters, ``__call__`` applies them by `pydistill.ops.augment_images`, any number
+    of times, with the same bits. A record is a plain float32 tensor of 52 bytes per image. ::
 
         augment = DiffAugment("color_crop_cutout_flip_scale_rotate")
         record = augment.draw(images.shape, generator)
@@ -65,25 +65,25 @@ class DiffAugment:
 
     Args:
         strategy: names out of "color", "crop", "cutout", "flip", "scale" and "rotate", joined by "_"; "none" or "" for
-            none of them. A name that stands twice is twice as likely in mode "single".
+            none of them. A name given twice is twice as likely in mode "single".
         siamese: one draw for all images of a batch, as in gradient and distribution matching; else one for each, as in
             trajectory matching and in evaluation.
-        mode: "single": one of the operations, drawn for each batch, as all repositories have it; "all": each of them,
-            in the order above, in which the strategy has to name them.
+        mode: "single": one of the operations, drawn for each batch, as in all repositories; "all": each of them, in
+            the order above, in which the strategy must name them.
         flip_batch: augment ``cat([images, images.flip(3)])``: twice as many images come out, and the loops that take
             this object repeat the labels.
-        prob_flip: of mirroring an image, in "flip".
+        prob_flip: probability of mirroring an image, in "flip".
         ratio_scale: r; "scale" draws both factors from U(1/r, r).
         ratio_rotate: in degrees; "rotate" draws from U(-ratio_rotate, ratio_rotate).
         ratio_crop_pad: "crop" shifts by up to ``int(ratio_crop_pad * side + 0.5)`` pixels, either way.
         ratio_cutout: "cutout" zeroes ``int(ratio_cutout * side + 0.5)`` pixels a side about a centre anywhere.
         brightness: "color" adds U(-brightness / 2, brightness / 2),
-        saturation: takes the distance from the pixel's mean times U(0, saturation),
-        contrast: and that from the image's mean times U(contrast, 1 + contrast).
+        saturation: multiplies the distance from the pixel's mean by U(0, saturation),
+        contrast: and that from the image's mean by U(contrast, 1 + contrast).
         align_corners: of the grids of "scale" and "rotate"; no difference for square images.
 
     Raises:
-        ValueError: an option is out of range, or the strategy names an operation that there is not.
+        ValueError: an option is out of range, or the strategy names an unknown operation.
     """
 
     strategy: str = "_".join(OPERATIONS)
@@ -129,7 +129,7 @@ class DiffAugment:
 
     @property
     def copies(self) -> int:
-        """How many images come out for each that goes in."""
+        """How many images come out for each input image."""
         return 2 if self.flip_batch else 1
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
@@ -146,7 +146,7 @@ class DiffAugment:
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the result, of that of the images."""
+        """The shape of the result, given that of the images."""
         return (self._rows(shape), *shape[1:])
 
     def _rows(self, shape: Sequence[int]) -> int:
@@ -177,7 +177,7 @@ class DiffAugment:
 
     def _cutout(self, draws: _Draws, H: int, W: int) -> dict[str, Any]:
         height, width = (int(self.ratio_cutout * side + 0.5) for side in (H, W))
-        # the centre of an even number of pixels lies between two, and may lie at either border
+        # the centre of an even number of pixels lies between two, and may be at either border
         return {
             "cutout_top": draws.integers(0, H + 1 - height % 2) - height // 2,
             "cutout_left": draws.integers(0, W + 1 - width % 2) - width // 2,
@@ -197,7 +197,7 @@ class DiffAugment:
         return {"angle": (draws.uniform() - 0.5) * 2 * self.ratio_rotate / 180 * math.pi}
 
     def __call__(self, images: Tensor, record: Tensor) -> Tensor:
-        """``[B, C, H, W]`` images, or with ``flip_batch`` ``[2 * B, C, H, W]``, as `draw` said."""
+        """``[B, C, H, W]`` images, or with ``flip_batch`` ``[2 * B, C, H, W]``, augmented by the record of `draw`."""
         if not self.operations and not self.flip_batch:
             return images
         record = record.to(images.device)
@@ -210,8 +210,8 @@ def diff_augment(
     """The repositories' ``DiffAugment(x, strategy, seed, param)``: draws and applies at once.
 
     Parameters are those that they draw for images on the CPU from the same seed (or, with seed -1, from the same state
-    of torch's default generator), colours in the images' dtype as they do, kept in float32. Unlike them it leaves the
-    default generator alone where a seed is given.
+    of torch's default generator), colours drawn in the images' dtype as there, kept in float32. Unlike theirs, it
+    leaves the default generator alone if a seed is given.
 
     Args:
         images: ``[B, C, H, W]``.
@@ -219,8 +219,8 @@ def diff_augment(
         seed: -1: a draw for each image; any other: siamese, one draw for all.
         param: an object with the attributes of the repositories' ``ParamDiffAug``: ``aug_mode`` ("S" or "M") and the
             ratios; their defaults when None.
-        align_corners: of the grids of "scale" and "rotate": MTT and what descends from it say True, DC, DSA and DM
-            leave it at torch's False. It makes a difference to images that are not square.
+        align_corners: of the grids of "scale" and "rotate": MTT and its descendants use True, DC, DSA and DM torch's
+            default False. It makes a difference only for images that are not square.
 
     Returns:
         ``[B, C, H, W]``.

@@ -12,7 +12,7 @@ _PACKAGES = {"tyro": "tyro", "rich": "rich", "PIL": "pillow", "psutil": "psutil"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console command ``pydistill``; exits with 0, 1 after an error, 2 where ``argv`` is not
+    """The console command ``pydistill``; exits with 0, 1 after an error, 2 if ``argv`` is not
     understood, 130 after SIGINT or SIGTERM."""
     for module, package in _PACKAGES.items():
         if importlib.util.find_spec(module) is None:

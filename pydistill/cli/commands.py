@@ -1,4 +1,4 @@
-"""The commands, in one table; and what becomes of signals and errors."""
+"""The commands in one table, and the handling of signals and errors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pydistill.methods.runs import Interrupted
 
 @dataclass(frozen=True)
 class Bench:
-    """Time the kernels on this machine beside plain PyTorch and torch.compile: a table per case, in a few minutes."""
+    """Time the kernels on this machine against plain PyTorch and torch.compile: a table per case, in a few minutes."""
 
     cases: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Cases by name; without any, those that a user would decide by. An unknown name lists them."""
+    """Cases by name; by default those most relevant to users. An unknown name lists them."""
 
     def run(self) -> None:
-        # installed, the benchmarks are a part of the package; in a checkout, a folder of their own beside it
+        # installed, the benchmarks are part of the package; in a checkout, a separate folder beside it
         installed = importlib.util.find_spec("pydistill.bench") is not None
         sys.exit(importlib.import_module("pydistill.bench.run" if installed else "bench.run").brief(self.cases))
 
@@ -47,12 +47,12 @@ def _parsed(command: type, name: str, argv: list[str], *given: Any) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """What runs where a command line begins with ``words``; it is called with the arguments behind them."""
+    """What runs if a command line begins with ``words``; it is called with the arguments after them."""
 
     words: str
-    about: str  # a line of the overview
+    about: str  # its line in the overview
     run: Callable[[list[str], rich.console.Console, Stop], None]
-    stops: bool = True  # at a signal by itself, in order
+    stops: bool = True  # handles signals itself, stopping cleanly
 
 
 def _of(group: str) -> list[type[Method]]:
@@ -108,7 +108,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
 
 
 def overview(word: str = "") -> str:
-    """The commands, or those that begin with ``word``, in groups, a line or two each."""
+    """The commands, or those that begin with ``word``, in groups, one or two lines each."""
     lines = [
         f"usage: pydistill {word or 'COMMAND'} [OPTIONS]",
         "",
@@ -146,7 +146,7 @@ def _refused(message: str) -> NoReturn:
 
 
 def run(argv: list[str]) -> None:
-    """Does what ``argv`` says; exits as ``main`` does."""
+    """Runs the command in ``argv``; exits as ``main`` does."""
     console, helps = plain_console(), ("-h", "--help")
     try:
         if not argv:
@@ -154,7 +154,7 @@ def run(argv: list[str]) -> None:
             sys.exit(2)
         if argv[0] == "--version":
             print(__version__, flush=True)
-        elif argv[0] in helps or (argv[0] == "select" and argv[1:2] and argv[1] in helps):  # no command of its own
+        elif argv[0] in helps or (argv[0] == "select" and argv[1:2] and argv[1] in helps):  # not a command itself
             print(overview("" if argv[0] in helps else argv[0]), flush=True)
         else:
             command, rest = _chosen(argv)

@@ -18,7 +18,7 @@ __all__ = ["Bars", "Stop", "accuracy_table", "add_row", "percentage", "plain_con
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into `Interrupted` at the next call; a second one ends the process at once."""
+    """Turns the first SIGINT or SIGTERM into `Interrupted` at the next call; a second ends the process at once."""
 
     requested = False
 
@@ -45,12 +45,12 @@ class Stop:
 
 
 def plain_console(**options: Any) -> rich.console.Console:
-    """A console that prints what it is given: brackets and colons in a path or a name are no markup."""
+    """A console that prints text as it is: brackets and colons in a path or a name are not markup."""
     return rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
 
 
 def _progress_bars(console: rich.console.Console) -> rich.progress.Progress:
-    # the default's column of descriptions reads markup whatever the console does
+    # the default column of descriptions parses markup regardless of the console
     described = rich.progress.TextColumn("{task.description}", style="progress.description", markup=False)
     columns = rich.progress.Progress.get_default_columns()[1:]
     noted = rich.progress.TextColumn("{task.fields[note]}", markup=False)
@@ -76,7 +76,7 @@ class Bars:
         self._progress.update(self._tasks[now.phase], completed=now.done, note=now.note)
 
     def bar(self, phase: str, total: int, done: int = 0) -> Callable[..., None]:
-        """A bar of its own: gives what takes steps that were done, one by default, and a note."""
+        """Adds a bar: returns a function to call with the number of steps just done, one by default, and a note."""
         task = self._progress.add_task(phase, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str | None = None) -> None:
@@ -100,7 +100,7 @@ def add_row(
 
 
 def percentage(accuracies: Sequence[float], *, deviation: bool | None = None) -> str:
-    """The mean of accuracies in ``[0, 1]``, and their deviation; by default where there are several."""
+    """The mean of accuracies in ``[0, 1]``, and their deviation, by default if there are several."""
     deviation = len(accuracies) > 1 if deviation is None else deviation
     more = f" ± {100 * pstdev(accuracies):.1f}" if deviation else ""
     return f"{100 * mean(accuracies):.1f}{more} %"

@@ -1,4 +1,4 @@
-"""``pydistill evaluate`` and ``pydistill export``: what becomes of a distilled file."""
+"""``pydistill evaluate`` and ``pydistill export``: what to do with a distilled file."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from pydistill.trajectory.train import EVAL_BATCH
 class Evaluate:
     """Train fresh students on a distilled file and test them: a row for each network architecture.
 
-    The protocol is the papers': SGD with momentum 0.9 and weight decay 5e-4, a tenth of the learning rate from half of
-    the epochs on.
+    The protocol is the papers': SGD with momentum 0.9 and weight decay 5e-4, and a tenth of the learning rate in the
+    second half of the epochs.
     """
 
     file: tyro.conf.Positional[Path]
-    """A distilled.safetensors that pydistill distill wrote; or a folder of images.pt, labels.pt and maybe lr.pt."""
+    """A distilled.safetensors from pydistill distill, or a folder of images.pt, labels.pt and optionally lr.pt."""
     net: tuple[NetName, ...] = ("convnet",)
     """The students' architectures, one or more."""
     dataset: DatasetName | None = None
-    """What to test on; by default the data set that the file was made from. A folder that other code wrote is taken
-    to be normalised as the method repositories do it for this set."""
+    """What to test on; by default the data set that the file was made from. A folder written by other code is assumed
+    to be normalised as the method repositories do for this set."""
     root: Path | None = None
     """Folder of the data set's files, as for pydistill distill."""
     students: int = 5
-    """Fresh students of each architecture."""
+    """Fresh students per architecture."""
     epochs: int | None = None
     """Passes of a student over the distilled set; by default as many as when it was made, or else 1000."""
     batch_size: int = 256
@@ -52,20 +52,20 @@ class Evaluate:
     lr: float | None = None
     """Learning rate of the students; by default the one learnt along with the images."""
     label_kind: Literal["logits", "probs"] | None = None
-    """What the soft labels of a folder are that other code wrote."""
+    """Kind of the soft labels of a folder written by other code."""
     zca: bool = False
-    """The images of a folder that other code wrote are ZCA-whitened, as MTT's are with its --zca."""
+    """The images of a folder written by other code are ZCA-whitened, as MTT's are with its --zca."""
     width: int | None = None
     """Channels of the ConvNet; by default as when the file was made, or else 128."""
     depth: int | None = None
-    """Blocks of the ConvNet; by default as when the file was made, or else 3, from 64 pixels on 4."""
+    """Blocks of the ConvNet; by default as when the file was made, or else 3, or 4 from 64 pixels."""
     augment: str | None = None
     """Differentiable siamese augmentation of the students' batches, operations joined by _, or none; by default the
     one that the set was distilled with."""
     seed: int = 0
-    """Of the students; 0 gives the very students of pydistill distill at its default seed."""
+    """Seed of the students; 0 gives the same students as pydistill distill at its default seed."""
     device: str = "auto"
-    """Where to compute, as torch names it; auto is cuda where there is one."""
+    """Where to compute, by torch's name; auto is cuda if available."""
     json: Path | None = None
     """Where to write the accuracies of all students as JSON."""
 
@@ -102,7 +102,7 @@ class Evaluate:
         shape = dataset.channels, dataset.num_classes, dataset.image_size
         sizes = {name: _given(getattr(self, name), config[name]) for name in ("width", "depth")}
         makers = {net: partial(make, net, *shape, **(sizes if net == "convnet" else {})) for net in self.net}
-        labels = {net: _label(net, maker()) for net, maker in makers.items()}  # refuses what cannot be built
+        labels = {net: _label(net, maker()) for net, maker in makers.items()}  # raises for what cannot be built
         steps = options["epochs"] * -(-len(distilled.images) // self.batch_size) + -(-len(test_images) // EVAL_BATCH)
         table = accuracy_table(f"{self.file}: {dataset.name}", "network", self.students)
         about = {"file": str(self.file), "dataset": dataset.name, "images": len(distilled.images)}
@@ -139,20 +139,20 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a distilled file as the method repositories and DD-Ranking have theirs: images.pt, labels.pt and lr.pt.
+    """Write a distilled file in the format of the method repositories and DD-Ranking: images.pt, labels.pt and lr.pt.
 
-    What these cannot say is in distilled.json beside them; pydistill evaluate takes the folder as well as the file.
+    What these cannot hold is in distilled.json beside them; pydistill evaluate takes the folder as well as the file.
     """
 
     file: tyro.conf.Positional[Path]
-    """A distilled.safetensors that pydistill distill wrote."""
+    """A distilled.safetensors from pydistill distill."""
     folder: tyro.conf.Positional[Path]
-    """Where to write; made where it is not there."""
+    """Where to write; created if missing."""
     normalised: Literal["own", "repositories"] = "own"
-    """By which mean and deviation: own, the file's, which are those of the real pixels; repositories, the constants of
-    the method repositories and DD-Ranking, which their code needs (Fashion-MNIST and CIFAR-10)."""
+    """Which mean and deviation: own, the file's, which are those of the real pixels; repositories, the constants of the
+    method repositories and DD-Ranking, which their code needs (Fashion-MNIST and CIFAR-10)."""
     overwrite: bool = False
-    """Take the place of files that are there."""
+    """Replace existing files."""
 
     def run(self, console: rich.console.Console) -> None:
         distilled = DistilledSet.load(self.file)
@@ -178,7 +178,7 @@ def _distilled(command: Evaluate) -> DistilledSet:
         space = {"mean": [0.0] * channels, "std": [1.0] * channels}
     elif not ours:
         space = dict(zip(("mean", "std"), _repository_normalisation(command.dataset, command.file), strict=True))
-    # the names that other code may have given to its learning rate, which `import_tensors` looks for
+    # the names of other code's learning rate that `import_tensors` looks for
     if command.lr is None and not any((command.file / name).exists() for name in ("lr.pt", "lr_best.pt")):
         raise ValueError(f"--lr: expected a learning rate, {command.file / 'lr.pt'} is not there to say it")
     return DistilledSet.import_tensors(command.file, **space, lr=command.lr, label_kind=command.label_kind)

@@ -1,4 +1,4 @@
-"""``pydistill experts``: trains experts into one file, or makes it of replay buffers."""
+"""``pydistill experts``: trains experts into one file, or makes it from replay buffers."""
 
 from __future__ import annotations
 
@@ -32,64 +32,64 @@ _TRAINING = ("num_experts", "epochs", "lr", "momentum", "weight_decay", "schedul
 
 @dataclass(frozen=True)
 class Experts:
-    """Train experts into one file, for pydistill distill --experts; or make the file of replay buffers.
+    """Train experts into one file, for pydistill distill --experts, or make the file from replay buffers.
 
-    Options that stand at None take the data set's preset. The same command goes on with a file that was cut off, at any
-    moment, and ends in the bytes of a run that was not; the file of another training is refused. --out receives the
-    experts, and --out with .jsonl added the loss and accuracy of each epoch.
+    Options at None take the data set's preset. If interrupted at any moment, the same command continues the file and
+    ends with the same bytes as an uninterrupted run; the file of another training is refused. --out receives the
+    experts, and --out with .jsonl appended the loss and accuracy of each epoch.
     """
 
     out: Path
     """The file to write."""
     overwrite: bool = False
-    """Start anew, whatever is at --out."""
+    """Start afresh, whatever is at --out."""
     dataset: DatasetName | None = None
     """What to train on, digits by default, which come with scikit-learn; the others are read from --root."""
     root: Path | None = None
     """Folder of the data set's files, as for pydistill distill."""
     image_size: int | None = None
-    """Pixels to which digits (16) and image folders (32) are resized; of imported experts, those of their images, by
+    """Size in pixels to which digits (16) and image folders (32) are resized; for imported experts, of their images, by
     default the data set's."""
     net: NetName = "convnet"
     """The experts' architecture."""
     norm: Literal["instance", "batch", "group", "layer", "none"] | None = None
     """Its normalisation; by default the method repositories', which is instance in the ConvNet."""
     width: int | None = None
-    """Channels of the ConvNet; the papers take 128. Also of mlp and vit."""
+    """Channels of the ConvNet; 128 in the papers. Also of mlp and vit."""
     depth: int | None = None
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64. Also of vit."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the stored parameters; experts train in fp32."""
+    """Precision of the stored parameters; experts train in fp32."""
     replay_buffers: Annotated[tuple[Path, ...], tyro.conf.arg(name="import")] = ()
-    """replay_buffer_*.pt of another code, to convert instead of training; --net and --norm say of which network, and no
+    """replay_buffer_*.pt of other code, to convert instead of training; --net and --norm say of which network, and no
     data set is read."""
 
     num_experts: int | None = None
-    """Experts to train."""
+    """Number of experts to train."""
     epochs: int | None = None
     """Epochs of each expert."""
     lr: float | None = None
     """Learning rate."""
     momentum: float = 0.0
-    """Of SGD; an epoch continues the velocity of the one before."""
+    """Momentum of SGD; an epoch continues the velocity of the one before."""
     weight_decay: float = 0.0
-    """Of SGD."""
+    """Weight decay of SGD."""
     schedule: Literal["step", "cosine"] | None = None
-    """Factor on the learning rate by epoch: a tenth from half of them on, or half a cosine; none by default."""
+    """Factor on the learning rate by epoch: a tenth in the second half, or half a cosine; none by default."""
     batch_size: int | None = None
     """Images per SGD step."""
     seed: int = 0
-    """Of the initial parameters and the order of the images."""
+    """Seed of the initial parameters and the order of the images."""
     augment: str = ""
     """Differentiable siamese augmentation of the real images: color, crop, cutout, flip, scale, rotate, joined by _."""
     zca: bool = False
     """Train on ZCA-whitened images; with --import: the experts saw such images."""
     no_zca: bool = False
-    """With --import: the experts saw images that were not whitened. Without either, whoever matches them is warned."""
+    """With --import: the experts saw images that were not whitened. Without either, matching them warns."""
     method: Literal["mtt", "ftd", "ast"] = "mtt"
     """Whose experts: mtt trains by plain SGD, ftd by GSAM, ast with momentum, a gradient penalty and loss factors."""
     device: str = "auto"
-    """Where to compute, as torch names it; auto is cuda where there is one."""
+    """Where to compute, by torch's name; auto is cuda if available."""
 
     def resolved(self) -> Experts:
         """The same options with those at None taken from the preset."""
@@ -101,7 +101,7 @@ class Experts:
         return dataclasses.replace(self, **{k: v for k, v in options.items() if getattr(self, k) is None})
 
     def training(self) -> dict[str, Any]:
-        """What `train_experts` is told: the method's options, and those that were given beside them."""
+        """The arguments of `train_experts`: the method's options, and those given in addition."""
         options = METHODS[self.method]().expert_options(self.epochs)
         for name in (*_TRAINING, "dtype", "overwrite"):
             if name not in options or getattr(self, name) != getattr(Experts, name):
@@ -131,7 +131,7 @@ class Experts:
 
         def log(record: dict[str, Any]) -> None:
             nonlocal begun
-            if not begun:  # not before all that may be refused has been
+            if not begun:  # not before all checks have passed
                 keep_lines(metrics, lambda record: record["epoch"] <= epochs.get(record["expert"], 0))
                 begun = True
             append_line(metrics, record)
@@ -161,7 +161,7 @@ class Experts:
         console.print(f"{len(store)} experts of {store.epochs} epochs imported: {self.out}")
 
     def _imported(self, shapes: list[tuple[int, ...]]) -> nn.Module:
-        """The network whose parameters have these shapes, as far as they and the options say which it is."""
+        """The network whose parameters have these shapes, as far as they and the options determine it."""
         channels, classes, side = SHAPES[self.dataset or "cifar10"]
         if len(shapes[0]) == 4:
             channels = shapes[0][1]
@@ -171,7 +171,7 @@ class Experts:
         if self.net == "convnet" and len(shapes) > 1 and len(shapes[0]) == 4 and len(shapes[-2]) == 2:
             found = {"width": shapes[0][0], "depth": sum(len(shape) == 4 for shape in shapes)}
             sizes = {name: found[name] if given is None else given for name, given in sizes.items()}
-            # whatever image leaves the classifier so many features has the same parameters
+            # any image size that gives the classifier this many features has the same parameters
             left = math.isqrt(shapes[-2][1] // max(found["width"], 1))
             sides.insert(0, (left << found["depth"]) - (4 if channels == 1 else 0))
         if self.image_size is not None:
@@ -181,4 +181,4 @@ class Experts:
             nets.append(make(self.net, channels, classes, max(side, 1), norm=self.norm, **sizes))
             if [tuple(p.shape) for p in nets[-1].parameters()] == shapes:
                 return nets[-1]
-        return nets[0]  # the import says what of it differs
+        return nets[0]  # the import says what differs from it

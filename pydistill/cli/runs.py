@@ -1,4 +1,4 @@
-"""The commands that run a method: options from its dataclasses, a run of it, and a table of what came out."""
+"""The commands that run a method: options from its dataclasses, a run of it, and a table of the results."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class _New:
 @dataclass(frozen=True)
 class _Place(_New):
     resume: bool = False
-    """Go on with the run in --out, whose options are the same."""
+    """Continue the run in --out, with the same options."""
 
 
 @dataclass(frozen=True)
 class _Step(_Place):
     method: Literal["sre2l", "cda", "dwa", "infer", "random"] | None = None
-    """Whose presets to take: by default sre2l's, and for labels those of the method that made the images. squeeze and
-    post-train are the same for all methods; random takes real images as they are, to compare with."""
+    """Whose presets to use: by default sre2l's, and for labels those of the method that made the images. squeeze and
+    post-train are the same for all methods; random takes real images as they are, as a baseline."""
     out: Path | None = None
     """Folder for the results, new or empty."""
 
@@ -76,7 +76,7 @@ def select(name: str, argv: list[str], console: rich.console.Console, stop: Stop
 
 
 def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) -> None:
-    """``argv``: what follows a step of the decoupled methods; --method has the presets of one of them."""
+    """``argv``: what follows a step of the decoupled methods; --method selects the presets of one of them."""
     chosen = value_of(argv, "--method")
     if chosen is not None and chosen not in DECOUPLED:
         raise ValueError(f"--method: expected one of {', '.join(DECOUPLED)}, got {chosen!r}")
@@ -119,7 +119,7 @@ def _options_to_resume(name: str, argv: list[str]) -> dict[str, Any]:
 
 
 def _of_run(method: type[Method], kept: dict[str, Any], out: Path) -> tuple[Method, Inputs]:
-    """The hyper-parameters and inputs of the run that is gone on with, as far as its folder has them."""
+    """The hyper-parameters and inputs of the run to resume, as far as its folder has them."""
     path, wanted = out / "config.json", f"the options of a run of {method.name}"
     known = {f.name for f in fields(method.inputs)}
     given = {name: value for name, value in kept.items() if name in known}
@@ -179,7 +179,7 @@ def _parsed(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, An
 
 
 def _description(default: Method) -> str:
-    """What the job says of itself."""
+    """The job's own description."""
     return inspect.getdoc(get_type_hints(type(default).job)["return"]) or ""
 
 
@@ -199,7 +199,7 @@ def _how_to_go_on(words: str, run: Run) -> str:
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """What ``argv`` says to ``flag`` last, before it is parsed in earnest."""
+    """The last value of ``flag`` in ``argv``, before the actual parsing."""
     found = None
     for i, part in enumerate(argv):
         if part.startswith(f"{flag}="):

@@ -1,4 +1,4 @@
-"""What the commands print of a run's results."""
+"""How the commands print a run's results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["table_of"]
 
 @singledispatch
 def table_of(job: Job) -> Sequence[Any]:
-    """A job's results as the console shows them: tables, or words before the last line."""
+    """A job's results as shown on the console: tables, or words before the last line."""
     shown = {name: value for name, value in job.results.items() if not isinstance(value, dict | None)}
     if isinstance(accuracy := shown.get("accuracy"), float):
         shown["accuracy"] = [accuracy]

@@ -2,8 +2,8 @@
 
 `load` reads a whole data set into memory as normalised float32 images, the form in which every distillation method
 takes it. `DistilledSet` is the product of a distillation: a small safetensors file that carries its own normalisation
-and configuration. Pickles are written by `DistilledSet.export` alone, for code that reads those; CIFAR's own are read
-by an unpickler that admits numpy arrays and ordinary containers only.
+and configuration. Pickles are written only by `DistilledSet.export`, for code that reads those; CIFAR's own are read
+by an unpickler that admits only numpy arrays and ordinary containers.
 """
 
 from pydistill._atomic import put_in_place, write_atomic

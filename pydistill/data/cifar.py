@@ -1,4 +1,4 @@
-"""CIFAR's python batches, which are pickles: read by an unpickler that admits arrays and ordinary containers only."""
+"""CIFAR's python batches, which are pickles: read by an unpickler that admits only arrays and ordinary containers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _read_cifar(path: Path, wanted: str) -> dict[str, Any]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what a file of arrays needs, numpy arrays, dtypes and scalars, and containers; nothing that runs code."""
+    """Admits what a file of arrays needs: numpy arrays, dtypes, scalars and containers; nothing that runs code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
@@ -82,7 +82,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _decode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 spells bytes; the codecs module itself would admit decompression and more."""
+    """How protocol 2 encodes bytes; the codecs module itself would admit decompression and more."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes spelled in encoding {encoding!r}")
     return text.encode("latin1")

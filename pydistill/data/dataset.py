@@ -1,4 +1,4 @@
-"""A labelled image set in memory, in the form in which every distillation method takes it."""
+"""A labelled image set in memory, in the form that every distillation method takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Dataset:
     """A labelled image set in memory, normalised per channel with the mean and deviation of its training images.
 
     Attributes:
-        name: which set it is, one of `DATASETS` when it comes from `load`.
+        name: of the set, one of `DATASETS` if it comes from `load`.
         train_images: float32 ``[N, C, H, W]``, ``(pixel - mean) / std`` with pixels in ``[0, 1]``.
         train_labels: int64 ``[N]`` in ``[0, K)``.
         test_images: float32 ``[M, C, H, W]``, normalised with the *training* mean and deviation.
@@ -26,7 +26,7 @@ class Dataset:
         class_names: ``K`` names, in label order.
         mean: float32 ``[C]``, of the training pixels in ``[0, 1]``.
         std: float32 ``[C]``.
-        zca: what the images are whitened by, as pixels, after which mean is zero and std one; or None.
+        zca: the whitening of the images' pixels, after which mean is zero and std one; or None.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images of the set's space as pixels, ``[..., C, H, W]``."""
+        """Images in the set's space as pixels, ``[..., C, H, W]``."""
         if self.zca is not None:
             return self.zca.to(images.device).inverse(images)
         return images * self.std.to(images)[:, None, None] + self.mean.to(images)[:, None, None]
 
     def whitened(self, eps: float = 0.1) -> Dataset:
-        """The same set whitened by a `pydistill.whitening.ZCA` that is fitted on the pixels of its training images.
+        """The same set whitened by a `pydistill.whitening.ZCA` fitted on the pixels of its training images.
 
         Raises:
-            ValueError: the set is whitened already, or as `ZCA.fit` does.
+            ValueError: the set is already whitened, or as for `ZCA.fit`.
         """
         if self.zca is not None:
             raise ValueError(f"{self.name}: expected a set that is not whitened yet")
@@ -90,7 +90,7 @@ class Dataset:
         Args:
             ipc: images per class, at least 1.
             generator: a CPU generator; the global one by default.
-            preferred: bool ``[N]``, training images that are taken before any other of their class.
+            preferred: bool ``[N]``, training images that are taken before any others of their class.
 
         Returns:
             Images ``[K * ipc, C, H, W]`` (a copy), classes in order, and their labels ``[K * ipc]``.

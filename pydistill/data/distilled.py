@@ -1,4 +1,4 @@
-"""The product of a distillation, and the files that it is kept and exchanged in."""
+"""The product of a distillation, and the files in which it is stored and exchanged."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pydistill.whitening import ZCA
 
 __all__ = ["EXPORT_HEADER", "DistilledSet"]
 
-EXPORT_HEADER = "distilled.json"  # of a folder that DistilledSet.export wrote
+EXPORT_HEADER = "distilled.json"  # in a folder that DistilledSet.export wrote
 
 
 @dataclass(eq=False)
 class DistilledSet:
-    """A distilled data set: what a distillation makes and a student is trained on.
+    """A distilled data set: what a distillation produces and students are trained on.
 
     Attributes:
         images: float32 ``[N, C, H, W]``, in normalised space: a pixel is ``images * std + mean``.
@@ -35,12 +35,12 @@ class DistilledSet:
         lr: the learning rate that was learnt along with the images, for plain SGD students.
         mean: float32 ``[C]``, of the real training pixels in ``[0, 1]``.
         std: float32 ``[C]``.
-        config: what made it, as JSON-able values.
+        config: what made it, as values that JSON can hold.
         label_kind: ``"hard"`` for int64 labels, ``"logits"`` or ``"probs"`` for soft ones.
-        zca: what the images are whitened by, or None.
+        zca: the whitening of the images, or None.
 
     Raises:
-        ValueError: the shapes, the dtypes and ``label_kind`` do not agree.
+        ValueError: the shapes, dtypes and ``label_kind`` do not agree.
     """
 
     images: Tensor
@@ -80,7 +80,7 @@ class DistilledSet:
         return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
 
     def normalise(self, images: Tensor, dataset: Dataset) -> Tensor:
-        """Takes images of ``dataset``'s space, which is not whitened, to the space of this set."""
+        """Converts images from ``dataset``'s space, which is not whitened, to the space of this set."""
         if self.zca is not None:
             return self.zca.to(images.device)(dataset.pixels(images))
         return renormalise(images, (dataset.mean, dataset.std), (self.mean, self.std))
@@ -99,7 +99,7 @@ class DistilledSet:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, foreign, or lacks a tensor, named with what was expected.
+            ValueError: the file is truncated, foreign, or lacks a tensor; says which and what was expected.
         """
         tensors, header = read_safetensors(path, "distilled")
         missing = {"images", "labels", "lr", "mean", "std"} - tensors.keys()
@@ -128,19 +128,19 @@ class DistilledSet:
 
         ``images.pt`` holds the images, ``[N, C, H, W]`` in normalised space, ``labels.pt`` the labels and ``lr.pt`` the
         learning rate, a tensor of no dimensions; ``zca.pt`` the whitening of a whitened set. What those files cannot
-        say, the mean and deviation of the space, the kind of labels and the configuration, is in ``distilled.json``
+        hold, the mean and deviation of the space, the kind of labels and the configuration, is in ``distilled.json``
         beside them.
 
-        Other code takes the images to be in the space of its own test images: `renormalised` by
+        Other code assumes that the images are in the space of its own test images: `renormalised` by
         `REPOSITORY_NORMALISATION` makes them so. DD-Ranking's hard labels are the classes in order, an equal number of
         images each, whatever ``labels.pt`` says.
 
         Args:
-            folder: made where it is not there.
-            overwrite: take the place of an earlier export.
+            folder: created if missing.
+            overwrite: replace an earlier export.
 
         Raises:
-            FileExistsError: one of the files is there, and ``overwrite`` is not given.
+            FileExistsError: one of the files exists, and ``overwrite`` is not given.
         """
         folder = Path(folder)
         tensors = {
@@ -153,7 +153,7 @@ class DistilledSet:
             if path.exists() and not overwrite:
                 raise FileExistsError(f"{path}: expected no file there, since nothing said to overwrite it")
         folder.mkdir(parents=True, exist_ok=True)
-        about.unlink(missing_ok=True)  # what describes the tensors is there only while all of them are
+        about.unlink(missing_ok=True)  # the description of the tensors exists only while all of them do
         (folder / "zca.pt").unlink(missing_ok=True)
         if self.zca is not None:
             tensors["zca"] = self.zca.tensors()
@@ -177,20 +177,20 @@ class DistilledSet:
         """Reads a folder that `export`, a method repository (MTT, FTD, DATM) or a baseline of DD-Ranking has filled.
 
         It has ``images.pt``, ``labels.pt`` and possibly ``lr.pt``, or the same with ``_best`` before the dot. They are
-        read by ``torch.load(weights_only=True)``, which runs no code, once the checksums of their archives are
-        verified. What is given here goes before what the folder says.
+        read by ``torch.load(weights_only=True)``, which runs no code, after verifying the checksums of their archives.
+        Arguments take precedence over what the folder says.
 
         Args:
-            folder: with the files.
+            folder: contains the files.
             mean, std: one number per channel, of the space that the images are in; by default from ``distilled.json``.
             lr: learning rate of the students; by default from ``lr.pt``.
             label_kind: "hard", "logits" or "probs"; by default from ``distilled.json``, else "hard" for integers.
 
         Raises:
             FileNotFoundError: the images or the labels are missing.
-            ValueError: a file is truncated, damaged or holds something else, such as numbers that are not finite or
-                classes below 0, named with what was expected; or nothing says what the mean and deviation, the learning
-                rate, or the kind of floating-point labels are.
+            ValueError: a file is truncated, damaged or holds something else, such as non-finite numbers or classes
+                below 0; says which and what was expected. Or the mean and deviation, the learning rate, or the kind of
+                floating-point labels are not known.
         """
         folder = Path(folder)
         ending = "" if (folder / "images.pt").exists() or not (folder / "images_best.pt").exists() else "_best"
@@ -255,7 +255,7 @@ def _check_finite(path: Path, tensor: Tensor) -> None:
 
 
 def _read_export_header(path: Path) -> dict[str, Any]:
-    """What `DistilledSet.export` wrote beside its tensors; nothing where there is no such file."""
+    """What `DistilledSet.export` wrote beside its tensors; nothing if there is no such file."""
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that say what they are."""
+"""Tensors in self-describing safetensors files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def write_safetensors(
     """Writes tensors to a safetensors file, atomically, with a JSON object under ``pydistill`` in its metadata.
 
     The object has ``kind``, ``version``, ``config``, what ``more`` adds, and ``crc32`` of all that and of the tensors,
-    which safetensors itself has no checksum of. Equal content gives equal bytes.
+    for which safetensors itself has no checksum. Equal content gives equal bytes.
     """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry, since safetensors puts several in an order that changes from process to process.
+    # One entry, since safetensors writes several in an order that differs between processes.
     about = {"kind": kind, "version": 1, "config": config, **more}
     header = {"pydistill": json.dumps(about | {"crc32": _crc32(about, content)})}
     write_atomic(path, safetensors_bytes(content, header))
@@ -37,11 +37,11 @@ def write_safetensors(
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `write_safetensors` wrote: the tensors, and the object with the configuration under ``config``.
 
-    A file without a checksum, as earlier versions wrote it, is read as it stands.
+    A file without a checksum, as written by earlier versions, is read as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or damaged, is not a safetensors file, or is marked as something else than
+        ValueError: the file is truncated or damaged, is not a safetensors file, or is marked as something other than
             ``kind``.
     """
     path, wanted = Path(path), f"a pydistill file of kind {kind!r}, version 1"

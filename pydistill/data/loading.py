@@ -34,14 +34,14 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
         root: the folder with the files. For Fashion-MNIST the default is where Debian's package puts it; digits take
             none; the other two need one.
         image_size: height and width in pixels to which an image folder's pictures are resized and cropped (default
-            32), or to which the digits are enlarged (default 16); the other sets have a size of their own.
+            32), or to which the digits are enlarged (default 16); the other sets have a fixed size.
 
     Raises:
-        ValueError: an unknown name, an argument that the set does not take, or a truncated or foreign file, named
-            with what was expected in it.
+        ValueError: an unknown name, an argument that the set does not take, or a truncated or foreign file; says
+            which and what was expected.
         FileNotFoundError: a missing folder or file.
-        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed, or torchvision is broken
-            beside this torch.
+        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed, or torchvision does not
+            work with this torch.
     """
     if name not in DATASETS:
         raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -134,7 +134,7 @@ def _load_image_folder(folder: Path, image_size: int) -> Dataset:
         from torchvision.transforms import v2
     except ModuleNotFoundError as error:
         raise RuntimeError("image-folder needs torchvision, which is not installed: pip install torchvision") from error
-    except (ImportError, OSError, RuntimeError) as error:  # of its compiled operators, which are of another torch
+    except (ImportError, OSError, RuntimeError) as error:  # torchvision's compiled operators are for another torch
         kind = f"whl/cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "whl/cpu"
         raise RuntimeError(
             f"image-folder needs torchvision, and the one that is installed is broken beside torch {torch.__version__} "

@@ -1,4 +1,4 @@
-"""Divergences between distributions that networks put out, and which layer's attention to distil."""
+"""Divergences between networks' output distributions, and the choice of a layer whose attention to distil."""
 
 from pydistill.divergence.contrastive import contrastive_ce
 from pydistill.divergence.nmi import attention_nmi

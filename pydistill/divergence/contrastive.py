@@ -1,11 +1,11 @@
-r"""Cross entropy of similarities, with one positive a row or many: InfoNCE, CLIP, SupCon.
+r"""Cross entropy of similarities, with one positive per row or many: InfoNCE, CLIP, SupCon.
 
-Of row i, with s_ij = scale <q_i, k_j>, the keys j that it sees and P(i) its positives among them,
+For row i, with s_ij = scale <q_i, k_j>, the keys j that it sees and P(i) its positives among them,
 
     loss_i            = log sum_j exp(s_ij) - 1 / |P(i)| sum_{p in P(i)} s_ip
     d loss_i / d s_ij = softmax_j(s_i) - [j in P(i)] / |P(i)|
 
-The matrix s is made some rows at a time, and again in the backward pass; of the forward one a number a row is kept.
+The matrix s is made some rows at a time, and again in the backward pass; the forward pass keeps one number per row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydistill.ops._operator import check_plain_backend
 __all__ = ["contrastive_ce"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ELEMENTS_AT_ONCE = 1 << 20  # of s; some more such blocks stand beside it
+_ELEMENTS_AT_ONCE = 1 << 20  # of s; a few more blocks of this size are needed
 
 
 def contrastive_ce(
@@ -38,27 +38,27 @@ def contrastive_ce(
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Contrastive cross entropy of queries among keys, without keeping the similarities of all with all.
+    """Contrastive cross entropy of queries among keys, without keeping all pairwise similarities.
 
-    Without labels query i's positive is key i: equivalent to ``F.cross_entropy(scale * q @ k.T, torch.arange(B))`` of
-    normalised rows, InfoNCE (van den Oord et al., 2018); with ``symmetric`` the mean with the same of ``k @ q.T``, as
-    CLIP has it (Radford et al., ICML 2021). With labels its positives are all keys of its class, the loss being minus
-    the mean of their log softmax: SupCon (Khosla et al., NeurIPS 2020), of two views as rows of one q ::
+    Without labels, query i's positive is key i: equivalent to ``F.cross_entropy(scale * q @ k.T, torch.arange(B))`` of
+    normalised rows, InfoNCE (van den Oord et al., 2018); with ``symmetric``, averaged with the same of ``k @ q.T``, as
+    in CLIP (Radford et al., ICML 2021). With labels, its positives are all keys of its class, the loss being minus
+    the mean of their log softmax: SupCon (Khosla et al., NeurIPS 2020), for two views as rows of one q ::
 
         contrastive_ce(torch.cat([view1, view2]), None, scale=1 / 0.07, labels=y.repeat(2), exclude_self=True)
 
-    which FedLGD (Huang et al., TMLR 2024) takes between local and global synthetic images. Differentiable once in q, k
-    and scale; a second derivative raises ``NotImplementedError``. Equal bits from run to run, but not over thread
-    counts: torch's matrix product, on which it rests, splits its sums by them.
+    which FedLGD (Huang et al., TMLR 2024) uses between local and global synthetic images. Differentiable once in q, k
+    and scale; a second derivative raises ``NotImplementedError``. Equal bits across runs, but not across thread
+    counts, by which torch's matrix product splits its sums.
 
     Args:
         q: ``[B, d]`` queries; float32, float64, bfloat16 or float16, computed in float32 (float64 for float64).
-        k: ``[M, d]`` keys, dtype and device of q; None: the queries are the keys, which wants labels.
+        k: ``[M, d]`` keys, dtype and device of q; None: the queries are the keys, which requires labels.
         scale: factor on the similarities, 1 / temperature; a number, or a scalar tensor that may be learnt.
         labels: int64 ``[B]`` class numbers.
         labels_k: int64 ``[M]`` those of the keys; by default those of the queries.
-        symmetric: the mean of both directions; wants k.
-        exclude_self: query i does not see key i; wants as many keys as queries.
+        symmetric: the mean of both directions; requires k.
+        exclude_self: query i does not see key i; requires as many keys as queries.
         normalise: divide rows by their length first.
         reduction: "mean" over the queries that have a positive (NaN where none has), "sum", or "none": a query that has
             none counts zero.
@@ -68,7 +68,7 @@ def contrastive_ce(
         A scalar, or ``[B]`` for reduction "none"; in float32 or float64.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit.
         NotImplementedError: in the backward pass of a gradient.
     """
@@ -94,7 +94,7 @@ def contrastive_ce(
 def _blocks(
     q: Tensor, k: Tensor | None, labels: Tensor, labels_k: Tensor | None, exclude_self: bool
 ) -> Iterator[tuple]:
-    """Slices of the rows of q, with the unscaled similarities, what is not seen, and the positives, each ``[R, M]``."""
+    """Slices of the rows of q, with the unscaled similarities, the unseen keys and the positives, each ``[R, M]``."""
     k, labels_k = q if k is None else k, labels if labels_k is None else labels_k
     rows = max(1, _ELEMENTS_AT_ONCE // max(1, len(k)))
     column = torch.arange(len(k), device=q.device)
@@ -110,7 +110,7 @@ def _blocks(
 class _ContrastiveCE(torch.autograd.Function):
     """The rows' losses ``[B]``, their numbers of positives and their log sums of exponentials.
 
-    None for k or labels_k is q or labels: dynamo wants no tensor to come in twice.
+    None for k or labels_k means q or labels: dynamo does not accept the same tensor twice.
     """
 
     @staticmethod

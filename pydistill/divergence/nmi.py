@@ -1,4 +1,4 @@
-"""How much an attention map says: the normalised mutual information between its queries and keys."""
+"""How informative an attention map is: the normalised mutual information between its queries and keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attention_nmi(q: Tensor, k: Tensor, *, T: float | None = None) -> Tensor:
     ``attention_nmi(q, k).mean()``. Equivalent, for one head with ``p = softmax(q @ k.T / T, -1)``, to
     ``(p * (p / p.mean(0)).log()).sum(-1).mean() / (log(N) * -(p.mean(0) * p.mean(0).log()).sum()).sqrt()``.
 
-    Maps are made a few heads at a time, so that memory holds 16 MiB of them in float32 (one head's where that is more).
+    Maps are made a few heads at a time, so that they take 16 MiB in float32 (or one head's map if that is larger).
 
     Args:
         q: queries ``[..., N, d]``; float32, float64, bfloat16 or float16. Arithmetic is in float32 (float64 for
@@ -32,8 +32,8 @@ def attention_nmi(q: Tensor, k: Tensor, *, T: float | None = None) -> Tensor:
         T: what scores are divided by; ``sqrt(d)`` by default.
 
     Returns:
-        ``[...]``, a value per head, float32 or float64, in [0, 1] up to rounding. Zero where N or M is one, whose
-        entropy is zero, and where all queries attend to one key.
+        ``[...]``, a value per head, float32 or float64, in [0, 1] up to rounding. Zero if N or M is one, whose entropy
+        is zero, and if all queries attend to one key.
 
     Raises:
         TypeError: an argument is no floating tensor.
@@ -74,7 +74,7 @@ def _of_heads(q: Tensor, k: Tensor, T: float) -> Tensor:
     if q.shape[1] == 1:
         return 0 * of_keys
     shared = information / (math.log(q.shape[1]) * of_keys).sqrt()
-    # where all attend to one key there is no entropy, or what rounding leaves of it, and nothing to be shared
+    # if all attend to one key, the entropy is zero up to rounding, and nothing is shared
     return torch.where(of_keys <= torch.finfo(q.dtype).eps, torch.zeros_like(shared), shared)
 
 

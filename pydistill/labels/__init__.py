@@ -1,4 +1,4 @@
-"""Soft labels: stored with what replays their augmentation and trained on as stored, or made by a label projector."""
+"""Soft labels: stored with their augmentation's records and trained on as stored, or made by a label projector."""
 
 from pydistill.labels.dataset import SoftLabelDataset, StoredBatches, collate_soft_labels
 from pydistill.labels.fkd import import_fkd

@@ -1,19 +1,19 @@
-"""The file of a `SoftLabelStore`, as data-loader workers read it: NumPy and `_host`, and no torch.
+"""The file of a `SoftLabelStore`, as data-loader workers read it: NumPy and `_host`, without torch.
 
 A `StoreFile`. All integers are little-endian::
 
-    header      JSON: sizes, format, temperature, which images, and what the maker says about them
-    classifier  float32 [C, D] and [C], of the format that keeps features only
-    table       [epochs, blocks] entries: crc32 of a block's images and of its rows, number of rows, how far gradients
-                of its labels are off, a check of these
+    header      JSON: sizes, format, temperature, which images, and the maker's metadata
+    classifier  float32 [C, D] and [C], only in the format that keeps features
+    table       [epochs, blocks] entries: crc32 of a block's images and of its rows, number of rows, gradient errors of
+                its labels, a check of these
     blocks      [epochs, blocks], each at a multiple of 64 bytes: images uint32 [batch_size], rows
                 [batch_size, row_bytes]
 
-A row is a label and the bytes of its augmentation. A block holds one written batch, in its order, and zeros behind it.
-A write puts the block down, syncs, and only then writes its entry: a process that is killed at any moment leaves a file
-that lacks at most the block under way, and writing that one again makes the file that it would have been.
+A row is a label and the bytes of its augmentation. A block holds one written batch, in its order, padded with zeros.
+A write stores the block, syncs, and only then writes its entry: a process that is killed at any moment leaves a file
+that lacks at most the block in progress, and writing that block again gives the same file as without interruption.
 
-Version 1 says nothing of gradients, and its "topk8" has the same step in all rows.
+Version 1 has no gradient errors, and its "topk8" has the same step in all rows.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pydistill import _host
 from pydistill._store_file import StoreFile, check_of, round_up
 
 FORMATS = ("fp32", "fp16", "bf16", "logits8", "features8", "topk", "topk8")
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # of a number of the formats that keep them as they come
-ROW_STEP, CLASSIFIER = "row_step", "classifier"  # flags: "topk8" whose rows have steps of their own; "features8"
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # per number, of the formats that keep numbers unchanged
+ROW_STEP, CLASSIFIER = "row_step", "classifier"  # flags: "topk8" with a step per row; "features8"
 
 Format = Literal["fp32", "fp16", "bf16", "logits8", "features8", "topk", "topk8"]
 Sources = Literal["batch", "images"]
 
 _WITHOUT_ERRORS = np.dtype([(name, "<u4") for name in ("images", "rows", "count", "check")])
-# the errors are float32, kept as their bits
+# the errors are float32, stored as bits
 _ENTRY = np.dtype([(name, "<u4") for name in ("images", "rows", "count", "fresh", "near", "check")])
 
 
@@ -63,13 +63,13 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what each field has to be
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What a row of bytes means: the label first, then the record, then zeros up to where its numbers may begin."""
+    """The layout of a row of bytes: the label, then the record, then zeros for alignment."""
 
     num_classes: int
     format: Format
     k: int  # 0 for all but the top-k formats
-    step: float  # of the logarithms of "topk8", at most, else 0
-    group: int  # numbers that share an offset and a step, of the linear formats, else 0
+    step: float  # largest step of the logarithms of "topk8", else 0
+    group: int  # numbers that share an offset and a step in the linear formats, else 0
     features: int  # of "features8", else 0
     target: Literal["logits", "probs"]
     temperature: float
@@ -79,7 +79,7 @@ class RowLayout:
 
     @property
     def codes(self) -> int:
-        """Numbers of 8 bits, of the linear formats."""
+        """How many 8-bit numbers a row of the linear formats has."""
         return self.features or self.num_classes
 
     @property
@@ -96,11 +96,11 @@ class RowLayout:
 
 
 class LabelReader(StoreFile):
-    """A label file, read where it is asked for; `SoftLabelStore` is what users open.
+    """A label file, read on demand; `SoftLabelStore` is what users open.
 
-    The checksums of a block are verified the first time that an object reads from it. Pickled, it is opened again.
+    The checksums of a block are verified the first time that an object reads from it. Unpickling opens the file again.
 
-    A file that has become shorter than what is asked for is a ValueError; `pydistill._store_file` says up to where.
+    A file that has become too short for what is asked for is a ValueError; see `pydistill._store_file` for its limits.
     """
 
     _kind, _magic, _version, _fields = "a label store", b"PYDLABEL", 2, _HEADER
@@ -149,7 +149,7 @@ class LabelReader(StoreFile):
         self._size = self._blocks_at + self.epochs * self.blocks * self._block_bytes
 
     def holds(self, epoch: int, block: int) -> bool:
-        """Whether batch number ``block`` of an epoch is there; a run that was killed goes on at the first that is not.
+        """Whether batch number ``block`` of an epoch is there; a killed run continues at the first that is not.
 
         Raises:
             IndexError: there is no such epoch or block.
@@ -161,7 +161,7 @@ class LabelReader(StoreFile):
 
     @property
     def completed(self) -> int:
-        """How many epochs, from the first on, have the labels of all images."""
+        """How many epochs, counted from the first, have the labels of all images."""
         labelled = np.where(self._whole, self._table["count"], 0).sum(1) == len(self.images)
         return int(np.logical_and.accumulate(labelled).sum())
 
@@ -170,7 +170,7 @@ class LabelReader(StoreFile):
         return self.images[self._places_of(epoch)[self.images] < 0]
 
     def check_complete(self, epochs: int | None = None) -> None:
-        """ValueError where one of the first ``epochs`` epochs (by default all) lacks labels: names them, loses nothing.
+        """ValueError naming those of the first ``epochs`` epochs (by default all) that lack labels; changes nothing.
 
         Raises:
             ValueError: labels are missing, or the store has fewer epochs.
@@ -189,15 +189,15 @@ class LabelReader(StoreFile):
             )
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The images of an epoch as they were written, batch after batch: what a ``DataLoader`` takes as batch_sampler.
+        """The images of an epoch as they were written, batch by batch: a ``DataLoader``'s batch_sampler.
 
-        Records that speak of a place in their batch, as those of mixed images do, hold for these batches.
+        Records that refer to a place in their batch, as those of mixed images do, are valid for these batches.
         """
         self._check_epoch(epoch)
         return [self._ids_of(epoch, block).tolist() for block in self._blocks_of(epoch)]
 
     def places(self, epoch: int, images: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Where labels stand: block * batch_size + row, int64 ``[n]``; errors as of `rows`."""
+        """Where labels are stored: block * batch_size + row, int64 ``[n]``; errors as for `rows`."""
         return self._find(epoch, np.asarray(images))
 
     def rows(self, epoch: int, images: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -205,10 +205,10 @@ class LabelReader(StoreFile):
 
         Raises:
             IndexError: there is no such epoch or image.
-            ValueError: a label is not there yet, or the block that it stands in is damaged.
+            ValueError: a label is not there yet, or its block is damaged.
         """
         blocks, inside = np.divmod(self._find(epoch, np.asarray(images)), self.batch_size)
-        wanted = np.bincount(blocks) > 0  # up to the last block that is
+        wanted = np.bincount(blocks) > 0  # up to the last wanted block
         self._check_reaches(self._block_at(epoch, len(wanted)))
         for block in np.flatnonzero(wanted & ~self._verified[epoch, : len(wanted)]):
             self._check_crc("rows", epoch, block, _host.crc32(self._rows[epoch, block, : self._count(epoch, block)]))
@@ -216,7 +216,7 @@ class LabelReader(StoreFile):
         return self._rows[epoch, blocks, inside]
 
     def classifier_bytes(self) -> np.ndarray:
-        """The weight ``[C, D]`` and the bias ``[C]`` of "features8", uint8; ValueError where they are damaged."""
+        """The weight ``[C, D]`` and the bias ``[C]`` of "features8", uint8; ValueError if they are damaged."""
         data = self._read(self._fixed_at, self._fixed_bytes)
         wanted, found = self.header["classifier_crc32"], _host.crc32(data)
         if wanted != found:
@@ -224,7 +224,7 @@ class LabelReader(StoreFile):
         return data
 
     def verify(self) -> None:
-        """Reads everything; ValueError for the first block whose checksum is not that of its bytes."""
+        """Reads everything; ValueError for the first block whose checksum does not match its bytes."""
         if self.layout.features:
             self.classifier_bytes()
         for epoch in range(self.epochs):
@@ -260,7 +260,7 @@ class LabelReader(StoreFile):
         return found
 
     def _places_of(self, epoch: int) -> np.ndarray:
-        """int64 ``[num_images]``: block * batch_size + row, -1 for no label; those of two epochs are kept."""
+        """int64 ``[num_images]``: block * batch_size + row, -1 for no label; cached for two epochs."""
         self._check_epoch(epoch)
         self._check_open()
         if epoch not in self._places:

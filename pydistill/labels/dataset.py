@@ -1,4 +1,4 @@
-"""Images with their stored labels, for a ``DataLoader`` as it comes."""
+"""Images with their stored labels, for a plain ``DataLoader``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["SoftLabelDataset", "StoredBatches", "collate_soft_labels"]
 
 
 class SoftLabelDataset(Dataset):
-    """Map-style: item i is image i with its label and record of the current epoch.
+    """Map-style: item i is image i with its label and record at the current epoch.
 
     ::
 
@@ -30,19 +30,19 @@ class SoftLabelDataset(Dataset):
                 images = multi_crop(images, labels.crops(), 224)
                 loss = labels.loss(student(images))
 
-    Workers may be forked, spawned and persistent: the epoch is in shared memory. `set_epoch` is called between
-    iterations of the loader, and not during one; `SoftLabels` says of which epoch it is.
+    Workers may be forked, spawned and persistent: the epoch is in shared memory. Call `set_epoch` between iterations
+    of the loader, not during one; `SoftLabels` says which epoch it is of.
 
     Args:
         images: a tensor ``[num_images, ...]``, or a map-style data set whose items are an image, or a tuple that
-            begins with one; image i of the store is item i. None where the images need not pass through the loader,
-            such as those that lie on the student's device: items are (None, labels), and ``labels.images`` says which.
+            begins with one; image i of the store is item i. None if the images need not pass through the loader, for
+            example if they are on the student's device: items are (None, labels), and ``labels.images`` says which.
         store: of labels, open for reading.
         epoch: the first.
 
     Raises:
-        IndexError: the store is not made for that epoch.
-        ValueError: there are not as many images as the store speaks of, it is open for writing, or lacks labels of the
+        IndexError: the store has no such epoch.
+        ValueError: the number of images is not the store's, the store is open for writing, or it lacks labels of the
             epoch.
     """
 
@@ -60,7 +60,7 @@ class SoftLabelDataset(Dataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Whose labels come next; errors as of the class."""
+        """Sets the epoch whose labels come next; errors as for the class."""
         if (lacking := self.store.missing(epoch)).size:
             raise ValueError(
                 f"{self.store.path}: epoch {epoch} lacks the labels of {lacking.size} of {len(self.store)} images, the "
@@ -76,7 +76,7 @@ class SoftLabelDataset(Dataset):
         return None if self.images is None else self.images[index], self._read([index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Any, SoftLabels]:
-        """A batch at once, which torch's loader asks for where it can."""
+        """A whole batch, which torch's loader asks for if available."""
         labels = self._read(indices)
         if self.images is None:
             return None, labels
@@ -91,7 +91,7 @@ class SoftLabelDataset(Dataset):
 
 
 def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:
-    """The ``collate_fn`` of a loader over a `SoftLabelDataset`: images, and the `SoftLabels` of all of them."""
+    """The ``collate_fn`` of a loader over a `SoftLabelDataset`: the images and their joint `SoftLabels`."""
     if isinstance(batch, tuple):
         return batch
     images, labels = zip(*batch, strict=True)
@@ -102,8 +102,8 @@ def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabe
 class StoredBatches(Sampler[list[int]]):
     """The batches of a data set's current epoch as they were written, in that order: a loader's ``batch_sampler``.
 
-    Where images were mixed within their batch (mixup, cutmix), their partners are in these batches, and
-    `SoftLabels.crops` refuses others that lack one. Any other sampler serves as well where they were not.
+    If images were mixed within their batch (mixup, cutmix), their partners are in these batches, and
+    `SoftLabels.crops` refuses batches that lack one. If not, any other sampler will do.
     """
 
     def __init__(self, data: SoftLabelDataset):

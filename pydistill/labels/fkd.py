@@ -1,4 +1,4 @@
-"""Reading the labels that the code of SRe2L and its descendants (CDA, DWA, LPLD) saves."""
+"""Reads the labels that the code of SRe2L and its descendants (CDA, DWA, LPLD) saves."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def import_fkd(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> SoftLabelStore:
-    """Makes a store of ``epoch_{e}/batch_{b}.tar`` as SRe2L's ``generate_soft_label.py`` saves them.
+    """Makes a store from the ``epoch_{e}/batch_{b}.tar`` files that SRe2L's ``generate_soft_label.py`` saves.
 
-    Those files do not say which images they are of: their readers draw the same permutations again, by torch's
+    Those files do not say which images they are of: their readers redraw the same permutations, by torch's
     ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Crops, flips, mixup and
     cutmix become records of `pydistill.augment.multi_crop`, which `SoftLabels.crops` returns; their sources are places
     in a batch, so batches stay together: see `SoftLabelStore.batches`. (That code resizes 8-bit images by PIL, which
-    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``, once the
-    checksums of their archives are verified.
+    rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``, after
+    verifying the checksums of their archives.
 
     Args:
-        folder: with the folders of the epochs.
+        folder: contains the folders of the epochs.
         path: the store to make, atomically.
-        image_size: height and width of the images, of which the files' crops are fractions.
-        out_size: height and width that crops are resized to (``--input-size``), in which cutmix boxes are.
+        image_size: height and width of the images; the files' crops are fractions of it.
+        out_size: height and width that crops are resized to (``--input-size``); cutmix boxes refer to it.
         seed: of the permutations.
         order: the images of each epoch in the order of its labels, instead of those of the seed.
         format: None keeps every bit of the files' logits: "fp32", "fp16" or "bf16", as they are saved. The others lose
@@ -61,13 +61,13 @@ def import_fkd(
             gradient comes from all classes: the top 10 of 1,000 keep next to nothing of it.
 
     Returns:
-        The store, open for reading; its metadata say besides that it was imported, and with which seed.
+        The store, open for reading; its metadata also say that it was imported, and with which seed.
 
     Raises:
         FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
         FileNotFoundError: an epoch or a batch is missing; names it.
         ValueError: a file is truncated, foreign, damaged, does not fit the first, or has logits of more bits; names it.
-            No store is made then.
+            Then no store is made.
     """
     folder, path = Path(folder), Path(path)
     check_replaceable(path, overwrite)
@@ -115,7 +115,7 @@ def import_fkd(
 
 
 def _count(folder: Path, name: str) -> int:
-    """How many are there, numbered from 0; FileNotFoundError for a gap."""
+    """How many there are, numbered from 0; FileNotFoundError for a gap."""
     found = len(list(folder.glob(name.format("*"))))
     for number in range(max(found, 1)):
         if not (folder / name.format(number)).exists():
@@ -154,7 +154,7 @@ def _convert(file: Path, n: int, num_classes: int, image_size: int, out_size: in
     if mix_index is not None:
         if not ((mix_index >= 0) & (mix_index < n)).all():
             raise ValueError(f"{file}: mix_index: expected places in a batch of {n}, got {mix_index.tolist()!r:.60}")
-        # mixup paints the partner over all, cutmix over a box: rows and columns from the first up to the second
+        # mixup paints the partner over the whole image, cutmix over a box: rows and columns, first to last + 1
         alpha, box = (1 - float(lam), None) if bbox is None else (1.0, tuple(int(bbox[i]) for i in (0, 2, 1, 3)))
         parts.append(crop_record(crops[mix_index], flip[mix_index], mix_index, out_size, alpha, box))
     return logits, torch.stack(parts, 1)

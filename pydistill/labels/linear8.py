@@ -1,6 +1,6 @@
-"""Numbers in 8 bits, on a line of their own for every so many: what "logits8" and "features8" are made of.
+"""Numbers in 8 bits, linear per group: the encoding of "logits8" and "features8".
 
-A row is, for each group of numbers, an offset and a step in float16, and then the codes of all: offset + step * code.
+A row is an offset and a step in float16 for each group of numbers, then the codes of all: offset + step * code.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor
 
 __all__ = ["CLASSES", "pack", "unpack"]
 
-CLASSES = 32  # that share a line in "logits8": 12 % more bytes than one line a row, and half its error
+CLASSES = 32  # per group in "logits8": 12 % more bytes than one group per row, and half its error
 _LEVELS = 255
 
 
 def pack(values: np.ndarray, group: int) -> np.ndarray:
-    """Rows, uint8 ``[n, 4 * G + m]``, of float32 ``[n, m]`` in G groups of ``group`` numbers, the last of what is left.
+    """Rows, uint8 ``[n, 4 * G + m]``, of float32 ``[n, m]`` in G groups of ``group`` numbers, the last with the rest.
 
-    Every number comes back within half a step, which is a 255th of what its group spans. Lines of groups that float16
-    cannot hold are infinite.
+    Every number is recovered to within half a step, which is a 255th of its group's range. The offset and step of
+    groups that float16 cannot hold are infinite.
     """
     n, m = values.shape
     groups = -(-m // group)
@@ -29,13 +29,13 @@ def pack(values: np.ndarray, group: int) -> np.ndarray:
         offset = _towards(parts.min(2), -np.inf)
         step = _towards((parts.max(2) - offset.astype(np.float32)) / _LEVELS, np.inf)
         codes = (parts - offset.astype(np.float32)[..., None]) / step.astype(np.float32)[..., None]
-        codes = np.nan_to_num(codes).round().clip(0, _LEVELS).astype(np.uint8)  # of a step of zero: zero
+        codes = np.nan_to_num(codes).round().clip(0, _LEVELS).astype(np.uint8)  # zero for a step of zero
     lines[..., 0], lines[..., 1] = offset, step
     return np.concatenate([lines.reshape(n, -1).view(np.uint8), codes.reshape(n, -1)[:, :m]], 1)
 
 
 def unpack(rows: Tensor, m: int, group: int, device: torch.device) -> Tensor:
-    """The numbers, float32 ``[n, m]`` on ``device``, of rows on the CPU that may be longer."""
+    """The numbers, float32 ``[n, m]`` on ``device``, of rows on the CPU, which may be longer."""
     groups = -(-m // group)
     lines = rows[:, : 4 * groups].view(torch.float16).to(device).float().view(-1, groups, 1, 2)
     numbers = torch.empty(len(rows), groups * group, device=device, dtype=torch.float32)
@@ -47,7 +47,7 @@ def unpack(rows: Tensor, m: int, group: int, device: torch.device) -> Tensor:
 
 
 def _towards(values: np.ndarray, end: float) -> np.ndarray:
-    """In float16, and never on the other side."""
+    """Rounded to float16 in the direction of ``end``."""
     half = values.astype(np.float16)
     passed = half.astype(np.float32) > values if end < 0 else half.astype(np.float32) < values
     return np.where(passed, np.nextafter(half, np.float16(end)), half)

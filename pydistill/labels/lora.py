@@ -16,26 +16,26 @@ __all__ = ["LoRAConv", "LoRALinear", "add_lora", "lora_logits"]
 def lora_logits(
     x: Tensor, W: Tensor, A: Tensor, Bm: Tensor, scale: float = 1.0, *, reduction: Literal["none", "mean"] = "none"
 ) -> Tensor:
-    """Logits of M teachers that share the frozen head ``W`` and have a low-rank change of it each.
+    """Logits of M teachers that share the frozen head ``W``, each with its own low-rank change of it.
 
     Equivalent to ``torch.stack([x @ (W + scale * B @ a).T for a, B in zip(A, Bm)])``, and of that ``.mean(0)`` with
     ``reduction="mean"``, without the M changed heads: ``x @ W.T`` is computed once, and all factors ``A`` are one
     matrix product. The mean is that of a single teacher of rank M r, so ``[M, B, C]`` is not written either. HeLlO (Yu
-    et al., ICCV 2025) labels so. Differentiable to any order by torch.
+    et al., ICCV 2025) labels this way. Differentiable to any order by torch.
 
     Args:
         x: ``[B, d]`` features.
         W: ``[C, d]`` frozen head.
-        A: ``[M, r, d]``, one teacher's factor each; or ``[r, d]``, of a single teacher.
+        A: ``[M, r, d]``, a factor per teacher; or ``[r, d]`` for a single teacher.
         Bm: ``[M, C, r]``, or ``[C, r]``.
         scale: of the change.
         reduction: "none", or the "mean" over teachers.
 
     Returns:
-        ``[M, B, C]``, or ``[B, C]`` of a single teacher or a mean; the dtype of x.
+        ``[M, B, C]``, or ``[B, C]`` for a single teacher or a mean; the dtype of x.
 
     Raises:
-        TypeError: an argument is no floating tensor, or dtypes differ.
+        TypeError: an argument is not a floating tensor, or dtypes differ.
         ValueError: a shape, device or option does not fit.
     """
     _check(x, W, A, Bm, scale, reduction)
@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
 
     Args:
         base: the layer, which is frozen in place.
-        rank: r, at most the smaller side of the weight is of use.
+        rank: r; more than the smaller side of the weight is of no use.
         scale: of the change.
 
     Raises:
@@ -100,7 +100,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The changed weight, for modules such as ``nn.MultiheadAttention`` that read it past ``forward``."""
+        """The changed weight, for modules such as ``nn.MultiheadAttention`` that read it and bypass ``forward``."""
         return self.base.weight + self.scale * self.B @ self.A
 
     @property
@@ -117,7 +117,7 @@ class LoRAConv(nn.Module):
         scale: of the change.
 
     Raises:
-        ValueError: a rank below 1, or a convolution in groups.
+        ValueError: a rank below 1, or a grouped convolution.
     """
 
     def __init__(self, base: nn.Conv2d, rank: int, scale: float = 1.0):
@@ -141,10 +141,10 @@ def add_lora(encoder: nn.Module, rank: int, scale: float = 1.0) -> nn.Module:
     """A frozen copy of ``encoder``, in evaluation mode, with trainable factors beside linear layers and convolutions.
 
     Depthwise and grouped convolutions stay as they are, and so does the input projection of ``nn.MultiheadAttention``,
-    which is a parameter and no layer.
+    which is a parameter, not a layer.
 
     Raises:
-        ValueError: a rank below 1, or no layer that takes factors.
+        ValueError: a rank below 1, or no layer that can take factors.
     """
     found = copy.deepcopy(encoder).requires_grad_(False).eval()
     if not _replace(found, rank, scale):

@@ -1,6 +1,6 @@
 """Label projectors: a small file beside a frozen encoder that makes soft labels while a student trains.
 
-HeLlO ("Heavy Labels Out! Dataset Distillation with Label Space Lightening", Yu et al., ICCV 2025) keeps no label: a
+HeLlO ("Heavy Labels Out! Dataset Distillation with Label Space Lightening", Yu et al., ICCV 2025) stores no labels: a
 student's augmented images go through a public encoder (CLIP), low-rank factors beside its weights and a linear head
 that starts at the embeddings of the classes' names, all fitted to weak teachers of the data set.
 """
@@ -31,16 +31,16 @@ class Projector(nn.Module):
     mode leaves the encoder in evaluation mode. `save` writes the factors and the head, not the encoder.
 
     Args:
-        encoder: images to features ``[B, d]``; copied, and frozen but for the factors.
-        class_embeddings: ``[C, d]``, of the classes' names by CLIP's text tower or of anything else that points where
-            the class lies; rows are normalised and times ``temperature``.
-        rank: of the encoder's factors; 0 leaves it without.
-        head_rank: of the head's.
+        encoder: images to features ``[B, d]``; copied, and frozen except for the factors.
+        class_embeddings: ``[C, d]``, of the classes' names by CLIP's text tower, or anything else that points towards
+            the class; rows are normalised and multiplied by ``temperature``.
+        rank: of the encoder's factors; 0: none.
+        head_rank: of the head's factors.
         teachers: M.
-        temperature: length of the head's rows. Features are normalised too, so it is the largest logit at the start.
+        temperature: length of the head's rows. Features are normalised too, so initially logits are at most this.
 
     Raises:
-        ValueError: embeddings that are no matrix or not finite, a rank or a count that is too small.
+        ValueError: embeddings that are not a matrix or not finite, a rank or a count that is too small.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Projector(nn.Module):
         return lora_logits(self.features(images), self.W, self.A, self.B)
 
     def loss(self, images: Tensor, targets: Tensor, labels: Tensor, ce_weight: float = 1.0) -> Tensor:
-        """What fits it: the mean over teachers of ``mse(f_m(x), targets[m]) + ce_weight * ce(f_m(x), labels)``.
+        """The fitting loss: the mean over teachers of ``mse(f_m(x), targets[m]) + ce_weight * ce(f_m(x), labels)``.
 
         Args:
             images: ``[B, C, H, W]``.
             targets: ``[M, B, C]``, logits of the weak teachers on the same images.
             labels: int64 ``[B]``.
-            ce_weight: of the cross entropy.
+            ce_weight: weight of the cross entropy.
 
         Raises:
             ValueError: targets of another shape.
@@ -108,16 +108,16 @@ class Projector(nn.Module):
         return F.mse_loss(found, targets) + ce_weight * cross_entropy
 
     def factors(self) -> dict[str, Tensor]:
-        """What is trained, by name."""
+        """The trained tensors by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @property
     def num_bytes(self) -> int:
-        """Of the factors and the head, as they are in memory: what `save` writes but for the header."""
+        """Bytes of the factors and the head in memory: what `save` writes, without the header."""
         return sum(t.numel() * t.element_size() for t in (*self.factors().values(), self.W))
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None, **config: Any) -> int:
-        """Writes factors and head to a safetensors file, atomically; as ``dtype`` where given. Returns its bytes."""
+        """Writes factors and head to a safetensors file, atomically; as ``dtype`` if given. Returns its bytes."""
         tensors = {**self.factors(), "W": self.W}
         kept = {name: t.detach().to(dtype or t.dtype) for name, t in tensors.items()}
         write_safetensors(path, kept, _KIND, {**self.config, **config})
@@ -125,7 +125,7 @@ class Projector(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], encoder: nn.Module) -> Projector:
-        """Reads what `save` wrote, beside the encoder that it was fitted to.
+        """Reads what `save` wrote, for the encoder that it was fitted to.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -147,10 +147,10 @@ class Projector(nn.Module):
 
 
 def feature_distance(encoder: nn.Module, images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """``mse(E(p), E(up(down(p))))``: how much of what the encoder sees is lost when images are kept at a smaller size.
+    """``mse(E(p), E(up(down(p))))``: how much of what the encoder sees is lost when images are stored smaller.
 
-    HeLlO's update of its images lowers it. ``down`` is an antialiased bilinear interpolation to ``size``, ``up`` a
-    bilinear one back.
+    HeLlO's update of its images lowers it. ``down`` is antialiased bilinear interpolation to ``size``, ``up`` bilinear
+    interpolation back.
 
     Args:
         encoder: images to features.

@@ -10,17 +10,17 @@ from pydistill.augment.record import HEADER, MAGIC, PACKED, record_from_bytes, r
 
 __all__ = ["CROP_BYTES"]
 
-CROP_BYTES = PACKED.itemsize  # of a part; mixup and cutmix take two parts
+CROP_BYTES = PACKED.itemsize  # per part; mixup and cutmix take two parts
 
 
 def pack(record: Tensor) -> np.ndarray:
-    """float32 ``[B, P, 14]`` as uint8 ``[B, P * CROP_BYTES]``; errors as of `pydistill.augment.record_to_bytes`."""
+    """float32 ``[B, P, 14]`` as uint8 ``[B, P * CROP_BYTES]``; errors as for `pydistill.augment.record_to_bytes`."""
     data = np.frombuffer(record_to_bytes(record), np.uint8, offset=HEADER.size)
     return data.reshape(len(record), record.shape[1] * CROP_BYTES)
 
 
 def unpack(rows: Tensor) -> Tensor:
-    """What `pack` made these rows of, to the bit."""
+    """The inverse of `pack`, to the bit."""
     parts, rest = divmod(rows.shape[1], CROP_BYTES)
     if rest or not parts:
         raise ValueError(f"records: expected {CROP_BYTES} bytes a part as multi_crop's have, got {rows.shape[1]}")

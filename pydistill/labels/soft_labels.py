@@ -1,4 +1,4 @@
-"""A batch out of a label store, in the bytes that it is stored in, and the loss against it."""
+"""A batch from a label store, in its stored bytes, and the loss against it."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, eq=False)
 class SoftLabels:
-    """Labels of B images at an epoch, decoded when they are asked for.
+    """Labels of B images at an epoch, decoded on demand.
 
     A label of the formats "topk" and "topk8" is a distribution: k classes, their probabilities, and the mass of the
     other C - k classes, spread evenly over them (Dataset Reinforcement's "smooth", Faghri et al., ICCV 2023). The
     probabilities are stored relative to the largest, and add up to one minus the mass, which is stored in float32. A
-    label of the other formats is a row of logits, or of probabilities, as it was written or nearly so.
+    label of the other formats is a row of logits, or of probabilities, exactly or nearly as written.
 
     Attributes:
         images: int64 ``[B]``.
         rows: uint8 ``[B, row_bytes]``, on the CPU: label, then record.
         layout: what these bytes mean.
-        epoch: which the labels are of.
+        epoch: of the labels.
         device: where decoded labels go.
-        classifier: weight ``[C, D]`` and bias ``[C]``, float32, of "features8".
-        places: of labels that came through a `SoftLabelDataset`, int64 ``[B]``: which block they stand in, and where,
-            as `LabelReader.places` gives it.
+        classifier: weight ``[C, D]`` and bias ``[C]``, float32, for "features8".
+        places: for labels that came through a `SoftLabelDataset`, int64 ``[B]``: their block and row, as given by
+            `LabelReader.places`.
     """
 
     images: Tensor
@@ -56,7 +56,7 @@ class SoftLabels:
         return len(self.rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes a small batch goes as its bytes: a tensor takes a shared-memory file of its own."""
+        """Between processes a small batch goes as its bytes: a tensor would take its own shared-memory file."""
         rest = self.layout, self.epoch, self.device, self.classifier
         if self.rows.numel() > _SMALL:
             return SoftLabels, (self.images, self.rows, *rest, self.places)
@@ -65,20 +65,20 @@ class SoftLabels:
 
     @property
     def records(self) -> Tensor:
-        """What replays the images' augmentation, uint8 ``[B, record_bytes]``, on the CPU, a view."""
+        """The records of the images' augmentation, uint8 ``[B, record_bytes]``, on the CPU, a view."""
         first = self.layout.label_bytes
         return self.rows[:, first : first + self.layout.record_bytes]
 
     def crops(self) -> Tensor:
         """Records that `write` got from `pydistill.augment.MultiCrop`: float32 ``[B, P, 14]``, as `multi_crop` takes.
 
-        What came through a `SoftLabelDataset` names places in its own batch, in whatever order that was drawn. What
-        `SoftLabelStore.read` gave says what was written: places in the written batch, or images of the set, as the
-        store's ``sources`` say.
+        Labels that came through a `SoftLabelDataset` name places in their own batch, in whatever order it was drawn.
+        Those from `SoftLabelStore.read` name what was written: places in the written batch, or images of the set,
+        according to the store's ``sources``.
 
         Raises:
-            ValueError: the records are of another length than those; or an image was mixed with one that is not in the
-                batch, as happens in a shuffled loader: take `StoredBatches`.
+            ValueError: the records are of another length; or an image was mixed with one that is not in the batch, as
+                happens in a shuffled loader: use `StoredBatches`.
         """
         record = unpack(self.records)
         if self.places is not None and len(record):
@@ -123,7 +123,7 @@ class SoftLabels:
     def dense(self) -> Tensor:
         """The logits or probabilities of all but the top-k formats, ``[B, C]``.
 
-        In the dtype that "fp32", "fp16" and "bf16" say, a view on the CPU; in float32 of "logits8" and "features8".
+        In the dtype of "fp32", "fp16" and "bf16", a view on the CPU; in float32 for "logits8" and "features8".
         """
         layout = self.layout
         if layout.k:
@@ -138,7 +138,7 @@ class SoftLabels:
 
     @property
     def features(self) -> Tensor:
-        """What "features8" keeps of the teacher's penultimate features, float32 ``[B, D]``."""
+        """The teacher's penultimate features as kept by "features8", float32 ``[B, D]``."""
         if not self.layout.features:
             raise ValueError(f"features: expected labels in features8, got {self.layout.format}")
         return linear8.unpack(self.rows, self.layout.codes, self.layout.group, self.device)
@@ -153,10 +153,10 @@ class SoftLabels:
         return indices, values, tail
 
     def densify(self, T: float | None = None) -> Tensor:
-        """The distributions at temperature T, float32 ``[B, C]``; `loss` gets by without them.
+        """The distributions at temperature T, float32 ``[B, C]``; `loss` does without them.
 
         Args:
-            T: as of `loss`.
+            T: as for `loss`.
         """
         T = self._temperature(T)
         if not self.layout.k:
@@ -174,15 +174,15 @@ class SoftLabels:
         scale_T2: bool = False,
         reduction: Literal["batchmean", "sum", "none"] = "batchmean",
     ) -> Tensor:
-        """KL divergence of a student's softmax at temperature T from the labels, taken from the stored form.
+        """KL divergence of a student's softmax at temperature T from the labels, computed from the stored form.
 
         Equivalent to ``F.kl_div((logits / T).log_softmax(1), labels.densify(T), reduction="batchmean")``, the loss of
         FKD (Shen and Xing, ECCV 2022) and SRe2L (Yin et al., NeurIPS 2023), which leave out the factor T^2; top-k
         labels are not densified.
 
         Args:
-            logits: floating ``[B, C]``, the student's for the images as the records make them.
-            T: by default, and for all but logits necessarily, the temperature that the store was made with.
+            logits: floating ``[B, C]``, the student's for the images as augmented by the records.
+            T: the store's temperature by default, and necessarily for all formats without logits.
             scale_T2: whether to multiply by T^2.
             reduction: "batchmean" (the mean over rows), "sum" or "none".
 
@@ -214,7 +214,7 @@ class SoftLabels:
         return replace(self, device=torch.device(device))
 
     def pin_memory(self) -> SoftLabels:
-        """What a ``DataLoader`` calls where it pins; the few bytes are left as they are."""
+        """Called by a ``DataLoader`` that pins memory; leaves the few bytes as they are."""
         return self
 
     def __getitem__(self, rows: slice | Tensor) -> SoftLabels:

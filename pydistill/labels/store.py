@@ -1,4 +1,4 @@
-"""Soft labels of every epoch and image, with what replays their augmentation, in one file."""
+"""Soft labels of every epoch and image, with the records of their augmentation, in one file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from pydistill.labels.soft_labels import DTYPES, SoftLabels
 
 __all__ = ["SoftLabelStore"]
 
-STEP = 1 / 16  # of "topk8", at most: 255 steps reach e^-15.9 of the largest probability, and round by 3 % at most
+STEP = 1 / 16  # largest of "topk8": 255 steps reach e^-15.9 of the largest probability, and round by 3 % at most
 
-_TELL = 0.1  # an error from which on a store that is being written says it aloud
+_TELL = 0.1  # least error at which a store that is being written warns
 _log = logging.getLogger("pydistill")
 
 
@@ -40,30 +40,30 @@ class SoftLabelStore(LabelReader):
     "fp32"       the logits, or the probabilities                               4 C                 (4000)
     "fp16"       the same, in float16                                           2 C                 (2000)
     "bf16"       the same, in bfloat16                                          2 C                 (2000)
-    "logits8"    the logits in 8 bits, on a line of their own for 32 classes    C + 4 ceil(C / 32)  (1128)
+    "logits8"    the logits in 8 bits, linear per group of 32 classes           C + 4 ceil(C / 32)  (1128)
     "features8"  the teacher's D features in 8 bits; its last layer once        D + 4       (516 of D=512)
     "topk"       k classes and the mass of the others, float16                  4 + 4 k               (44)
     "topk8"      the same, with logarithms in 8 bits                            4 + 3 k               (34)
     ===========  =============================================================  ==========================
 
-    A label takes 4 bytes besides for the number of its image, and a block of ``batch_size`` labels 24 for its
-    checksums and errors. `SoftLabels` says what a top-k label means. Logits, and features, serve any temperature; top-k
-    labels are probabilities at the one that the store is made with. What a format costs depends on that temperature:
-    `gradient_error` is measured while labels are written. The top-k formats lose most of the gradient where T is high,
-    for there the classes that they leave out make it.
+    A label takes 4 more bytes for the number of its image, and a block of ``batch_size`` labels 24 for its
+    checksums and errors. `SoftLabels` says what a top-k label means. Logits and features serve any temperature; top-k
+    labels are probabilities at the temperature of the store. The cost of a format depends on that temperature:
+    `gradient_error` is measured while labels are written. At high T the top-k formats lose most of the gradient, since
+    it comes from the classes that they omit.
 
-    Reading touches the rows asked for and, the first time that an object meets a block, that block, whose checksum it
-    verifies. A store is a context manager, and closes its file; one open for reading can be pickled, which opens it
-    again, so that data-loader workers may hold it however they are started.
+    Reading touches the rows asked for and, the first time that an object meets a block, that whole block, to verify
+    its checksum. A store is a context manager that closes its file; one open for reading can be pickled, which opens
+    it again, so that data-loader workers may hold it however they are started.
 
     Attributes:
         path: the file.
         num_images, num_classes, epochs, batch_size, format, k, T, target, record_bytes, metadata: as given
             to `create`.
         images: int64, ascending, the images that have labels in this file: all, or those of a shard.
-        blocks: blocks an epoch.
+        blocks: blocks per epoch.
         layout: what the bytes of a row mean.
-        version: of the file; those of version 1 say nothing of their gradient error.
+        version: of the file; version 1 has no gradient errors.
 
     Args:
         path: a file that `create`, `merge` or `import_fkd` made.
@@ -134,7 +134,7 @@ class SoftLabelStore(LabelReader):
             record_bytes: bytes of an image's augmentation, stored as they come; ``CROP_BYTES`` (29) for each part of
                 the records of `pydistill.augment.multi_crop`, of which mixup and cutmix have two.
             sources: what the records of multi_crop name: places in the "batch" that is written, or "images" of the set.
-            batch_size: labels a `write`; all but an epoch's last have as many.
+            batch_size: labels per `write`; only an epoch's last may have fewer.
             images: those of a shard, which `merge` joins with others; by default all.
             metadata: what JSON can hold: teacher, data set, seed.
             overwrite: whether a file at ``path`` may be replaced.
@@ -197,22 +197,22 @@ class SoftLabelStore(LabelReader):
         labels: Tensor | np.ndarray,
         records: Tensor | np.ndarray | None = None,
     ) -> None:
-        """Adds the labels of a batch; on disk when it returns, all of it or nothing.
+        """Adds the labels of a batch; all or nothing, on disk when it returns.
 
-        Of equal logits the lower class is kept. Equal arguments give equal bytes, over runs and thread counts.
+        Of equal logits the lower class is kept. Equal arguments give equal bytes, across runs and thread counts.
 
         Args:
             epoch: 0..epochs - 1, in any order.
             images: ``batch_size`` different ones without labels at this epoch, or all that are left of them.
-            labels: ``[n, num_classes]``, finite: logits or probabilities, as ``target`` says; of "features8" the
-                classifier's inputs ``[n, D]``. Taken as float32.
+            labels: ``[n, num_classes]``, finite: logits or probabilities, according to ``target``; for "features8" the
+                classifier's inputs ``[n, D]``. Converted to float32.
             records: uint8 ``[n, record_bytes]``, or float32 ``[n, P, 14]`` of `pydistill.augment.MultiCrop`, which
                 `SoftLabels.crops` gives back to the bit.
 
         Raises:
             IndexError: there is no such epoch or image.
-            ValueError: the store is open for reading only, an argument is not as said, or a label is not finite, no
-                distribution, or too large for the format. Nothing is written then.
+            ValueError: the store is open for reading only, an argument is not as described, or a label is not finite,
+                not a distribution, or too large for the format. Then nothing is written.
         """
         self._check_writable()
         self._check_epoch(epoch)
@@ -233,29 +233,29 @@ class SoftLabelStore(LabelReader):
 
         Raises:
             IndexError: there is no such epoch or image.
-            ValueError: a label is not there yet, or the block that it stands in is damaged.
+            ValueError: a label is not there yet, or its block is damaged.
         """
         ids = np.asarray(images)
         return self._labels(ids, self.rows(epoch, ids), epoch)
 
     @property
     def gradient_error(self) -> GradientError | None:
-        """What the format costs: see `GradientError`. The quadratic mean over what is written so far.
+        """The cost of the format, see `GradientError`: the quadratic mean over what is written so far.
 
-        It was measured when the labels were written, on up to 64 of each batch, against the labels as they were given.
-        None where nothing is written, and for files of version 1.
+        It was measured when the labels were written, on up to 64 of each batch, against the labels as given.
+        None if nothing is written, and for files of version 1.
         """
         if self.version == 1 or not self._whole.any():
             return None
         squares = [
             np.square(self._table[name][self._whole].view(np.float32), dtype=float) for name in ("fresh", "near")
         ]
-        known = ~np.isnan(squares[0])  # of shards of version 1 that were merged
+        known = ~np.isnan(squares[0])  # NaN: from merged shards of version 1
         return GradientError(*(float(np.sqrt(each[known].mean())) for each in squares)) if known.any() else None
 
     @cached_property
     def classifier(self) -> tuple[Tensor, Tensor] | None:
-        """Of "features8", float32: the weight ``[num_classes, D]`` and the bias ``[num_classes]`` that labels share.
+        """For "features8", float32: the weight ``[num_classes, D]`` and bias ``[num_classes]`` shared by all labels.
 
         Raises:
             ValueError: they are damaged.
@@ -268,11 +268,11 @@ class SoftLabelStore(LabelReader):
 
     @classmethod
     def merge(cls, paths: Sequence[PathLike], path: PathLike, *, overwrite: bool = False) -> SoftLabelStore:
-        """Makes one store of shards, such as the ranks of a distributed run write; the shards stay.
+        """Makes one store from shards, such as those written by the ranks of a distributed run; the shards stay.
 
-        They may share the images or the epochs among them. Every shard is verified: its checksums are right, it is made
-        as the others are, no label stands in two of them, and together they have all labels. The order of the paths
-        does not matter; shards by epochs merge into the very file that one process would have written.
+        They may divide the images or the epochs among them. Every shard is verified: its checksums are right, its
+        options are those of the others, no label is in two of them, and together they have all labels. The order of
+        the paths does not matter; shards by epochs merge into exactly the file that one process would have written.
 
         Args:
             paths: shards of one relabelling.
@@ -284,8 +284,8 @@ class SoftLabelStore(LabelReader):
 
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
-            FileNotFoundError, ValueError: a shard is not there or not as said, or labels are missing; names them. No
-                file is made then.
+            FileNotFoundError, ValueError: a shard is missing or not as described, or labels are missing; names them.
+                Then no file is made.
         """
         path, shards = Path(path), []
         if not paths:
@@ -318,7 +318,7 @@ class SoftLabelStore(LabelReader):
         return SoftLabels(images, torch.from_numpy(rows), self.layout, epoch, classifier=self.classifier)
 
     def _measure(self, values: Tensor, rows: np.ndarray) -> GradientError:
-        """Of some of a batch, evenly over it; says it where it is much, once for an object."""
+        """The error on rows spread evenly over a batch; warns once per object if it is large."""
         some = np.linspace(0, len(rows) - 1, min(len(rows), gradient_error.ROWS)).astype(np.int64)
         given, labels, kept = values[some].double(), self._labels(some, rows[some], 0), None
         if self.target == "probs":
@@ -346,7 +346,7 @@ class SoftLabelStore(LabelReader):
         return GradientError(*(float(self._table[name][epoch, block].view(np.float32)) for name in ("fresh", "near")))
 
     def _append(self, epoch: int, ids: np.ndarray, rows: np.ndarray, error: GradientError | None) -> None:
-        """A whole block, so that nothing is left of one that was cut off; then its entry."""
+        """Writes a whole block, so that nothing remains of an interrupted one; then its entry."""
         block, count = int(np.flatnonzero(~self._whole[epoch])[0]), len(ids)
         data = np.zeros(self._block_bytes, np.uint8)
         data[: 4 * count].view("<u4")[:] = ids
@@ -475,7 +475,7 @@ def _check_alike(first: LabelReader, other: LabelReader) -> None:
 
 
 def _parts(shards: list[SoftLabelStore], epoch: int, images: np.ndarray) -> list[tuple[SoftLabelStore, int]]:
-    """The blocks of an epoch, with whose they are, in an order of their own; ValueError for labels twice or missing."""
+    """The blocks of an epoch with their shards, in canonical order; ValueError for duplicate or missing labels."""
     held = [(shard, block) for shard in shards for block in shard._blocks_of(epoch)]
     ids = [shard._ids_of(epoch, block) for shard, block in held]
     found, counts = np.unique(np.concatenate([np.zeros(0, "<u4"), *ids]), return_counts=True)

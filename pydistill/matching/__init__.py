@@ -1,4 +1,4 @@
-"""Losses that match what a network makes of real and of synthetic images: attention, features, gradients."""
+"""Losses that match a network's attention, features or gradients on real and synthetic images."""
 
 from pydistill.matching.attention import attention_match, match_maps
 from pydistill.matching.class_mean import check_classes, class_mean_match, class_means

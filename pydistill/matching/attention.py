@@ -15,7 +15,7 @@ __all__ = ["attention_match", "match_maps"]
 
 Norm = Literal["l2", "l1", "none"]
 Reduction = Literal["sum", "mean", "none"]
-_LEAST_NORM = 1e-12  # a map smaller than this is divided by it instead, as torch.nn.functional.normalize has it
+_LEAST_NORM = 1e-12  # a map smaller than this is divided by this instead, as in torch.nn.functional.normalize
 
 
 def attention_match(
@@ -31,7 +31,7 @@ def attention_match(
     reduction: Reduction = "sum",
     backend: str = "auto",
 ) -> Tensor:
-    """Squared distance between the class means of normalised attention maps, of all layers and classes at once.
+    """Squared distance between the class means of normalised attention maps, for all layers and classes at once.
 
     Equivalent to ::
 
@@ -41,8 +41,8 @@ def attention_match(
 
     It is DataDAM's loss (Sajedi et al., ICCV 2023: p = 4; its code: p = 1), and with ``axis="both"`` ATOM's (Khaki et
     al., 2024), where channel maps ``f.abs().pow(p).sum((2, 3))`` are matched too. Feature maps are read once; classes
-    have any sizes. Where the network is a ConvNet, `pydistill.matching.features` and `match_maps` do without the
-    feature maps altogether. Differentiable in all features, to any order.
+    may have any sizes. For ConvNets, `pydistill.matching.features` and `match_maps` do without feature maps
+    altogether. Differentiable in all features, to any order.
 
     Args:
         feats_real: a tensor ``[B, C, H, W]`` for each layer; floating.
@@ -50,13 +50,13 @@ def attention_match(
         labels_real: int64 ``[B]`` class numbers.
         labels_syn: int64 ``[b]`` class numbers.
         p: power of the attention, above zero.
-        norm: by what each map is divided: its "l2" or "l1" norm, or "none".
+        norm: what each map is divided by: its "l2" or "l1" norm, or "none".
         axis: maps over "spatial" positions, over "channel"s, or "both", added up.
-        num_classes: K. When None, it is one more than the largest label, which waits for the device once; nothing else
-            waits for one that is not the CPU.
+        num_classes: K. When None, it is one more than the largest label, which synchronises with the device once;
+            nothing else does.
         reduction: "sum" over layers and classes, "mean" over the classes that the labels name (summed over layers), or
             "none": ``[layers, K]``, with both axes ``[2 * layers, K]``, spatial ones first.
-        backend: of `pydistill.ops.attention_map`.
+        backend: see `pydistill.ops.attention_map`.
 
     Returns:
         A scalar, or the distances for reduction "none"; in float32 or float64.
@@ -65,7 +65,7 @@ def attention_match(
         TypeError: an argument has a wrong type or dtype.
         ValueError: the lists differ in length or their entries in channels or size (the message names the entry), p is
             not above zero, a class is on one side only, there are no labels, or a label is out of range (labels are
-            looked at on the CPU only; elsewhere a class that one side lacks makes the loss NaN).
+            checked on the CPU only; elsewhere a class that one side lacks makes the loss NaN).
     """
     check_power(p)
     if axis not in AXES:
@@ -88,7 +88,7 @@ def match_maps(
     reduction: Reduction = "sum",
     backend: str = "auto",
 ) -> Tensor:
-    """`attention_match` of attention maps that are there already, such as those of `pydistill.matching.features`.
+    """`attention_match` of precomputed attention maps, such as those of `pydistill.matching.features`.
 
     Args:
         maps_real: a tensor ``[B, M]`` for each layer, not normalised.
@@ -122,7 +122,7 @@ def _normalised(maps: Tensor, norm: Norm) -> Tensor:
     if norm == "none" or not maps.shape[1]:
         return maps
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    # in units of the largest: the squares of a fourth power are soon more than float32 holds
+    # in units of the largest: squares of a fourth power soon overflow float32
     unit = maps.detach().abs().amax(1, keepdim=True).clamp_min(_LEAST_NORM)
     maps = maps / unit
     length = torch.linalg.vector_norm(maps, 2 if norm == "l2" else 1, dim=1, keepdim=True)

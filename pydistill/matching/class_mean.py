@@ -24,13 +24,13 @@ def class_mean_match(
     reduction: Literal["sum", "mean", "none"] = "sum",
     backend: str = "auto",
 ) -> Tensor:
-    """Squared distance between the class means of real and of synthetic features, of all classes at once.
+    """Squared distance between the class means of real and of synthetic features, for all classes at once.
 
     Equivalent to ``sum((f_real[labels_real == k].mean(0) - f_syn[labels_syn == k].mean(0)).square().sum() for k in
-    range(num_classes))``, classes of any sizes. It is the loss of distribution matching (DM: Zhao, Bilen, WACV 2023),
-    the last term of DataDAM (Sajedi et al., ICCV 2023) and the clients' loss in FedLGD (Huang et al., TMLR 2024).
-    Differentiable to any order in both features. Equal bits from run to run, but not over thread counts: torch's matrix
-    product, on which it rests, splits its sums by them.
+    range(num_classes))``, for classes of any size. It is the loss of distribution matching (DM: Zhao, Bilen, WACV
+    2023), the last term of DataDAM (Sajedi et al., ICCV 2023) and the clients' loss in FedLGD (Huang et al., TMLR
+    2024). Differentiable to any order in both features. Equal bits across runs, but not across thread counts, by which
+    torch's matrix product splits its sums.
 
     Args:
         f_real: ``[B, d]`` features; float32, float64, bfloat16 or float16. Means are taken in float32 (float64 for
@@ -38,16 +38,16 @@ def class_mean_match(
         f_syn: ``[b, d]`` features, likewise; the dtypes may differ.
         labels_real: int64 ``[B]`` class numbers.
         labels_syn: int64 ``[b]`` class numbers.
-        num_classes: K. When None, it is one more than the largest label, which waits for the device once; nothing else
-            waits for one that is not the CPU.
+        num_classes: K. When None, it is one more than the largest label, which synchronises with the device once;
+            nothing else does.
         reduction: "sum" over the classes, "mean" over those that the labels name, or "none".
         backend: "auto" or "reference": it is plain torch on every device.
 
     Returns:
-        A scalar, or ``[K]`` for reduction "none", where a class that neither side has is 0; in float32 or float64.
+        A scalar, or ``[K]`` for reduction "none", with 0 for a class on neither side; in float32 or float64.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit, or `check_classes` finds the labels wrong.
     """
     if reduction not in ("sum", "mean", "none"):
@@ -62,7 +62,7 @@ def class_mean_match(
     difference = class_means(f_real, labels_real, num_classes) - class_means(f_syn, labels_syn, num_classes)
     numbers = torch.arange(num_classes, device=labels_real.device)[:, None]
     present = (labels_real == numbers).any(1) | (labels_syn == numbers).any(1)
-    # masked before the square: the derivative of a NaN's would reach through a later mask
+    # masked before the square: the derivative at a NaN would pass through a later mask
     distances = difference.masked_fill(~present[:, None], 0).square().sum(1)  # [K]
     if reduction == "none":
         return distances
@@ -73,12 +73,12 @@ def class_means(f: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """The mean row of each class, by one product with one-hot weights; NaN for a class without rows.
 
     Equivalent to ``torch.stack([f[labels == k].mean(0) for k in range(num_classes)])``, without waiting for the device.
-    Differentiable to any order; a class without rows gives no gradient. A NaN or an infinity shows in the means of all
-    classes, not of its own alone: the product has it times zero.
+    Differentiable to any order; a class without rows gives no gradient. A NaN or an infinity affects the means of all
+    classes, not only its own: the product multiplies it by zero.
 
     Args:
         f: ``[B, d]``, floating; summed in float32 (float64 for float64).
-        labels: int64 ``[B]``; rows of another number than 0..num_classes-1 belong to no class.
+        labels: int64 ``[B]``; rows with a label outside 0..num_classes-1 belong to no class.
         num_classes: K.
 
     Returns:
@@ -93,11 +93,11 @@ def class_means(f: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def check_classes(labels_real: Tensor, labels_syn: Tensor, num_classes: int | None = None) -> int:
-    """The number of classes, once both sides are known to have rows of the same ones.
+    """The number of classes, after checking that both sides have rows of the same ones.
 
-    Labels are looked at on the CPU only, outside of ``torch.compile`` and ``vmap``. Elsewhere nothing waits for the
-    device: a class that one side lacks makes the mean of `class_means`, and so a loss, NaN, and rows of an impossible
-    class are left out.
+    Labels are checked on the CPU only, outside of ``torch.compile`` and ``vmap``. Elsewhere nothing waits for the
+    device: a class that one side lacks makes the mean of `class_means`, and so a loss, NaN, and rows with an
+    out-of-range label are ignored.
 
     Args:
         labels_real: int64 ``[B]``.
@@ -124,7 +124,7 @@ def check_classes(labels_real: Tensor, labels_syn: Tensor, num_classes: int | No
         return num_classes
     try:
         found = {name: labels.unique().tolist() for name, labels in sides.items()}
-    except RuntimeError:  # tensors under vmap and fake ones do not show their values
+    except RuntimeError:  # the values of fake tensors and those under vmap are not accessible
         return num_classes
     for name, classes in found.items():
         for label in classes:

@@ -6,8 +6,8 @@ those of y and -1 / (n m) between them. With S_ij = W_ij k'(D_ij), a symmetric m
 
     d loss / d z_i = 4 sum_j S_ij (z_i - z_j) = 4 (S 1)_i z_i - 4 (S z)_i
 
-so that both directions are a product of an N x N matrix each. Where the widths b are powers of two of one another, a
-kernel is the square of the next wider one, and one exponential does for all.
+so that forward and backward take one product with an N x N matrix each. If the widths b are powers of two of one
+another, a kernel is the square of the next wider one, and one exponential is enough for all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydistill.ops._operator import check_plain_backend
 __all__ = ["mmd"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LEAST_UNIT = 0.8  # the exponent that makes of the smallest normal number the smallest unit of the rows
+_LEAST_UNIT = 0.8  # the smallest unit of the rows is the smallest normal number to this power
 
 
 def mmd(
@@ -37,20 +37,20 @@ def mmd(
 ) -> Tensor:
     """Squared maximum mean discrepancy (biased) of two samples, under ``kernels`` Gaussian kernels.
 
-    Equivalent to `pydistill.reference.mmd` without its cube of (n + m)^2 d numbers: FedLGD (Huang et al., TMLR 2024)
-    holds clients' features together so, and domain adaptation since Long et al., ICML 2015. The widths are
+    Equivalent to `pydistill.reference.mmd` without its cube of (n + m)^2 d numbers. FedLGD (Huang et al., TMLR 2024)
+    keeps clients' features together with it, as does domain adaptation since Long et al., ICML 2015. The widths are
     ``bandwidth / factor ** (kernels // 2) * factor ** i``, a kernel ``exp(-|x_i - y_j|^2 / width)``.
 
-    Differentiable twice in x and y, the bandwidth being a constant. Distances come from inner products of the centred
-    rows: their error is a rounding of the squared distance from the mean, so a bandwidth that is given should not be
-    many orders smaller than that. Equal bits from run to run, but not over thread counts: torch's matrix product, on
-    which it rests, splits its sums by them.
+    Differentiable twice in x and y, with the bandwidth a constant. Distances come from inner products of the centred
+    rows: their error is a rounding of the squared distance from the mean, so a given bandwidth should not be many
+    orders smaller than that. Equal bits across runs, but not across thread counts, by which torch's matrix product
+    splits its sums.
 
     Args:
         x: ``[n, d]`` with at least one element; float32, float64, bfloat16 or float16, computed in float32 (float64 for
             float64).
         y: ``[m, d]`` with at least one element, dtype and device of x.
-        kernels: how many.
+        kernels: number of kernels.
         factor: ratio of one width to the next, greater than 1.
         bandwidth: of the middle kernel, positive; by default the mean squared distance of two different rows, a
             constant in the derivative. Where all rows are equal, the loss and its gradients are zero.
@@ -60,14 +60,14 @@ def mmd(
         A scalar, float32 or float64.
 
     Raises:
-        TypeError: x or y is no tensor, or has an unsupported dtype.
+        TypeError: x or y is not a tensor, or has an unsupported dtype.
         ValueError: a shape, device or option does not fit.
     """
     _check(x, y, kernels, factor, bandwidth)
     check_plain_backend("mmd", backend)
     x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     options = (kernels, float(factor), bandwidth)
-    if torch.compiler.is_dynamo_compiling():  # differentiates this by itself
+    if torch.compiler.is_dynamo_compiling():  # it differentiates this itself
         return _loss_and_slopes(*_centred(x, y), len(x), *options)[0]
     with torch.autocast(x.device.type, enabled=False):
         return _MMD.apply(x, y, *options)[0]
@@ -92,7 +92,7 @@ class _MMD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
         x, y, slopes, z, unit = ctx.saved_tensors
-        if torch.is_grad_enabled():  # what was kept is constant: second derivatives would miss its own
+        if torch.is_grad_enabled():  # what was kept is constant, so second derivatives would lack its own
             z, unit = _centred(x, y)
             slopes = _loss_and_slopes(z, unit, len(x), *ctx.options)[1]
         # of z: 4 grad (diag(slopes 1) - slopes) z, the factor on the smaller matrix
@@ -102,9 +102,9 @@ class _MMD(torch.autograd.Function):
 
 
 def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The joined rows about their mean, in units of their largest element, whose square may be no number; the unit."""
+    """The joined rows minus their mean, in units of their largest element, whose square may overflow; and the unit."""
     rows = torch.cat([x, y])
-    rows = rows - rows[0].detach()  # equal rows are zeros now, where the rounding of their mean would tell them apart
+    rows = rows - rows[0].detach()  # makes equal rows zero, which the rounding of their mean would not
     rows = rows - rows.mean(0)
     unit = rows.detach().abs().amax().clamp_min(torch.finfo(rows.dtype).tiny ** _LEAST_UNIT)
     return rows / unit, unit
@@ -113,7 +113,7 @@ def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _loss_and_slopes(
     z: Tensor, unit: Tensor, n: int, kernels: int, factor: float, bandwidth: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of rows ``z unit``, of which the first n are x's, and S ``[N, N]`` in units of ``unit ** -2``."""
+    """The loss of rows ``z unit``, the first n of which are x's, and S ``[N, N]`` in units of ``unit ** -2``."""
     N, m = len(z), len(z) - n
     gram = z @ z.T
     norms = gram.diagonal()
@@ -121,7 +121,7 @@ def _loss_and_slopes(
     distances = distances.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), 0)  # [N, N]
     if bandwidth is None:
         bandwidth = distances.detach().sum() / (N * N - N)
-        bandwidth = torch.where(bandwidth == 0, 1, bandwidth)  # equal rows are at no distance, in whatever units
+        bandwidth = torch.where(bandwidth == 0, 1, bandwidth)  # equal rows have distance zero in any units
     else:
         bandwidth = (bandwidth / unit / unit).clamp_min(torch.finfo(z.dtype).tiny)
     narrowest = bandwidth / factor ** (kernels // 2)

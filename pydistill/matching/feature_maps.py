@@ -1,4 +1,4 @@
-"""What a network makes of images on the way to its logits: attention maps of its activations, and the embedding."""
+"""A network's attention maps, of its activations, and its embedding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.SiLU, nn.GELU)
 
 
 class Features(NamedTuple):
-    """Of N images: a map for each attended activation, from the first to the last, and the embedding."""
+    """For N images: a map per attended activation, from first to last, and the embedding."""
 
     spatial: tuple[Tensor, ...]  # [N, H_l * W_l] each; none for axis "channel"
     channel: tuple[Tensor, ...]  # [N, C_l] each; none for axis "spatial"
@@ -44,17 +44,17 @@ def features(
     engine: Engine = "auto",
     workspace: Workspace | None = None,
 ) -> Features:
-    """Attention maps of a network's activations, as they are before they are normalised, and its embedding.
+    """Attention maps of a network's activations, before normalisation, and its embedding.
 
     With ``a_l`` the output of activation l, equivalent to ``a_l.abs().pow(p).sum(1).flatten(1)`` and
     ``a_l.abs().pow(p).sum((2, 3))``, and to ``net.embed(images)``: what DataDAM (Sajedi et al., ICCV 2023), ATOM (Khaki
     et al., 2024) and DM (Zhao and Bilen, WACV 2023) match. On the CPU, ConvNets of the student engine
-    (`pydistill.info.engine` says which) take a few images at a time through all layers, so that no activation is
-    written but those that a derivative with respect to the images will ask for: up to 256 MiB of them are kept, more
-    are computed again. The result's own second derivative raises ``NotImplementedError``. Other nets, other devices,
-    and theta that requires a gradient run on autograd, in the mode the net is in and without touching its buffers; the
-    maps are then those of the outputs of its modules ReLU, LeakyReLU, Sigmoid, SiLU and GELU with ``[N, C, H, W]``, in
-    the order they are called in, and the embedding is the input of its last nn.Linear.
+    (`pydistill.info.engine` says which) take a few images at a time through all layers, so that only activations needed
+    for a derivative with respect to the images are written: up to 256 MiB of them are kept, the rest is recomputed.
+    The result's own second derivative raises ``NotImplementedError``. Other nets, other devices, and theta that
+    requires a gradient run on autograd, in the net's current mode and without touching its buffers; the maps are then
+    those of the ``[N, C, H, W]`` outputs of its ReLU, LeakyReLU, Sigmoid, SiLU and GELU modules, in the order in which
+    they are called, and the embedding is the input of its last nn.Linear.
 
     Args:
         net: its structure; the parameters come from ``theta``.
@@ -62,7 +62,7 @@ def features(
         images: ``[N, C, H, W]``, dtype and device of theta.
         p: the power, above zero.
         axis: "spatial" maps, "channel" maps, "both", or None: the embedding alone.
-        layers: which activations have maps, counted from 0; by default all but the last, as DataDAM has it.
+        layers: which activations have maps, counted from 0; by default all but the last, as in DataDAM.
         precision: "fp32", or "bf16": factors of the convolutions are rounded to bfloat16 (autograd: autocast).
         engine: "student", "generic" or "auto", as in `pydistill.unroll`.
         workspace: working memory of the student engine to reuse; fresh when None.
@@ -162,7 +162,7 @@ def _by_autograd(
     embedding: list[Tensor] = []
 
     def observe(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if isinstance(module, InstanceNormReLUAvgPool):  # its activation is inside: once more, without the pool
+        if isinstance(module, InstanceNormReLUAvgPool):  # its activation is inside: run it again without the pool
             if not module.relu:
                 return
             if module.pool:

@@ -33,7 +33,7 @@ def class_gradients(
 ) -> Tensor:
     """For each class, the gradient in the parameters of the mean cross entropy of that class's images.
 
-    What DC and DSA (Zhao, Mopuri, Bilen, ICLR 2021; Zhao and Bilen, ICML 2021) match of real and of synthetic images.
+    What DC and DSA (Zhao, Mopuri, Bilen, ICLR 2021; Zhao and Bilen, ICML 2021) match between real and synthetic images.
     Equivalent to ::
 
         losses = [F.cross_entropy(net(images[labels == k]), labels[labels == k]) for k in range(num_classes)]
@@ -42,20 +42,20 @@ def class_gradients(
     with ``net`` a function of its flattened parameters. Differentiable in images and theta. On the student engine
     (`pydistill.info.engine` says which nets it runs) all classes are one batched pass, and their derivative one more,
     forward over reverse; there the result's own second derivative raises ``NotImplementedError``. Classes of different
-    sizes are filled up to the largest with images that have no loss: the work is that of as many images as classes
-    times the largest class. Other nets run on autograd, one class after the other, in the mode that they are in.
-    Deterministic on the student engine: equal bits from run to run and over thread counts.
+    sizes are padded to the largest with images that have no loss, so the work is proportional to the number of classes
+    times the largest class. Other nets run on autograd, one class after the other, in their current mode.
+    Deterministic on the student engine: equal bits across runs and thread counts.
 
     Args:
         net: its structure; the parameters come from ``theta``.
         theta: ``[P]`` in ``net.parameters()`` order, floating.
-        images: ``[N, C, H, W]`` in any order, dtype and device of theta. Those of a class in one piece, classes in
-            order and all of one size, are not copied.
-        labels: int64 ``[N]`` class numbers, on the device of images or on the CPU: how many each class has decides what
-            is run, so that labels on a GPU are waited for.
+        images: ``[N, C, H, W]`` in any order, dtype and device of theta. Not copied if sorted by class with classes of
+            equal size.
+        labels: int64 ``[N]`` class numbers, on the device of images or on the CPU: class sizes decide what is run, so
+            labels on a GPU cause a synchronisation.
         num_classes: K, the rows of the result; by default one more than the largest label.
         classes: the classes whose gradients are wanted, in the order of the result's rows, instead of all K; each label
-            has to be one of them.
+            must be one of them.
         output: which element to take where ``net`` returns a tuple.
         precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         engine: "student", "generic" or "auto", as in `pydistill.unroll`.
@@ -65,8 +65,8 @@ def class_gradients(
         ``[K, P]``, dtype of theta; zero for parameters that are frozen or that the loss does not use.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; a class has no image; a label is none of the classes. The
-            message names it, what was expected and what was got.
+        TypeError, ValueError: an argument does not fit; a class has no image; a label is not one of the classes. The
+            message says which, what was expected and what was given.
         RuntimeError: theta or images were changed in place between the forward pass and its backward pass.
     """
     flat = FlatModule(net)
@@ -92,15 +92,15 @@ def class_gradients(
         own_images = images if groups.in_order else images[groups.order.to(images.device)]
         own_labels, factors = numbers[:, None].expand(K, n).contiguous(), theta.new_ones(K)
     else:
-        # where image i of class k goes: K rows of n places, of which the last ones of a small class stay empty
+        # where image i of class k goes: K rows of n places, the last of which stay empty for small classes
         places = torch.cat([k * n + torch.arange(size, device=images.device) for k, size in enumerate(groups.sizes)])
         found = images[groups.order.to(images.device)]
         own_images = images.new_zeros(K * n, *images.shape[1:]).index_put((places,), found)
         rows = F.one_hot(numbers, students.shape.classes).to(theta.dtype).repeat_interleave(n, 0)
         empty = torch.ones(K * n, dtype=torch.bool, device=images.device).index_fill(0, places, False)
-        own_labels = rows.masked_fill(empty[:, None], 0).unflatten(0, (K, n))  # no class at all: no loss
+        own_labels = rows.masked_fill(empty[:, None], 0).unflatten(0, (K, n))  # no class, so no loss
         students.label_kind = "probs"
-        factors = theta.new_tensor([n / size for size in groups.sizes])  # of n images' mean, those of the class
+        factors = theta.new_tensor([n / size for size in groups.sizes])  # mean over n places to class mean
     own_images = own_images.unflatten(0, (K, n))
     wanted = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
     rows = _ClassGradients.apply(theta, own_images, own_labels, factors, students, wanted)
@@ -199,7 +199,7 @@ class _ClassGradients(torch.autograd.Function):
     ) -> Tensor:
         K, n = images.shape[:2]
         rows, batch = theta.expand(K, -1), Batch(images.detach(), labels, True)
-        if wanted:  # what the derivative would else compute again
+        if wanted:  # what the derivative would otherwise recompute
             students.plan("auto", 1, K, n, theta, 0)
         found = students.gradient(rows, batch, None, 0 if wanted else None).grad
         ctx.save_for_backward(theta, images, labels, factors)

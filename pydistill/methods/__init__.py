@@ -1,4 +1,4 @@
-"""The methods: one file a paper, each a few lines on the primitives; and what runs them end to end.
+"""The methods: one file per paper, each a few lines on top of the primitives; and what runs them end to end.
 
 from pydistill.methods import HeLlO, run
 results = run(HeLlO.preset("digits"), out="runs/hello")
@@ -57,7 +57,7 @@ _METHODS: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
-# those that recover images from a squeezed network, and real images to compare them with
+# methods that recover images from a squeezed network, and real images as the baseline
 DECOUPLED: dict[str, type[Recover]] = {name: m for name, m in METHODS.items() if issubclass(m, Recover)}
 
 __all__ = [

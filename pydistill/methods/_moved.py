@@ -1,4 +1,4 @@
-"""Modules under the names that they had first: importing one warns, and will be an error in 1.0."""
+"""Modules under their old names: importing one warns, and will be an error in 1.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods have in common that distil images for students to be trained on: the hyper-parameters of all."""
+"""What methods that distil images for training students have in common: their shared hyper-parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PHOTOGRAPHS", "Config"]
 
-PHOTOGRAPHS = "color_crop_cutout_flip_scale_rotate"  # what the papers augment photographs by
+PHOTOGRAPHS = "color_crop_cutout_flip_scale_rotate"  # how the papers augment photographs
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Config(Method):
     free: ClassVar[tuple[str, ...]] = ("iterations", "root", "device", "checkpoint_every")
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
     needs_experts: ClassVar[bool] = False
-    may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts of which there may be none
-    student_lr: ClassVar[str] = ""  # the learning rate of students on the result, which has to be positive
+    may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts that may be zero
+    student_lr: ClassVar[str] = ""  # field with the learning rate of students on the result, which must be positive
 
     ipc: int = 1  # synthetic images per class
     iterations: int = 5000  # outer steps
     augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
     zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
     precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)  # of the students' convolutions
-    seed: int = field(default=0, kw_only=True)  # of everything that is drawn
+    seed: int = field(default=0, kw_only=True)  # of all random draws
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -58,7 +58,7 @@ class Config(Method):
 
     @classmethod
     def preset(cls, dataset: str, ipc: int) -> Self:
-        """The paper's (or, for small sets, our) choice; ValueError names those that there are."""
+        """The paper's (or, for small sets, our) choice; ValueError names the available ones."""
         if dataset not in cls.presets:
             raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
         if ipc not in cls.presets[dataset]:
@@ -68,7 +68,7 @@ class Config(Method):
 
     @classmethod
     def nearest_preset(cls, dataset: str, ipc: int) -> Self:
-        """The preset of the nearest ipc there is, for this one; the defaults where the data set has none."""
+        """The preset of the nearest available ipc, with this ipc; the defaults where the data set has none."""
         if ipc < 1:
             raise ValueError(f"ipc: expected a finite number of at least 1, got {ipc}")
         table = cls.presets.get(dataset)
@@ -81,16 +81,16 @@ class Config(Method):
         return DistillJob(self, inputs, device)
 
     def augmentation(self) -> DiffAugment | None:
-        """Of the students' batches, here and where the result is tested."""
+        """The augmentation of the students' batches, here and when the result is tested."""
         return DiffAugment(self.augment) if self.augment else None
 
     def check_start(self, dataset: Dataset, net: nn.Module) -> None:
-        """ValueError for what does not fit, as far as it shows before there are experts."""
+        """ValueError for what does not fit, as far as can be seen before there are experts."""
         if not self.needs_experts:
             self.check(dataset, net, None)
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Trajectories | Tensor | None) -> Any:
-        """ValueError where the experts do not fit; gives what `step` gets as experts."""
+        """ValueError if the experts do not fit; returns what `step` gets as experts."""
         if not self.needs_experts:
             return None
         raise NotImplementedError
@@ -100,7 +100,7 @@ class Config(Method):
         raise NotImplementedError
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
-        """One iteration: moves the state, returns what is worth noting."""
+        """One iteration: updates the state, returns what is to be logged."""
         raise NotImplementedError
 
     def result(self, state: State) -> tuple[Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""The run of the methods that distil images for students to be trained on: experts, distillation, students."""
+"""The run of methods that distil images for training students: experts, distillation, students."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["DistillInputs", "DistillJob", "completed", "train_experts_with_progress"]
 
 _HOW = ("root", "experts", "device", "checkpoint_every")  # how a run was done, not what it made
-_OF_EXPERTS = ("num_experts", "train_epochs", "lr_expert")  # what a file of experts takes the place of
+_OF_EXPERTS = ("num_experts", "train_epochs", "lr_expert")  # what a file of experts replaces
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class DistillInputs(DatasetInputs):
     """The data set, the networks, the experts and the students."""
 
     width: int = 128
-    """Channels of the ConvNet; the papers take 128."""
+    """Channels of the ConvNet; 128 in the papers."""
     depth: int = 3
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
 
     experts: Path | None = None
-    """A file of pydistill experts, instead of experts that this run trains."""
+    """A file of pydistill experts to use, instead of training them in this run."""
     num_experts: int = 100
-    """Experts to train."""
+    """Number of experts to train."""
     train_epochs: int = 50
     """Epochs of each expert."""
     lr_expert: float = 0.01
@@ -64,7 +64,7 @@ class DistillInputs(DatasetInputs):
     student_epochs: int = 1000
     """Passes of a student over a distilled or random set."""
     whole_epochs: int = 50
-    """Passes of a student over the whole training set; 0 leaves that row out."""
+    """Passes of a student over the whole training set; 0 omits that row."""
     lr_student: float = 0.01
     """Learning rate of students on real images; on distilled ones they take the learnt rate."""
     checkpoint_every: int = 25
@@ -91,7 +91,7 @@ class DistillInputs(DatasetInputs):
 
 
 class DistillJob(Job):
-    """Trains experts where the method needs them, distils, and tests students on the result beside real images."""
+    """Trains experts if the method needs them, distils, and tests students on the result and on real images."""
 
     made = ("images.png", "distilled.safetensors")
 
@@ -141,7 +141,7 @@ class DistillJob(Job):
             self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
         except ValueError as error:
             raise ValueError(f"{self.results_file}: expected accuracies as JSON; it is truncated or foreign") from error
-        if self.results.get("iterations") != self.config.iterations:  # accuracies on another result are void
+        if self.results.get("iterations") != self.config.iterations:  # accuracies on another result do not count
             self.results.pop("distilled", None)
 
     def stands(self, run: Run, record: dict[str, Any]) -> bool:
@@ -155,7 +155,7 @@ class DistillJob(Job):
         return (*((self.train_experts,) if trains else ()), self.distil, self.test)
 
     def _ready_experts(self, path: Path) -> ExpertStore:
-        """Those of a file, once they are known to be of this data set and network."""
+        """The experts in a file, once they are known to be of this data set and network."""
         store = ExpertStore(path)
         found = data_crc32(self.dataset.train_images, self.dataset.train_labels)
         if store.dataset not in (None, self.dataset.name) or store.data_crc32 not in (None, found):
@@ -220,11 +220,11 @@ class DistillJob(Job):
         write_picture(run, distilled, config.ipc)
 
     def test(self, run: Run) -> None:
-        """The students' accuracies on each set; those that are there already stay."""
+        """The students' accuracies on each set; existing ones stay."""
         if not run.first:
             return
         inputs, dataset, seed, distilled = self.inputs, self.dataset, self.config.seed, self.distilled
-        # every student on random real images gets a draw of its own
+        # every student on random real images gets its own draw
         draws = [
             dataset.sample(self.config.ipc, seeded_generator(seed, Stream.TEST_REAL_IMAGES, student))
             for student in range(inputs.students)
@@ -260,7 +260,7 @@ class DistillJob(Job):
             advance(0, f"accuracy {mean(accuracies):.1%}")
             self.results[name] = {"accuracies": accuracies, "lr": lr, "epochs": epochs, "images": images}
             self.results["iterations"] = self.config.iterations
-            # the line first: what is killed between the two drops it again, and never lacks it
+            # the log line first: a run killed between the two drops it on resuming, and never lacks it
             run.log({"phase": "evaluate", "set": name, **self.results[name]})
             write_atomic(self.results_file, as_json(self.results))
 
@@ -279,7 +279,7 @@ def train_experts_with_progress(
     overwrite: bool = False,
     **options: Any,
 ) -> ExpertStore:
-    """`train_experts`, watched: ``progress`` as `Run.progress`, ``stop`` after each step, ``log`` after each epoch."""
+    """`train_experts` with ``progress`` as of `Run.progress`, ``stop`` after each step, ``log`` after each epoch."""
     steps = -(-len(dataset.train_images) // batch_size)
     done = 0 if overwrite else sum(completed(path)) * steps
     advance = progress("experts", num_experts * epochs * steps, done)
@@ -303,7 +303,7 @@ def train_experts_with_progress(
 
 
 def completed(path: Path) -> list[int]:
-    """Whole epochs of the experts in a file; no experts when there is no file."""
+    """Complete epochs of each expert in a file; no experts if there is no file."""
     if not path.exists():
         return []
     with ExpertStore(path) as store:

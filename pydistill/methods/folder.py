@@ -1,4 +1,4 @@
-"""The folder that a run fills: judged before it is made, written to by one process at a time, gone on with."""
+"""The folder that a run fills: checked before it is made, written by one process at a time, resumable."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _LOCK = ".lock"
 
 
 class Folder:
-    """The folder of a run. Making the object writes nothing; what stands in the folder is read between `held` and end.
+    """The folder of a run. Making the object writes nothing; the folder's contents are read only while it is `held`.
 
     Args:
-        path: a folder that is new or empty; with ``resume`` the one of a run.
-        of: what runs, "mtt", for messages.
-        resume: go on with the run that is there; None: what runs cannot.
-        first: whether this process writes; of the ranks of torchrun, one does.
+        path: a folder that is new or empty; with ``resume`` that of a run.
+        of: what runs, such as "mtt", for messages.
+        resume: continue the run that is there; None: it cannot be resumed.
+        first: whether this process writes; one of torchrun's ranks does.
 
     Raises:
-        ValueError: a folder that is not new or empty, or no folder.
-        FileNotFoundError: there is no run to go on with.
+        ValueError: a folder that is not new or empty, or not a folder.
+        FileNotFoundError: there is no run to resume.
     """
 
     def __init__(self, path: Path, of: str, *, resume: bool | None, first: bool = True):
@@ -48,13 +48,13 @@ class Folder:
             raise OptionError("out", f"expected a new or empty folder, {self.path} is not empty{more}")
 
     def check_same(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
-        """ValueError where the run to go on with has another option than ``options``, besides those named ``free``."""
+        """ValueError if the run to resume differs from ``options`` in one that is not named in ``free``."""
         if not self.resume:
             return
         self._refuse_other(self._kept, _plain(options), free)
 
     def check_given(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
-        """`check_same` of those options that the run's folder knows by name; first of all, whose run it is."""
+        """`check_same` for the options that the run's folder has by name; first checks which method's run it is."""
         if not self.resume:
             return
         made = self._kept.get("command", self._kept.get("method"))
@@ -73,10 +73,10 @@ class Folder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Makes the folder this process's own, which it has to be before its files are read or written.
+        """Locks the folder for this process, which is required before its files are read or written.
 
         Raises:
-            ValueError: another process writes to it, or has filled it meanwhile.
+            ValueError: another process writes to it, or has filled it in the meantime.
         """
         if not self.first:
             yield
@@ -88,7 +88,7 @@ class Folder:
             yield
 
     def begin(self, options: dict[str, Any] | None) -> None:
-        """Keeps ``options`` as those of the run, once nothing is left to refuse; removes what killed writers left."""
+        """Stores ``options`` as the run's, once all checks have passed; removes what killed writers left."""
         if not self.first:
             return
         for left in self.path.rglob(".*.tmp"):
@@ -98,7 +98,7 @@ class Folder:
 
 
 def options_in(folder: Path, of: str) -> dict[str, Any]:
-    """The options of the run in a folder, as `Folder.begin` kept them.
+    """The options of the run in a folder, as `Folder.begin` stored them.
 
     Raises:
         FileNotFoundError: there are none.
@@ -117,7 +117,7 @@ def options_in(folder: Path, of: str) -> dict[str, Any]:
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The options after a round trip through JSON."""
     return json.loads(json.dumps(options))
 
 
@@ -133,7 +133,7 @@ def _differences(kept: Any, given: Any, name: str = "") -> dict[str, tuple[Any, 
 
 @contextlib.contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Holds the lock file ``path`` inside the block; it is removed after, and frees itself where a process is killed.
+    """Holds the lock file ``path`` inside the block; it is removed afterwards, and released if the process is killed.
 
     Raises:
         ValueError: another process holds it; ``refusal`` says what was expected of ``out``.
@@ -173,7 +173,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> bytes:
-    """A file of JSON lines without the records that are not to stay, and without what a killed process half wrote."""
+    """A file of JSON lines, without the records that ``keep`` rejects and without a killed process's partial line."""
     kept = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -182,6 +182,6 @@ def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> bytes:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leaves of a file of JSON lines, if it is there, what `kept_lines` does."""
+    """Reduces a file of JSON lines, if it exists, to its `kept_lines`."""
     if path.exists():
         write_atomic(path, kept_lines(path, keep))

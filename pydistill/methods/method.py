@@ -1,4 +1,4 @@
-"""What a method is: hyper-parameters with presets, checked in one place, and a job that a run does phase by phase."""
+"""A method: hyper-parameters with presets, checked in one place, and a job that a run does phase by phase."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-f
 
 
 class OptionError(ValueError):
-    """An option of a run that is refused.
+    """A refused option of a run.
 
     Attributes:
-        option: its name, as Python writes it.
-        reason: what was expected, and what was given.
+        option: its name, as written in Python.
+        reason: what was expected and what was given.
     """
 
     def __init__(self, option: str, reason: str):
@@ -46,12 +46,12 @@ class OptionError(ValueError):
 
 
 def check_numbers(options: Any, *, error: Callable[[str, str], ValueError] | None = None, **least: float) -> None:
-    """ValueError for a field below its least value or not finite; a least value of 0.0 asks for a positive number.
+    """ValueError for a field below its least value or not finite; a least value of 0.0 requires a positive number.
 
     Args:
         options: has the fields.
-        error: of the field's name and what is wrong, `OptionError` for the inputs of a run.
-        least: by field; an int is the least value itself.
+        error: made from the field's name and what is wrong; `OptionError` for the inputs of a run.
+        least: by field; an int is itself allowed.
     """
     for name, low in least.items():
         value = getattr(options, name)
@@ -73,26 +73,26 @@ def _whole(options: Any, name: str) -> bool:
 
 
 class Method:
-    """The base of every method: a frozen dataclass of its hyper-parameters, whose ``__post_init__`` judges them.
+    """The base of every method: a frozen dataclass of its hyper-parameters, whose ``__post_init__`` checks them.
 
-    A method names itself and its paper, has `presets`, says in `inputs` what a run takes beside the hyper-parameters,
-    and makes of these the `Job` that `pydistill.methods.run` does.
+    A method names itself and its paper, has `presets`, says in `inputs` what a run takes besides the hyper-parameters,
+    and makes from these the `Job` that `pydistill.methods.run` does.
     """
 
     name: ClassVar[str]
-    about: ClassVar[str]  # a line: what it does, and what comes out
+    about: ClassVar[str]  # one line: what it does and what comes out
     paper: ClassVar[str]
     group: ClassVar[str] = "images"  # what comes out, or how: images, decoupled, selection, networks
     presets: ClassVar[dict[str, Any]] = {}  # by data set: what differs from the defaults
     inputs: ClassVar[type[Inputs]]
     resumable: ClassVar[bool] = True
     shared: ClassVar[bool] = False  # whether the ranks of torchrun share the work
-    free: ClassVar[tuple[str, ...]] = ()  # options that may differ where a run goes on
-    state_kind: ClassVar[str] = "training state"  # what files of a training that is under way say of themselves
+    free: ClassVar[tuple[str, ...]] = ()  # options that may differ when a run is resumed
+    state_kind: ClassVar[str] = "training state"  # how the files of a training in progress describe themselves
 
     @classmethod
     def preset(cls, dataset: str) -> Self:
-        """The values for a data set; ValueError names those that there are."""
+        """The values for a data set; ValueError names the available ones."""
         if dataset not in cls.presets:
             raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
         return cls(**cls.presets[dataset])
@@ -109,14 +109,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run takes beside the method's hyper-parameters."""
+    """What a run takes besides the method's hyper-parameters."""
 
     device: str = field(default="auto", kw_only=True)
-    """Where to compute, as torch names it; auto is cuda where there is one."""
+    """Where to compute, by torch's name; auto is cuda if available."""
 
     @classmethod
     def for_method(cls, method: Any, **given: Any) -> Self:
-        """The inputs that are given, the others by what the method or the data set asks for."""
+        """The given inputs, and defaults for the others by method and data set."""
         unknown = set(given) - {f.name for f in fields(cls)}
         if unknown:
             names = ", ".join(f.name for f in fields(cls))
@@ -129,13 +129,13 @@ class Inputs:
         return cls(**given)
 
     def stored(self) -> dict[str, Any]:
-        """By the names that files keep them under, as JSON has them; without files, whose paths may change."""
+        """The inputs as JSON values by their names in the files; without paths, which may change."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if not isinstance(value, (Path, tuple))}
 
     @classmethod
     def check_given(cls, given: dict[str, Any]) -> None:
-        """ValueError where those that are given, by name, contradict each other."""
+        """ValueError if the given inputs, by name, contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class DatasetInputs(Inputs):
     root: Path | None = None
     """Folder of the data set's files; fashion-mnist looks in /usr/share/datasets/fashion-mnist by itself."""
     image_size: int | None = None
-    """Pixels to which digits (16) and image folders (32) are resized."""
+    """Size in pixels to which digits (16) and image folders (32) are resized."""
 
     @classmethod
     def for_method(cls, method: Any, **given: Any) -> Self:
@@ -155,30 +155,30 @@ class DatasetInputs(Inputs):
         return super().for_method(method, **given)
 
     def load(self, device: torch.device, *, zca: bool = False) -> Dataset:
-        """The data set, where it is worked on."""
+        """The data set, on the device."""
         dataset = load(self.dataset, self.root, image_size=self.image_size)
         return (dataset.whitened() if zca else dataset).to(device)
 
 
 def check_dataset(name: str, names: Any = DatasetName) -> None:
-    """ValueError for a data set that is none of ``names``, a Literal."""
+    """ValueError for a data set that is not one of ``names``, a Literal."""
     if name not in get_args(names):
         raise OptionError("dataset", f"expected one of {', '.join(get_args(names))}, got {name!r}")
 
 
 def device_of(name: str) -> torch.device:
-    """The device by torch's name; "auto" is cuda where there is one."""
+    """The device by torch's name; "auto" is cuda if available."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 class Job:
-    """A method's work on given inputs. What it reads is judged while it is made; `phases` fill the folder of a run.
+    """A method's work on given inputs. What it reads is checked on construction; `phases` fill the folder of a run.
 
     Attributes:
-        title: what is worked on, for people.
-        made: the files that it is about, the most wanted one last.
-        config, inputs: what it was made of.
-        results: of the phases that are done; a run writes them as results.json.
+        title: what is worked on, for display.
+        made: the files that it makes, the most important one last.
+        config, inputs: what it was made from.
+        results: of the finished phases; a run writes them as results.json.
     """
 
     title: str
@@ -188,7 +188,7 @@ class Job:
     results: dict[str, Any]
 
     def stored(self) -> dict[str, Any]:
-        """The options that say what is made; a run goes on with the same ones alone.
+        """The options that determine the result; a run can only be resumed with the same ones.
 
         By default the hyper-parameters and the data set.
         """
@@ -197,15 +197,15 @@ class Job:
         return {"method": config.name, **about, "config": asdict(config)}
 
     def opened(self, run: Run) -> None:
-        """Reads what an earlier process left in the folder; ValueError for what no run can go on with."""
+        """Reads what an earlier process left in the folder; ValueError if no run can continue from it."""
 
     def stands(self, run: Run, record: dict[str, Any]) -> bool:
-        """Whether a record of the metrics stays where a run goes on, or is of a step that is taken again.
+        """Whether a record of the metrics stays when a run is resumed, or is of a step that is taken again.
 
-        By default those stay of the epochs that a phase's state has behind it.
+        By default, records of epochs that the phase's state has completed stay.
         """
         return bool(record["epoch"] <= run.epochs_done(record["phase"]))
 
     def phases(self) -> Sequence[Callable[[Run], None]]:
-        """What is done, in order; each goes on where its files end."""
+        """The phases in order; each continues where its files end."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The loop that every method runs which moves synthetic images by outer steps, and the state that it moves."""
+"""The loop of every method that moves synthetic images by outer steps, and the state that it updates."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OnStep = Callable[["State", dict[str, Any]], None]
 
 @dataclass(eq=False)
 class State:
-    """All that a run carries from one iteration to the next; saved, loaded and continued, it changes no bit.
+    """All that a run carries from one iteration to the next; saving, loading and continuing changes no bit.
 
-    What is drawn in an iteration depends on the seed and the iteration alone, so there is no generator in it.
+    Random draws depend on the seed and the iteration alone, so it holds no generator.
     """
 
-    tensors: dict[str, Tensor]  # "images" [N, C, H, W], "labels" and what else the method moves
+    tensors: dict[str, Tensor]  # "images" [N, C, H, W], "labels" and whatever else the method moves
     label_kind: str = "hard"
     iteration: int = 0
 
@@ -58,7 +58,7 @@ class State:
         return cls({name: t.to(device) for name, t in tensors.items()}, header["label_kind"], header["iteration"])
 
     def descend(self, name: str, grad: Tensor, lr: float, momentum: float) -> None:
-        """A step of SGD with momentum on a tensor; its velocity is kept beside it."""
+        """A step of SGD with momentum on a tensor; its velocity is kept in the state."""
         velocity = self.tensors.get(f"{name}_velocity")
         velocity = grad if velocity is None else momentum * velocity + grad
         self.tensors[f"{name}_velocity"] = velocity
@@ -80,18 +80,18 @@ def distill(
 
     Args:
         config: the method, with its hyper-parameters.
-        dataset: real images; their device is where the work is done.
+        dataset: real images; the work is done on their device.
         net: a network of the students' structure; only its structure is used.
         experts: for methods that match trajectories: a `pydistill.trajectory.ExpertStore`, or trajectories
             ``[E, epochs + 1, P]``.
         state: where to start, ``config.initial`` by default; advanced in place up to ``config.iterations``.
-        on_step: called after each iteration with the state and a record of ``iteration``, ``loss`` and what else the
-            method notes; an exception from it ends the run with a state that can go on.
+        on_step: called after each iteration with the state and a record of ``iteration``, ``loss`` and whatever else
+            the method logs; an exception from it ends the run with a state that can be continued.
 
     Raises:
         ValueError: the experts do not fit the network, or have too few epochs.
-        FloatingPointError: a student's parameters, a loss, a gradient or a learnt rate stops being finite; the
-            iteration is named, and which rates may be too large.
+        FloatingPointError: a student's parameters, a loss, a gradient or a learnt rate becomes non-finite; names the
+            iteration, and which rates may be too large.
     """
     experts = config.check(dataset, net, experts)
     state = config.initial(dataset, net, experts) if state is None else state
@@ -122,10 +122,10 @@ def _finite_step(config: Config, state: State, dataset: Dataset, net: nn.Module,
 
 
 def fresh_parameters(net: nn.Module, seed: int, *key: int) -> Tensor:
-    """A new initialisation ``[P]`` of ``net``'s structure, by ``seed`` and ``key`` alone; ``net`` is left as it is.
+    """A new initialisation ``[P]`` of ``net``'s structure, by ``seed`` and ``key`` alone; ``net`` is unchanged.
 
     Raises:
-        ValueError: a module with parameters of its own has no ``reset_parameters``.
+        ValueError: a module with its own parameters has no ``reset_parameters``.
     """
     net = copy.deepcopy(net)
     with torch_seeded(seeded_generator(seed, *key)):

@@ -1,4 +1,4 @@
-"""The picture that a run leaves of its images."""
+"""The picture of its images that a run leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["picture", "write_picture"]
 
 
 def write_picture(run: Run, distilled: DistilledSet, per_class: int) -> None:
-    """images.png in a run's folder; where Pillow is not installed, the run says so and has none."""
+    """images.png in a run's folder; if Pillow is not installed, the run says so and has none."""
     try:
         import PIL.Image  # noqa: F401
     except ModuleNotFoundError:

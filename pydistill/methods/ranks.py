@@ -1,4 +1,4 @@
-"""The processes that share a run's work, as torchrun starts them."""
+"""The processes that share a run's work, as started by torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["joined", "sum_over_ranks", "wait_for_ranks", "world"]
 
 
 def world() -> tuple[int, int]:
-    """This process's rank among how many; alone without `torch.distributed`."""
+    """This process's rank and the number of ranks; (0, 1) without `torch.distributed`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -30,14 +30,14 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def wait_for_ranks() -> None:
-    """Until every rank is here."""
+    """Waits until every rank is here."""
     if world()[1] > 1:
         torch.distributed.barrier()
 
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, for the block; a group that is there already is used."""
+    """Joins the processes that torchrun started, for the block; an existing group is used."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world()[1] > 1:
         yield
         return

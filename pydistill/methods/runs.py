@@ -1,4 +1,4 @@
-"""A run: a method's job in a folder that keeps options, checkpoints, metrics and results, and goes on from them."""
+"""A run: a method's job in a folder that keeps options, checkpoints, metrics and results, and can be resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Interrupted", "Progress", "Run", "run"]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and the step under way is done."""
+    """The run was asked to stop, and the step in progress is done."""
 
 
 class Progress(NamedTuple):
@@ -34,13 +34,13 @@ class Progress(NamedTuple):
 
 
 class Run:
-    """One job in one folder. See `run`, which makes it and goes through with it.
+    """One job in one folder. See `run`, which makes and runs it.
 
     Attributes:
         folder: the path.
-        device: where the work is done.
+        device: where to compute.
         first: whether this is the first of the ranks, which writes what they make together.
-        begun: whether the folder holds a run that can go on.
+        begun: whether the folder holds a run that can be resumed.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Run:
         self._on_progress, self._tell, self._stop = on_progress, tell, stop
 
     def go(self) -> Job:
-        """Does the job, and gives it back with its results; raises what `run` does."""
+        """Does the job and returns it with its results; raises as `run` does."""
         with joined(self.device):
             self.first = world()[0] == 0
             return self._go()
@@ -71,7 +71,7 @@ class Run:
             raise ValueError(f"{self.method.name}: expected one process, whose work no others share, got {world()[1]}")
         resume = self.resume if self.method.resumable else None
         folder = Folder(self.folder, self.method.name, resume=resume, first=self.first)
-        folder.check_given(self._given(), self.method.free)  # before anything else is judged
+        folder.check_given(self._given(), self.method.free)  # before any other check
         job = self.method.job(self.inputs, self.device)
         self._options = job.stored()
         folder.check_same(self._options, self.method.free)
@@ -83,7 +83,7 @@ class Run:
             if self.first:
                 stands = lambda record: job.stands(self, record)  # noqa: E731
                 lines = {path: kept_lines(path, stands) for path in self.folder.glob("metrics*.jsonl")}
-            # Whatever can be refused has been: from here on the folder holds a run that can go on.
+            # All checks have passed: from here on the folder holds a run that can be resumed.
             folder.begin(self._options if self.method.resumable else None)
             self.begun = self.method.resumable
             for path, kept in lines.items():
@@ -98,7 +98,7 @@ class Run:
         return job
 
     def _given(self) -> dict[str, Any]:
-        """What was given, by the names that a folder may keep it under."""
+        """What was given, by the names under which a folder may keep it."""
         config = asdict(self.method)  # type: ignore[call-overload]
         return {"method": self.method.name, "config": config, **self.inputs.stored()}
 
@@ -113,17 +113,17 @@ class Run:
             raise Interrupted
 
     def tell(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Shows a line of text to the user."""
         if self.first and self._tell is not None:
             self._tell(text)
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics; each rank has a file of its own."""
+        """Writes a line of metrics; each rank has its own file."""
         rank = world()[0]
         append_line(self.folder / f"metrics{f'-rank{rank}' if rank else ''}.jsonl", record)
 
     def progress(self, phase: str, total: int, done: int = 0) -> Callable[..., None]:
-        """What is called with the number of steps that were done, one by default, and a note."""
+        """A function to call with the number of steps just done, one by default, and a note."""
         last = ""
 
         def advance(count: int = 1, note: str | None = None) -> None:
@@ -136,7 +136,7 @@ class Run:
         return advance
 
     def steps(self, phase: str, total: int, done: int = 0) -> Callable[[], None]:
-        """`progress`, of which each step may be the last."""
+        """`progress`, but the run may be stopped after each step."""
         advance = self.progress(phase, total, done)
 
         def on_step() -> None:
@@ -146,7 +146,7 @@ class Run:
         return on_step
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What a finished phase left in the file ``name``, else what ``make`` makes, which is written there."""
+        """What a finished phase left in the file ``name``, else the result of ``make``, which is written there."""
         path, kind = self.folder / name, self._kind(name)
         if not path.exists():
             began = time.monotonic()
@@ -155,7 +155,7 @@ class Run:
         return read_safetensors(path, kind)[0]
 
     def checkpoint(self, name: str) -> dict[str, Tensor] | None:
-        """What `write_checkpoint` left, if it did."""
+        """What `write_checkpoint` wrote, if anything."""
         path = self.folder / name
         return read_safetensors(path, self._kind(name))[0] if path.exists() else None
 
@@ -167,13 +167,13 @@ class Run:
 
     @contextmanager
     def epochs(self, phase: str, total: int) -> Iterator[tuple[dict[str, Tensor] | None, Callable[..., None]]]:
-        """A training's state to go on from, and what logs an epoch, shows it, and keeps the state after it."""
+        """A training's state to continue from, and a function that logs an epoch, shows it and saves its state."""
         path = self._state(phase)
         state = read_safetensors(path, self.method.state_kind)[0] if path.exists() else None
         advance = self.progress(phase, total, self.epochs_done(phase))
 
         def on_epoch(record: dict[str, Any], state: dict[str, Tensor]) -> None:
-            # the line first: a run that is killed before it has the state drops it again, and never lacks it
+            # the log line first: a run killed before it saves the state drops it on resuming, and never lacks it
             self.log({"phase": phase, **record})
             write_safetensors(path, state, self.method.state_kind, {})
             advance(note=f"loss {record['loss']:.4f}")
@@ -182,7 +182,7 @@ class Run:
         yield state, on_epoch
 
     def epochs_done(self, phase: str) -> int:
-        """How many epochs of a phase an earlier process has left the state of."""
+        """How many epochs the saved state of a phase has completed."""
         return self._done.get(self._state(phase), 0)
 
     def _state(self, phase: str) -> Path:
@@ -204,28 +204,28 @@ def run(
 ) -> dict[str, Any]:
     """Runs a method end to end into a folder, as `pydistill` does on the command line: data, phases, files, results.
 
-    A run that was cut off, killed or interrupted at any moment goes on with ``resume``, to the bytes of one that was
-    not. Under torchrun the ranks share the work of the methods that can.
+    A run killed or interrupted at any moment can be continued with ``resume``, to the same bytes as an uninterrupted
+    one. Under torchrun the ranks share the work of the methods that can.
 
     Args:
-        method: its hyper-parameters, ``HeLlO.preset("digits")``.
+        method: its hyper-parameters, such as ``HeLlO.preset("digits")``.
         out: the folder, new or empty; with ``resume`` that of the run.
-        resume: go on with the run in ``out``, whose options are the same.
-        on_progress: called with a `Progress` as the work goes on.
-        tell: called with a line of text at times.
-        stop: asked after each step; the run raises `Interrupted` once it says yes, with a checkpoint written.
-        inputs: what ``method.inputs`` has: ``dataset="fashion-mnist"``, ``root``, ``device="cuda:1"``; those that are
-            not given follow the method and the data set.
+        resume: continue the run in ``out``, whose options are the same.
+        on_progress: called with a `Progress` as the work proceeds.
+        tell: called now and then with a line of text.
+        stop: called after each step; once it returns True, the run writes a checkpoint and raises `Interrupted`.
+        inputs: fields of ``method.inputs``: ``dataset="fashion-mnist"``, ``root``, ``device="cuda:1"``; defaults depend
+            on the method and the data set.
 
     Returns:
-        The results, which are in ``results.json`` too.
+        The results, which are also in ``results.json``.
 
     Raises:
-        OptionError: an input that is refused, a folder that is not new, or other options than those of the run.
+        OptionError: a refused input, a folder that is not new, or other options than those of the run.
         ValueError: hyper-parameters that do not fit the data, or a damaged file; it is named.
-        FileNotFoundError: no run to go on with, or no data.
+        FileNotFoundError: no run to resume, or no data.
         FloatingPointError: the work diverges.
-        Interrupted: ``stop`` said so.
+        Interrupted: ``stop`` returned True.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: expected hyper-parameters, such as HeLlO.preset('digits'), got {method!r}")

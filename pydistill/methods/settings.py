@@ -1,4 +1,4 @@
-"""What a data set's runs take, beside the method's own preset, for inputs that are not given."""
+"""Defaults for inputs of a data set's runs, besides the method's own preset."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Setting] = {
     "fashion-mnist": Setting(64, 3, 6, 1, 0.02, 256, 200, 1, 0.01),
     "cifar10": _PAPERS,
     "cifar100": _PAPERS,
-    "image-folder": replace(_PAPERS, batch_train=32),  # or an epoch of a few hundred pictures has a step or two
+    "image-folder": replace(_PAPERS, batch_train=32),  # or a few hundred pictures give only a step or two per epoch
 }
 
 
@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def setting_of(dataset: str) -> Setting:
-    """The setting of a data set; ValueError for one that there is not."""
+    """The setting of a data set; ValueError for an unknown one."""
     check_dataset(dataset)
     return SETTINGS[dataset]
 

@@ -1,4 +1,4 @@
-"""The loop in which networks are trained here: a rate that falls, and a state from which it goes on bit for bit."""
+"""The loop that trains networks here: a falling learning rate, and a state from which it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def train(
         net: what is trained.
         optimizer: of parameters of ``net``, new.
         batches: gives an epoch's losses as functions without arguments, each with its weight in the epoch's mean; what
-            they draw depends on the epoch alone where the training is to go on from a state.
+            they draw must depend on the epoch alone if the training is to be continued from a state.
         epochs: passes.
         steps: batches in an epoch.
-        rate: of the optimiser's learning rate, an epoch and a step of it, both from 0: the learning rate there; by
+        rate: maps the optimiser's learning rate, the epoch and its step, both from 0, to the learning rate there; by
             default it falls along half a cosine over all steps.
-        state: what ``on_epoch`` got last, to go on from there.
-        state_name: under which the optimiser's numbers are in the state.
+        state: what ``on_epoch`` got last, to continue from there.
+        state_name: name of the optimiser's numbers in the state.
         on_epoch: called after each epoch with ``epoch`` and mean ``loss``, and with a state; an exception ends it.
         on_step: called after each step; an exception ends it.
 
@@ -86,7 +86,7 @@ def _state(net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, state_n
     state = {"epoch": torch.tensor(epoch, device="cpu")}
     state |= {f"net.{name}": value for name, value in net.state_dict().items()}
     for name, p in net.named_parameters():
-        # a parameter that has no part in the loss has no gradient, and no moments
+        # a parameter that the loss does not use has no gradient and no moments
         kept = optimizer.state.get(p, {})
         state |= {f"{state_name}.{key}.{name}": v for key, v in kept.items() if isinstance(v, Tensor)}
     return state

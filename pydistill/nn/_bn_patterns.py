@@ -1,7 +1,7 @@
-"""Finds, in one module's own forward, BatchNorms whose output a ReLU takes, directly or behind a sum, and max poolings.
+"""Finds, in one module's own forward, BatchNorms followed by a ReLU, directly or after a sum, and max poolings.
 
-The forward is traced with all children as leaves, so that a module called by it is called as before, hooks included.
-What is taken in, and that nothing in between can be noticed, has to be torch's own: `_what_runs` tells.
+The forward is traced with all children as leaves, so that modules called by it are called as before, hooks included.
+Fused modules must be torch's own, and it must be impossible to observe anything in between: see `_what_runs`.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ class Graph:
 
     Attributes:
         forward: takes the tensors among the arguments, in order.
-        fused: the BatchNorms and what each runs with: "relu", "add, relu" or "relu, max pool".
-        left: the other BatchNorms that it calls, and why nothing was taken in.
+        fused: the BatchNorms and what each is fused with: "relu", "add, relu" or "relu, max pool".
+        left: the other BatchNorms that it calls, and why nothing was fused.
     """
 
     def __init__(self, module: nn.Module, arguments: Sequence[Any], known: Container[nn.Module], make: Make):
-        """Trace ``module`` called with ``arguments``: each a tensor, which may be another one later, or a constant.
+        """Trace ``module`` called with ``arguments``: each a constant, or a tensor that may be a different one later.
 
-        Of the BatchNorms the ``known`` ones are fused, if they can be.
+        Only ``known`` BatchNorms are fused, if possible.
 
         Raises:
             Unproven: the graph would not do all that the forward does, whatever the tensors are.
         """
         try:
             self._graph = _Shallow(arguments).trace(module)
-        except Exception as error:  # whatever a forward raises that asks a placeholder for a value
+        except Exception as error:  # whatever a forward raises when it asks a placeholder for a value
             reason = str(error).partition("\n")[0]
             raise Unproven(f"it depends on what is computed ({type(error).__name__}: {reason})") from None
         if any(node.op == "get_attr" for node in self._graph.nodes):
-            # which may be exchanged later, and a graph would not see that
+            # these may be replaced later, which a graph would not see
             raise Unproven("it uses parameters, buffers or other tensors of its own")
         self._children = {
             node.target: module.get_submodule(node.target) for node in self._graph.nodes if node.op == "call_module"
         }
         self._places = [place for target in self._children for place in _places(module, target)]
-        self._taken: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []  # with what they have to be
+        self._taken: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []  # with the classes they must have
         self.fused: dict[nn.Module, str] = {}
         self.left: dict[nn.Module, str] = {}
         self._drop_identities()
@@ -75,7 +75,7 @@ class Graph:
         self.forward = fx.GraphModule(called, self._graph).forward
 
     def still_holds(self) -> bool:
-        """Whether the children are those that were traced, and those taken in run what they ran."""
+        """Whether the children are those that were traced, and the fused ones still run what they ran."""
         if any(siblings.get(name) is not child for siblings, name, child in self._places):
             return False
         return not any(
@@ -86,7 +86,7 @@ class Graph:
         return self._children[node.target] if node is not None and node.op == "call_module" else None
 
     def _take(self, node: fx.Node | None, *classes: type[nn.Module]) -> nn.Module | None:
-        """The child that is called with one argument, if nobody could see that it is not."""
+        """The child called with one argument, if skipping the call could not be observed."""
         child = self._child(node)
         if child is None or len(node.args) != 1 or node.kwargs:
             return None
@@ -134,29 +134,29 @@ class Graph:
         with self._graph.inserting_before(chain[-1]):
             new = self._graph.call_module(name, node.args if summand is None else (*node.args, summand))
         chain[-1].replace_all_uses_with(new)
-        for old in reversed(chain):  # in the order in which nobody uses them any more
+        for old in reversed(chain):  # users first
             self._graph.erase_node(old)
         self._taken += taken
         self.fused[bn] = "relu, max pool" if pool else "relu" if summand is None else "add, relu"
         return None
 
     def _nothing_between(self, chain: list[fx.Node]) -> bool:
-        """Whether the first of ``chain`` can as well be done with the last: nothing that runs between the two changes
-        what either reads, or would have seen what the first gives."""
+        """Whether the first of ``chain`` can be run together with the last: nothing that runs between the two changes
+        what either reads, or could see the first one's output."""
         first, *others = chain
         nodes = list(self._graph.nodes)
         between = nodes[nodes.index(first) + 1 : nodes.index(others[-1])]
         behind_sum = nodes[nodes.index(others[0]) + 1 : nodes.index(others[-1])]
         if any(node not in chain for node in behind_sum):
             return False
-        # a residual's other branch runs there: it can't reach the fresh output of a convolution that only we read
+        # a residual's other branch runs there: it cannot reach a convolution's fresh output that only we read
         source = first.args[0]
         fresh = _only_user(source) is first and _is_convolution(self._child(source))
         return fresh or all(node in chain for node in between)
 
 
 class _Proxy(fx.Proxy):
-    """A placeholder that is changed in place by ``+=``, as tensors are; torch.fx's own becomes another."""
+    """A placeholder that ``+=`` changes in place, as it does tensors; torch.fx's own is replaced by a new one."""
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -171,7 +171,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Shallow(fx.Tracer):
-    """Placeholders for the tensors alone, and children as leaves."""
+    """Placeholders for the tensors only, and children as leaves."""
 
     def __init__(self, arguments: Sequence[Any]):
         super().__init__()
@@ -192,7 +192,7 @@ class _Shallow(fx.Tracer):
 
 
 def _places(module: nn.Module, target: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Where ``target`` and what is on the way to it are held."""
+    """Where ``target`` and the modules on the path to it are held."""
     found = []
     for name in target.split("."):
         child = module._modules[name]
@@ -206,7 +206,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _sum_of(node: fx.Node, one: fx.Node) -> tuple[fx.Node, Place] | None:
-    """Of a sum of two nodes, ``one`` among them, the other, and where ``one`` stands."""
+    """For a sum of two nodes, one of them ``one``: the other, and on which side ``one`` is."""
     in_place = _SUMS.get((node.op, node.target))
     if in_place is None or node.kwargs or len(node.args) != 2:
         return None
@@ -215,7 +215,7 @@ def _sum_of(node: fx.Node, one: fx.Node) -> tuple[fx.Node, Place] | None:
         return None
     if a is one:
         return b, "in place" if in_place else "left"
-    return None if in_place else (a, "right")  # in place of the other summand, others may look at the sum
+    return None if in_place else (a, "right")  # written into the other summand, where others may see the sum
 
 
 def _is_convolution(child: nn.Module | None) -> bool:

@@ -1,4 +1,4 @@
-"""What really runs when somebody's module is called, as far as can be told without running it."""
+"""What really runs when a user's module is called, as far as can be told without running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-# torch's own forwards: somebody may set others on its classes
+# torch's own forwards: users may replace those of its classes
 _FORWARDS = {
     cls: cls.forward
     for cls in (
@@ -27,11 +27,11 @@ _CALL, _ITERATE = nn.Module.__call__, nn.Sequential.__iter__
 
 
 class StandIn:
-    """A forward or hook of ours on somebody's instance, with which it computes the same as without."""
+    """A forward or hook of ours on a user's instance, which does not change what it computes."""
 
 
 def set_on_instance(module: nn.Module) -> str | None:
-    """The method of its class that ``module`` has another of, set on itself; None if it has none."""
+    """The method of its class that is overridden on the instance ``module`` itself; None if there is none."""
     for name, value in vars(module).items():
         if callable(getattr(type(module), name, None)) and not isinstance(value, StandIn):
             return name
@@ -39,7 +39,7 @@ def set_on_instance(module: nn.Module) -> str | None:
 
 
 def why_not_plain(module: nn.Module, *classes: type[nn.Module]) -> str | None:
-    """None where ``module`` computes what one of ``classes``, torch's or ours, does alone; else why it may not."""
+    """None if ``module`` computes exactly what one of ``classes``, torch's or ours, does; else why it may not."""
     cls = type(module)
     if cls not in classes:
         return f"it is a {cls.__name__}, which may compute something else than {classes[0].__name__}"
@@ -69,7 +69,7 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def taken_apart(module: nn.Module) -> dict[str, str]:
-    """Attributes that methods of ``module`` and its parts use otherwise than by calling them, and one that does."""
+    """Attributes that methods of ``module`` and its parts use other than by calling them, each with such a method."""
     found: dict[str, str] = {}
     classes = {cls for part in module.modules() for cls in type(part).__mro__}
     for cls in sorted(classes, key=lambda cls: cls.__qualname__):
@@ -79,7 +79,7 @@ def taken_apart(module: nn.Module) -> dict[str, str]:
             if not isinstance(method, FunctionType) or name == "__init__":
                 continue
             for instruction in dis.get_instructions(method):
-                # a call of an attribute loads it as a method, from Python 3.12 on with a bit that says so
+                # calling an attribute loads it as a method, flagged by a bit since Python 3.12
                 called = sys.version_info >= (3, 12) and instruction.arg is not None and instruction.arg & 1
                 if instruction.opname == "LOAD_ATTR" and not called:
                     found.setdefault(instruction.argval, f"{cls.__name__}.{name}")
@@ -87,7 +87,7 @@ def taken_apart(module: nn.Module) -> dict[str, str]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs more than its forward, and backward, alone."""
+    """Whether a call of ``module`` runs more than just its forward and backward."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     return any(not isinstance(hook, StandIn) for hook in module._forward_hooks.values())
@@ -105,15 +105,15 @@ def has_global_hooks() -> bool:
 
 
 class Unproven(Exception):
-    """Nothing shows that a forward does no more than its operators and children do. The message says what it does."""
+    """There is no proof that a forward only calls operators and children. The message says what else it does."""
 
 
 class Reads:
-    """What the forward of a module computes from, beside its arguments, and proof that it changes nothing.
+    """What the forward of a module computes from, besides its arguments, and proof that it changes nothing.
 
     Its instructions are read, and those of the functions and methods that it calls: it may call children and torch's
     operators, branch and loop; it may not store into anything but its own variables, enter contexts, catch exceptions,
-    ask for types, draw numbers, or touch objects that are neither modules nor constants.
+    query types, draw random numbers, or touch objects that are neither modules nor constants.
 
     Raises:
         Unproven: it does, or might.
@@ -138,7 +138,7 @@ class Reads:
             self._read(cls.forward, module)
 
     def state(self) -> tuple[Any, ...] | None:
-        """What was read, to be compared with what it is later; None where the code itself is another by then."""
+        """The current values of what was read, for later comparison; None if the code itself has changed."""
         if any(getattr(cls, name) is not found for cls, name, found in self._methods):
             return None
         if any(namespace.get(name) is not found for namespace, name, found in self._globals):
@@ -162,7 +162,7 @@ class Reads:
         if code.co_freevars or code.co_cellvars:
             raise Unproven(f"{function.__qualname__} shares variables with other functions")
         me = None if module is None else code.co_varnames[0]
-        before: Any = _UNKNOWN  # what the instruction before left, where that is known
+        before: Any = _UNKNOWN  # what the previous instruction left, if known
         for instruction in dis.get_instructions(code):
             name, value = instruction.opname, instruction.argval
             if name in _NOTHING:
@@ -193,7 +193,7 @@ class Reads:
                 raise Unproven(f"it uses {of.__name__}.{name}")
             return _UNKNOWN
         if not isinstance(of, nn.Module):
-            # a tensor's, unless it is one of a module that a loop or an index gave
+            # a tensor's attribute, unless it is that of a module from a loop or an index
             if name not in _OPERATORS or any(name in vars(m) or hasattr(type(m), name) for m in self._module.modules()):
                 raise Unproven(f"it uses .{name} of something")
             return _UNKNOWN

@@ -1,4 +1,4 @@
-"""Swaps the operators into an existing network, parameter by parameter the same."""
+"""Swaps the operators into an existing network, keeping its parameters."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class InstanceNormReLUAvgPool(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` (zero padding, in numbers) on `pydistill.ops.conv2d`: the same values, a faster second derivative.
+    """``nn.Conv2d`` (numeric zero padding) on `pydistill.ops.conv2d`: the same values, a faster second derivative.
 
-    With ``channels_last`` set, the work is done in that layout on the CPU, where oneDNN is faster in it.
+    With ``channels_last`` set, it runs in that layout on the CPU, where oneDNN is faster with it.
     """
 
     channels_last = False
@@ -59,13 +59,13 @@ def accelerate(module: nn.Module) -> nn.Module:
 
     Left alone are layers and Sequentials that are no longer torch's own (subclasses with another forward, methods set
     on an instance, compiled ones), and Sequentials that a method of ``module`` or of its parts takes apart (loops over,
-    indexes), since between the layers something else would be seen then. So it would where somebody outside does that:
+    indexes), since it would see different values between the layers. So would code outside ``module`` that does that:
     call the Sequentials as wholes.
 
     Raises:
-        TypeError: ``module`` is no ``nn.Module``.
+        TypeError: ``module`` is not an ``nn.Module``.
         ValueError: nothing to replace was found, or a module to be replaced has hooks, which would be lost; ``module``
-            is then as it was.
+            is then unchanged.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
@@ -92,7 +92,7 @@ def accelerate(module: nn.Module) -> nn.Module:
 
 
 def _blocks(layers: nn.Sequential) -> list[tuple[int, bool, bool]]:
-    """Of every block, where its norm stands and whether a ReLU and a pool follow. Changes nothing."""
+    """For every block, the index of its norm and whether a ReLU and a pool follow. Changes nothing."""
     blocks = []
     for i, norm in enumerate(layers):
         if not _is_instance_norm(norm):
@@ -120,7 +120,7 @@ def _replace(layers: nn.Sequential, blocks: list[tuple[int, bool, bool]]) -> Non
         plain = what_runs.why_not_plain(layer, nn.Conv2d) is None
         if plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             layer.__class__ = Conv2d  # same state; only forward differs
-    # A stretch that begins with a convolution and ends with a fused block may choose its own layout in between.
+    # A run of layers that begins with a convolution and ends with a fused block may choose its own layout in between.
     inner = [layer for layer in layers if not isinstance(layer, nn.Identity)]
     if inner and isinstance(inner[0], Conv2d) and isinstance(inner[-1], InstanceNormReLUAvgPool):
         inner[0].channels_last = inner[-1].contiguous = True

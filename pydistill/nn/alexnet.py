@@ -23,7 +23,7 @@ class AlexNet(Student):
         channels: of the input images ``[N, channels, H, W]``.
         num_classes: logits per image.
         image_size: height and width of the images in pixels, one int for both or (H, W).
-        norm: "none" as theirs; "instance" (``GroupNorm(C, C)``) or "batch" after every convolution.
+        norm: "none" as in theirs; "instance" (``GroupNorm(C, C)``) or "batch" after every convolution.
 
     Raises:
         ValueError: an unknown norm, or images too small; a forward input of another shape.

@@ -1,4 +1,4 @@
-"""Matching every BatchNorm of a model: what DeepInversion, SRe2L, CDA, DWA and INFER do in hooks."""
+"""Matches every BatchNorm of a model: what DeepInversion, SRe2L, CDA, DWA and INFER do in hooks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pydistill.reference.bn_stat_match import Kind
 _log = logging.getLogger("pydistill")
 _ALONE = "alone"
 _matched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the BatchNorms that have a matcher
-_MAX_GRAPHS = 16  # of one module
+_MAX_GRAPHS = 16  # per module
 
 
 class BNStatMatcher:
@@ -31,21 +31,21 @@ class BNStatMatcher:
 
     The model is frozen (``requires_grad_(False)``) and what it computes stays the same. Its ``nn.BatchNorm1d``, ``2d``
     and ``3d`` run on `pydistill.bn_match_forward`, which reads the input once for output and statistics and keeps no
-    copy of it. Where a module's own ``forward`` shows that a BatchNorm's output goes to a ReLU and nowhere else, or to
-    a sum that does (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), that is done in the same pass, and so is
-    a max pooling of square windows behind the ReLU of a BatchNorm alone (a ResNet's stem). Only torch's own modules are
-    taken in, and only while they have no hooks. A BatchNorm that is something else (a subclass, a ``forward`` set on
-    the instance) runs as it is, and its statistics are gathered as by a hook. `report` tells what runs how, and why;
-    the logger "pydistill" says it in brief. `remove` gives the model back as it was::
+    copy of it. If a module's own ``forward`` shows that a BatchNorm's output goes only to a ReLU, or to a sum that does
+    (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), these run in the same pass, and so does a max pooling of
+    square windows after the ReLU of a BatchNorm without a sum (a ResNet's stem). Only torch's own modules are fused,
+    and only while they have no hooks. A BatchNorm that is something else (a subclass, a ``forward`` set on the
+    instance) runs as it is, and its statistics are gathered by a hook. `report` tells what runs how, and why;
+    the logger "pydistill" says it in brief. `remove` restores the model::
 
         model.eval()
         with BNStatMatcher(model, first=10.0) as matcher:  # or matcher.remove() at the end
             logits = model(images)
             loss = cross_entropy(logits, labels) + 0.01 * matcher.loss()
 
-    A BatchNorm that is called twice in a forward contributes two terms with its weight each. `loss` belongs to the last
-    call of ``model``, and to that alone: of calls of a part of it (``model.features(x)``) nothing is gathered. Nothing
-    synchronises with the device.
+    A BatchNorm that is called twice in a forward contributes two terms, each with its weight. `loss` refers to the last
+    call of ``model`` only: calls of a part of it (``model.features(x)``) gather nothing. Nothing synchronises with the
+    device.
 
     Args:
         model: any module with ``nn.BatchNorm1d``, ``2d`` or ``3d``, or subclasses of them, in evaluation mode.
@@ -55,17 +55,17 @@ class BNStatMatcher:
         layer_weights: a weight for each BatchNorm in that order, times ``first`` for the first; all 1 by default.
         kind: "norm" or "sq", as of `pydistill.bn_stat_match`.
         unbiased: see there.
-        fuse: whether to look for ReLUs and sums to take in. For that, forwards of modules with BatchNorms of their own
+        fuse: whether to look for ReLUs and sums to fuse. For that, forwards of modules that hold BatchNorms themselves
             are traced (`torch.fx`), whenever they are called with other constants or their attributes have changed, and
-            the graph runs in the forward's place. That is done where reading the forward's instructions proves that it
-            does nothing but call its children and torch's operators.
+            the graph runs instead of the forward. This is done only if reading the forward's instructions proves that
+            it just calls its children and torch's operators.
 
     Attributes:
         layers: the names of the BatchNorms, in order.
-        fused: of those fused with what follows, by name, "relu", "add, relu" or "relu, max pool".
+        fused: for those fused with what follows, by name: "relu", "add, relu" or "relu, max pool".
 
     Raises:
-        TypeError: ``model`` is no module; later, when the model is copied or pickled with the matcher on it.
+        TypeError: ``model`` is not a module; later, when the model is copied or pickled with the matcher on it.
         ValueError: no BatchNorm, one in training mode or without running statistics (named), another number of
             ``layer_weights``, another matcher on the model, or a part of it is compiled or scripted.
     """
@@ -110,7 +110,7 @@ class BNStatMatcher:
         self.fused: dict[str, str] = {}
         self._model = model
         self._names = {bn: name for name, bn in found.items()}
-        self._why: dict[str, str] = {}  # nothing was taken in, by layer
+        self._why: dict[str, str] = {}  # why nothing was fused, by layer
         self._weights = dict(zip(found.values(), weights, strict=True))
         self._options = (w_mean, w_var, kind, unbiased)
         self._found: list[tuple[nn.Module, Tensor]] = []  # in the last call
@@ -129,7 +129,7 @@ class BNStatMatcher:
         """The sum over the BatchNorms of the last call of the model, each with its weight.
 
         Raises:
-            RuntimeError: the model has not been called yet, not to the end, or called no BatchNorm.
+            RuntimeError: the model has not been called yet, its last call failed, or called no BatchNorm.
         """
         if not self._complete or not self._found:
             raise RuntimeError("loss: expected a forward of the model with a BatchNorm in it, got none since attaching")
@@ -141,7 +141,7 @@ class BNStatMatcher:
     def report(self) -> dict[str, str]:
         """How each layer runs, by name: "fused: " and with what, "alone: " or "plain: " and why.
 
-        Alone is a BatchNorm on our kernel, output and statistics in one pass; plain is one that runs as it is.
+        "alone": a BatchNorm on our kernel, output and statistics in one pass; "plain": one that runs as it is.
         """
         found = {}
         for bn, name in self._names.items():
@@ -155,7 +155,7 @@ class BNStatMatcher:
         return found
 
     def remove(self) -> None:
-        """Give the model back as it was, ``requires_grad`` included. A second call does nothing."""
+        """Restore the model, including ``requires_grad``. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         for forward in self._forwards:
@@ -245,7 +245,7 @@ class BNStatMatcher:
 
 
 class _Gather(what_runs.StandIn):
-    """The hook of plain torch; what the forward before it has left already is taken if it was of the same input."""
+    """The hook in plain torch; uses what the forward has already left, if that was for the same input."""
 
     def __init__(self, matcher: BNStatMatcher):
         self._matcher = matcher
@@ -263,7 +263,7 @@ class _Gather(what_runs.StandIn):
 
 
 class _Replaced(what_runs.StandIn):
-    """Stands as ``forward`` on an instance of the model that had none; once removed, it is the class's own."""
+    """Set as ``forward`` on an instance of the model that had none; removing it restores the class's own."""
 
     def __init__(self, module: nn.Module, matcher: BNStatMatcher):
         self._module, self._matcher = module, matcher
@@ -273,7 +273,7 @@ class _Replaced(what_runs.StandIn):
 
     def remove(self) -> None:
         self._attached = False
-        if vars(self._module).get("forward") is self:  # and not another that was set since
+        if vars(self._module).get("forward") is self:  # and not one that was set since
             del vars(self._module)["forward"]
 
     def __reduce_ex__(self, version: Any) -> Any:
@@ -281,7 +281,7 @@ class _Replaced(what_runs.StandIn):
 
 
 class _Matched(_Replaced):
-    """A BatchNorm's forward on our kernel, which leaves the statistics for the hook behind it."""
+    """A BatchNorm's forward on our kernel, which leaves the statistics for the hook that follows."""
 
     def __call__(self, input: Tensor) -> Tensor:
         matcher, bn = self._matcher, self._module
@@ -293,7 +293,7 @@ class _Matched(_Replaced):
 
 
 class _Fused(_Replaced):
-    """A forward, by graphs in which BatchNorms are fused with what follows; by the class's own where none is proven."""
+    """A forward by graphs in which BatchNorms are fused with what follows; the class's own where none is proven."""
 
     def __init__(self, module: nn.Module, matcher: BNStatMatcher):
         self._reads = what_runs.Reads(module)  # first, for it may raise
@@ -305,7 +305,7 @@ class _Fused(_Replaced):
         super().__init__(module, matcher)
 
     def expect(self) -> None:
-        """Trace a call with one tensor, if that is all that the forward has to be given."""
+        """Trace a call with one tensor, if that is all that the forward requires."""
         needed = [p for p in self._signature.parameters.values() if p.default is inspect.Parameter.empty]
         if len(needed) == 2:  # the first is the module
             self._graph(self._arguments((torch.empty(0, device="cpu"),), {}))
@@ -324,9 +324,9 @@ class _Fused(_Replaced):
         return list(bound.arguments.values())[1:]
 
     def _graph(self, arguments: Sequence[Any]) -> Graph | None:
-        """The one for tensors at the same places and the same constants, all that was read being the same."""
+        """The graph for tensors in the same places and equal constants, if all that was read is unchanged."""
         tensors = [value for value in arguments if type(value) in (Tensor, nn.Parameter)]
-        if len({id(tensor) for tensor in tensors}) < len(tensors):  # which a forward might ask for
+        if len({id(tensor) for tensor in tensors}) < len(tensors):  # a forward might check for that
             return None
         given = []
         for value in arguments:
@@ -363,11 +363,11 @@ class _Fused(_Replaced):
 
 
 class _FusedBatchNorm(nn.Module):
-    """A BatchNorm of a matched model with the ReLU behind it, and what is added between them or pools it."""
+    """A BatchNorm of a matched model with the ReLU after it, and the sum in between or the pooling at the end."""
 
     def __init__(self, matcher: BNStatMatcher, bn: nn.Module, pool: tuple[int, int, int] | None, place: Place | None):
         super().__init__()
-        self._run = partial(self._matched, matcher, bn)  # holds the BatchNorm without being its parent
+        self._run = partial(self._matched, matcher, bn)  # holds the BatchNorm without registering it as a child
         self._pool, self._place = pool, place
 
     @staticmethod
@@ -381,12 +381,12 @@ class _FusedBatchNorm(nn.Module):
             y = self._run(x, relu=True, pool=self._pool)
             if self._pool is None or x.is_contiguous(memory_format=torch.channels_last):
                 return y
-            return y.contiguous()  # it is pooled in channels-last memory, but a view may be taken as of torch's
+            return y.contiguous()  # pooled in channels-last memory, but views of torch's result must still work
         in_place = self._place == "in place"
         alike = isinstance(summand, Tensor) and (summand.shape, summand.dtype) == (x.shape, x.dtype)
         if alike and (in_place or summand.stride() == x.stride()):
             return self._run(x, relu=True, residual=summand)
-        y = self._run(x)  # the sum is broadcast, or of another precision or layout
+        y = self._run(x)  # the sum broadcasts, or has another precision or layout
         if in_place:
             y += summand
             return y.relu()

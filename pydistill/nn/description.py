@@ -1,4 +1,4 @@
-"""Networks of torch's own layers as data: what a file may say of a network without naming code to run."""
+"""Networks of torch's own layers as data: how a file can describe a network without naming code to run."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _LAYERS = {layer.__name__: layer for layer in (
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a module, leaving out those in it, runs its class's forward and nothing before or after."""
+    """Whether a module, ignoring its children, runs its class's forward and nothing before or after."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return "forward" not in vars(module) and not hooks
 
 
 def describe(net: nn.Module) -> dict[str, Any] | None:
-    """What JSON can hold and `from_description` makes the network of, without its numbers.
+    """A JSON description from which `from_description` makes the network, without its numbers.
 
     Returns:
-        None where it is not made of ``nn.Sequential`` and some of torch's layers alone, or where somebody set a hook or
-        a forward on one of them.
+        None if it is not made only of ``nn.Sequential`` and some of torch's layers, or if a hook or a forward was set
+        on one of them.
     """
     if not is_untouched(net):
         return None
@@ -44,10 +44,10 @@ def describe(net: nn.Module) -> dict[str, Any] | None:
         return None
     defaults = _arguments(type(net))
     options = {name: getattr(net, name) for name in defaults}
-    if "bias" in options:  # where a norm has no weight either, another option says so
+    if "bias" in options:  # for a norm without weight as well, another option says so
         has_weight = options.get("affine", True) and options.get("elementwise_affine", True)
         options["bias"] = options["bias"] is not None or not has_weight
-    # what is as usual is left out, so that other versions of torch, which know other options, read it
+    # defaults are omitted, so that other versions of torch, with other options, can read it
     options = {name: value for name, value in options.items() if value != defaults[name]}
     return {"layer": type(net).__name__, "options": options}
 
@@ -56,7 +56,7 @@ def from_description(description: Any) -> nn.Module:
     """Makes the network that `describe` described, on the meta device: its numbers are the caller's to assign.
 
     Raises:
-        ValueError: it is no such description.
+        ValueError: it is not such a description.
     """
     try:
         with torch.device("meta"):
@@ -78,7 +78,7 @@ def _built(description: dict[str, Any]) -> nn.Module:
 
 
 def _arguments(layer: type[nn.Module]) -> dict[str, Any]:
-    """What a layer is made with and keeps under the same names, and the defaults."""
+    """The constructor arguments that a layer keeps under the same names, with their defaults."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = inspect.signature(layer).parameters.values()
     return {each.name: each.default for each in found if each.kind in named and each.name not in ("device", "dtype")}

@@ -1,4 +1,4 @@
-"""Frozen evaluation networks: what synthetic images are recovered from, whose own weights never move."""
+"""Frozen evaluation networks: synthetic images are recovered from them, and their weights never change."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from pydistill.ops import FrozenFilters, frozen_conv2d, frozen_filters, max_pool
 from pydistill.ops.max_pool2d import MAX_KERNEL
 
 _log = logging.getLogger("pydistill")
-MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles takes longer than the products that are saved
-# in times out, with stride 2: the filters of more, which take 32 times the weight's memory, are read for longer
+MIN_CHANNELS = 32  # in and out: with fewer, transforming tiles costs more than the products that it saves
+# in times out, with stride 2: for more, reading the filters, 32 times the size of the weight, takes too long
 MAX_STRIDED = 128 * 256
 
 
 class _KeepingConv2d(nn.Conv2d):
-    """A convolution that keeps what is made of its weight until that is written to."""
+    """A convolution that caches what is computed from its weight until the weight is written to."""
 
-    _made: tuple[Any, Tensor, Any] | None = None  # of what, that weight, and what
+    _made: tuple[Any, Tensor, Any] | None = None  # the key, the weight, and the cached result
 
     def _made_of_weight(self, dtype: torch.dtype, make: Callable[[Tensor], Any]) -> Any:
-        """``make(weight)`` for inputs of ``dtype``, made if not there yet."""
+        """``make(weight)`` for inputs of ``dtype``, computed if not cached."""
         weight = self.weight
         made_of = (weight.data_ptr(), weight._version, weight.dtype, dtype)
         if self._made is None or self._made[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():
-                # what is kept shares the weight's memory: no later weight can lie at the same address
+                # holding on to the weight's memory means that no later weight can have the same address
                 self._made = (made_of, weight.detach(), make(weight.detach()))
         return self._made[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_made"}  # large, and soon made again
+        return {k: v for k, v in self.__dict__.items() if k != "_made"}  # large, and quickly recomputed
 
 
 class FrozenConv2d(_KeepingConv2d):
     """An ``nn.Conv2d`` of constant weights on `pydistill.ops.frozen_conv2d`.
 
     It has 3x3 filters with stride 1 or 2 and padding 1, or 7x7 with stride 2 and padding 3, and no groups or dilation.
-    On the CPU the filters are transformed once, on first use and again whenever the weight was written to (not where
-    that went through ``.data``, which torch does not count), or for inputs of another dtype; they take eight times the
+    On the CPU the filters are transformed on first use, and again after the weight was written to (except through
+    ``.data``, which torch does not track) or for inputs of another dtype; they take eight times the
     memory of the weight, 32 times for 3x3 with stride 2 (half as much for bfloat16 inputs), and are neither parameters
     nor in the ``state_dict``. On other devices it is torch's own convolution (cuDNN on CUDA). The output is in
-    channels-last memory. Under autocast the input is cast as ``nn.Conv2d`` casts it; the weight is not rounded.
+    channels-last memory. Under autocast the input is cast as by ``nn.Conv2d``; the weight is not rounded.
 
     Raises:
-        ValueError: in forward, where the weight requires a gradient (there is none), or the input does not fit.
+        ValueError: in forward, if the weight requires a gradient (there is none), or the input does not fit.
     """
 
     def filters(self, dtype: torch.dtype | None = None) -> FrozenFilters:
-        """The transformed filters for inputs of ``dtype`` (the weight's by default), made if not there yet."""
+        """The transformed filters for inputs of ``dtype`` (the weight's by default), computed if not cached."""
         weight = self.weight
         if weight.requires_grad:
             raise ValueError(
@@ -78,8 +78,8 @@ class FrozenConv2d(_KeepingConv2d):
 
 
 class _OtherConv2d(_KeepingConv2d):
-    """torch's convolution, under autocast too, where it keeps its rounded weight. Where the processor has none in half
-    precision, torch's takes many times as long as in float32, which is then used between the two roundings."""
+    """torch's convolution, also under autocast, where it caches its rounded weight. On a processor without convolutions
+    in half precision, torch's takes many times as long as in float32, which is then used between the two roundings."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -105,12 +105,12 @@ class _MaxPool2d(nn.MaxPool2d):
 
 
 POOLINGS = (nn.MaxPool2d, _MaxPool2d)
-# those whose output is new and only of their input
+# modules whose output is a new tensor that depends only on their input
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FrozenConv2d, _OtherConv2d)
 
 
 def pooling_of(module: nn.Module) -> tuple[int, int, int] | None:
-    """Kernel, stride and padding of a max pooling that `pydistill.ops.max_pool2d` does; None of any other module."""
+    """Kernel, stride and padding of a max pooling that `pydistill.ops.max_pool2d` supports; None for other modules."""
     if what_runs.why_not_plain(module, *POOLINGS) is not None or module.ceil_mode or module.return_indices:
         return None
     sizes = [_side(value) for value in (module.kernel_size, module.stride, module.padding, module.dilation)]
@@ -122,15 +122,15 @@ def pooling_of(module: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _side(value: Any) -> int | None:
-    """Of a square, given as torch's modules take it; None of what is no square."""
+    """The side of a square, given as torch's modules take it; None if it is not a square."""
     sides = set(value) if isinstance(value, (tuple, list)) else {value}
     side = sides.pop() if len(sides) == 1 else None
     return side if type(side) is int else None
 
 
 def _has_convolution(dtype: torch.dtype) -> bool:
-    """Whether this processor, and this build of torch, convolve in a half precision."""
-    if not torch.backends.mkldnn.is_available():  # whose operators are not even there
+    """Whether this processor and this build of torch have convolutions in a half precision."""
+    if not torch.backends.mkldnn.is_available():  # then its operators do not even exist
         return False
     library = torch.ops.mkldnn
     return (library._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported)()
@@ -139,17 +139,17 @@ def _has_convolution(dtype: torch.dtype) -> bool:
 def freeze(model: nn.Module) -> nn.Module:
     """A frozen copy of an evaluation network, faster on the CPU in its forward pass and its gradient to the images.
 
-    The copy is in eval mode and in channels-last memory, and none of its parameters takes a gradient. Every 3x3
+    The copy is in eval mode and in channels-last memory, and none of its parameters requires a gradient. Every 3x3
     ``nn.Conv2d`` with stride 1, padding 1, no groups and no dilation, and at least `MIN_CHANNELS` channels in and out,
     becomes a `FrozenConv2d`; so does one with stride 2 whose channels in times out are at most `MAX_STRIDED`, and a
     ResNet's 7x7 stem (stride 2, padding 3) to as many channels; others stay torch's
-    (under autocast in float32 where the processor has no convolution in half precision, for which torch's takes many
-    times as long). Every ``nn.MaxPool2d`` with square windows of at most 15 a side, no dilation, ``ceil_mode`` or
+    (under autocast in float32 if the processor has no convolution in half precision, for which torch's takes many
+    times as long). Every ``nn.MaxPool2d`` with square windows of side at most 15, no dilation, ``ceil_mode`` or
     indices pools on `pydistill.ops.max_pool2d`, with equal bits. Hooks stay where they are and are called as before;
-    subclasses of these modules, and instances that something was set on, compute what they computed.
-    ``state_dict`` keys and values are those of ``model``, which itself is left as it is. Give it channels-last images
+    subclasses of these modules, and instances on which something was set, compute what they did before.
+    ``state_dict`` keys and values are those of ``model``, which itself is unchanged. Give it channels-last images
     for best speed. `frozen_convolutions` tells which convolutions were replaced and why others were not; the logger
-    "pydistill" says how many, as a warning where there are none: depthwise and 1x1 convolutions, which networks like
+    "pydistill" says how many, as a warning if there are none: depthwise and 1x1 convolutions, which networks like
     MobileNet are made of, gain nothing.
 
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)``.
@@ -158,13 +158,13 @@ def freeze(model: nn.Module) -> nn.Module:
         model: the network.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or a `BNStatMatcher` is attached to it.
+        TypeError: ``model`` is not an ``nn.Module``, or a `BNStatMatcher` is attached to it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    with torch.inference_mode(False):  # what is made in it does not count what is written to it
+    with torch.inference_mode(False):  # tensors made in it do not track writes
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
-        # as .to(memory_format=torch.channels_last), which raises for other tensors than images'
+        # like .to(memory_format=torch.channels_last), which raises for tensors that are not images
         frozen._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
     _say(frozen_convolutions(frozen))
     for module in frozen.modules():
@@ -178,7 +178,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def frozen_convolutions(model: nn.Module) -> dict[str, str]:
-    """Of each ``nn.Conv2d`` of a network, before `freeze` or after, "frozen" or why it is left to torch; by name."""
+    """For each ``nn.Conv2d`` of a network, before or after `freeze`, by name: "frozen" or why it is left to torch."""
     return {
         name: _why_not_replaced(module) or "frozen"
         for name, module in model.named_modules()

@@ -12,7 +12,7 @@ class MLP(Student):
     """Three linear layers with ReLU between them on the flattened image.
 
     Structure, parameter order and ``state_dict`` keys (``fc_1``, ``fc_2``, ``fc_3``) are those of MLP in
-    VICO-UoE/DatasetCondensation and its descendants, there for 1x28x28 and 3x32x32 images, here for any.
+    VICO-UoE/DatasetCondensation and its descendants, where it is for 1x28x28 and 3x32x32 images; here for any.
 
     Args:
         channels: of the input images ``[N, channels, H, W]``.

@@ -45,10 +45,10 @@ def make(
         width: of "convnet" and "mlp", 128 by default, and of "vit", 64 by default.
         depth: of "convnet", by default 3 blocks, 4 from 64 pixels on, and of "vit", by default 4.
         norm: "instance", "batch" or "none" ("convnet": also "group" and "layer"; "mlp" and "vit" take none); by default
-            what theirs of that name has, "none" in AlexNet and "instance" in the others.
+            what the repositories' network of that name has, "none" in AlexNet and "instance" in the others.
 
     Raises:
-        ValueError: an unknown name, an option that the network does not have, or what the network raises.
+        ValueError: an unknown name, an option that the network does not have, or as for the network itself.
     """
     if name not in _NETS:
         raise ValueError(f"name: expected one of {', '.join(NETS)}, got {name!r}")

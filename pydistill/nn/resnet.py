@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-50 in torchvision's layout, so that its checkpoints load and nothing here needs torchvision."""
+"""ResNet-18 and ResNet-50 in torchvision's layout, so that its checkpoints load without needing torchvision."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class SmallResNet18(Student):
         num_classes: logits per image.
         image_size: height and width of the images in pixels, one int for both or (H, W).
         norm: "instance", "batch" or "none".
-        average_pool: halve by 2x2 average pools instead of strides, and classify the last map itself, not its mean.
+        average_pool: halve by 2x2 average pools instead of strides, and classify from the last map, not its mean.
 
     Raises:
         ValueError: an unknown norm, or images too small; a forward input of another shape.
@@ -85,7 +85,7 @@ class _Block(nn.Module):
 
 
 def _norm(channels: int, norm: str, relu: bool = False, pool: bool = False) -> tuple[nn.Module, nn.Module]:
-    """The norm, and what of ReLU and pool it leaves to be done after it."""
+    """The norm, and the ReLU and pool that remain to be done after it."""
     if norm == "instance":
         return InstanceNormReLUAvgPool(channels, relu=relu, pool=pool), nn.Identity()
     after = [nn.ReLU()] * relu + [nn.AvgPool2d(2)] * pool

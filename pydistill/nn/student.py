@@ -44,5 +44,5 @@ class Student(nn.Module):
 
 
 def is_large(size: tuple[int, int]) -> bool:
-    """Whether the repositories' variants for Tiny ImageNet, which halve the image once more, are meant."""
+    """Whether to use the repositories' variants for Tiny ImageNet, which halve the image once more."""
     return min(size) >= 64

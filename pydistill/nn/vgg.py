@@ -15,7 +15,7 @@ class VGG11(Student):
     """Eight 3x3 convolutions, each with norm and ReLU, five 2x2 max pools, and one linear layer.
 
     Structure, parameter order and ``state_dict`` keys (``features.<i>``, ``classifier``) are those of VGG11 (norm
-    "instance", ``GroupNorm(C, C)``) and VGG11BN ("batch") in VICO-UoE/DatasetCondensation and its descendants; of
+    "instance", ``GroupNorm(C, C)``) and VGG11BN ("batch") in VICO-UoE/DatasetCondensation and its descendants; for
     images of 64 pixels or more every second position of the last map is kept, as in their variant for Tiny ImageNet. A
     one-channel input is padded by 3 (28x28 becomes 32x32). Instance norm and ReLU run as one fused operator.
 

@@ -1,4 +1,4 @@
-"""A vision transformer, as small as the data sets here want it, that shows its queries and keys."""
+"""A vision transformer, small enough for the data sets here, that exposes its queries and keys."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`bn_stat_match`'s operators with a max pooling behind the BatchNorm: what lies between is not written.
+"""`bn_stat_match`'s operators with a max pooling after the BatchNorm: the tensor in between is not written.
 
-Every formula is that of one operator after the other.
+Every formula is that of the two operators in sequence.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pydistill.ops._bn_stat_match_operators import (
 from pydistill.ops._operator import Operator
 from pydistill.ops.max_pool2d import empty_images, gather, pooled_shape, scatter
 
-# In what follows: `saved` are (x, scale, shift) and what was kept, the numbers of what won in its window and the mean;
-# of the backward (grad_y, grad_statistics, x, which, scale, shift, mean). `options` is (relu, kernel, stride, padding).
+# In what follows: `saved` are (x, scale, shift) and what was kept, the winners' numbers in their windows and the mean;
+# for the backward (grad_y, grad_statistics, x, which, scale, shift, mean). `options`: (relu, kernel, stride, padding).
 
 
 def _forward_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, *pool: int) -> tuple[Tensor, ...]:
@@ -64,12 +64,12 @@ def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, scale_t: Tensor, shi
     x, scale, shift = saved[:3]
     relu, *pool = options
     y_t, statistics_t, _ = forward_jvp((_planes(x), None, scale, shift), (relu,), _planes(x_t), None, scale_t, shift_t)
-    which = forward(x, scale, shift, *options)[2]  # what was kept is not there in forward mode
+    which = forward(x, scale, shift, *options)[2]  # forward mode has no kept outputs
     return gather(y_t.view(x.shape), which, *pool), statistics_t, None, None
 
 
 def _through_images(saved: tuple, options: tuple) -> tuple[tuple, tuple]:
-    """What `bn_stat_match`'s backward is given: the pooling's gradient in the place of grad_y."""
+    """The arguments of `bn_stat_match`'s backward, with the pooling's gradient as grad_y."""
     grad_y, grad_statistics, x, which, scale, shift, mean = saved
     relu, *pool = options
     between = scatter(grad_y, which, *x.shape[2:], *pool)

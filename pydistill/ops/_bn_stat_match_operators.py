@@ -1,13 +1,12 @@
 """The operators behind `pydistill.ops.bn_stat_match`, and their derivatives.
 
-One pair serves the match alone and fused with the BatchNorm. With M elements a channel, s = scale, g = grad_y where the
-ReLU is open:
+One pair serves the match alone and fused with the BatchNorm. With M elements per channel, s = scale, g = grad_y where
+the ReLU is open:
 
     forward    mean, var of x; y = relu(s x + shift + residual)
     backward   grad_x = s g + grad_mean / M + 2 grad_var / M (x - mean)     grad_residual = g
 
-The second derivatives are closed formulas in plain torch: they are right to any order, and take the memory that plain
-torch takes.
+The second derivatives are closed formulas in plain torch: correct to any order, with plain torch's memory use.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# In what follows: `saved` are (x, residual, scale, shift), of which all but x may be None, and the mean that was kept;
-# behind the gradients, of the backward. `options` is (relu,).
+# In what follows: `saved` are (x, residual, scale, shift), of which all but x may be None, and the kept mean;
+# for the backward they follow the gradients. `options` is (relu,).
 
 
 def _empty_planes(x: Tensor) -> Tensor:
-    """In the layout of x: channels neighbours where they are there."""
+    """In the layout of x: channels adjacent in memory if they are so in x."""
     N, C, P = x.shape
     if x.stride(1) == 1 and C > 1 and P > 1:
         return x.new_empty_strided((N, C, P), (C * P, 1, C))
@@ -65,7 +64,7 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
 
 
 def _open(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, relu: bool) -> Tensor | float:
-    """One where y has a derivative, zero elsewhere; x and the residual in the dtype of computation."""
+    """One where the ReLU passes gradients, zero elsewhere; x and the residual in the compute dtype."""
     if not relu:
         return 1.0
     before = _column(scale) * x + _column(shift)
@@ -123,7 +122,7 @@ class Operators:
 def affine_gradients(
     grad_y: Tensor, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of scale and shift."""
+    """The gradients of scale and shift."""
     x = _wide(x)
     g = _wide(grad_y) * _open(x, _wide(residual), scale, shift, relu)
     return _sum(g * x), _sum(g)
@@ -144,7 +143,7 @@ def forward_jvp(saved: tuple, options: tuple, *tangents: Tensor | None) -> tuple
 
 
 def backward_vjp(saved: tuple, options: tuple, u: Tensor, w: Tensor) -> tuple:
-    """Along (u, w). The mean is what it is of x: its part stands in that of x."""
+    """Along (u, w). The mean is a function of x: its part is included in that of x."""
     dtype = saved[2].dtype
     grad_y, grad_statistics, x, residual, scale, shift, mean = (_wide(t) for t in saved)
     u, w = _wide(u), _wide(w)
@@ -214,7 +213,7 @@ def _triton_fill(form: str) -> Any:
     return fill
 
 
-# kept for as long as the operators are: torch forgets those of a library that is collected
+# kept as long as the operators: torch drops those of a garbage-collected library
 _triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "bn_stat_match", _forward_fake, _triton_fill("forward"))
 register_filled(_triton_library, "bn_stat_match_backward", _backward_fake, _triton_fill("backward"))

@@ -1,6 +1,6 @@
-"""The operators that a graph of convolutions takes beside `frozen_conv2d`'s, by Winograd's F(4x4, 3x3) and F(2x2, 5x5).
+"""Operators for graphs of convolutions besides `frozen_conv2d`'s, by Winograd's F(4x4, 3x3) and F(2x2, 5x5).
 
-For graphs in which every derivative is written down: they have none themselves.
+For graphs in which every derivative is explicit: the operators themselves have none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _vmap(*_: Any) -> Any:
     raise NotImplementedError("convolutions in a graph: vmap is not supported")
 
 
-# (weight [K, C, taps, taps], turned) -> `FrozenFilters.forward` of it, or `FrozenFilters.adjoint` where it is turned;
+# (weight [K, C, taps, taps], turned) -> its `FrozenFilters.forward`, or `FrozenFilters.adjoint` if turned;
 # float32 or float64, taps of 3 or 5, any strides.
 conv2d_filters = Operator("conv2d_filters", tensors=1, fake=_filters_fake, vmap=_vmap, vjp=None, jvp=None)
 

@@ -1,7 +1,7 @@
 """The layer-by-layer ConvNet step as CUDA graphs: a few dozen launches replayed as one.
 
 At the sizes of dataset distillation a step's kernels are short, and launching them one by one from Python takes longer
-than they do. Only a CUDA device can run this, so it is not executed in CI; the `gpu` tests are what checks it.
+than running them. Only a CUDA device can run this, so it is not executed in CI; the `gpu` tests check it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_step_layers import LabelKind, Precision
 from pydistill.reference.convnet_shape import ConvNetShape
 
-# torch captures on a stream of its own; what libraries set up at their first calls must have happened before
+# torch captures on its own stream; libraries must have done their first-call setup before
 _WARM_UP = 3
 
 
@@ -24,12 +24,12 @@ class StepGraphs:
     """`gradient` and `tangent` of `_convnet_step_layers`, captured at the first call of each signature, then replayed.
 
     A signature is the net's shape, the tensors' shapes, dtypes and device, the label kind and the precision. Inputs
-    are copied into the graph's own buffers and results out of them, so that a result stays what it is
-    when the next step runs. All graphs of an instance share one pool of memory, because no two of them run at a time:
+    are copied into the graph's own buffers and results out of them, so that the next step does not change a result.
+    All graphs of an instance share one memory pool, because no two of them run at the same time:
     use an instance from one thread, and with one stream at a time. Memory is freed with the instance.
 
     Raises:
-        ValueError: theta is no CUDA tensor.
+        ValueError: theta is not a CUDA tensor.
         TypeError, ValueError: as in `_convnet_step_layers`, at the first call of a signature.
     """
 
@@ -93,7 +93,7 @@ class _Captured:
     """One function of tensors of fixed shapes, as a CUDA graph on the current device."""
 
     def __init__(self, function: Callable[..., tuple], tensors: tuple[Tensor, ...], pool: Any):
-        # outside the pool: other graphs' intermediate results must not come to lie in an input
+        # outside the pool: other graphs' intermediate results must not overlap an input
         self.inputs = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()
@@ -104,7 +104,7 @@ class _Captured:
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            # kept alive, so that no later graph of the pool is given their memory
+            # kept alive, so that no later graph of the pool reuses their memory
             self.outputs = function(*self.inputs)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> tuple:

@@ -1,7 +1,7 @@
 """One training step of E ConvNets, layer by layer: cuDNN's convolutions around the fused block, without autograd.
 
 `gradient` is forward and backward. `tangent` differentiates both along a direction nu in the parameters (forward over
-reverse), which gives everything that a trajectory's adjoint needs of a step from convolutions of the usual shapes. Per
+reverse), which gives everything that a trajectory's adjoint needs from a step, by convolutions of the usual shapes. Per
 block, with _bar for the gradient of the loss and _t for the derivative along nu:
 
     z = conv(x, w)                        z_t = conv(x_t, w) + conv(x, w_t)
@@ -13,8 +13,8 @@ The norm, the ReLU and the pool between them are the four forms of `instance_nor
 The students lie side by side in the channels, [N, E * C, H, W]: convolutions have E groups, and to the norm students
 are just more channels. Images that all students share go through a first convolution of one group and E * K outputs.
 
-A bias in front of an instance norm is subtracted again with the mean. It is not read here (nor seen if it is not
-finite), and its derivatives are the zeros that they are in exact arithmetic.
+A bias before an instance norm is subtracted again with the mean. It is not read here (so a non-finite one has no
+effect), and its derivatives are exactly zero, as in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32": a GPU that can
-            rounds the factors of convolutions and of the classifier to TF32. "bf16": convolutions read and write
-            bfloat16 and add up in float32; statistics, parameters, classifier and loss are float32.
+        precision: "fp32": everything in theta's dtype, regardless of torch's TF32 switches. "tf32": a GPU that supports
+            it rounds the factors of convolutions and of the classifier to TF32. "bf16": convolutions read and write
+            bfloat16 and accumulate in float32; statistics, parameters, classifier and loss are float32.
 
     Returns:
         loss ``[E]`` and its gradient ``[E, P]``, dtype of theta.
@@ -129,7 +129,7 @@ def tangent(
     Returns:
         slope: ``[E]``, <g, direction> itself.
         curvature: ``[E, P]``, the loss's Hessian times direction.
-        images_grad: ``[E, N, C, H, W]``, a student's own also where the images are shared.
+        images_grad: ``[E, N, C, H, W]``, per student even if the images are shared.
         labels_grad: ``[E, N, K]``, None for hard labels.
     """
     if direction.shape != theta.shape or direction.dtype != theta.dtype:
@@ -183,7 +183,7 @@ def tangent(
 
 
 class _Parameters:
-    """theta cut up, convolutions in the precision and layout that they run in."""
+    """theta split up, with convolutions in the precision and layout that they run in."""
 
     def __init__(self, shape: ConvNetShape, theta: Tensor, dtype: torch.dtype, layout: torch.memory_format):
         views = shape.slices(theta.contiguous())
@@ -195,7 +195,7 @@ class _Parameters:
 
 
 class _Net(_Parameters):
-    """The students at theta, and the layers that they are made of."""
+    """The students at theta, and their layers."""
 
     def __init__(self, shape: ConvNetShape, theta: Tensor, images: Tensor, precision: Precision):
         if precision not in ("fp32", "tf32", "bf16"):
@@ -238,7 +238,7 @@ class _Net(_Parameters):
         return x.unflatten(1, (self.students, -1)).transpose(0, 1).flatten(2).to(self.classifier.dtype)
 
     def to_planes(self, features: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse."""
         last = self.shape.layers[-1]
         planes = features.unflatten(2, (last.out_channels, last.height // 2, last.width // 2))
         return planes.transpose(0, 1).flatten(1, 2).to(self.dtype)
@@ -256,7 +256,7 @@ class _Net(_Parameters):
         return torch.ops.aten.convolution(x, weight, None, *self._geometry(i), self._groups(i))
 
     def input_gradient(self, i: int, z_bar: Tensor, weight: Tensor) -> Tensor:
-        """dgrad, which is a transposed convolution. Of shared images it is each student's own."""
+        """dgrad, a transposed convolution. Per student even if the images are shared."""
         stride, padding, dilation, _, output_padding = self._geometry(i)
         return torch.ops.aten.convolution(
             z_bar, weight, None, stride, padding, dilation, True, output_padding, self.students
@@ -278,9 +278,9 @@ class _Net(_Parameters):
 
 
 class _CrossEntropy:
-    """Each student's mean cross entropy over logits ``[E, N, K]``, and what follows from it.
+    """Each student's mean cross entropy over logits ``[E, N, K]``, and its derivatives.
 
-    With l the logits, P their softmax, s the labels' sum (1, but for labels that are no distribution) and c = l_t -
+    With l the logits, P their softmax, s the labels' sum (1, unless labels are not a distribution) and c = l_t -
     <P, l_t>: bar = (s P - y) / N, bar_t = s P c / N, and <bar, l_t>, the derivative of the loss along nu, changes with
     y by -c / N.
     """
@@ -322,7 +322,7 @@ class _CrossEntropy:
         return (self.bar * logits_t).sum((1, 2))
 
     def labels_grad(self, logits_t: Tensor) -> Tensor | None:
-        """Of the slope."""
+        """The gradient of the slope."""
         if self.label_kind == "hard":
             return None
         grad = -self._centred(logits_t) / self.count
@@ -338,7 +338,7 @@ class _Slots:
         self.views = shape.slices(flat)
 
     def classifier(self, bar: Tensor, features: Tensor, *more: Tensor) -> None:
-        """The sum of bar^T features over the pairs given; the bias's from the first pair alone."""
+        """The sum of bar^T features over the given pairs; the bias's gradient from the first pair only."""
         weight = bar.mT @ features
         if more:
             weight += more[0].mT @ more[1]

@@ -1,4 +1,4 @@
-"""What makes a registered operator compose with the rest of torch.
+"""Makes a registered operator compose with the rest of torch.
 
 An operator here is a pure function ``name(*tensors, *options)`` whose kernels are registered in C++. From its closed
 formulas (fake, vjp, jvp, vmap) `Operator` builds everything the framework asks for:
@@ -30,11 +30,11 @@ class Operator:
 
     ``vjp(saved, options, *grads)`` returns a gradient (or None) per tensor, ``jvp(saved, options, *tangents)`` the
     outputs' tangents; both are written in operators, so that they are differentiable in turn. An operator whose
-    ``vjp`` is None raises when a gradient is asked of it: it never gives a wrong one.
+    ``vjp`` is None raises when a gradient is asked for: it never gives a wrong one.
 
-    The last ``kept`` outputs are no results: they have no derivative, and stand behind the tensors in ``saved`` for a
-    ``vjp(saved, options, ctx, *grads)``, which sees autograd's context too. So does that of a ``selective`` one, which
-    may compute less than all gradients.
+    The last ``kept`` outputs are not results: they have no derivative, and follow the tensors in ``saved`` for a
+    ``vjp(saved, options, ctx, *grads)``, which also sees autograd's context. So does that of a ``selective`` operator,
+    which need not compute all gradients.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Operator:
             beside = output[-kept:] if kept else ()
             ctx.save_for_backward(*inputs[:tensors], *beside)
             if kept:
-                # a caller of the registered operator sees them too, and may keep them
+                # a caller of the registered operator also sees them, and may keep them
                 ctx.owns_kept = getattr(ctx, "_forward_cls", None) is self.function
                 ctx.mark_non_differentiable(*beside)
-                ctx.set_materialize_grads(False)  # zeros for what is kept would take as much memory again
+                ctx.set_materialize_grads(False)  # zeros for kept outputs would double their memory
             if hasattr(ctx, "save_for_forward"):  # absent where register_autograd calls
                 ctx.save_for_forward(*inputs[:tensors])
             ctx.options = inputs[tensors:]
@@ -86,10 +86,10 @@ class Operator:
             return jvp(ctx.saved_tensors, ctx.options, *filled)
 
         def forward(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():  # else what is registered for autograd would run as well
+            with torch._C._AutoDispatchBelowAutograd():  # otherwise the autograd kernels would run as well
                 return self.raw(*args)
 
-        # autograd.Function.apply asks for it in every call, and finding it out takes 20 microseconds
+        # autograd.Function.apply asks for it in every call, and computing it takes 20 microseconds
         forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
 
         self.function = type(
@@ -114,7 +114,7 @@ class Operator:
 def register_filled(library: torch_library.Library, name: str, fake: Formula, fill: Formula) -> None:
     """Register ``pydistill::<name>`` once more, in another library: ``fill(fake(*args), *args)`` on every device.
 
-    So the native operator's schema holds for both, and what a fake promises is what is allocated.
+    So the native operator's schema holds for both, and what is allocated is what the fake promises.
     """
     library.define(str(getattr(torch.ops.pydistill, name).default._schema).removeprefix("pydistill::"))
 
@@ -136,7 +136,7 @@ def check_plain_backend(function: str, backend: str) -> None:
 def choose_backend(op: str, backend: str, device: torch.device, available: Sequence[str]) -> str:
     """The backend that runs ``op`` on ``device``: the named one, or for "auto" the device's own. Never another.
 
-    Raises ``ValueError`` for a name that is no backend, ``NotImplementedError`` with the reason where it cannot run.
+    Raises ``ValueError`` for an unknown backend, ``NotImplementedError`` with the reason if it cannot run.
     """
     names = ("auto", "reference", "cpu", "cuda", "triton")
     if backend not in names:

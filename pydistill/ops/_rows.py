@@ -1,4 +1,4 @@
-"""What the losses of rows of logits share: batches of them, what was kept for the backward pass, class numbers."""
+"""Shared by the losses of rows of logits: vmap, kept gradients, checks of class numbers."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def batch_into_rows(op: Callable[..., Any], tensors: int) -> Any:
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """What a row is computed in, and its loss."""
+    """The dtype of a row's arithmetic and of its loss."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def scale_kept(ctx: Any, kept: Tensor, grad: Tensor) -> Tensor | None:
-    """The rows' gradients ``kept`` beside their losses, times ``grad`` [N]; None where they have to be made again.
+    """The rows' gradients ``kept`` beside their losses, times ``grad`` [N]; None if they have to be recomputed.
 
-    They are where a second derivative may follow, of which ``kept`` knows nothing, and on a second way back through one
-    graph: the first one scales them in their place.
+    That is the case if a second derivative may follow, which ``kept`` cannot give, and in a second backward pass
+    through one graph, as the first one scales them in place.
     """
     if torch.is_grad_enabled() or getattr(ctx, "spent", False):
         return None
     factor = grad.unsqueeze(1)
     if ctx.owns_kept and type(grad) is Tensor:
         try:
-            # of a sum's rows, none is scaled
+            # for a sum, no row needs scaling
             alike = grad.device.type == "cpu" and grad.stride() == (0,) and len(grad) > 0
             scaled = kept.data if alike and float(grad[0]) == 1 else kept.data.mul_(factor)
             ctx.spent = True
             return scaled
-        except RuntimeError:  # under vmap, which does not write many gradients in the place of one
+        except RuntimeError:  # under vmap, which cannot write many gradients in place of one
             pass
     return (kept * factor).to(kept.dtype)
 
@@ -66,12 +66,12 @@ def check_floating(name: str, tensor: Any) -> None:
 
 
 def check_class_numbers(name: str, numbers: Tensor, C: int, note: str = "") -> None:
-    """Raises ``ValueError`` for one that is not in 0..C-1, where values can be seen: on the CPU, in eager mode."""
+    """Raises ``ValueError`` for one not in 0..C-1, where values are visible: on the CPU, in eager mode."""
     if numbers.device.type != "cpu" or torch.compiler.is_compiling() or numbers.numel() == 0:
         return
     try:
         low, high = (int(v) for v in numbers.aminmax())
-    except RuntimeError:  # tensors under vmap and fake ones do not show their values
+    except RuntimeError:  # the values of fake tensors and those under vmap are not accessible
         return
     if low < 0 or high >= C:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Attention maps of features, in one read and without a copy of them.
+"""Attention maps of features, from one read of them and without a copy.
 
 Two operators, each the other's adjoint in its sums; with f the ``order``-th derivative of ``|x|^p`` times ``factor``:
 
     reduce     spatial = f summed over the channels, channel = f summed over the positions
     adjoint    f (spatial + channel), for every element
 
-Differentiation raises the order and leaves the family as it is, so the maps are differentiable to any order.
+Differentiation raises the order and stays within the family, so the maps are differentiable to any order.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ def attention_map(
     """Sums of ``|x|^p`` over the channels (spatial attention) or over the positions (channel attention), or both.
 
     Equivalent to ``x.abs().pow(p).sum(1).flatten(1)`` and ``x.abs().pow(p).sum((2, 3))``. The maps that DataDAM (Sajedi
-    et al., ICCV 2023) and ATOM (Khaki et al., 2024) match, before they are normalised; attention transfer (Zagoruyko &
+    et al., ICCV 2023) and ATOM (Khaki et al., 2024) match, before normalisation; attention transfer (Zagoruyko &
     Komodakis, ICLR 2017) has p = 2. Differentiable to any order, in reverse and forward mode, under ``torch.func`` and
-    ``torch.compile``. Deterministic: equal bits from run to run, over thread counts and instruction sets but, for p
-    other than 1, 2, 3 and 4, those of the platform's ``pow``. NaN and Inf propagate as in torch.
+    ``torch.compile``. Deterministic: equal bits across runs, thread counts and instruction sets, except that p other
+    than 1, 2, 3 and 4 uses the platform's ``pow``. NaN and Inf propagate as in torch.
 
     Args:
-        x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16; other than contiguous and channels-last memory is
-            copied. All arithmetic is in float32 (float64 for float64).
+        x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16; copied unless contiguous or channels-last. All
+            arithmetic is in float32 (float64 for float64).
         p: the power, above zero. At x = 0 derivatives are zero.
         axis: "spatial", "channel", or "both" from one read.
         backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "triton".
 
     Returns:
-        ``[N, H * W]`` or ``[N, C]``, or both in this order; float32, also for 16-bit x, whose powers it could not hold
+        ``[N, H * W]`` or ``[N, C]``, or both in this order; float32, also for 16-bit x, which could not hold the powers
         (float64 for float64; the reference keeps x's dtype).
 
     Raises:
-        TypeError: x is no tensor or has an unsupported dtype.
+        TypeError: x is not a tensor or has an unsupported dtype.
         ValueError: x is not ``[N, C, H, W]``, p is not above zero, or axis is unknown.
         NotImplementedError: the backend cannot run here.
     """
@@ -110,7 +110,7 @@ def _batch_into_samples(op: Any, tensors: int) -> Any:
 
 
 class _Operators:
-    """The two operators of one library. In every formula `saved` are the operator's tensors."""
+    """The two operators of one library. In every formula, `saved` are the operator's tensors."""
 
     def __init__(self, library: str):
         self.reduce = Operator(
@@ -187,7 +187,7 @@ def _fill(form: str) -> Any:
     return fill
 
 
-# kept for as long as the operators are: torch forgets those of a library that is collected
+# kept as long as the operators: torch drops those of a garbage-collected library
 _triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "attention_map", _reduce_fake, _fill("reduce"))
 register_filled(_triton_library, "attention_map_adjoint", _adjoint_fake, _fill("adjoint"))

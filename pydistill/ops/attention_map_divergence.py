@@ -1,15 +1,15 @@
 """Divergence between two softmax attention maps, row by row, without either map in memory.
 
-Two operators, of the heads ``[A, H, rows, features]`` of student and teacher, with f the rows' losses:
+Two operators on the heads ``[A, H, rows, features]`` of student and teacher, with f the rows' losses:
 
     forward    sum f and its gradients (q_s, k_s), in one sweep over the keys; or f itself
-    backward   the gradients of <grad, f>, over scores that are computed once more
+    backward   the gradients of <grad, f>, from recomputed scores
 
-A mean or a sum is what training asks for, and the cotangent of every row is then the same: so its gradients are made
-where the scores are at hand, and the backward pass only scales them: in place, or where a graph of the backward pass is
-wanted by a third operator. Another backward pass through the same graph begins anew. Rows of their own weight ("none")
-take the second operator. They exist twice: in C++ (``torch.ops.pydistill``) and in Triton
-(``torch.ops.pydistill_triton``). Only the first derivative has a formula: ask for a second and it is refused.
+Training uses a mean or a sum, for which the cotangent of every row is the same: so gradients are computed while the
+scores are at hand, and the backward pass only scales them: in place, or by a third operator if a graph of the backward
+pass is wanted. Another backward pass through the same graph recomputes them. Individually weighted rows ("none")
+take the second operator. All exist twice: in C++ (``torch.ops.pydistill``) and in Triton
+(``torch.ops.pydistill_triton``). Only the first derivative has a formula; a second is refused.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def attention_map_divergence(
     For "fkl" equivalent to ``F.kl_div((q_s @ k_s.mT / T_s).log_softmax(-1), (q_t @ k_t.mT / T_t).softmax(-1),
     reduction="none").sum(-1).mean()``, exact, in memory that grows with N + M and not with N * M: on the CPU a thread
     holds a few dozen rows of scores, and one head's keys rearranged. UNIP (Zhang et al., ICLR 2025) distils a layer's
-    attention so, MiniLM (Wang et al., NeurIPS 2020) a transformer's; with keys that all queries share it is the loss of
-    ZSCL (Zheng et al., ICCV 2023) against texts and of COMODO against a queue.
+    attention this way, MiniLM (Wang et al., NeurIPS 2020) a transformer's; with keys shared by all queries it is the
+    loss of ZSCL (Zheng et al., ICCV 2023) against texts and of COMODO against a queue.
 
-    Student and teacher may differ in their features and share their heads. The gradient goes to ``q_s`` and ``k_s``,
-    and is computed where it is asked for only: for "mean" and "sum" in the forward pass, beside the loss; for "none" in
-    the backward pass, which computes the scores once more, as going through one graph a second time does. A second
-    derivative raises ``NotImplementedError``, and so does forward mode. On the CPU, results have equal bits from run to
-    run, over thread counts, and between AVX2 and AVX-512; the baseline, without fused multiply-add, differs from these
-    in rounding. NaN and Inf propagate.
+    Student and teacher may differ in features, but not in heads. The gradient goes to ``q_s`` and ``k_s``, and is
+    computed only if needed: for "mean" and "sum" in the forward pass, along with the loss; for "none" in the backward
+    pass, which recomputes the scores, as does a second pass through the same graph. A second
+    derivative raises ``NotImplementedError``, and so does forward mode. On the CPU, results have equal bits across
+    runs, thread counts, and AVX2 and AVX-512; the baseline, without fused multiply-add, differs from these in
+    rounding. NaN and Inf propagate.
 
     Args:
         q_s: the student's queries ``[..., N, d_s]``; float32, float64, bfloat16 or float16, any strides. All arithmetic
-            is in float32 (float64 for float64). Where dtypes differ, all are promoted to their common one.
+            is in float32 (float64 for float64). If dtypes differ, all are promoted to their common one.
         k_s: its keys ``[..., M, d_s]`` with q_s's leading dimensions, or ``[M, d_s]``, shared by all of them.
         q_t: the teacher's queries ``[..., N, d_t]``, with q_s's leading dimensions.
         k_t: its keys ``[..., M, d_t]`` or ``[M, d_t]``.
@@ -83,9 +83,9 @@ def attention_map_divergence(
         rows is NaN, as in torch.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit; the teacher requires a gradient (detach it); on the CPU, a
-            mask leaves a row without keys. Elsewhere, and under ``vmap`` and ``torch.compile``, that row is NaN.
+            mask leaves a row without keys. Elsewhere, and under ``vmap`` and ``torch.compile``, such a row is NaN.
         NotImplementedError: the backend cannot run here, or a second derivative is asked for.
     """
     if reduction == "mean":
@@ -192,14 +192,14 @@ def _check_mask(mask: Tensor, q_s: Tensor, M: int) -> None:
         return
     try:
         empty = (~mask.any(-1)).nonzero().tolist()
-    except RuntimeError:  # tensors under vmap and fake ones do not show their values
+    except RuntimeError:  # the values of fake tensors and those under vmap are not accessible
         return
     if empty:
         raise ValueError(f"mask: expected a key at True in every row, got none in row {empty[0]} of {list(mask.shape)}")
 
 
 def _as_heads(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the operators take, as views where strides allow: [A, H, N, d], [A, H, M, d] and a mask [A, H, N, M].
+    """The operators' arguments, as views where strides allow: [A, H, N, d], [A, H, M, d] and a mask [A, H, N, M].
 
     Keys that all heads share become one head that has all the queries.
     """
@@ -215,7 +215,7 @@ def _as_heads(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor |
     queries = (q.reshape(A, H, N, q.shape[-1]) for q in (q_s, q_t))
     (heads_k_s, heads_k_t), (heads_q_s, heads_q_t) = keys, queries
     if mask is not None:
-        if len(lead) > 2 and mask.dim() > 3:  # [..., H or 1, N or 1, M or 1], where "..." is to be one dimension
+        if len(lead) > 2 and mask.dim() > 3:  # [..., H or 1, N or 1, M or 1], where "..." has to become one dimension
             inner = mask.shape[-3:]
             alike = math.prod(mask.shape[:-3]) == 1
             mask = mask.reshape(1, *inner) if alike else mask.expand(*lead[:-1], *inner).reshape(A, *inner)
@@ -227,7 +227,7 @@ def _as_heads(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor |
 
 
 def _gradients(q_s: Tensor, k_s: Tensor, with_q: bool, with_k: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised; what nobody asked for has no elements."""
+    """Uninitialised; those not asked for have no elements."""
     return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((q_s, with_q), (k_s, with_k)))
 
 
@@ -245,12 +245,12 @@ def _backward_fake(
 
 
 def _scale(grad: Tensor, grad_q: Tensor, grad_k: Tensor, q_s: Tensor, k_s: Tensor) -> tuple[Tensor, Tensor]:
-    """``q_s`` and ``k_s`` are named for autograd alone, that a second derivative in them is met, and refused."""
+    """``q_s`` and ``k_s`` are arguments only so that autograd sees, and refuses, a second derivative in them."""
     return tuple((grad * x).to(x.dtype) for x in (grad_q, grad_k))
 
 
 def _one_by_one(op: Callable[..., tuple], tensors: int) -> Any:
-    """The vmap rule: each of the batch is a call of its own, and large enough for that."""
+    """The vmap rule: one call per element of the batch, each large enough for that."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         outputs = []
@@ -279,7 +279,7 @@ _scaled = Operator(
 
 
 class _Operators:
-    """The operators out of one library, "pydistill" or "pydistill_triton"."""
+    """The operators of one library, "pydistill" or "pydistill_triton"."""
 
     def __init__(self, library: str):
         self.forward = Operator(
@@ -305,7 +305,7 @@ class _Operators:
         )
 
     def _vjp(self, saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        if grad is None:  # nothing comes back to the loss
+        if grad is None:  # no gradient reaches the loss
             return (None,) * 5
         *tensors, grad_q, grad_k = saved
         *kind, summed, with_q, with_k = options
@@ -314,7 +314,7 @@ class _Operators:
             found = self.backward(grad, *tensors, *kind, need_q, need_k)
         else:
             if need_q > with_q or need_k > with_k or getattr(ctx, "spent", False):
-                # a second time through one graph; or a transform hid that a gradient would be asked for
+                # a second pass through one graph, or a transform hid that a gradient would be needed
                 with torch.no_grad():
                     grad_q, grad_k = self.forward.raw(*tensors, *kind, True, need_q, need_k)[1:]
             found = _scale_in_place(grad, grad_q, grad_k) if ctx.owns_kept else None
@@ -324,12 +324,12 @@ class _Operators:
 
 
 def _scale_in_place(grad: Tensor, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The gradients, in the memory of what was kept for them; None where something else looks at that."""
+    """The gradients, scaled in place in the kept ones; None if something else may still need those."""
     if torch.is_grad_enabled() or type(grad) is not Tensor:  # a second derivative may follow; a graph is being traced
         return None
     try:
         return tuple(x.data.mul_(grad) for x in (grad_q, grad_k))
-    except RuntimeError:  # under vmap, which does not write many gradients in the place of one
+    except RuntimeError:  # under vmap, which cannot write many gradients in place of one
         return None
 
 

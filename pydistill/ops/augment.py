@@ -1,6 +1,6 @@
 """The siamese augmentation of a batch from a record of its parameters, one pass over each image.
 
-Two operators, with A the images' linear map that a record gives, and b the brightness that it adds:
+Two operators, with A the linear map of images that a record defines, and b the brightness that it adds:
 
     augment            A images + b, or with ``linear`` A images alone
     augment_backward   A^T grad
@@ -37,18 +37,18 @@ def augment_images(
     align_corners: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Colour, crop, cutout, flip, scale and rotate each image as its row of ``record`` says.
+    """Colour, crop, cutout, flip, scale and rotate each image as specified by its row of ``record``.
 
     Equivalent to the six operators of `pydistill.reference.augment_images`, one after the other:
-    ``rotate(scale(flip(cutout(crop(color(x))))))``, where scale and rotate are a bilinear resampling each
+    ``rotate(scale(flip(cutout(crop(color(x))))))``, where scale and rotate are one bilinear resampling each
     (``F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=True), align_corners=True)``). It is the
     augmentation of "Dataset Condensation with Differentiable Siamese Augmentation" (Zhao and Bilen, ICML 2021), which
     trajectory matching and its successors share; `pydistill.augment.DiffAugment` draws the records.
 
     Affine in the images, and differentiable in them to any order, in reverse and forward mode, under ``torch.func`` and
-    ``torch.compile``; the record is a constant. Deterministic: equal bits from run to run, over thread counts and, on
-    the CPU, over instruction sets. An operation at its identity value leaves every bit as it is. NaN and Inf propagate
-    as in torch, but for those that crop and cutout drop and for taps of weight zero in an identity.
+    ``torch.compile``; the record is a constant. Deterministic: equal bits across runs, thread counts and, on the CPU,
+    instruction sets. An operation at its identity value leaves every bit as it is. NaN and Inf propagate as in torch,
+    except for those that crop and cutout drop and for taps of weight zero in an identity.
 
     A row of the record, 52 bytes, with identity values in brackets:
 
@@ -59,12 +59,12 @@ def augment_images(
      3  crop_y (0)          rows: ``y[i, j] = x[i + crop_y, j + crop_x]``, zero from outside; a whole number
      4  crop_x (0)          columns
      5  cutout_top (0)      zero in ``y[top : top + height, left : left + width]``; whole numbers, which may
-     6  cutout_left (0)     reach out of the image
+     6  cutout_left (0)     extend beyond the image
      7  cutout_height (0)
      8  cutout_width (0)
      9  flip (0)            mirrored left to right where not zero
     10  scale_x (1)         the result's column u, from the centre, is the source's ``scale_x * u``: below 1
-    11  scale_y (1)         enlarges; rows alike
+    11  scale_y (1)         enlarges; rows likewise
     12  angle (0)           in radians, anticlockwise
     ==  ==================  ==============================================================================
 
@@ -75,15 +75,15 @@ def augment_images(
             ``row.expand(B, 13)``. A scale or angle that is not finite makes its image NaN.
         flip_batch: augment ``cat([images, images.flip(3)])`` instead, without building it, as "FYI: Flip Your Images
             for Dataset Distillation" (Son et al., ECCV 2024) does.
-        align_corners: which grid scale and rotate are given in. For square images both are the same; MTT and what
-            descends from it take True, DC, DSA and DM by torch's default False.
+        align_corners: the grid that scale and rotate refer to. For square images both are the same; MTT and its
+            descendants use True, DC, DSA and DM torch's default False.
         backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
 
     Returns:
         ``[B, C, H, W]``, ``[2 * B, C, H, W]`` for ``flip_batch``, contiguous, in the dtype of images.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape or device does not fit, or the record requires a gradient.
         NotImplementedError: the backend cannot run here.
     """
@@ -122,7 +122,7 @@ def _batch_into_rows(op: Any, doubled_before: bool, doubled_after: bool) -> Any:
     """The vmap rule: images are independent, so a batch dimension becomes more images.
 
     With ``flip_batch`` a tensor's rows are two halves, which stay the slowest dimension. ``doubled_before`` and
-    ``doubled_after`` say whether the first argument and the result have them.
+    ``doubled_after`` say whether the first argument and the result have these halves.
     """
 
     def rule(info: Any, in_dims: tuple, tensor: Tensor, record: Tensor, flip_batch: bool, *options: Any) -> Any:

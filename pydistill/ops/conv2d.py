@@ -1,13 +1,13 @@
 """2-d convolution whose second derivative is made of ordinary convolutions.
 
-torch's own double backward of a convolution transposes batch and channels and asks for kernels as large as the image,
-which no library is fast at. Differentiating S = <u, grad_x> + <v, grad_w> + <s, grad_b> by hand gives
+torch's own double backward of a convolution transposes batch and channels and needs kernels as large as the image, for
+which no library is fast. Differentiating S = <u, grad_x> + <v, grad_w> + <s, grad_b> by hand gives
 
     dS/dgrad_y = conv(u, w) + conv(x, v) + s,    dS/dw = weight gradient of (u, grad_y),    dS/dx = input gradient of
     (grad_y, v):
 
-forward and backward convolutions of the usual shapes, which torch's libraries (oneDNN, cuDNN) run. There is no kernel
-of our own here.
+forward and backward convolutions of the usual shapes, which torch's libraries (oneDNN, cuDNN) run. No kernel here is
+our own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def conv2d(
         x: ``[N, C, H, W]``.
         weight: ``[K, C / groups, R, S]``, dtype of x.
         bias: ``[K]`` or None.
-        stride, padding, dilation, groups: as in ``F.conv2d``; padding in numbers, not in words.
+        stride, padding, dilation, groups: as in ``F.conv2d``; padding as numbers, not as a string.
 
     Returns:
         ``[N, K, H', W']``. Differentiable to any order; errors are those of ``F.conv2d``.
@@ -97,7 +97,7 @@ def _tangent(
     x: Tensor, weight: Tensor, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, geometry: tuple
 ) -> Tensor | None:
     """The convolution's derivative along (x_t, weight_t, bias_t), each of which may be absent."""
-    # the bias rides along with a convolution: added by itself it costs one more tensor of the output's size
+    # the bias goes into a convolution: added separately it costs another tensor of the output's size
     along_weight = None if weight_t is None else F.conv2d(x, weight_t, bias_t, *geometry)
     rest = bias_t if weight_t is None else None
     along_x = None if x_t is None else F.conv2d(x_t, weight, rest, *geometry)

@@ -2,7 +2,7 @@
 
 The students have one structure, `ConvNetShape`, and parameters theta ``[E, P]``. Their loss is the mean cross entropy
 over N images. Three functions of theta: the logits; the loss and its gradient g; and, along a direction nu, the
-derivatives of <g, nu>: what the adjoint of a training trajectory needs of a step (forward over reverse: Pearlmutter,
+derivatives of <g, nu>: what the adjoint of a training trajectory needs from a step (forward over reverse: Pearlmutter,
 Neural Computation 1994; in trajectory matching: Deng & Russakovsky, NeurIPS 2022).
 
 On the CPU one kernel takes a few images at a time through all layers and back (csrc/kernels/convnet_step.h). On CUDA
@@ -53,12 +53,12 @@ _passed: dict[tuple, str] = {}  # backends by the arguments' signatures
 
 
 class Workspace:
-    """The working memory of steps, allocated at the first and reused by all later ones: freshly mapped pages cost
-    several times what a kernel does with them. For one thread at a time; a workspace serves any shapes. Up to 256 MiB
-    stay allocated for the next workspace."""
+    """The working memory of steps, allocated by the first and reused by all later ones: mapping fresh pages costs
+    several times as much as a kernel's work on them. For one thread at a time; a workspace serves any shapes. Up to
+    256 MiB stay allocated for the next workspace."""
 
     KEPT = 256 << 20  # bytes
-    _idle: ClassVar[list[Tensor]] = []  # at most one: the largest memory that workspaces have left
+    _idle: ClassVar[list[Tensor]] = []  # at most one: the largest block that workspaces have left
 
     def __init__(self) -> None:
         self._own: list[Tensor] = []  # one block, or none yet
@@ -128,11 +128,11 @@ def convnet_gradient(
     """The mean cross entropy of each student and its gradient in the parameters.
 
     Equivalent to ``loss = F.cross_entropy(net(images), labels)`` and ``torch.autograd.grad(loss, theta)`` for every
-    student's theta, with ``net`` a `pydistill.nn.ConvNet`. Not differentiable by autograd. Equal bits from run to run
-    and over thread counts; the last bits depend on the instruction set and on E.
+    student's theta, with ``net`` a `pydistill.nn.ConvNet`. Not differentiable by autograd. Equal bits across runs and
+    thread counts; the last bits depend on the instruction set and on E.
 
-    In float32 on the CPU, convolutions beyond the first run in Winograd's F(4x4, 3x3) with well-chosen points: a
-    layer's relative error is about that of a direct convolution (7e-7 against 6e-7 with 128 channels).
+    In float32 on the CPU, convolutions after the first use Winograd's F(4x4, 3x3) with well-chosen points: a layer's
+    relative error is about that of a direct convolution (7e-7 against 6e-7 with 128 channels).
 
     Args:
         shape: the net.
@@ -141,16 +141,16 @@ def convnet_gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype, whatever torch's switches for TF32 say. "tf32" (theta float32,
+        precision: "fp32": everything in theta's dtype, regardless of torch's TF32 switches. "tf32" (theta float32,
             CUDA): factors of convolutions and of the classifier are rounded to TF32. "bf16" (theta float32): the
-            convolutions' factors are rounded to bfloat16, but for those of the pass that decides which ReLUs are open,
-            and of the first layer's outputs; sums, statistics, parameters, classifier and loss are float32.
+            convolutions' factors are rounded to bfloat16, except in the pass that decides which ReLUs are open,
+            and in the first layer's outputs; sums, statistics, parameters, classifier and loss are float32.
         running: ``[2, sum of widths]``, or with E in front, dtype of theta: the means and variances side by side,
-            for the norm "running" and only there. Constants.
+            for the norm "running" only. Constants.
         statistics: ``[E, 2, sum of widths]``, dtype of theta: receives the means and biased variances of the batch that
             the norm "batch" has used, in that order.
         workspace: working memory to reuse; fresh when None.
-        tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would else compute again, in
+        tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would otherwise recompute, in
             theta's dtype or, for precision "bf16", in bfloat16. CPU.
         backend: "auto" (the device's), "reference" (autograd on plain torch), "cpu" or "cuda".
 
@@ -210,14 +210,14 @@ def convnet_tangent(
 
     Args:
         direction: ``[E, P]``.
-        curvature: False leaves the second result out and, on the CPU, its work.
+        curvature: False omits the second result and, on the CPU, its work.
         scale: ``[E]``, dtype of theta: a factor on all results but the slope; None: one.
-        tape: as `convnet_gradient` filled it for the same theta, images, labels, kind and precision. It is used up.
+        tape: as filled by `convnet_gradient` for the same theta, images, labels, kind and precision. It is overwritten.
 
     Returns:
         slope: ``[E]``, <g, direction> itself.
         curvature: ``[E, P]``, the loss's Hessian times direction.
-        images_grad: ``[E, N, C, H, W]``, a student's own also where the images are shared.
+        images_grad: ``[E, N, C, H, W]``, per student even if the images are shared.
         labels_grad: ``[E, N, K]``, None for hard labels.
     """
     chosen = _check(shape, theta, images, precision, backend, labels, label_kind, tape)
@@ -272,24 +272,24 @@ def convnet_features(
     tape: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention maps of the blocks' activations and the embedding behind the last, no activation ever written.
+    """Attention maps of the blocks' activations and the embedding after the last, without writing any activation.
 
     Equivalent, with a_l the activation of block l before its pool, to ``a_l.abs().pow(p).sum(1).flatten(1)`` for every
     attended block side by side, ``a_l.abs().pow(p).sum((2, 3))`` likewise, and `pydistill.nn.ConvNet.embed`: what
     DataDAM (Sajedi et al., ICCV 2023), ATOM and DM match. Not differentiable by autograd; `convnet_features_backward`
-    is its adjoint and `pydistill.matching.features` puts the two together. Other arguments, errors and guarantees are
+    is its adjoint and `pydistill.matching.features` combines the two. Other arguments, errors and guarantees are
     those of `convnet_gradient`; with precision "bf16" the forward factors are rounded once, not kept as a sum of two.
 
     Args:
         p: the power, above zero.
         attended: blocks, from 0, whose maps are wanted, ascending.
         axis: "spatial", "channel" or "both".
-        tape: as in `convnet_gradient`: receives what `convnet_features_backward` would else compute again.
+        tape: as in `convnet_gradient`: receives what `convnet_features_backward` would otherwise recompute.
         backend: "auto" (the device's), "reference" or "cpu".
 
     Returns:
-        spatial maps ``[E, N, sum of H_l W_l]``, channel maps ``[E, N, sum of C_l]`` (both without elements where they
-        are not asked for) and embedding ``[E, N, F]``; dtype of theta.
+        spatial maps ``[E, N, sum of H_l W_l]``, channel maps ``[E, N, sum of C_l]`` (each without elements if not asked
+        for) and embedding ``[E, N, F]``; dtype of theta.
     """
     chosen = _check(shape, theta, images, precision, backend, tape=tape)
     mask = _mask(shape, p, attended, axis)
@@ -321,17 +321,18 @@ def convnet_features_backward(
     tape: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The gradient with respect to the images of what `convnet_features` gives, from those of its results.
+    """The gradient of `convnet_features` with respect to the images, from the gradients of its results.
 
-    Equivalent to ``torch.autograd.grad(features, images, grads)`` for every student. Without a tape activations are
-    computed again, a few images at a time. Other arguments, errors and guarantees are those of `convnet_features`.
+    Equivalent to ``torch.autograd.grad(features, images, grads)`` for every student. Without a tape, activations are
+    recomputed, a few images at a time. Other arguments, errors and guarantees are those of `convnet_features`.
 
     Args:
-        spatial_grad, channel_grad, embedding_grad: as `convnet_features` returns the values, or None: zero.
-        tape: as `convnet_features` filled it for the same theta, images and precision; it serves any number of times.
+        spatial_grad, channel_grad, embedding_grad: shaped as the results of `convnet_features`, or None: zero.
+        tape: as filled by `convnet_features` for the same theta, images and precision; it can be used any number of
+            times.
 
     Returns:
-        ``[E, N, C, H, W]``, a student's own also where the images are shared.
+        ``[E, N, C, H, W]``, per student even if the images are shared.
     """
     chosen = _check(shape, theta, images, precision, backend, tape=tape)
     _check_statistics(shape, theta, running, None)
@@ -378,7 +379,7 @@ def _refuse_cuda(chosen: str) -> None:
 def workspace_bytes(
     shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
 ) -> int:
-    """How much memory a step on the CPU works in, the threads' own included."""
+    """The working memory of a step on the CPU, the threads' own included."""
     shared, _, own = _bytes(shape, form, students, images, dtype, precision)
     return shared + own * torch.get_num_threads()
 
@@ -386,7 +387,7 @@ def workspace_bytes(
 def tape_bytes(
     shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
 ) -> int:
-    """The size of the tape of one step on the CPU, rounded up: where it ends, another one may begin."""
+    """The size of the tape of one step on the CPU, rounded up so that another may follow it."""
     size = _bytes(shape, "gradient", students, images, dtype, precision)[1] * students * images
     return (size + 63) // 64 * 64
 
@@ -395,7 +396,7 @@ def tape_bytes(
 def _bytes(
     shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision
 ) -> tuple[int, ...]:
-    """For all threads together, for the tape of an image, for each thread."""
+    """Bytes for all threads together, for the tape of an image, for each thread."""
     double, half = dtype == torch.float64, precision == "bf16"
     return tuple(_OPS.convnet_step_bytes(_sizes(shape), _FORMS.index(form), students, images, double, half).tolist())
 
@@ -443,7 +444,7 @@ def _check(
     label_kind: str = "hard",
     tape: Tensor | None = None,
 ) -> str:
-    """The backend. In a loop the checks take as long as a tenth of a small step: what has passed is remembered."""
+    """The backend. In a loop the checks would take a tenth of a small step: signatures that passed are remembered."""
     given = [(t.shape, t.dtype, t.device, t.requires_grad) for t in (theta, images, labels) if t is not None]
     kinds = (shape, precision, backend, label_kind, tape is None, torch.is_grad_enabled())
     signature = (*given, *kinds)

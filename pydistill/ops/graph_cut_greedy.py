@@ -1,4 +1,4 @@
-"""Picks of the greedy graph cut, one bin of them; `pydistill.select.graph_cut_greedy` fills several."""
+"""Picks of the greedy graph cut for one bin; `pydistill.select.graph_cut_greedy` fills several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKENDS = ("reference", "cpu")
 def graph_cut_greedy(
     embeddings: Tensor, budget: int, *, factors: Tensor | None = None, lam: float = 1.0, backend: str = "auto"
 ) -> Tensor:
-    """As `pydistill.select.graph_cut_greedy` with ``bins=1``, which says what is computed.
+    """As `pydistill.select.graph_cut_greedy` with ``bins=1``, which defines what is computed.
 
     Args:
         embeddings: floating ``[N, d]``, N, d >= 1, finite.
@@ -63,7 +63,7 @@ def check_rows(name: str, x: Tensor) -> None:
     if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
         got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise ValueError(f"{name}: expected floating [N, d] with a row and a column at least, got {got}")
-    if not torch.stack(x.aminmax()).isfinite().all():  # which pass a NaN on
+    if not torch.stack(x.aminmax()).isfinite().all():  # these propagate NaN
         row = int((~x.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"{name}: expected finite values, got others in row {row}")
 

@@ -43,8 +43,8 @@ def instance_norm_relu_avg_pool(
     Equivalent to ``F.avg_pool2d(F.relu(F.group_norm(x, x.shape[1], weight, bias, eps)), 2)``: the "instancenorm" block
     of the ConvNet that dataset-distillation methods train (Gidaris & Komodakis, CVPR 2018; Zhao et al., ICLR 2021).
     Differentiable twice, in reverse and forward mode, under ``torch.func`` and ``torch.compile``; a third derivative
-    raises ``NotImplementedError``. Deterministic: equal bits from run to run, over thread counts and, on the CPU, over
-    instruction sets. NaN and Inf propagate as in torch.
+    raises ``NotImplementedError``. Deterministic: equal bits across runs, thread counts and, on the CPU, instruction
+    sets. NaN and Inf propagate as in torch.
 
     Args:
         x: ``[N, C, H, W]``; float32, float64, bfloat16 or float16, any strides. Statistics are per sample and channel
@@ -61,7 +61,7 @@ def instance_norm_relu_avg_pool(
         ``[N, C, H // 2, W // 2]`` (``[N, C, H, W]`` without pool), dtype of x, channels-last where x is.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape or device does not fit.
         NotImplementedError: the backend cannot run here.
     """
@@ -93,7 +93,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> None:
 
 
 def _empty_image(x: Tensor, pool: bool) -> Tensor:
-    """[N, C, H, W] or its pooled shape, in the layout the kernels give it."""
+    """[N, C, H, W] or its pooled shape, in the kernels' output layout."""
     N, C, H, W = x.shape
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.empty(
@@ -179,7 +179,7 @@ def _backward_jvp_fake(
 class _Operators:
     """The four operators of one library.
 
-    In every formula: `saved` are the operator's tensors, `options` are (eps, relu, pool).
+    In every formula, `saved` are the operator's tensors and `options` are (eps, relu, pool).
     """
 
     def __init__(self, library: str):
@@ -249,7 +249,7 @@ def _triton_fill(form: str) -> Any:
     return fill
 
 
-# kept for as long as the operators are: torch forgets those of a library that is collected
+# kept as long as the operators: torch drops those of a garbage-collected library
 _triton_library = torch_library.Library("pydistill_triton", "DEF")
 for _form, _fake in (
     ("forward", _forward_fake),

@@ -2,15 +2,14 @@
 
 Four operators, each a pure function of its arguments, with f the rows' losses as a function of the student's logits:
 
-    forward        f, and its gradient in each row where it will be asked for
+    forward        f, and its gradient in each row if it will be needed
     backward       <grad, f>'s gradient
     jvp            f's derivative along student_t
     backward_jvp   the derivatives of f and of backward along student_t (and along grad_t)
 
-They are closed under differentiation up to second order, as those of `pydistill.ops.soft_cross_entropy` are. The first
-backward pass through a graph scales the gradient that was kept in its place; a second one, and one that is to be
-differentiated, makes it again. They exist twice: in C++ (``torch.ops.pydistill``) and in Triton
-(``torch.ops.pydistill_triton``).
+They are closed under differentiation up to second order, like those of `pydistill.ops.soft_cross_entropy`. The first
+backward pass through a graph scales the kept gradient in place; a second one, and one that is to be differentiated,
+recomputes it. They exist twice: in C++ (``torch.ops.pydistill``) and in Triton (``torch.ops.pydistill_triton``).
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ def kd_divergence(
     reduction: Literal["batchmean", "mean", "sum", "none"] = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence of a student's softmax from a teacher's at temperature T, with the labels' cross entropy beside it.
+    """Divergence of a student's softmax from a teacher's at temperature T, optionally plus the labels' cross entropy.
 
     For the defaults equivalent to ``T**2 * F.kl_div((student_logits / T).log_softmax(-1), (target / T).softmax(-1),
     reduction="batchmean")`` (Hinton et al., 2015). SRe2L (Yin et al., NeurIPS 2023), CDA, DWA and INFER train on stored
     labels (FKD) with ``T=20, scale_T2=False``; HeLlO (Yu et al., 2024) with ``kind="mse", reduction="mean"``, labels
-    and a ce_weight. Of each row, with q the softmax of ``student_logits / T`` and p that of ``target / T``:
+    and a ce_weight. For each row, with q the softmax of ``student_logits / T`` and p that of ``target / T``:
 
     ========= ==========================================================================================
     fkl       ``KL(p || q) = sum p (log p - log q)``
@@ -64,32 +63,32 @@ def kd_divergence(
     ofa       ``-sum ((p + 1_y)**gamma - 1_y) log q`` with y from ``labels`` (Hao et al., "One-for-All", NeurIPS 2023)
     ========= ==========================================================================================
 
-    A class without probability adds nothing (``0 * inf`` is 0), so that classes masked with -inf on both sides take no
-    part. One that is masked on a single side makes infinite what is divided by its probability: "fkl", "soft_ce" and
-    "ofa" of a student that lacks it (with the gradient ``q - p`` all the same), "rkl" of a target that does (the
-    gradient is NaN). Logits of any size and T do: no exponential overflows, no mixture of "jsd" underflows.
+    A class of zero probability adds nothing (``0 * inf`` is 0), so that classes masked with -inf on both sides take no
+    part. One masked on a single side makes infinite what divides by its probability: "fkl", "soft_ce" and "ofa" if the
+    student lacks it (still with the gradient ``q - p``), "rkl" if the target does (the gradient is NaN). Logits and T
+    may be of any size: no exponential overflows, no mixture of "jsd" underflows.
 
-    The gradient goes to the student's logits, and to ``weight``. It is made in the forward pass, where the
+    The gradient goes to the student's logits, and to ``weight``. It is computed in the forward pass, while the
     probabilities are at hand; the first backward pass only scales it. Differentiable twice, in reverse and forward
     mode, under ``torch.func`` and ``torch.compile``; a third derivative raises ``NotImplementedError``. On the CPU,
-    results have equal bits from run to run, over thread counts and over instruction sets. NaN and Inf propagate.
+    results have equal bits across runs, thread counts and instruction sets. NaN and Inf propagate.
 
     Args:
         student_logits: ``[..., C]`` with C >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is
             in float32 (float64 where either side is float64).
         target: the teacher's ``[..., C]``, floating, of any of these dtypes; int64 class numbers ``[...]`` for "ce".
         kind: see above.
-        T: what both sides' logits are divided by; above zero.
-        target_is: "logits", or "probs": distributions at temperature T already, taken as they are (rows need not sum to
-            one). "mse" has logits only.
-        labels: int64 class numbers ``[...]``, of the cross entropy and of "ofa".
-        ce_weight: times the cross entropy of ``student_logits`` (at temperature 1) against ``labels`` is added.
+        T: divisor of both sides' logits; above zero.
+        target_is: "logits", or "probs": distributions already at temperature T, used as they are (rows need not sum to
+            one). "mse" takes logits only.
+        labels: int64 class numbers ``[...]``, for the cross entropy and "ofa".
+        ce_weight: weight of the added cross entropy of ``student_logits`` (at temperature 1) against ``labels``.
         weight: of each row, floating ``[...]``; the reductions do not divide by its sum.
         scale_T2: multiply the divergence (not the cross entropy) by ``T**2``, so that gradients keep their size.
-        beta: of "jsd", between 0 and 1.
-        gamma: of "ofa"; above zero.
-        reduction: "batchmean": the mean over rows, all leading dimensions; "mean": the divergence is divided by C as
-            well, as by ``F.kl_div`` and ``F.mse_loss`` (the cross entropy is not); "sum"; or "none".
+        beta: for "jsd", between 0 and 1.
+        gamma: for "ofa"; above zero.
+        reduction: "batchmean": the mean over rows, all leading dimensions; "mean": the divergence is also divided by
+            C, as in ``F.kl_div`` and ``F.mse_loss`` (the cross entropy is not); "sum"; or "none".
         backend: "auto" (the device's kernel: C++ on the CPU, Triton on GPUs), "reference" (plain torch, any device),
             "cpu", or "triton" (not in float64; the CPU in Triton's interpreter, TRITON_INTERPRET=1).
 
@@ -98,10 +97,10 @@ def kd_divergence(
         rows is NaN, as in torch.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
-        ValueError: a shape, device or option does not fit; a class number is not in 0..C-1 (looked at on the CPU only,
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: a shape, device or option does not fit; a class number is not in 0..C-1 (checked on the CPU only,
             outside of ``vmap`` and ``torch.compile``; elsewhere its row is NaN); the target requires a gradient:
-            detach it (`pydistill.soft_cross_entropy` is the loss of labels that are learned).
+            detach it (`pydistill.soft_cross_entropy` is the loss for learned labels).
         NotImplementedError: the backend cannot run here, or a third derivative is asked for.
     """
     options = {"kind": kind, "T": T, "target_is": target_is, "ce_weight": ce_weight, "beta": beta, "gamma": gamma}
@@ -236,7 +235,7 @@ def _backward_jvp_fake(grad: Tensor, grad_t: Tensor | None, student: Tensor, *re
 
 
 class _Operators:
-    """The operators out of one library, "pydistill" or "pydistill_triton"."""
+    """The operators of one library, "pydistill" or "pydistill_triton"."""
 
     def __init__(self, library: str):
         self.forward = Operator(
@@ -278,7 +277,7 @@ class _Operators:
         )
 
     def _forward_vjp(self, saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        if grad is None:  # nothing comes back to the loss
+        if grad is None:  # no gradient reaches the loss
             return None, None, None
         *inputs, kept = saved
         *options, keep = options
@@ -309,7 +308,7 @@ def _triton_fill(form: str) -> Any:
     return fill
 
 
-# kept for as long as the operators are: torch forgets those of a library that is collected
+# kept as long as the operators: torch drops those of a garbage-collected library
 _triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "kd_divergence", _forward_fake, _triton_fill("forward"))
 register_filled(_triton_library, "kd_divergence_backward", _backward_fake, _triton_fill("backward"))

@@ -1,5 +1,5 @@
-"""Max pooling in channels-last memory, with one byte an output for the way back: torch's indices take as much memory as
-what a ResNet's stem pools in bfloat16, and its gradient is filled with zeros before anything is added to it."""
+"""Max pooling in channels-last memory, with one byte per output for the backward pass: torch's indices take as much
+memory as the bfloat16 input of a ResNet's stem pooling, and its gradient is zero-filled before anything is added."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def max_pool2d(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 
     """Equivalent to ``F.max_pool2d(x, kernel_size, stride, padding)``, by default a ResNet's pooling.
 
     Of equal elements the first in its window wins, and NaN wins over all numbers, as in torch. Differentiable to any
-    order: linear in x for given winners, in the forward pass and on the way back.
+    order: linear in x for given winners, in the forward and the backward pass.
 
     Args:
         x: ``[N, C, H, W]``, C >= 1 and H, W >= max(1, kernel_size - 2 padding); float32, float64, bfloat16 or float16,
@@ -33,11 +33,11 @@ def max_pool2d(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 
     Returns:
         ``[N, C, floor((H + 2 padding - kernel_size) / stride) + 1, ...]`` in the dtype of x and, whatever its layout,
         in channels-last memory ("reference": in that of x). Equal to torch's in every bit. A gradient's terms are
-        summed in float32 (float64 for float64) and rounded once; equal bits over thread counts and instruction sets.
+        summed in float32 (float64 for float64) and rounded once; equal bits across thread counts and instruction sets.
 
     Raises:
-        TypeError: x is no tensor or of another dtype, or a size is no int.
-        ValueError: x has no four dimensions, or a size is out of its range.
+        TypeError: x is not a tensor or of another dtype, or a size is not an int.
+        ValueError: x does not have four dimensions, or a size is out of range.
         NotImplementedError: the backend cannot run here.
     """
     if not isinstance(x, Tensor):
@@ -51,7 +51,7 @@ def max_pool2d(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 
 
 
 def check_pooling(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
-    """Raise unless these sizes can pool x, which has a dtype that they fit."""
+    """Raise unless these sizes can pool x, whose dtype is supported."""
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -66,8 +66,8 @@ def check_pooling(x: Tensor, kernel_size: int, stride: int, padding: int) -> Non
         raise ValueError(f"x: expected [N, C, H, W] with C >= 1 and H, W >= {least}, got shape {list(x.shape)}")
 
 
-# In every formula below: `saved` are the operator's tensors, `options` its other arguments, and the last three of those
-# are (kernel, stride, padding).
+# In every formula below: `saved` are the operator's tensors, `options` its other arguments, the last three of which are
+# (kernel, stride, padding).
 
 
 def empty_images(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +97,7 @@ def _forward_vjp(saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, _:
 
 
 def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, *rest: Any) -> tuple:
-    x = saved[0]  # what was kept is not there in forward mode
+    x = saved[0]  # forward mode has no kept outputs
     return gather(x_t, _forward(x, *options)[1], *options), None
 
 

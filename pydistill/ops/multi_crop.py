@@ -1,6 +1,6 @@
 """Crops of a batch from a record of their parameters: resize, flip, roll, mix and normalise in one gather.
 
-Two operators, with A the linear map of images that a record gives (normalisation included), and b what it adds:
+Two operators, with A the linear map of images that a record defines (normalisation included), and b what it adds:
 
     multi_crop            A (images + base) + b, or with ``linear`` A (images + base) alone
     multi_crop_backward   A^T grad, and its sum over the images
@@ -34,9 +34,9 @@ def multi_crop(
     std: Sequence[float] | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Crops of ``images``, as each row of ``record`` says: resized, flipped, rolled, mixed and normalised.
+    """Crops of ``images``, one per row of ``record``: resized, flipped, rolled, mixed and normalised.
 
-    A record of one part is, with ``x = (images + base)[source]``, equivalent to ::
+    A record of one part is equivalent, with ``x = (images + base)[source]``, to ::
 
         crop = x[:, top : top + height, left : left + width]
         y = F.interpolate(crop[None], out_size, mode="bilinear", antialias=True, align_corners=False)[0]
@@ -51,39 +51,39 @@ def multi_crop(
 
     Affine in images and base, and differentiable in them to any order, in reverse and forward mode, under
     ``torch.func`` and ``torch.compile``; the record is a constant. The gradient of ``base`` alone is summed over the
-    batch in the kernel, without an image's gradient in memory. Deterministic: equal bits from run to run, over thread
-    counts and, on the CPU, over instruction sets. A crop of its own size leaves every bit as it is. What is not seen,
-    or has no weight in a filter, does not count even where it is NaN.
+    batch in the kernel, without the images' gradients in memory. Deterministic: equal bits across runs, thread counts
+    and, on the CPU, instruction sets. A crop that is not resized leaves every bit as it is. What is not seen, or has no
+    weight in a filter, does not count even if it is NaN.
 
-    A part's columns, all whole numbers but alpha:
+    A part's columns, all whole numbers except alpha:
 
     =====  ===============================  ==================================================================
      0      source                           which image
      1-4    top, left, height, width         the box of the crop, in pixels of the image
      5      flip                             mirrored left to right where not zero
-     6-7    roll_y, roll_x                   ``torch.roll`` of the resized crop, in pixels of it, either sign
+     6-7    roll_y, roll_x                   ``torch.roll`` of the resized crop, in its pixels, either sign
      8      fit                              zero: the crop is resized to ``out_size``; else to its place's size
      9-12   to_top, to_left, to_height,      its place: where in the result it is seen
             to_width
-     13     alpha                            of painting over what is there: ``(1 - alpha) * y + alpha * crop``
+     13     alpha                            opacity over what is there: ``(1 - alpha) * y + alpha * crop``
     =====  ===============================  ==================================================================
 
     Args:
         images: ``[N, C, H, W]`` with C, H, W >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic
             is in float32 (float64 for float64).
         record: float32 ``[B, P, 14]`` with 1 to 4 parts, on the device of images. B and N are independent. A record
-            with a source, box or place that there is not (boxes and places have to lie inside) makes its result NaN
-            and adds to no gradient.
+            with an invalid source, box or place (boxes and places must lie inside) makes its result NaN and adds to no
+            gradient.
         out_size: height and width of the results, an int for both.
         base: ``[1, C, H, W]``, dtype and device of images, added to each of them first.
-        mean, std: a number a channel each, in units of the images; both or neither. Constants.
+        mean, std: one number per channel each, in units of the images; both or neither. Constants.
         backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
 
     Returns:
         ``[B, C, *out_size]``, contiguous, in the dtype of images.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape or device does not fit, a std is not above zero, or the record requires a gradient.
         NotImplementedError: the backend cannot run here.
     """
@@ -155,10 +155,10 @@ def _norm(mean: Any, std: Any, images: Tensor) -> Tensor | None:
 
 
 def _moved(record: Tensor, images: int) -> Tensor:
-    """``[V, B, P, 14]`` as ``[V * B, P, 14]``, each batch's sources behind those of the ones before."""
+    """``[V, B, P, 14]`` as ``[V * B, P, 14]``, each batch's sources numbered after those of the batches before."""
     offsets = torch.zeros(len(record), 1, 1, record.shape[-1], dtype=record.dtype, device=record.device)
     offsets[:, 0, 0, 0] = images * torch.arange(len(record), dtype=record.dtype, device=record.device)
-    # a source that there is not stays one
+    # an invalid source stays invalid
     named = (record[..., :1] >= 0) & (record[..., :1] < images)
     return torch.where(named, record + offsets, torch.where(record == record, record * 0 - 1, record)).flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""Scalar products of two flat vectors, row by row of the weight matrices in them: what gradient matching is made of.
+"""Scalar products of two flat vectors, per row of the weight matrices in them: the basis of gradient matching.
 
 Three operators, with F the products of (a, b):
 
@@ -32,18 +32,17 @@ Rows = Sequence[tuple[int, int, int]]
 def row_products(a: Tensor, b: Tensor, rows: Rows, *, backend: str = "auto") -> Tensor:
     """``<a, b>``, ``<a, a>``, ``<b, b>`` and ``|a - b|^2`` of each row, in one pass over both.
 
-    Rows are those of the weight matrices that lie in a flat gradient, as the loss of "Dataset Condensation with
-    Gradient Matching" (Zhao, Mopuri, Bilen, ICLR 2021) compares them. For one block of rows equivalent to
+    Rows are those of the weight matrices in a flat gradient, as compared by the loss of "Dataset Condensation with
+    Gradient Matching" (Zhao, Mopuri, Bilen, ICLR 2021). For one block of rows equivalent to
     ``x, y = (t[:, start : start + count * length].view(-1, count, length) for t in (a, b))`` and
     ``torch.stack([(x * y).sum(2), (x * x).sum(2), (y * y).sum(2), (x - y).square().sum(2)], 2)``.
 
     Differentiable to any order in both vectors, in reverse and forward mode, under ``torch.func`` and
-    ``torch.compile``. Deterministic: equal bits from run to run, over thread counts and, on the CPU, over instruction
-    sets.
+    ``torch.compile``. Deterministic: equal bits across runs, thread counts and, on the CPU, instruction sets.
 
     Args:
-        a: ``[K, P]``; float32, float64, bfloat16 or float16, any strides (a copy is made where a vector's elements are
-            no neighbours). All arithmetic is in float32 (float64 for float64).
+        a: ``[K, P]``; float32, float64, bfloat16 or float16, any strides (copied if a vector's elements are not
+            adjacent). All arithmetic is in float32 (float64 for float64).
         b: as a.
         rows: blocks of rows, ``(start, count, length)`` each: ``count`` rows of ``length`` elements, one after the
             other from element ``start`` on. Blocks are in order and do not overlap; elements outside of them are
@@ -51,10 +50,10 @@ def row_products(a: Tensor, b: Tensor, rows: Rows, *, backend: str = "auto") -> 
         backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "triton".
 
     Returns:
-        float32 ``[K, R, 4]`` (float64 for float64), R the number of all rows.
+        float32 ``[K, R, 4]`` (float64 for float64), R the total number of rows.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: shapes, dtypes, devices or rows do not fit.
         NotImplementedError: the backend cannot run here.
     """
@@ -66,7 +65,7 @@ def row_products(a: Tensor, b: Tensor, rows: Rows, *, backend: str = "auto") -> 
 
 
 def _check(a: Tensor, b: Tensor, rows: Rows) -> list[int]:
-    """The rows as one list of numbers, once everything fits."""
+    """The rows as one list of numbers, after checking that everything fits."""
     for name, tensor in (("a", a), ("b", b)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -121,7 +120,7 @@ def _batch_into_vectors(op: Any, tensors: int) -> Any:
 
 
 class _Operators:
-    """The three operators of one library. In every formula: `saved` are the operator's tensors, `options` the rows."""
+    """The three operators of one library. In every formula, `saved` are the operator's tensors, `options` the rows."""
 
     def __init__(self, library: str):
         self.forward = Operator(
@@ -179,7 +178,7 @@ def _triton_fill(form: str) -> Any:
     return fill
 
 
-# kept for as long as the operators are: torch forgets those of a library that is collected
+# kept as long as the operators: torch drops those of a garbage-collected library
 _triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "row_products", _products_fake, _triton_fill("forward"))
 register_filled(_triton_library, "row_products_backward", _backward_fake, _triton_fill("backward"))

@@ -1,13 +1,13 @@
-"""Loss of logits against a teacher's distribution of which k classes a row are stored, without densifying it.
+"""Loss of logits against a teacher's distribution of which k classes per row are stored, without densifying it.
 
-Two operators, of logits [N, C] with f the rows' losses:
+Two operators on logits [N, C], with f the rows' losses:
 
-    forward    f, and its gradient in each row where it will be asked for
+    forward    f, and its gradient in each row if it will be needed
     backward   <grad, f>'s gradient
 
-The first backward pass through a graph scales the gradient that was kept in its place; a second one makes it again.
-They exist twice: in C++ (``torch.ops.pydistill``) and in Triton (``torch.ops.pydistill_triton``). Only the first
-derivative has a formula: ask for a second and it is refused.
+The first backward pass through a graph scales the kept gradient in place; a second one recomputes it. They exist
+twice: in C++ (``torch.ops.pydistill``) and in Triton (``torch.ops.pydistill_triton``). Only the first derivative has a
+formula; a second is refused.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ def sparse_label_loss(
     reduction: Literal["batchmean", "sum", "none"] = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence of ``softmax(logits / T)`` from a distribution of which each row has k classes, in their stored form.
+    """Divergence of ``softmax(logits / T)`` from a distribution that stores k classes per row, in the stored form.
 
     Equivalent to ``kd_divergence(logits, densified, kind="fkl", T=T, target_is="probs", scale_T2=scale_T2)``, or
-    "soft_ce", of the ``[N, C]`` target that is never made. The stored form is the "smooth" one of "Reinforce Data,
-    Multiply Impact" (Faghri et al., ICCV 2023), in 8 bits a probability or in floating point.
+    "soft_ce", with the ``[N, C]`` target that is never made. The stored form is the "smooth" one of "Reinforce Data,
+    Multiply Impact" (Faghri et al., ICCV 2023), in 8 bits per probability or in floating point.
 
-    The gradient goes to ``logits``. It is made in the forward pass; the first backward pass only scales it. A second
-    derivative raises ``NotImplementedError``, and so does forward mode. On the CPU, results have equal bits from run to
-    run, over thread counts and over instruction sets. NaN and Inf propagate. A logit of -inf takes out a class that has
-    no probability; the loss is infinite where it has some, as all that are not stored have under "smooth".
+    The gradient goes to ``logits``. It is computed in the forward pass; the first backward pass only scales it. A
+    second derivative raises ``NotImplementedError``, and so does forward mode. On the CPU, results have equal bits
+    across runs, thread counts and instruction sets. NaN and Inf propagate. A logit of -inf removes a class of zero
+    probability; otherwise the loss is infinite, as for all unstored classes under "smooth".
 
     Args:
         logits: ``[N, C]`` with C >= 1; float32, float64, bfloat16 or float16, any strides. All arithmetic is in float32
             (float64 for float64).
-        indices: the k stored classes of each row, ``[N, k]`` of any integer dtype, 1 <= k <= C; none twice.
+        indices: the k stored classes of each row, ``[N, k]`` of any integer dtype, 1 <= k <= C, without duplicates.
         values: their probabilities at temperature T, ``[N, k]`` floating; or uint8 codes of
             ``exp(-code * step)``.
-        T: what the logits are divided by; above zero.
-        tail: what the other C - k classes have: "smooth", an equal share of ``1 - sum values`` (nothing where that is
-            negative); "zeros", nothing; "renorm", nothing, and the values are divided by their sum.
+        T: divisor of the logits; above zero.
+        tail: the probability of the other C - k classes: "smooth", an equal share of ``1 - sum values`` (none if that
+            is negative); "zeros", none; "renorm", none, and the values are divided by their sum.
         step: of the codes; above zero, and None for floating values.
         kind: "kl" or, without the target's entropy, "ce". Their gradients are the same.
         scale_T2: multiply the loss by ``T**2``.
@@ -73,10 +73,10 @@ def sparse_label_loss(
         rows is NaN, as in torch.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit, or the values require a gradient. On the CPU, outside of
             ``vmap`` and ``torch.compile``: a class number is not in 0..C-1, or values sum to more than one. Elsewhere a
-            class number out of range makes its row NaN, and so does one that a row names twice, everywhere.
+            class number out of range makes its row NaN. A class that a row names twice makes it NaN everywhere.
         NotImplementedError: the backend cannot run here, or a second derivative is asked for.
     """
     _check_options(T, tail, step, kind, reduction)
@@ -97,7 +97,7 @@ def of_checked(
     reduction: str = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
-    """`sparse_label_loss` of arguments that fit, such as labels that a store decoded: looking takes as long again."""
+    """`sparse_label_loss` of arguments known to fit, such as a store's decoded labels: checks cost as much again."""
     chosen = choose_backend("sparse_label_loss", backend, logits.device, BACKENDS)
     if chosen == "reference":
         return reference.sparse_label_loss(logits, indices, values, T, tail, step, kind, scale_T2, reduction)
@@ -109,7 +109,7 @@ def of_checked(
         values = values.to(compute_dtype(logits))
     keep = torch.is_grad_enabled() and logits.requires_grad
     scale = float(T**2 if scale_T2 else 1.0)
-    if reduction == "batchmean" and keep and len(logits):  # so that gradients are kept as they are wanted
+    if reduction == "batchmean" and keep and len(logits):  # so that gradients are kept at their final scale
         scale, reduction = scale / len(logits), "sum"
     options = (float(T), TAILS.index(tail), float(step or 0.0), kind == "kl", scale, keep)
     loss = (_triton if chosen == "triton" else _native).forward(logits, indices.to(torch.int64), values, *options)[0]
@@ -172,7 +172,7 @@ def _check_sums(values: Tensor) -> None:
         return
     try:
         largest = float(values.sum(1, dtype=torch.float64).amax())
-    except RuntimeError:  # tensors under vmap and fake ones do not show their values
+    except RuntimeError:  # the values of fake tensors and those under vmap are not accessible
         return
     if largest > 1 + SUM_TOLERANCE:
         raise ValueError(f"values: expected probabilities, which sum to at most 1 in a row, got a sum of {largest:.6g}")
@@ -191,7 +191,7 @@ def _backward_fake(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
 
 
 class _Operators:
-    """The operators out of one library, "pydistill" or "pydistill_triton"."""
+    """The operators of one library, "pydistill" or "pydistill_triton"."""
 
     def __init__(self, library: str):
         self.forward = Operator(
@@ -217,7 +217,7 @@ class _Operators:
         )
 
     def _vjp(self, saved: tuple, options: tuple, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        if grad is None:  # nothing comes back to the loss
+        if grad is None:  # no gradient reaches the loss
             return None, None, None
         *inputs, kept = saved
         *options, keep = options
@@ -234,7 +234,7 @@ def _triton_fill(form: str) -> Any:
     return fill
 
 
-# kept for as long as the operators are: torch forgets those of a library that is collected
+# kept as long as the operators: torch drops those of a garbage-collected library
 _triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
 register_filled(_triton_library, "sparse_label_loss", _forward_fake, _triton_fill("forward"))
 register_filled(_triton_library, "sparse_label_loss_backward", _backward_fake, _triton_fill("backward"))

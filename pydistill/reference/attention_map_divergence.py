@@ -26,7 +26,7 @@ def attention_map_divergence(
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).log_softmax(-1)
 
     def parts(log: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities, and their logarithms with zero in the place of minus infinity."""
+        """Probabilities, and their logarithms with zero in place of minus infinity."""
         return log.exp(), log if mask is None else log.masked_fill(~mask, 0.0)
 
     (s, log_s), (t, log_t) = parts(log_softmax(q_s, k_s, T_s)), parts(log_softmax(q_t, k_t, T_t))

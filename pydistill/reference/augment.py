@@ -8,7 +8,7 @@ from torch import Tensor
 def augment_images(images: Tensor, record: Tensor, flip_batch: bool = False, align_corners: bool = True) -> Tensor:
     """`color`, `crop`, `cutout`, `flip`, `scale` and `rotate` of ``[B, C, H, W]`` images in this order.
 
-    Of ``cat([images, images.flip(3)])`` with ``flip_batch``. float32 arithmetic for bfloat16 and float16.
+    With ``flip_batch``, of ``cat([images, images.flip(3)])``. float32 arithmetic for bfloat16 and float16.
     """
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     x = images.to(dtype)
@@ -37,7 +37,7 @@ def color(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -
 
 
 def crop(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``y[i, j] = x[i + rows, j + columns]``, zero from outside of the image."""
+    """``y[i, j] = x[i + rows, j + columns]``, zero outside the image."""
     B, _, H, W = x.shape
     i = torch.arange(H, device=x.device) + rows.long().view(-1, 1)  # [B, H]
     j = torch.arange(W, device=x.device) + columns.long().view(-1, 1)  # [B, W]
@@ -48,7 +48,7 @@ def crop(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def cut_out(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Zero in a rectangle."""
+    """Zeroes a rectangle."""
     H, W = x.shape[2:]
     i, j = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
     top, left, height, width = (p.long().view(-1, 1) for p in (top, left, height, width))
@@ -80,7 +80,7 @@ def resample(x: Tensor, to_x: tuple[Tensor, Tensor], to_y: tuple[Tensor, Tensor]
     """
     B, C, H, W = x.shape
 
-    def axis(size: int) -> Tensor:  # pixels' centres, where -1 and 1 are those of the outer pixels, or their edges
+    def axis(size: int) -> Tensor:  # pixels' centres, with -1 and 1 the centres of the outer pixels, or their edges
         twice = 2 * torch.arange(size, device=x.device, dtype=x.dtype) + 1 - size
         return twice / (max(size - 1, 1) if align_corners else size)
 

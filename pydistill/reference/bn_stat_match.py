@@ -10,9 +10,9 @@ Kind = Literal["norm", "sq"]
 
 
 def norm(x: Tensor) -> Tensor:
-    """The norm over the last dimension, whatever the dtype makes of the squares; its gradient is zero where it is."""
+    """The norm over the last dimension, even if squares overflow or underflow; its gradient is zero where it is."""
     largest = x.detach().abs().amax(-1).clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
-    unit = torch.where((largest > 1e-15) & (largest < 1e15), 1, largest)  # of usual numbers nothing is rounded more
+    unit = torch.where((largest > 1e-15) & (largest < 1e15), 1, largest)  # ordinary numbers get no extra rounding
     return unit * torch.linalg.vector_norm(x / unit.unsqueeze(-1), dim=-1)
 
 
@@ -26,7 +26,7 @@ def bn_stat_match(
     kind: Kind = "norm",
     unbiased: bool = False,
 ) -> Tensor:
-    """``w_mean |mean(x) - running_mean| + w_var |var(x) - running_var|``, by channel; "sq" has squared norms."""
+    """``w_mean |mean(x) - running_mean| + w_var |var(x) - running_var|``, per channel; "sq" has squared norms."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     others = [d for d in range(x.dim()) if d != 1]
     apart = x.mean(others) - running_mean, x.var(others, unbiased=unbiased) - running_var

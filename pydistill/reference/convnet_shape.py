@@ -1,4 +1,4 @@
-"""The shape of a distillation ConvNet and where its parameters lie in a flat vector."""
+"""The shape of a distillation ConvNet and where its parameters are in a flat vector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-KERNEL = 3  # pixels a side of every convolution
+KERNEL = 3  # side of every convolution in pixels
 
 Norm = Literal["instance", "batch", "group", "layer", "none", "running"]  # in the order of ConvNetStep::Norm
 Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh", "swish"]
@@ -30,14 +30,14 @@ class Layer(NamedTuple):
 class ConvNetShape:
     """Blocks of 3x3 convolution, norm, activation and 2x2 pool, then a linear classifier.
 
-    Parameters lie in a flat vector in the order of `pydistill.nn.ConvNet`: per block the convolution's weight and bias
+    Parameters are in a flat vector in the order of `pydistill.nn.ConvNet`: per block the convolution's weight and bias
     and the norm's weight and bias, then the classifier's weight and bias.
 
     Norms are ``GroupNorm(C, C)`` ("instance"), ``GroupNorm(groups, C)``, ``LayerNorm([C, H, W])``, ``BatchNorm2d`` with
     the batch's statistics ("batch") or with the kept ones ("running"), or "none"; the others have affine parameters.
 
     Raises:
-        ValueError: a size below 1, images too small for the depth, or a name that is unknown.
+        ValueError: a size below 1, images too small for the depth, or an unknown name.
     """
 
     channels: int
@@ -94,12 +94,12 @@ class ConvNetShape:
 
     @property
     def stride(self) -> int:
-        """Pixels a side that a pool makes one of."""
+        """Side of a pool's window in pixels."""
         return 1 if self.pool == "none" else 2
 
     @property
     def features(self) -> int:
-        """What the classifier sees of an image."""
+        """How many features the classifier sees of an image."""
         last = self.layers[-1]
         return last.out_channels * (last.height // self.stride) * (last.width // self.stride)
 

@@ -16,7 +16,7 @@ Axis = Literal["spatial", "channel", "both"]
 
 
 class Statistics:
-    """A student's norms' statistics over batches: those they keep are read, those of a batch are gathered."""
+    """Statistics of a student's norms over batches: running ones are read, those of a batch are gathered."""
 
     def __init__(self, running: Tensor | None, e: int):
         own = running is not None and running.dim() == 3
@@ -34,7 +34,7 @@ _POOLS = {"avg": F.avg_pool2d, "max": F.max_pool2d}
 def _activations(
     shape: ConvNetShape, parameters: list[Tensor], x: Tensor, statistics: Statistics
 ) -> tuple[list[Tensor], Tensor]:
-    """Every block's activation before its pool, and what the last pool leaves."""
+    """Every block's activation before its pool, and the output of the last pool."""
     found, rest = [], iter(parameters)
     for i, layer in enumerate(shape.layers):
         filters, shift = next(rest), next(rest) if shape.biased else None
@@ -89,7 +89,7 @@ def convnet_features(
     axis: Axis,
     running: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each student: the attention maps of the attended blocks side by side, and the embedding; differentiable."""
+    """For each student: the attention maps of the attended blocks side by side, and the embedding; differentiable."""
     found = []
     for e, row in enumerate(theta):
         parameters = [part[0] for part in shape.slices(row[None])]

@@ -21,7 +21,7 @@ def kd_divergence(
     gamma: float = 1.0,
     reduction: Literal["batchmean", "mean", "sum", "none"] = "batchmean",
 ) -> Tensor:
-    """See `pydistill.kd_divergence`: each term as it stands there, on ``[..., C]``."""
+    """See `pydistill.kd_divergence`: each term as written there, on ``[..., C]``."""
     C = student_logits.shape[-1]
     log_q = _log_softmax(student_logits, T)
     if kind == "mse":
@@ -36,7 +36,7 @@ def kd_divergence(
         elif kind == "rkl":
             rows = _weighted(q, log_q - log_p).sum(-1)
         elif kind == "jsd":
-            # the mixture in units of the larger of p and q: as it is it may be too small a number
+            # the mixture in units of the larger of p and q: by itself it may underflow
             apart = torch.where((p == 0) & (q == 0), 0, log_q - log_p)
             less = apart <= 0
             to_q, to_p = torch.where(less, apart, 0), torch.where(less, 0, -apart)  # log q and log p in these units
@@ -60,11 +60,11 @@ def kd_divergence(
 
 
 def _log_softmax(x: Tensor, T: float) -> Tensor:
-    """Of x / T; without the largest x first, which would be rounded in the place of what counts."""
+    """Of x / T; the largest x is subtracted first, so that rounding does not swallow the differences."""
     return ((x - x.detach().amax(-1, keepdim=True)) / T).log_softmax(-1)
 
 
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """Their product, and nothing (in every derivative, too) where there is no weight, whatever the value."""
+    """Their product; zero (in every derivative, too) where the weight is zero, whatever the value."""
     none = weight == 0
     return torch.where(none, 0, weight * torch.where(none, 0, value))

@@ -15,7 +15,7 @@ def krr_loss(
     bias: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """Both kernels and the predictions whole, and a general solve."""
+    """Both kernels and the predictions in full, and a general solve."""
     if bias:
         f_real, f_syn = (torch.cat([f, f.new_ones(len(f), 1)], 1) for f in (f_real, f_syn))
     k_ss, k_rs = f_syn @ f_syn.T, f_real @ f_syn.T

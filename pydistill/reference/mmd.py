@@ -11,7 +11,7 @@ def mmd(x: Tensor, y: Tensor, kernels: int = 5, factor: float = 2.0, bandwidth: 
     distances = (rows[:, None] - rows).square().sum(2)  # [N, N]
     if bandwidth is None:
         bandwidth = distances.detach().sum() / (N * N - N)
-        bandwidth = torch.where(bandwidth == 0, 1, bandwidth)  # equal rows are at no distance, in whatever units
+        bandwidth = torch.where(bandwidth == 0, 1, bandwidth)  # equal rows have distance zero in any units
     widths = [bandwidth / factor ** (kernels // 2) * factor**i for i in range(kernels)]
     kernel = sum(torch.exp(-distances / width) for width in widths)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()

@@ -57,7 +57,7 @@ def one(x: Tensor, parts: Sequence[Sequence[float]], out_size: tuple[int, int]) 
         resized = resized_crop(x, part, whole)
         if part["fit"]:
             resized = F.pad(resized, (columns.start, out_size[1] - columns.stop, rows.start, out_size[0] - rows.stop))
-        out = out + torch.where(weight == 0, 0, weight * resized)  # what is not seen does not count, NaN or not
+        out = out + torch.where(weight == 0, 0, weight * resized)  # unseen pixels do not count, NaN or not
     return out
 
 
@@ -74,7 +74,7 @@ def resized_crop(x: Tensor, part: dict[str, float], size: tuple[int, int]) -> Te
 
 
 def _resized(crop: Tensor, size: tuple[int, int]) -> Tensor:
-    """On a CPU torch's filter of rows goes astray where a result has one column and many rows: see the tests."""
+    """On a CPU torch's filter of rows is wrong if a result has one column and many rows: see the tests."""
     return F.interpolate(crop[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 

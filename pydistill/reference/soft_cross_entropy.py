@@ -13,7 +13,7 @@ def soft_cross_entropy(
     kind: Literal["hard", "logits", "probs"] = "hard",
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """``cross_entropy(logits, labels.softmax(1) if kind == "logits" else labels)``, but that ``0 * inf`` is 0."""
+    """``cross_entropy(logits, labels.softmax(1) if kind == "logits" else labels)``, except that ``0 * inf`` is 0."""
     if kind == "hard":
         return F.cross_entropy(logits, labels, reduction=reduction, ignore_index=-(2**63))  # that of -100 would be
     target = labels.softmax(1) if kind == "logits" else labels

@@ -11,7 +11,7 @@ from pydistill.reference.kd_divergence import kd_divergence
 def densify(
     indices: Tensor, values: Tensor, num_classes: int, tail: Literal["smooth", "zeros", "renorm"] = "smooth"
 ) -> Tensor:
-    """The distributions ``[N, C]`` that k classes a row, ``[N, k]`` both, stand for; values in floating point."""
+    """The distributions ``[N, C]`` that k classes per row, ``[N, k]`` both, represent; values in floating point."""
     k = indices.shape[1]
     others = torch.zeros_like(values[:, 0])
     if tail == "renorm":

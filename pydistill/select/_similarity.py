@@ -11,11 +11,11 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class Cosines:
-    """``cos(i, j)`` between the rows of ``embeddings``, or of the rows ``[b, b (x) e]`` where ``factors`` b are given.
+    """``cos(i, j)`` between the rows of ``embeddings``, or the rows ``[b, b (x) e]`` if ``factors`` b are given.
 
     For those ``<g_i, g_j> = (b_i . b_j)(1 + e_i . e_j)``: with ``[1, e]`` and ``b`` scaled to unit length the cosine is
     the product of two dot products, and the ``C (d + 1)`` numbers of a gradient are never formed. Computed in float64,
-    so that what is chosen by it does not hang on the order of a sum. A row of length zero has cosine 0 with all.
+    so that choices made by it do not depend on the order of a sum. A row of length zero has cosine 0 with all.
 
     Raises:
         ValueError: a shape or dtype other than floating ``[N, d]`` and ``[N, C]``, or values that are not finite.
@@ -32,7 +32,7 @@ class Cosines:
         return len(self.unit)
 
     def __getitem__(self, rows: Tensor) -> Cosines:
-        """Those of some rows alone."""
+        """Those of some rows only."""
         part = object.__new__(Cosines)
         part.unit = self.unit.index_select(0, rows)
         part.factors = None if self.factors is None else self.factors.index_select(0, rows)

@@ -15,11 +15,11 @@ def herding(embeddings: Tensor, k: int, labels: Tensor | None = None) -> Tensor:
     """Picks samples one by one, each the one that brings the mean of the picks nearest to the mean of all.
 
     Equivalent to ``k`` times ``S.append(argmin_j |mean(x) - mean(x[S + [j]])|)`` over what is not in S, in float64;
-    of equal distances the lowest index. A pick is one matrix-vector product, O(N d).
+    for equal distances the lowest index. A pick is one matrix-vector product, O(N d).
 
     Args:
         embeddings: floating ``[N, d]``.
-        k: picks, or picks of each class.
+        k: picks, or picks per class.
         labels: int64 ``[N]``, every class of 0..max in it; None: all samples are one class.
 
     Returns:
@@ -38,7 +38,7 @@ def herding(embeddings: Tensor, k: int, labels: Tensor | None = None) -> Tensor:
 
 
 def by_class(labels: Tensor, samples: Tensor, k: int) -> list[Tensor]:
-    """The indices of each class, of 0..max; ValueError where one has fewer than ``k``."""
+    """The indices of each class in 0..max; ValueError if one has fewer than ``k``."""
     if labels.dtype != torch.int64 or labels.shape != samples.shape[:1]:
         got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
         raise ValueError(f"labels: expected int64 [{len(samples)}], got {got}")
@@ -56,10 +56,10 @@ def by_class(labels: Tensor, samples: Tensor, k: int) -> list[Tensor]:
 def _herd(x: Tensor, k: int) -> Tensor:
     mean, squares = x.mean(0), x.square().sum(1)
     picks = torch.empty(k, dtype=torch.int64, device=x.device)
-    short = torch.zeros_like(mean)  # what the picks lack of their number of means
+    short = torch.zeros_like(mean)  # number of picks times the mean, minus the sum of the picks
     for i in range(k):
         short += mean
-        # |short - x_j|^2 without what is the same for all; picks have no part in it any more
+        # |short - x_j|^2 without the part common to all; earlier picks are excluded
         pick = (squares - 2 * (x @ short)).argmin()
         picks[i] = pick
         short -= x[pick]

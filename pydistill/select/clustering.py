@@ -8,15 +8,15 @@ from torch import Tensor
 
 @torch.no_grad()
 def kmeans(x: Tensor, k: int, *, iterations: int = 50, generator: torch.Generator | None = None) -> Tensor:
-    """The centres ``[k, d]`` that Lloyd's algorithm finds for the rows of ``x``, begun by k-means++.
+    """The centres ``[k, d]`` that Lloyd's algorithm finds for the rows of ``x``, initialised by k-means++.
 
-    Equivalent to ``sklearn.cluster.KMeans(k, n_init=1, max_iter=iterations).fit(x).cluster_centers_`` but for what is
-    drawn. It ends where no row changes its centre; a centre that loses all its rows stays where it is.
+    Equivalent to ``sklearn.cluster.KMeans(k, n_init=1, max_iter=iterations).fit(x).cluster_centers_`` except for the
+    random draws. It ends when no row changes its centre; a centre that loses all its rows stays where it is.
 
     Args:
         x: floating ``[N, d]``, N >= k.
-        k: how many centres.
-        iterations: at most so many.
+        k: number of centres.
+        iterations: at most this many.
         generator: draws the first centres; torch's default one on the CPU when None.
 
     Raises:
@@ -27,7 +27,7 @@ def kmeans(x: Tensor, k: int, *, iterations: int = 50, generator: torch.Generato
     index = int(torch.randint(len(x), (), generator=generator, device="cpu"))
     centres = x[index : index + 1]
     while len(centres) < k:
-        # of each row to its nearest centre; where all lie on centres any row will do
+        # from each row to its nearest centre; if all coincide with centres, any row will do
         distance = torch.cdist(x, centres).square().amin(1).cpu()
         weights = distance if distance.sum() > 0 else torch.ones_like(distance)
         index = int(torch.multinomial(weights, 1, generator=generator))
@@ -51,7 +51,7 @@ def representatives(features: Tensor, labels: Tensor, ipc: int, generator: torch
     Args:
         features: floating ``[N, d]``, such as an expert's logits.
         labels: int64 ``[N]``, every class of 0..max in it.
-        ipc: samples a class.
+        ipc: samples per class.
         generator: as for `kmeans`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a training tells about its samples: forgetting events and the area under the margin."""
+"""What training reveals about its samples: forgetting events and the area under the margin."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["TrainingDynamics"]
 
 
 class TrainingDynamics:
-    """Follows ``num_samples`` samples through a training, by the logits that they get in each epoch.
+    """Follows ``num_samples`` samples through training, by the logits that they get in each epoch.
 
-    `forgetting` counts how often a sample was classified rightly and wrongly the next time (Toneva et al., "An
+    `forgetting` counts how often a sample was classified correctly and then wrongly the next time (Toneva et al., "An
     Empirical Study of Example Forgetting", ICLR 2019); `aum` is the mean over the epochs of the margin, the logit of
-    the label less the largest other one (Pleiss et al., "Identifying Mislabeled Data", NeurIPS 2020). Three numbers a
-    sample are kept, on the CPU.
+    the label minus the largest other one (Pleiss et al., "Identifying Mislabeled Data", NeurIPS 2020). Three numbers
+    per sample are kept, on the CPU.
     """
 
     def __init__(self, num_samples: int):
@@ -72,6 +72,6 @@ class TrainingDynamics:
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """The label's logit less the largest other one, ``[B]``."""
+    """The label's logit minus the largest other one, ``[B]``."""
     own = logits.gather(1, labels[:, None])[:, 0]
     return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)

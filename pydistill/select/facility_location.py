@@ -1,4 +1,4 @@
-"""Greedy facility location: samples that all others have something similar among."""
+"""Greedy facility location: samples such that every other sample is similar to one of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydistill.select._similarity import Cosines
 
 __all__ = ["facility_location_greedy"]
 
-_AT_ONCE = 64  # gains that are looked up together
+_AT_ONCE = 64  # gains that are recomputed together
 # Gains that differ by less are ties: float64 rounding is far below, a float32 embedding's far above.
 _TIE = 1e-9
 
@@ -23,13 +23,13 @@ def facility_location_greedy(embeddings: Tensor, budget: int, *, factors: Tensor
         gain(j) = (s[:, j] - m).clamp_min(0).sum();      m = maximum(m, s[:, gain.argmax()])
 
     The picks are those of that loop over the whole matrix s, which is never formed: gains only fall (they are
-    submodular), so only the gains that were largest once are looked up again (Minoux, 1978), a few columns of s at a
+    submodular), so only the gains that were largest are recomputed (Minoux, 1978), a few columns of s at a
     time. Gains are float64; those less than 1e-9 apart are ties, and the lowest index wins.
 
     Args:
         embeddings: floating ``[N, d]``.
         budget: picks, 1..N.
-        factors: as of `graph_cut_greedy`.
+        factors: as for `graph_cut_greedy`.
 
     Returns:
         int64 ``[budget]`` in the order of the picks.
@@ -41,11 +41,11 @@ def facility_location_greedy(embeddings: Tensor, budget: int, *, factors: Tensor
     n, device = len(rows), embeddings.device
     if not 1 <= budget <= n:
         raise ValueError(f"budget: expected 1..N for {n} embeddings, got {budget}")
-    bound = 0.5 * (n + rows.dot(rows.sum()))  # [N]: of every gain; at the start, the gain
+    bound = 0.5 * (n + rows.dot(rows.sum()))  # [N]: upper bounds of the gains; initially the gains themselves
     nearest = torch.zeros(n, dtype=torch.float64, device=device)
     picks: list[Tensor] = []
     for _ in range(budget):
-        fresh = torch.zeros(n, dtype=torch.bool, device=device)  # whose bound is the gain
+        fresh = torch.zeros(n, dtype=torch.bool, device=device)  # whether the bound is the gain itself
         while True:
             best = bound.max()
             front = (bound >= best - _TIE) & ~fresh

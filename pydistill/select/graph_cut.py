@@ -16,13 +16,13 @@ def graph_cut_greedy(
 ) -> Tensor:
     """Picks samples one by one, each the one that maximises the graph-cut gain, in bins of ``budget``.
 
-    With ``s(i, j) = 0.5 + 0.5 cos(i, j)``, D the samples that no earlier bin has and S those picked for this one::
+    With ``s(i, j) = 0.5 + 0.5 cos(i, j)``, D the samples in no earlier bin and S those picked for this one::
 
         gain(j) = lam * s[D][:, j].sum() - 2 * s[S][:, j].sum();      S.append(gain.argmax())
 
     The picks are those of that loop over the whole matrix s, which is never formed: memory is O(N d). A pick takes
-    one pass over N numbers, up to 16 N with factors, and O(d), or O(C d), for each sample that bounds leave in
-    question; embeddings without any structure leave so many that it takes O(N d).
+    one pass over N numbers, up to 16 N with factors, and O(d), or O(C d), for each sample that the bounds do not rule
+    out; embeddings without any structure leave so many that it takes O(N d).
 
     Gains are float64; those less than 1e-9 apart are ties, and the lowest index wins. So the picks do not depend on the
     number of threads or the instruction set, unless two gains differ by 1e-9 to within float64's rounding. The work is
@@ -32,7 +32,7 @@ def graph_cut_greedy(
         embeddings: floating ``[N, d]``, such as the features before a classifier.
         budget: picks for each bin.
         factors: floating ``[N, C]``, the gradients of the loss in the logits: the similarity is then that of the
-            classifier's gradients ``[b, b (x) e]``, as in the paper's code, from ``d + C`` numbers a sample.
+            classifier's gradients ``[b, b (x) e]``, as in the paper's code, from ``d + C`` numbers per sample.
         lam: weight of the similarity to all of D, at least 0.
         bins: disjoint bins, one after the other, each from what is left.
 

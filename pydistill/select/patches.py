@@ -15,14 +15,14 @@ __all__ = ["best_crops", "drop_patches", "mosaic", "patch_importance"]
 def patch_importance(
     net: nn.Module, images: Tensor, labels: Tensor, patch_size: int, *, layer: nn.Module | None = None
 ) -> Tensor:
-    """How much each patch of an image speaks for its label, by Grad-CAM (Selvaraju et al., ICCV 2017).
+    """How much each patch of an image supports its label, by Grad-CAM (Selvaraju et al., ICCV 2017).
 
     With A the output of ``layer`` and z the label's logit: ``relu((dz/dA).mean((2, 3)) . A)`` over the channels,
-    enlarged bilinearly to the image and averaged over each patch. Without a layer A is the image, and its gradient is
-    taken point by point: ``|(dz/dA * A).sum(1)|``.
+    enlarged bilinearly to the image and averaged over each patch. Without a layer, A is the image, and its gradient is
+    used pointwise: ``|(dz/dA * A).sum(1)|``.
 
     Args:
-        net: images to logits ``[N, K]``; in the mode that it is in.
+        net: images to logits ``[N, K]``; in its current mode.
         images: floating ``[N, C, H, W]``.
         labels: int64 ``[N]``.
         patch_size: side of a patch in pixels; divides H and W.
@@ -62,17 +62,17 @@ def drop_patches(
 ) -> tuple[Tensor, Tensor]:
     """Keeps the most important patches of each image, and fills in the others from them.
 
-    Dataset Quantization stores the kept patches alone and has a masked autoencoder paint the others. That takes the
-    weights of a large network; what fills them here needs none:
+    Dataset Quantization stores only the kept patches and has a masked autoencoder fill in the others. That takes the
+    weights of a large network; the fills here need none:
 
-    * "mean": the mean of the kept pixels, by image and channel.
-    * "bilinear": each dropped patch has the mean of the kept ones around it, of larger and larger surroundings until
-      there are any; these means are interpolated bilinearly between the centres of the patches.
+    * "mean": the mean of the kept pixels, per image and channel.
+    * "bilinear": each dropped patch has the mean of the kept ones around it, in a neighbourhood enlarged until there
+      are any; these means are interpolated bilinearly between the centres of the patches.
 
     Args:
         images: floating ``[N, C, H, W]``.
         importance: ``[N, h, w]`` with patches of ``H / h`` by ``W / w`` pixels, as `patch_importance` gives it.
-        keep: the share of patches to keep, in (0, 1], rounded up; of equally important ones the first.
+        keep: the share of patches to keep, in (0, 1], rounded up; the first of equally important ones.
         fill: see above.
 
     Returns:
@@ -129,21 +129,21 @@ def best_crops(
 ) -> tuple[Tensor, Tensor]:
     """The crop of each image that ``net`` is surest of, as RDED (Sun et al., CVPR 2024) and PCA choose patches.
 
-    A crop is a square of ``U(least_area, 1)`` of the image's area at a uniform place, brought to the image's size
+    A crop is a square of ``U(least_area, 1)`` of the image's area at a uniform place, resized to the image's size
     bilinearly and then averaged down by ``factor``. Its score is the cross-entropy of ``net`` on it, enlarged again.
 
     Args:
-        net: images to logits ``[N, K]``; in the mode that it is in.
+        net: images to logits ``[N, K]``; in its current mode.
         images: floating ``[N, C, H, W]``.
         labels: int64 ``[N]``.
-        crops: to draw for each image.
+        crops: how many to draw for each image.
         least_area: of a crop, a share in (0, 1]; 1 leaves the images whole.
         factor: divides H and W.
         batch_size: images at a time.
-        generator: of the draws, on the CPU; torch's default one when None.
+        generator: for the draws, on the CPU; torch's default one when None.
 
     Returns:
-        ``[N, C, H / factor, W / factor]``, and the scores, ``[N]``, least where the network is surest.
+        ``[N, C, H / factor, W / factor]``, and the scores, ``[N]``, smallest where the network is surest.
 
     Raises:
         ValueError: an argument that is not as above.

@@ -1,4 +1,4 @@
-"""How hard a network finds each sample, of one look at its logits."""
+"""How hard a network finds each sample, from one pass over its logits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ KINDS = ("ce", "el2n", "margin", "entropy")
 
 @torch.no_grad()
 def sample_scores(logits: Tensor, labels: Tensor, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
-    """Scores of samples, by which PCA (prune, combine, augment) and others choose: larger is harder, but in margin.
+    """Scores by which PCA (prune, combine, augment) and others choose samples: larger is harder, except for margin.
 
-    With ``p = logits.softmax(1)``, which all of them share, and y the label:
+    With ``p = logits.softmax(1)``, computed once for all, and y the label:
 
     ======= ============================================================================================
     ce      ``-log p_y``
     el2n    ``|p - onehot(y)|`` in L2 (Paul, Ganguli, Dziugaite, "Deep Learning on a Data Diet", 2021)
-    margin  ``z_y`` less the largest other logit: below zero for what is misclassified (AUM's summand)
+    margin  ``z_y`` minus the largest other logit: below zero if misclassified (AUM's summand)
     entropy ``-sum p log p`` in nats
     ======= ============================================================================================
 
     Args:
         logits: ``[N, C]`` with C >= 1; float32, float64, bfloat16 or float16. All arithmetic is in float32 (float64 for
-            float64). No gradient goes to them.
+            float64). They get no gradient.
         labels: int64 class numbers ``[N]``.
         kinds: which ones, of the four.
 
@@ -35,8 +35,8 @@ def sample_scores(logits: Tensor, labels: Tensor, kinds: Sequence[str] = KINDS) 
         The scores by name, ``[N]`` each, in float32 (float64 for float64). With a single class the margin is infinite.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype.
-        ValueError: a shape, a device or a name does not fit, or a class number is not in 0..C-1 (looked at on the CPU).
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: a shape, a device or a name does not fit, or a class number is not in 0..C-1 (checked on the CPU).
     """
     _check(logits, labels, kinds)
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -50,7 +50,7 @@ def sample_scores(logits: Tensor, labels: Tensor, kinds: Sequence[str] = KINDS) 
         if {"el2n", "entropy"} & set(kinds):
             p = log_p.exp()
             if "el2n" in kinds:
-                # without p_y's square in the sum there is no difference of nearly equal numbers in it
+                # leaving p_y's square out of the sum avoids a difference of nearly equal numbers
                 others = p.scatter(1, own, 0.0)
                 scores["el2n"] = (others.square().sum(1) + torch.expm1(log_own).square()).sqrt()
             if "entropy" in kinds:

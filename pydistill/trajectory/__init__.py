@@ -1,4 +1,4 @@
-"""Students in training: plainly, or differentiably, and what trajectory matching needs around that."""
+"""Training students, plainly or differentiably, and what else trajectory matching needs."""
 
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.inner_loop import NonFiniteError

@@ -1,4 +1,4 @@
-"""The arguments of `unroll` and `train_students`, judged: a message names one, what it was and what it should be."""
+"""Checks of the arguments of `unroll` and `train_students`: a message names one, what it was and what it should be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydistill.trajectory.flat import FlatModule
 def check_training_set(
     flat: FlatModule, theta0: Tensor, images: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> tuple[int, bool]:
-    """The largest class number (the number of classes for soft labels, less one); whether students have own labels."""
+    """The largest class number (soft labels: number of classes minus one); whether students have their own labels."""
     for name, tensor in (("theta0", theta0), ("images", images), ("labels", labels)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -79,7 +79,7 @@ def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
 def check_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, E: int
 ) -> list[torch.Generator | None]:
-    """One that all share, or E."""
+    """One that all students share, or E."""
     if generator is None or isinstance(generator, torch.Generator):
         return [generator]
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
@@ -111,7 +111,7 @@ def check_batches(
     low, high = (int(v) for v in torch.cat([index.flatten() for index in batches]).aminmax())
     if low < 0 or high >= N:
         raise ValueError(f"batches: expected image numbers in 0..{N - 1}, got {low if low < 0 else high}")
-    return [index.clone() for index in batches]  # the caller may fill the next unroll's into the same tensors
+    return [index.clone() for index in batches]  # the caller may reuse these tensors for the next unroll
 
 
 def check_positive(lr: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A caller's network in use: its mode and its buffers are as they were when the block ends."""
+"""Borrowing a caller's network: its mode and buffers are restored when the block ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def training_mode(net: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_buffers(net: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """What happens to the buffers is undone at the end; gives a function that copies them as they are."""
+    """Undoes changes to the buffers at the end; yields a function that copies them as they are now."""
 
     def now() -> dict[str, Tensor]:
         return {name: buffer.detach().clone() for name, buffer in net.named_buffers()}

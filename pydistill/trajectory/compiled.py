@@ -1,13 +1,13 @@
 """Students that are any module, with the step traced to one graph and compiled.
 
-What is compiled is the derivative itself. A step's gradient is reverse mode, and its adjoint forward mode over that:
-along a direction nu of the parameters, the derivatives of the loss, its gradient in theta and that in the images are
-<g, nu>, H nu and d<g, nu>/dx, for second derivatives are symmetric. Forward mode keeps to convolutions of the usual
-shapes, where the double backward of a convolution swaps batch and channels, and <g, nu> comes without g.
+The derivative itself is compiled. A step's gradient is reverse mode, and its adjoint is forward mode over that: along
+a direction nu of the parameters, the derivatives of the loss, of its gradient in theta and of that in the images are
+<g, nu>, H nu and d<g, nu>/dx, since second derivatives are symmetric. Forward mode uses convolutions of the usual
+shapes only, whereas the double backward of a convolution swaps batch and channels, and it gives <g, nu> without g.
 
-`make_fx` writes both down as graphs of plain operators, with nothing left to differentiate, and `torch.compile` gets
-those. A graph is what the module did once, on tensors without values: branches on values stop the trace, what it draws
-at random, keeps on itself or is hooked to is refused, and the first call of every graph is compared with autograd.
+`make_fx` records both as graphs of plain operators, with nothing left to differentiate, for `torch.compile`. A graph
+is what the module did once, on tensors without values: branches on values stop the trace; a module that draws at
+random, keeps values on itself or has hooks is refused; and the first call of every graph is compared with autograd.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _log = logging.getLogger("pydistill")
 
 _MAX_STEPS = 32  # graphs that are kept
 
-# relative distances in L2 from autograd at which a graph counts as the same
+# relative L2 distances from autograd up to which a graph counts as the same
 _TOLERANCES = {torch.float32: 2e-2, torch.float64: 1e-8}
-_COARSE = 0.3  # in bf16; and what float64 is asked about in float32
+_COARSE = 0.3  # in bf16; up to here, float32 errors are checked in float64
 
 
 class _Given(NamedTuple):
@@ -211,10 +211,10 @@ class CompiledStudents(GenericStudents):
         return torch.cat([grads[name].reshape(-1) for name in self.flat.names])
 
     def _compare(self, kind: str, found: Sequence[Tensor], given: _Given, wanted: tuple[str, ...]) -> frozenset[str]:
-        """The parameters that the loss does not use. Raises unless the graph gives what autograd gives for the step.
+        """The parameters that the loss does not use. Raises unless the graph agrees with autograd on the step.
 
-        In float32 one ReLU or max pool that decides otherwise, by rounding, can be seen in all of a small batch's
-        gradients. So what is off there by more than rounding, but not by much, is compiled and compared in float64.
+        In float32, one ReLU or max pool that rounding tips the other way shows in all of a small batch's gradients. So
+        what is off by more than rounding, but not by much, is compiled and compared again in float64.
         """
         name, error, unused = self._furthest(kind, found, given, wanted)
         dtype = given.theta.dtype
@@ -236,7 +236,7 @@ class CompiledStudents(GenericStudents):
     def _furthest(
         self, kind: str, found: Sequence[Tensor], given: _Given, wanted: tuple[str, ...]
     ) -> tuple[str, float, frozenset[str]]:
-        """What of ``found`` is furthest from autograd's and its relative distance; the parameters that are not used."""
+        """What in ``found`` is furthest from autograd's, its relative distance, and the unused parameters."""
         batch, rows = Batch(given.x.detach(), given.y.detach(), False), given.theta.detach()[None]
         own, unused = {name: b.clone() for name, b in given.buffers.items()}, frozenset()
         if kind == "gradient":
@@ -261,12 +261,12 @@ class CompiledStudents(GenericStudents):
             relative = error / size if size else float("inf")
             if relative > most or relative != relative:
                 furthest, most = name, relative
-            if most != most:  # NaN is as far as can be
+            if most != most:  # nothing is further than NaN
                 break
         return furthest, most, unused
 
 
-_Step = tuple[Callable[..., list[Tensor]], frozenset[str]]  # and the parameters that its loss does not use
+_Step = tuple[Callable[..., list[Tensor]], frozenset[str]]  # with the parameters that its loss does not use
 
 _steps: OrderedDict[tuple, _Step] = OrderedDict()
 
@@ -276,10 +276,10 @@ def _laid_out(memory_format: torch.memory_format, x: Tensor) -> Tensor:
 
 
 def _structure(net: nn.Module) -> tuple:
-    """All that the module's forward can depend on beside its tensors' values."""
+    """All that the module's forward can depend on besides its tensors' values."""
     found, places = [], {}
 
-    def place(thing: Any) -> int:  # the same for what is shared
+    def place(thing: Any) -> int:  # shared things have one place
         return places.setdefault(id(thing), len(places))
 
     for name, module in net.named_modules(remove_duplicate=False):
@@ -320,7 +320,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return dict, tuple((key, _plain(each)) for key, each in value.items())
     if isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
-        return value  # kept by the key, so that its place is not another's later
+        return value  # the key keeps it alive, so that its address is not reused
     raise ValueError(
         f"engine: expected a net whose modules keep tensors, numbers and strings alone, but one keeps a "
         f"{type(value).__name__}"
@@ -328,7 +328,7 @@ def _plain(value: Any) -> Any:
 
 
 def _global_draws() -> tuple:
-    """Where Python's and numpy's generators stand."""
+    """The states of Python's and numpy's generators."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return random.getstate(), name, keys.tobytes(), *rest
 

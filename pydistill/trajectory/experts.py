@@ -1,4 +1,4 @@
-"""Expert trajectories: what trajectory matching imitates.
+"""Expert trajectories, which trajectory matching imitates.
 
 An expert is a network trained on the real images by SGD, with its parameters kept after every epoch ("Dataset
 Distillation by Matching Training Trajectories", Cazenavette et al., CVPR 2022, calls them a buffer).
@@ -27,12 +27,12 @@ from pydistill.trajectory.train import DivergedError, Schedule, schedule_factors
 
 __all__ = ["data_crc32", "train_experts"]
 
-# A step of so many images keeps a machine busy; more experts at once would only make a cut-off cost more.
+# A step of this many images keeps a machine busy; more experts at once would only make an interruption cost more.
 _IMAGES_AT_ONCE = 1024
 
 
 def data_crc32(images: Tensor, labels: Tensor) -> int:
-    """The checksum by which a store knows the images ``[N, C, H, W]`` and labels ``[N]`` of its experts."""
+    """The checksum by which a store recognises the images ``[N, C, H, W]`` and labels ``[N]`` of its experts."""
     pixels, classes = (tensor.cpu().contiguous().numpy() for tensor in (images, labels))
     return zlib.crc32(classes, zlib.crc32(pixels))
 
@@ -61,41 +61,41 @@ def train_experts(
     """Trains experts by SGD on the cross-entropy and stores their flat parameters after every epoch.
 
     The order of the batches depends on ``(seed, expert, epoch)`` alone, and the store keeps what an epoch continues
-    (the velocity with momentum, float32 parameters beside bfloat16 rows): training that was cut off at any moment goes
-    on from the last whole epoch to the very bytes of an unbroken run. Where experts can be trained at once
+    (the velocity with momentum, float32 parameters beside bfloat16 rows): training interrupted at any moment continues
+    from the last whole epoch and ends with the same bytes as an uninterrupted run. Where experts can be trained at once
     (`pydistill.train_students`), a few go through their epochs together.
 
     Args:
         make_net: builds a network of float32 parameters that gives logits ``[B, K]``.
         images: float32 ``[N, C, H, W]``.
         labels: int64 ``[N]``.
-        path: the store's file. One that exists already is continued.
+        path: the store's file. An existing one is continued.
         num_experts: how many experts, E.
         epochs: passes over the images, each followed by a snapshot.
         lr: SGD's learning rate.
         batch_size: images per SGD step.
         momentum: SGD's; an epoch continues the velocity of the one before.
-        schedule: as of `pydistill.train_students`, over all epochs.
+        schedule: as in `pydistill.train_students`, over all epochs.
         seed: of the initial parameters and the order of the batches.
         augment: None, or an object with ``draw(shape, generator) -> record`` and ``__call__(images, record)``.
         dtype: of the stored rows, "fp32" or "bf16"; experts train in float32 either way.
         dataset: name of the images' data set, which the store keeps.
-        overwrite: start anew whatever is at ``path``.
+        overwrite: start afresh, whatever is at ``path``.
         on_step: called after each SGD step of each expert; an exception from it ends the training, whole epochs stay
             stored.
-        on_epoch: called with each epoch of each expert, before the store has it: ``expert``, ``epoch`` (1-based),
+        on_epoch: called for each epoch of each expert, before it is stored: ``expert``, ``epoch`` (1-based),
             ``loss`` and ``accuracy`` (on the batches as they were trained on).
-        options: further ones of `pydistill.train_students`, such as weight_decay, sharpness, smoothing, engine and
-            precision; recorded, so they have to be what JSON can hold, or dataclasses of such.
+        options: further options of `pydistill.train_students`, such as weight_decay, sharpness, smoothing, engine and
+            precision; recorded, so they must be what JSON can hold, or dataclasses of such.
 
     Returns:
-        The store, ``[E, epochs + 1, P]``, whole and open for reading: snapshot 0 is the initialisation, parameters are
-        flat in ``net.parameters()`` order.
+        The store, ``[E, epochs + 1, P]``, complete and open for reading: snapshot 0 is the initialisation, parameters
+        are flat in ``net.parameters()`` order.
 
     Raises:
         TypeError: an option that `pydistill.train_students` does not know, or that JSON cannot hold.
-        ValueError: a count below 1, labels that do not match the images, or a file at ``path`` that is no store or of a
-            training with other options or on other images.
+        ValueError: a count below 1, labels that do not match the images, or a file at ``path`` that is not a store, or
+            is of a training with other options or on other images.
         FloatingPointError: an expert's loss or parameters stop being finite; its number, epoch and step are named.
     """
     for name, value in (("num_experts", num_experts), ("epochs", epochs), ("batch_size", batch_size)):
@@ -117,14 +117,14 @@ def train_experts(
         "options": {
             **{"lr": lr, "batch_size": batch_size, "momentum": momentum, "seed": seed},
             "schedule": factors if callable(schedule) else schedule,
-            # without the address that is in the repr of an object which defines none
+            # without the address that the default repr has
             "augment": None if augment is None else re.sub(" at 0x[0-9a-f]+", "", repr(augment)),
             **{name: _plain(name, value) for name, value in options.items()},
         },
     }
     start = torch.stack([FlatModule(net).parameters().cpu() for net in nets])
 
-    # a step that leads nowhere: what train_students refuses is refused before a file is made or overwritten
+    # a throwaway step: what train_students refuses is refused before a file is made or overwritten
     two = torch.stack([labels.argmax(), labels.argmin()])
     with torch.random.fork_rng(devices=[]):
         train_students(
@@ -177,7 +177,7 @@ def train_experts(
 
 
 def _groups(completed: list[int], at_once: int) -> Iterator[range]:
-    """Experts to train together; those whose last bits depend on it started together, and stand at the same epoch."""
+    """Experts to train together. As their last bits may depend on it, a group is trained together throughout."""
     for first in range(0, len(completed), at_once):
         members = range(first, min(first + at_once, len(completed)))
         together = len({completed[expert] for expert in members}) == 1
@@ -185,7 +185,7 @@ def _groups(completed: list[int], at_once: int) -> Iterator[range]:
 
 
 def _of_epoch(options: dict[str, Any], epoch: int) -> dict[str, Any]:
-    """What a training of one epoch needs to be told to be that of ``epoch``."""
+    """The options that make a training of one epoch that of ``epoch``."""
     smoothing = options.get("smoothing")
     if smoothing is None:
         return options
@@ -200,7 +200,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _open(path: PathLike, net: nn.Module, header: dict[str, Any], start: Tensor, overwrite: bool) -> ExpertStore:
-    """The store to go on with, each expert's initialisation in it."""
+    """The store to continue, with each expert's initialisation in it."""
     if overwrite or not Path(path).exists():
         store = ExpertStore.create(path, net, **header, overwrite=overwrite)
     else:

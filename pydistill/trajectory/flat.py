@@ -1,6 +1,6 @@
 """A module seen as a function of one flat parameter vector, and what experts' training does with such vectors.
 
-The operators work on a vector ``[P]`` or on those of E students, ``[E, P]``, each student for itself, in one or two
+The operators work on a vector ``[P]`` or on those of E students, ``[E, P]``, each student on its own, in one or two
 passes over memory, and never wait for a GPU.
 """
 
@@ -26,14 +26,14 @@ class FlatModule:
     Equivalent to filling the parameters by ``nn.utils.vector_to_parameters(theta, net.parameters())`` and calling
     ``net``, but differentiable in theta.
 
-    ``nn.DataParallel``, ``DistributedDataParallel``, what ``torch.compile`` makes of a module and
+    ``nn.DataParallel``, ``DistributedDataParallel``, a module compiled by ``torch.compile`` and
     `pydistill.compat.ReparamModule` stand for the network inside them. So does the class ReparamModule that the
     trajectory-matching repositories share (a module whose one parameter is ``flat_param`` and whose forward takes
     ``flat_param=``), where one call of it, with its network replaced, shows that it fills the network's parameters from
     consecutive pieces of the vector and does nothing else; where it does not, it is called with ``flat_param=theta``.
 
     Raises:
-        TypeError: net is no module of Python.
+        TypeError: net is not a Python module.
         ValueError: it has no parameters, or it is a wrapper with hooks of its own.
     """
 
@@ -63,7 +63,7 @@ class FlatModule:
             trained = [p.requires_grad for p in net.parameters()]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.numel = sum(self.sizes)
-        # a net of which nothing is to be trained is somebody's template: theta alone says what is
+        # a net with nothing to train is only a template: all of theta is trained
         self.frozen = [not each for each in trained] if any(trained) else [False] * len(trained)
         if self.numel == 0:
             raise ValueError("net: it has no parameters")
@@ -90,7 +90,7 @@ class FlatModule:
             parameter.copy_(own[name])
 
     def trained(self, like: Tensor, unused: Iterable[str] = ()) -> Tensor | None:
-        """``[P]`` like ``like``: zero where a parameter is frozen or one of ``unused``, else one; None: no zero."""
+        """``[P]`` like ``like``: zero where a parameter is frozen or one of ``unused``, else one; None: no zeros."""
         still = [frozen or name in unused for frozen, name in zip(self.frozen, self.names, strict=True)]
         if not any(still):
             return None
@@ -142,7 +142,7 @@ def _is_reparametrised(net: nn.Module) -> bool:
 
 
 def _pieces(net: nn.Module) -> tuple[list[str], list[torch.Size], dict[str, str]] | None:
-    """Names, shapes and aliases of the parameters that a foreign ReparamModule fills its ``module`` with, in the order
+    """Names, shapes and aliases of the parameters that a foreign ReparamModule sets in its ``module``, in the order
     of the flat vector; None where it does anything else."""
     inner = getattr(net, "module", None)
     if not isinstance(inner, nn.Module) or "forward" in vars(inner) or has_hooks(net) or has_hooks(inner):
@@ -189,8 +189,8 @@ def has_hooks(module: nn.Module) -> bool:
 def ema_(average: Tensor, theta: Tensor, decay: float) -> Tensor:
     """Moves an exponential moving average in place: ``average = decay average + (1 - decay) theta``.
 
-    FTD (Du et al., CVPR 2023) averages the synthetic images so; any shape will do. Equivalent to
-    ``average.lerp_(theta, 1 - decay)``, and theta may be of another dtype.
+    FTD (Du et al., CVPR 2023) averages the synthetic images this way; any shape will do. Equivalent to
+    ``average.lerp_(theta, 1 - decay)``, but theta may be of another dtype.
 
     Args:
         average: floating, any shape; overwritten.
@@ -212,8 +212,8 @@ def ema_(average: Tensor, theta: Tensor, decay: float) -> Tensor:
 def sam_perturbation(grad: Tensor, rho: float, theta: Tensor | None = None) -> Tensor:
     """The step towards the sharpest neighbour within ``rho``: ``rho grad / ||grad||``, zero where grad is zero.
 
-    SAM (Foret et al., ICLR 2021). With ``theta`` the neighbourhood is ASAM's (Kwon et al., ICML 2021), as FTD's
-    code has it by default: ``rho theta^2 grad / || |theta| grad ||``, which does not depend on how a layer is scaled.
+    SAM (Foret et al., ICLR 2021). With ``theta`` the neighbourhood is ASAM's (Kwon et al., ICML 2021), the default of
+    FTD's code: ``rho theta^2 grad / || |theta| grad ||``, which does not depend on how a layer is scaled.
 
     Args:
         grad: floating ``[P]`` or ``[E, P]``, at theta; a row whose norm is below 1e-12 is divided by that instead.
@@ -237,7 +237,7 @@ def sam_perturbation(grad: Tensor, rho: float, theta: Tensor | None = None) -> T
 
 
 def gsam_combine(grad_perturbed: Tensor, grad: Tensor, alpha: float) -> Tensor:
-    """``grad_perturbed - alpha * (what of grad is orthogonal to grad_perturbed)``.
+    """``grad_perturbed - alpha * (the part of grad orthogonal to grad_perturbed)``.
 
     GSAM (Zhuang et al., ICLR 2022), with which FTD (Du et al., CVPR 2023) trains its experts. With c =
     <grad, grad_perturbed> / ||grad_perturbed||^2 it is ``(1 + alpha c) grad_perturbed - alpha grad``; where
@@ -262,17 +262,17 @@ def gsam_combine(grad_perturbed: Tensor, grad: Tensor, alpha: float) -> Tensor:
 
 
 def perturb_towards(theta: Tensor, direction: Tensor, alpha: float, flat: FlatModule | None = None) -> Tensor:
-    """``theta * (1 + alpha direction / ||direction||)``: a start beside an expert's, as far as each weight is large.
+    """``theta * (1 + alpha direction / ||direction||)``: a start near an expert's, each weight moved in proportion.
 
-    AST (Shen et al., 2023), which draws the direction from a normal distribution, and as in its code with ``flat``:
-    each convolution's weight with its own stretch of the direction and that one's norm, the other parameters unchanged.
+    AST (Shen et al., 2023), which draws the direction from a normal distribution. With ``flat``, as in its code: each
+    convolution's weight with its own piece of the direction and that piece's norm, the other parameters unchanged.
 
     Args:
         theta: ``[P]`` or ``[E, P]``.
         direction: as theta; zero perturbs nothing.
         alpha: how far.
-        flat: the module that theta parametrises, whose tensors of four dimensions alone are perturbed; None: theta as
-            one tensor.
+        flat: the module that theta parametrises, of which only tensors of four dimensions are perturbed; None: theta
+            as one tensor.
 
     Returns:
         The perturbed parameters, as theta.

@@ -1,8 +1,8 @@
 """Students that are any module: a step by autograd.
 
-Two things make it cheaper than the same loop by hand. Convolutions, and group norms with a group a channel, run on
-operators whose second derivative is made of ordinary convolutions and of one pass over memory. And the steps at the
-end keep their graphs for the reverse sweep, as many as a budget allows, which then need not be run again.
+Two things make it cheaper than the same loop by hand. Convolutions, and group norms with one group per channel, run on
+operators whose second derivative takes ordinary convolutions and one pass over memory. And the last steps, as many as
+a budget allows, keep their graphs for the reverse sweep, which then need not run them again.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class GenericStudents:
         self._moving = (False, False)
 
     def plan(self, memory: Literal["auto"] | int, steps: int, stored: int, *, images: bool, labels: bool) -> None:
-        """Steps, the last first, keep their graphs within ``memory``; ``stored``: what the unroll keeps of parameters.
+        """Steps, the last first, keep their graphs within ``memory``; ``stored``: bytes of parameters the unroll keeps.
 
-        How large a graph is turns out in the first step. ``images``, ``labels``: what they are differentiated in.
+        The size of a graph is known after the first step. ``images``, ``labels``: whether to differentiate in these.
         """
         self._room = self.AUTO if memory == "auto" else memory - stored
         if self._room < 0:
@@ -63,7 +63,7 @@ class GenericStudents:
         return torch.stack([self._logits(row, x) for row, x in zip(theta, rows, strict=True)])
 
     def in_evaluation(self) -> GenericStudents:
-        """The same students: they go by the mode that the module is in."""
+        """The same students: the module's mode decides."""
         return self
 
     def _logits(self, theta: Tensor | dict[str, Tensor], x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
@@ -72,7 +72,7 @@ class GenericStudents:
         return self._checked(lambda: call(theta, x, buffers=buffers), x)
 
     def _checked(self, forward: Callable[[], Any], x: Tensor) -> Tensor:
-        """What the net's ``forward`` of x gives, as logits."""
+        """The net's ``forward`` of x, as logits."""
         half = self.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
             logits = forward()
@@ -155,7 +155,7 @@ class GenericStudents:
                 row, x = row.detach().requires_grad_(), x.detach().requires_grad_()
                 (slope,) = torch.autograd.grad(self._logits(row, x, buffers).sum(), x, create_graph=True)
                 penalty = (torch.linalg.vector_norm(slope, dim=1) - 1).square().mean()
-                curved = penalty.requires_grad  # not where the slope is the same at every theta
+                curved = penalty.requires_grad  # not if the slope is the same at every theta
                 found += (
                     torch.autograd.grad(penalty, row, materialize_grads=True) if curved else [torch.zeros_like(row)]
                 )
@@ -179,7 +179,7 @@ class GenericStudents:
             if graphs is None:
                 graph, *_ = self._graph(row, *of_student(batch, e), buffers, images, labels)
             else:
-                graph, graphs[e] = graphs[e], None  # it goes with the derivative that is taken of it
+                graph, graphs[e] = graphs[e], None  # freed once it is differentiated
             wanted = {"curvature": graph.theta} if curvature else {}
             wanted |= {"images": graph.images} if images else {}
             wanted |= {"labels": graph.labels} if labels else {}
@@ -187,7 +187,7 @@ class GenericStudents:
                 parts = torch.autograd.grad(
                     graph.grad, list(wanted.values()), direction[e], allow_unused=True, materialize_grads=True
                 )
-                parts = [part * scale[e] for part in parts]  # in place they might be the direction itself
+                parts = [part * scale[e] for part in parts]  # not in place: they might be the direction itself
             else:  # a loss linear in theta: nothing depends on anything
                 parts = [torch.zeros_like(t) for t in wanted.values()]
             slope = torch.dot(graph.grad.detach(), direction[e])
@@ -197,8 +197,8 @@ class GenericStudents:
 
 
 def flat_gradient(loss: Tensor, named: dict[str, Tensor], create_graph: bool = False) -> tuple[Tensor, frozenset[str]]:
-    """The gradient in parameters by name, as one vector [P] with zeros for those that ``loss`` does not use, and their
-    names."""
+    """The gradient in the named parameters as one vector [P], zero for those that ``loss`` does not use, and the names
+    of those."""
     grads = torch.autograd.grad(loss, list(named.values()), create_graph=create_graph, allow_unused=True)
     found = dict(zip(named, grads, strict=True))
     parts = [torch.zeros_like(named[name]) if grad is None else grad for name, grad in found.items()]
@@ -206,13 +206,13 @@ def flat_gradient(loss: Tensor, named: dict[str, Tensor], create_graph: bool = F
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """``torch.stack`` that copies nothing where there is one."""
+    """``torch.stack``, without a copy where there is only one."""
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 @contextlib.contextmanager
 def _saved_bytes(count: bool) -> Iterator[Callable[[], int]]:
-    """A function that says how many bytes of tensors autograd has kept inside; it does not look unless ``count``."""
+    """Yields a function that gives the bytes of tensors autograd has saved in the block; counts only if ``count``."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def _saved_bytes(count: bool) -> Iterator[Callable[[], int]]:
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Convolutions and instance norms on our operators, whose second derivative is the faster one."""
+    """Convolutions and instance norms on our operators, whose second derivatives are faster."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

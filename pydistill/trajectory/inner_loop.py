@@ -1,4 +1,4 @@
-"""The students' training: the steps' batches, what each step leaves to chance, and the update."""
+"""The students' training: the steps' batches, each step's random draws, and the update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pydistill.trajectory.surroundings import Surroundings
 
 
 class NonFiniteError(FloatingPointError):
-    """A student's parameters stopped being finite; ``where`` says in which step."""
+    """A student's parameters became non-finite; ``where`` says in which step."""
 
     def __init__(self, where: str):
         super().__init__(f"{where}: the learning rate may be too large; check_finite=False returns them as they are")
@@ -31,7 +31,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass
 class Step:
-    """What it takes to run a step again, bit for bit."""
+    """What is needed to run a step again, bit for bit."""
 
     number: int
     index: Tensor | None  # of the batch, [B] or [E, B]; None: all images
@@ -41,7 +41,7 @@ class Step:
     buffers: dict[str, Tensor] | None = None  # the module's buffers before the step, if it has any
 
     def copied_buffers(self) -> dict[str, Tensor]:
-        """Buffers for a replay to change as it likes; none where nothing was noted."""
+        """Buffers that a replay may change; none where none were recorded."""
         return {name: b.clone() for name, b in (self.buffers or {}).items()}
 
 
@@ -116,17 +116,17 @@ class InnerLoop:
             raise ValueError(f"memory: expected 'auto', {how} {what}, got {memory}")
         self.memory = memory
         self.remembers = self.optimizer.num_moments > 0 or weight_decay > 0
-        self.trained = self.decayed = self.flat.trained(theta0)  # [P], zeros at what SGD leaves alone; None: ones
+        self.trained = self.decayed = self.flat.trained(theta0)  # [P], zeros where SGD changes nothing; None: ones
         self.unused: tuple[frozenset[str], ...] | None = None  # parameters that the first step's losses did not use
-        # the student engine asks nothing of the surroundings and does nothing to them
+        # the student engine neither depends on the surroundings nor changes them
         self.secluded = isinstance(self.students, ConvNetStudents) and augment is None
-        # the backward pass replays steps: it has to find the net in the mode, and torch in the state, they were in
+        # the backward pass replays steps: the net's mode and torch's state must be what they were
         self.modes = self._modes()
         self.code = self._code()
         self.surroundings = None if self.secluded else Surroundings(self.device)
 
     def _draw(self, steps: int, batch_size: int | None, batches: Sequence[Tensor] | None, images: Tensor) -> list[Step]:
-        """All that the steps leave to chance, in the order of students that train one after the other."""
+        """All random draws of the steps, in the order of students that train one after the other."""
         N, device = images.shape[-4], images.device
         given = None if batches is None else check_batches(batches, batch_size, steps, N, device, self.num_students)
         draws = hasattr(self.augment, "draw")
@@ -149,7 +149,7 @@ class InnerLoop:
         ]
 
     def batch(self, step: Step, images: Tensor, labels: Tensor) -> Batch:
-        """Step's images, before augmentation, and labels."""
+        """The step's images, before augmentation, and labels."""
         return Batch(
             select_rows(images, step.index, images.dim() == 5),
             select_rows(labels, step.index, self.own_labels),
@@ -170,7 +170,7 @@ class InnerLoop:
         )
 
     def _shape_after(self, images: Tensor, labels: Tensor) -> Sequence[int]:
-        """(C, H, W) of augmented images; an augmentation that does not tell it has its first batch now."""
+        """(C, H, W) of augmented images; an augmentation that does not state it gets its first batch now."""
         if hasattr(self.augment, "shape_after"):
             return self.augment.shape_after(images.shape[-4:])[-3:]
         step = self.steps[0]
@@ -182,7 +182,7 @@ class InnerLoop:
     def gradient(
         self, theta: Tensor, step: Step, images: Tensor, labels: Tensor, *, replay: bool, keep: bool
     ) -> Tensor:
-        """Every student's g ``[E, P]``; a replay leaves generators and buffers as they are."""
+        """Every student's g ``[E, P]``; a replay leaves generators and buffers unchanged."""
         with torch.no_grad(), self.replaying(step) if replay else contextlib.nullcontext():
             batch = None
             if step.number == 0 and not replay:
@@ -196,7 +196,7 @@ class InnerLoop:
         return grad if self.loss_scale == 1 else grad * self.loss_scale
 
     def check_unused(self, step: Step, theta: Tensor, unused: tuple[frozenset[str], ...]) -> None:
-        """Parameters that no loss uses are left alone; those of some steps' losses would need moments of their own."""
+        """Parameters that no loss uses are left alone; those used in some steps only would need their own moments."""
         if not self.remembers or unused == (self.unused or ()):
             return
         if self.unused is None:
@@ -212,7 +212,7 @@ class InnerLoop:
         )
 
     def decay(self, theta: Tensor) -> Tensor:
-        """weight_decay times theta ``[E, P]``, but for the parameters that SGD leaves alone."""
+        """weight_decay times theta ``[E, P]``, except for parameters that SGD leaves alone."""
         return self.weight_decay * (theta if self.decayed is None else theta * self.decayed)
 
     def adjoint(
@@ -257,14 +257,14 @@ class InnerLoop:
             if moving:
                 (dx,) = torch.autograd.grad(batch.images, plain.images, dx)
         if dy is not None:
-            dy = dy.unflatten(1, (-1, plain.images.shape[-4])).sum(1)  # over what `repeat` made of a label
+            dy = dy.unflatten(1, (-1, plain.images.shape[-4])).sum(1)  # over the copies that `repeat` made of a label
             if not batch.per_student:
                 dy = dy.sum(0) if len(dy) > 1 else dy[0]
         slope = found.slope if self.loss_scale == 1 else found.slope * self.loss_scale
         return Adjoint(slope, found.curvature, dx, dy)
 
     def accumulate(self, total: Tensor | None, step: Step, part: Tensor | None, own: bool) -> None:
-        """Add a batch's ``part`` where `batch` took it from; ``own``: total has [E] in front."""
+        """Add a batch's ``part`` to the rows that `batch` took; ``own``: total has [E] in front."""
         if total is None:
             return
         index = step.index
@@ -325,7 +325,7 @@ class InnerLoop:
         return [module.training for module in self.flat.net.modules()]
 
     def _code(self) -> list[Any] | None:
-        """What calling the net runs; None where the backward pass calls none."""
+        """The code that calling the net runs; None where the backward pass does not call it."""
         if isinstance(self.students, ConvNetStudents):
             return None
         return [
@@ -334,11 +334,11 @@ class InnerLoop:
         ]
 
     def as_in_forward(self) -> contextlib.AbstractContextManager[None]:
-        """What was set in torch when the unroll began."""
+        """Torch's settings as they were when the unroll began."""
         return contextlib.nullcontext() if self.surroundings is None else self.surroundings.restored()
 
     def recording(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        """Note in ``step`` what running it takes from and does to the surroundings."""
+        """Record in ``step`` what running it takes from the surroundings and changes in them."""
         return contextlib.nullcontext() if self.secluded else self._recording(step)
 
     @contextlib.contextmanager
@@ -352,7 +352,7 @@ class InnerLoop:
             step.rng = before
 
     def replaying(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        """The surroundings as they were when ``step`` ran first."""
+        """The surroundings as they were when ``step`` first ran."""
         return contextlib.nullcontext() if self.secluded else self._replaying(step)
 
     @contextlib.contextmanager
@@ -372,7 +372,7 @@ class InnerLoop:
 
 
 def largest_of(thetas: Tensor) -> Tensor:
-    """[T, E, P] to [T], the largest magnitudes, not finite where any element is not, in one pass."""
+    """[T, E, P] to [T], the largest magnitudes, non-finite where any element is, in one pass."""
     return torch.linalg.vector_norm(thetas, torch.inf, dim=(1, 2))
 
 
@@ -388,7 +388,7 @@ def select_rows(tensor: Tensor, index: Tensor | None, own: bool) -> Tensor:
 
 
 def copies(after: int, before: int) -> int:
-    """How many images an augmentation made of one: the first ``before`` of each image, then the next, and so on."""
+    """How many images an augmentation made of one: the first copies of all ``before``, then the second ones, etc."""
     times, rest = divmod(after, before)
     if rest or not times:
         raise ValueError(f"augment: expected as many images as before, or a multiple, got {after} of {before}")
@@ -401,7 +401,7 @@ def repeat(labels: Tensor, times: int, per_student: bool) -> Tensor:
 
 
 def _own(record: Any) -> Any:
-    """A record that whoever drew it will not overwrite."""
+    """A copy of a record, which whoever drew it cannot overwrite."""
     return record.clone() if isinstance(record, Tensor) else record
 
 

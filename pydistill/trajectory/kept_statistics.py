@@ -1,4 +1,4 @@
-"""What BatchNorm layers keep of the batches that they have seen."""
+"""The running statistics of BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class KeptStatistics:
         return any(norm.running_mean is not None for norm in self.norms.values())
 
     def split(self, students: int) -> None:
-        """From here on each student has its own, which begin as the modules' are now."""
+        """From now on each student has its own, initially a copy of the modules'."""
         self._students = [{name: b.detach().clone() for name, b in self._modules().items()} for _ in range(students)]
 
     def buffers(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Trajectory matching: how far from an expert's parameters a student trained on synthetic images ends."""
+"""Trajectory matching: how far a student trained on synthetic images ends from an expert's parameters."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def trajectory_match(
 
     Args:
         net, theta0, images, labels, lr, steps, **options: as for `pydistill.unroll` (without ``at``).
-        target: ``[P]``, the expert's parameters to arrive at, dtype and device of theta0; ``[E, P]`` for E students,
+        target: ``[P]``, the expert's parameters to reach, dtype and device of theta0; ``[E, P]`` for E students,
             several segments of experts at once.
         targets: intermediate targets by step number in 1..T (AST, Shen et al., 2023): each adds the same ratio with
             the parameters after that step and its own target.
         reduction: "mean" over students, or "none".
 
     Returns:
-        The loss, a scalar; with E students the mean of theirs, or for reduction "none" ``[E]``.
+        The loss, a scalar; with E students their mean, or ``[E]`` for reduction "none".
 
     Raises:
         TypeError, ValueError: as `pydistill.unroll`, or a target of the wrong kind, or equal to theta0.

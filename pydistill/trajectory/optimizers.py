@@ -1,8 +1,8 @@
-r"""The unroll's inner optimisers: their step, and the reverse of it.
+r"""The unroll's inner optimisers: their step and its reverse.
 
 A step turns q_k = g_k + weight_decay theta_k into the next parameters and moments. The reverse, given lambda =
-dL/dtheta_{k+1} and the adjoints of the moments, gives the adjoint of q_k; what that does to theta_k, to the images and
-to the labels is the same for all of them (`pydistill.trajectory.unroll`), as q depends on those through g_k alone.
+dL/dtheta_{k+1} and the adjoints of the moments, gives the adjoint of q_k; how that carries over to theta_k, the images
+and the labels is the same for all of them (`pydistill.trajectory.unroll`), as q depends on those through g_k alone.
 
 **SGD**: v_{k+1} = momentum v_k + q_k and theta_{k+1} = theta_k - lr v_{k+1}. With w the adjoint of v divided by -lr:
 
@@ -16,7 +16,7 @@ and, where the sweep ends at a velocity v_s that is not zero, dL/dlr <- dL/dlr -
     v' = beta2 v + (1 - beta2) q^2
     r  = sqrt(v' / c2),   u = m' / (c1 (r + eps)),   theta' = theta - lr u
 
-Let mu and xi be the adjoints of m' and v' by way of the later steps, zero after the last. Theta' adds to them through
+Let mu and xi be the adjoints of m' and v' through the later steps, zero after the last. Theta' adds to them through
 du/dm' = 1 / (c1 (r + eps)) and du/dv' = -u / (r + eps) dr/dv', where dr/dv' = 1 / (2 c2 r):
 
     dL/dlr <- dL/dlr - lambda . u
@@ -30,8 +30,8 @@ It needs q, m' and v' of every step. The moments are kept beside the parameters,
 Where v' = 0, every gradient so far was zero (a dead unit, say), and autograd's dr/dv' is infinite: 0 * inf = NaN. Yet
 u is differentiable in q there: in the first step it is q / (|q| + eps), whose derivative at zero is 1 / eps. As q tends
 to zero m' / r stays bounded, so that q V tends to zero: V's second term is dropped at v' = 0, in all modes, which
-leaves (1 - beta1) / (c1 eps) for du/dq. That is finite, but large: parameters whose gradient is nothing but rounding (a
-convolution's bias before an instance norm) have their noise amplified by lr / eps where L looks at them.
+leaves (1 - beta1) / (c1 eps) for du/dq. That is finite, but large: parameters whose gradient is only rounding (a
+convolution's bias before an instance norm) have their noise amplified by lr / eps where L depends on them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _SGDSweep:
         return Pulled(self.w, self.scale, None)
 
     def lr_of_start(self, moments: tuple[Tensor, ...]) -> Tensor | None:
-        """[E]: what the adjoint of lr still lacks after the first step, which began with ``moments``."""
+        """[E]: the last part of lr's adjoint, due to the ``moments`` that the first step began with."""
         return -self.momentum * torch.linalg.vecdot(self.w, moments[0]) if moments else None
 
 
@@ -97,14 +97,14 @@ class _SGDSweep:
 class Adam:
     """Adam as the students' optimiser, ``torch.optim.Adam(betas=(beta1, beta2), eps=eps)`` (Kingma & Ba, ICLR 2015).
 
-    RaT-BPTT (Feng et al., ICLR 2024) trains its students so.
+    RaT-BPTT (Feng et al., ICLR 2024) trains its students this way.
 
     Attributes:
         beta1, beta2: in [0, 1).
         eps: positive.
 
     Raises:
-        TypeError, ValueError: a number is not one, or out of range.
+        TypeError, ValueError: an attribute is not a number, or out of range.
     """
 
     beta1: float = 0.9

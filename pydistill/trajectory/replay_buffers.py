@@ -1,4 +1,4 @@
-"""The ``replay_buffer_*.pt`` in which the code of MTT, TESLA, FTD and others keeps experts.
+"""The ``replay_buffer_*.pt`` files in which the code of MTT, TESLA, FTD and others keeps experts.
 
 Such a file is a list of experts, an expert a list of epochs + 1 snapshots, a snapshot a list of float32 tensors in
 ``net.parameters()`` order.
@@ -25,13 +25,12 @@ _WANTED = "a replay buffer: a list of experts, each a list of snapshots, each a 
 
 
 def check_replay_buffers(paths: Sequence[Path], parameters: Parameters) -> tuple[int, int]:
-    """How many experts some files hold together, and how many snapshots each of them has.
+    """How many experts the files hold in total, and how many snapshots each expert has.
 
     Raises:
         FileNotFoundError: one of them is not there.
         ValueError: a file is truncated, foreign or damaged, does not fit the parameters or the first file, or holds
-            experts that cannot be matched: with numbers that are not finite, or with an epoch that changed nothing;
-            says where.
+            experts that cannot be matched: with non-finite numbers, or with an epoch that changed nothing; says where.
     """
     experts, snapshots = 0, None
     for path in paths:
@@ -44,14 +43,14 @@ def check_replay_buffers(paths: Sequence[Path], parameters: Parameters) -> tuple
 
 def replay_buffer_shapes(path: Path) -> list[tuple[int, ...]]:
     """The shapes of the parameters in a file, by its first snapshot; errors are those of `check_replay_buffers`."""
-    snapshot = _load(path, verified=True)[0][0]  # whoever takes the numbers verifies them
+    snapshot = _load(path, verified=True)[0][0]  # the numbers are verified when they are read
     if not snapshot or not all(isinstance(tensor, Tensor) for tensor in snapshot):
         raise ValueError(f"{path}: expected {_WANTED}; got something else")
     return [tuple(tensor.shape) for tensor in snapshot]
 
 
 def read_replay_buffer(path: Path) -> Iterator[Tensor]:
-    """The flat snapshots of a checked file: of each epoch in turn those of all its experts, float32 ``[E, P]``."""
+    """The flat snapshots of a checked file: epoch by epoch, those of all its experts, float32 ``[E, P]``."""
     for snapshots in zip(*_load(path, verified=True), strict=True):
         yield torch.stack([torch.cat([tensor.reshape(-1) for tensor in snapshot]) for snapshot in snapshots])
 

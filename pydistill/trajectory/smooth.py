@@ -1,4 +1,4 @@
-"""What keeps an expert's trajectory smooth enough for a student on few images to follow: options of training."""
+"""Training options that keep an expert's trajectory smooth enough for a student on few images to follow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GSAM:
-    """Descend towards flat minima: two gradients a step, g at theta and g_p at theta + eps.
+    """Descend towards flat minima: two gradients per step, g at theta and g_p at theta + eps.
 
     With eps = `pydistill.trajectory.flat.sam_perturbation` of g, the step is along `gsam_combine` of both, ``g_p -
-    alpha * (what of g is orthogonal to g_p)``. GSAM (Zhuang et al., ICLR 2022), as FTD (Du et al., CVPR 2023) trains
+    alpha * (the part of g orthogonal to g_p)``. GSAM (Zhuang et al., ICLR 2022), as FTD (Du et al., CVPR 2023) trains
     experts: there rho 0.01, adaptive, alpha 0.4. The radius is the same in all epochs, as in FTD's runs.
 
     Attributes:
@@ -24,7 +24,7 @@ class GSAM:
         adaptive: the neighbourhood of ASAM (Kwon et al., ICML 2021), in which large weights move further.
 
     Raises:
-        TypeError, ValueError: a number is not one, or out of range.
+        TypeError, ValueError: an attribute is not a number, or out of range.
     """
 
     rho: float
@@ -46,17 +46,17 @@ class Smoothing:
 
         ``loss_decay[epoch] * cross_entropy + gradient_penalty * mean((||d sum(z) / dx||_2 - 1)^2)``
 
-    with the logits z of the images x as they are before augmentation, the norm over channels and the mean over images
-    and pixels; and it is no longer than ``clip_norm``.
+    with the logits z of the images x before augmentation, the norm over channels and the mean over images and pixels;
+    its norm is at most ``clip_norm``.
 
     Attributes:
         gradient_penalty: weight of the penalty, AST's 2; 0: none. It needs the generic engine.
-        loss_decay: factors on the cross entropy in the first epochs; it is one in those that follow. AST's:
+        loss_decay: factors on the cross entropy in the first epochs; one in those that follow. AST's:
             0.5, 0.55, ... 0.95.
-        clip_norm: (not AST's) the longest gradient of a student, as ``torch.nn.utils.clip_grad_norm_``; None: any.
+        clip_norm: (not AST's) largest norm of a student's gradient, as ``torch.nn.utils.clip_grad_norm_``; None: any.
 
     Raises:
-        TypeError, ValueError: a number is not one, or out of range.
+        TypeError, ValueError: an attribute is not a number, or out of range.
     """
 
     gradient_penalty: float = 0.0
@@ -76,7 +76,7 @@ class Smoothing:
 
 
 def clipped(grad: Tensor, clip_norm: float) -> Tensor:
-    """Each student's gradient [E, P] made no longer than ``clip_norm``, as torch's ``clip_grad_norm_`` does it."""
+    """Each student's gradient [E, P] scaled to a norm of at most ``clip_norm``, as torch's ``clip_grad_norm_`` does."""
     norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
     return grad * (clip_norm / (norm + 1e-6)).clamp_max(1)
 

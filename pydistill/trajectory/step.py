@@ -1,4 +1,4 @@
-"""A step of E students: what it needs, and what is asked of it."""
+"""A step of E students: its inputs and its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Batch(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """What a step needs to know: each student's loss and its gradient, and the logits where they were asked for."""
+    """What a step needs: each student's loss and its gradient, and the logits where they were asked for."""
 
     losses: Tensor  # [E]
     grad: Tensor  # [E, P]
@@ -25,7 +25,7 @@ class Descent(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """What <g, direction> is and scale [E] times how it changes; a field is None where it was not asked for."""
+    """<g, direction>, and scale [E] times its derivatives; a field is None where it was not asked for."""
 
     slope: Tensor  # [E]: <g, direction>
     curvature: Tensor | None  # [E, P]: along theta

@@ -1,4 +1,4 @@
-"""A function of tensors as one graph of aten's operators, made smaller, with its convolutions by Winograd's tiles."""
+"""A function of tensors as one simplified graph of aten's operators, with its convolutions by Winograd's tiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Untraceable(Exception):
 def traced(function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], direction: int | None) -> fx.GraphModule:
     """``function`` as one graph of aten's operators, without what its results do not need."""
     try:
-        # what the cache gives for a view has forgotten that it is one, and forward mode asserts that it is
+        # the cache returns views as plain tensors, and forward mode asserts that they are views
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             graph = make_fx(function, tracing_mode="fake")(*arguments)
     except Exception as error:
@@ -49,7 +49,7 @@ _VIEWS = {
 
 
 def _drop_zeros(graph: fx.Graph) -> None:
-    """Take out the convolutions of tangents that are zero: the images do not move along a direction of parameters."""
+    """Remove convolutions of zero tangents: the images do not move along a direction of the parameters."""
     zero: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.target in _ZEROS or (node.target in _VIEWS and node.args[0] in zero):
@@ -81,7 +81,7 @@ def _looks(node: fx.Node) -> tuple:
 
 
 def _narrow(graph: fx.Graph) -> None:
-    """Ask the convolutions' backward for those gradients only that are used."""
+    """Ask the convolutions' backward only for the gradients that are used."""
     for node in reversed(graph.nodes):
         if node.target is not aten.convolution_backward.default:
             continue
@@ -97,17 +97,17 @@ def _narrow(graph: fx.Graph) -> None:
 
 _SAME = {aten.detach.default, aten.alias.default}
 
-# positions of all images, and channels, from which on transforming a layer's filters in every step is worth it
+# least positions of all images, and channels, for which transforming a layer's filters in every step pays off
 _LEAST_POSITIONS = 512
 _LEAST_CHANNELS = 32
-# of the direct convolution's products, how many Winograd's may take: small images fill no tile
+# the largest share of the direct convolution's products that Winograd may take: small images fill no tile
 _MOST_PRODUCTS = 0.5
 
 
 def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
-    """Give convolutions of 3x3 and 5x5 taps to the kernels of `pydistill.ops`: a quarter or a third of the products.
+    """Move convolutions of 3x3 and 5x5 taps to the kernels of `pydistill.ops`: a quarter or a third of the products.
 
-    Not those of the forward pass itself, which decide on which side of zero an activation is: they stay direct ones.
+    Those of the forward pass itself stay direct, since they decide on which side of zero an activation is.
     ``direction``: which argument the tangents come from.
     """
     graph = module.graph
@@ -166,7 +166,7 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
             if node in moving:
                 moving.update(new for new in found if new is not None)
             graph.erase_node(node)
-    for node in list(graph.nodes):  # two gradients of one weight in one call
+    for node in list(graph.nodes):  # merge two gradients of one weight into one call
         if node.target is aten.add.Tensor and not node.kwargs:
             first, second = node.args
             alone = all(

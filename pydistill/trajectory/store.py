@@ -5,10 +5,10 @@ A `StoreFile`. All integers are little-endian::
     header    JSON: sizes, layout of the parameters, architecture, data set, training options
     table     [epochs + 1, experts] entries: checksums of a row and its state, the append that wrote them
     rows      [experts, epochs + 1, P] in float32 or bfloat16, each at a multiple of 4096 bytes
-    states    [experts, 2, S, P] float32: what training goes on from, of odd and of even epochs in turn
+    states    [experts, 2, S, P] float32: what training continues from, odd and even epochs in turn
 
 An append writes rows and states, syncs, and only then writes its table entries, which count once all of them are
-there. So a process killed at any moment leaves a file that lacks at most the append under way; and since an epoch's
+there. So a process killed at any moment leaves a file that lacks at most the append in progress; and since an epoch's
 state never overwrites that of the epoch before, what the append started from is still there.
 """
 
@@ -53,18 +53,18 @@ StoreDtype = Literal["fp32", "bf16"]
 class ExpertStore(StoreFile):
     """Trajectories of experts, ``[experts, epochs + 1, P]``; snapshot 0 is the initialisation.
 
-    Reading touches only the rows asked for. The checksum of a row is verified the first time that an
-    object reads it, and of all rows by `verify`. A store is a context manager, and closes its file.
+    Reading touches only the rows asked for. A row's checksum is verified the first time that an
+    object reads it, and those of all rows by `verify`. A store is a context manager that closes its file.
 
     Attributes:
         path: the file.
-        epochs: epochs that every expert has in the end.
+        epochs: epochs of every expert, once complete.
         dtype: "fp32" or "bf16", of the stored rows; what is read is float32 either way.
         parameters: names and shapes, in ``net.parameters()`` order, in which a row of P numbers is laid out.
         architecture: the network's repr.
         dataset: name of the data set that the experts were trained on, or None.
         data_crc32: checksum of its images and labels as `train_experts` takes it, or None.
-        options: how they were trained, as JSON has it.
+        options: how they were trained, as JSON values.
 
     Args:
         path: a file that `create`, `train_experts` or `import_replay_buffers` made.
@@ -115,16 +115,16 @@ class ExpertStore(StoreFile):
         options: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> ExpertStore:
-        """Makes an empty store, open for `append`; what it says besides its rows depends on the arguments alone.
+        """Makes an empty store, open for `append`; all but its rows depends on the arguments alone.
 
         Args:
             path: the file to make.
             net: a network of the experts' structure; names and shapes of its parameters are kept.
             experts, epochs: at least one of each.
             dtype: "fp32", or "bf16" for half the size.
-            state: names of the float32 vectors ``[P]`` that training needs to go on; those of the last two epochs are
-                kept of each expert.
-            dataset, data_crc32, options: see the class; the options have to be what JSON can hold.
+            state: names of the float32 vectors ``[P]`` that training needs to continue; each expert's are kept for the
+                last two epochs.
+            dataset, data_crc32, options: see the class; the options must be what JSON can hold.
             overwrite: whether a file at ``path`` may be replaced.
 
         Raises:
@@ -160,7 +160,7 @@ class ExpertStore(StoreFile):
 
     @property
     def completed(self) -> list[int]:
-        """How many whole epochs of each expert the store holds."""
+        """How many complete epochs the store holds of each expert."""
         rows = np.logical_and.accumulate(self._complete, axis=0).sum(0)
         return (rows - 1).clip(min=0).tolist()
 
@@ -186,7 +186,7 @@ class ExpertStore(StoreFile):
         return torch.frombuffer(raw, dtype=_DTYPES[self.dtype]).float()
 
     def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
-        """What a student starts from and should arrive at: the rows at ``epoch`` and ``epoch + length``.
+        """What a student starts from and should reach: the rows at ``epoch`` and ``epoch + length``.
 
         Nothing else of the file is read. Errors are those of `row`, and ValueError for a length below 1.
         """
@@ -194,19 +194,19 @@ class ExpertStore(StoreFile):
         return self.row(expert, epoch), self.row(expert, epoch + length)
 
     def tensor(self) -> Tensor:
-        """All of it in memory, float32 ``[experts, epochs + 1, P]``; errors as of `row`."""
+        """All of it in memory, float32 ``[experts, epochs + 1, P]``; errors as for `row`."""
         return torch.stack(
             [torch.stack([self.row(expert, t) for t in range(self.epochs + 1)]) for expert in range(len(self))]
         )
 
     def verify(self) -> None:
-        """Reads every whole row; ValueError for the first one whose checksum is not that of its bytes."""
+        """Reads every complete row; ValueError for the first whose checksum does not match its bytes."""
         for epoch, expert in np.argwhere(self._complete).tolist():
             raw = self._read(self._row_at(expert, epoch), self._row_bytes)
             self._check_crc(raw, "row", expert, epoch)
 
     def check_fits(self, net: nn.Module) -> None:
-        """ValueError where the parameters of ``net`` are not laid out as the rows; says which parameter differs."""
+        """ValueError if the parameters of ``net`` are not laid out like the rows; says which parameter differs."""
         have, wanted = self.parameters, _parameters_of(net)
         for (name, shape), (net_name, net_shape) in zip(have, wanted, strict=False):
             if (name, shape) != (net_name, net_shape):
@@ -221,7 +221,7 @@ class ExpertStore(StoreFile):
             )
 
     def check_whitening(self, zca: bool) -> None:
-        """Whether imported experts may be matched on images that are ZCA-whitened (``zca``) or are not.
+        """Checks that imported experts may be matched on images that are ZCA-whitened (``zca``) or not.
 
         Raises:
             ValueError: they were imported as experts that saw the other kind.
@@ -243,17 +243,17 @@ class ExpertStore(StoreFile):
             )
 
     def append(self, experts: range, epoch: int, theta: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
-        """Adds the snapshot after ``epoch`` epochs of some experts; on disk when it returns, all of it or nothing.
+        """Adds the snapshot of some experts after ``epoch`` epochs; all or nothing, on disk when it returns.
 
         Args:
-            experts: consecutive ones, all of which have the epoch before, and none of which has this one.
+            experts: consecutive ones that all have the epoch before, and none of them this one.
             epoch: 0 for the initialisation.
             theta: floating ``[len(experts), P]``, rounded to the store's dtype.
             state: float32 ``[len(experts), P]`` for each of the store's ``state`` names.
 
         Raises:
             IndexError: there is no such expert or epoch.
-            ValueError: the store is open for reading only, or an argument is not as said.
+            ValueError: the store is open for reading only, or an argument is not as described.
         """
         self._check_append(experts, epoch, theta, state or {})
         rows = theta.detach().to("cpu", _DTYPES[self.dtype]).contiguous()
@@ -263,7 +263,7 @@ class ExpertStore(StoreFile):
         entries["first"], entries["count"] = experts.start, len(experts)
         at = self._table_at + (epoch * len(self) + experts.start) * _ENTRY.itemsize
         here = slice(experts.start, experts.stop)
-        if any(self._read(at, entries.nbytes)):  # of an append that was cut off: they must not stand for other rows
+        if any(self._read(at, entries.nbytes)):  # left by an interrupted append: must not count for other rows
             self._write(at, bytes(entries.nbytes))
             self._sync()
         for i, expert in enumerate(experts):
@@ -280,10 +280,10 @@ class ExpertStore(StoreFile):
         self._complete[epoch, here] = True
 
     def state(self, expert: int) -> dict[str, Tensor]:
-        """The vectors, float32 ``[P]`` by name, that came with the last whole epoch of an expert.
+        """The vectors, float32 ``[P]`` by name, that came with an expert's last complete epoch.
 
         Raises:
-            ValueError: there is no whole epoch, or they are damaged.
+            ValueError: there is no complete epoch, or they are damaged.
         """
         epoch = self.completed[expert]
         if not self.holds(expert, epoch):
@@ -307,7 +307,7 @@ class ExpertStore(StoreFile):
         zca: bool | None = None,
         overwrite: bool = False,
     ) -> ExpertStore:
-        """Makes a store of the ``replay_buffer_*.pt`` that the code of MTT, TESLA, FTD and others writes.
+        """Makes a store from the ``replay_buffer_*.pt`` files that the code of MTT, TESLA, FTD and others writes.
 
         Each file is a list of experts, an expert a list of epochs + 1 snapshots, a snapshot a list of float32 tensors
         in ``net.parameters()`` order. Files are read by ``torch.load(weights_only=True)``, one at a time, and all are
@@ -318,9 +318,9 @@ class ExpertStore(StoreFile):
             paths: the files, in the order of their experts.
             net: a network of the experts' structure.
             path: the store to make, atomically.
-            dtype, dataset, overwrite: as of `create`.
+            dtype, dataset, overwrite: as for `create`.
             zca: whether the experts saw ZCA-whitened images (``buffer.py --zca``), which the files do not say and the
-                store keeps; None: nobody knows.
+                store keeps; None: unknown.
 
         Returns:
             The store, open for reading.
@@ -354,7 +354,7 @@ class ExpertStore(StoreFile):
 
         Raises:
             FileExistsError: there is a file at ``path``, and ``overwrite`` is False.
-            IndexError, ValueError: as of `row`.
+            IndexError, ValueError: as for `row`.
         """
         path = Path(path)
         check_replaceable(path, overwrite)
@@ -407,7 +407,7 @@ class ExpertStore(StoreFile):
 
 
 def _complete(table: np.ndarray) -> np.ndarray:
-    """Which of the entries ``[epochs + 1, experts]`` count: whole ones, of an append whose entries are all there."""
+    """Which of the entries ``[epochs + 1, experts]`` count: intact ones of an append whose entries are all there."""
     experts = np.arange(table.shape[1])
     first = table["first"].astype(np.int64)
     end = first + table["count"]

@@ -1,6 +1,6 @@
-"""How students take a step: by autograd through any module, compiled, or by hand where the module is a ConvNet.
+"""How students take a step: by autograd through any module, compiled, or hand-written where the module is a ConvNet.
 
-All answer the same two questions about a step of E students at theta ``[E, P]``: the gradient g of each student's loss
+All compute the same two things for a step of E students at theta ``[E, P]``: the gradient g of each student's loss
 (`gradient`), and the derivatives of <g, direction> (`adjoint`).
 """
 
@@ -44,12 +44,12 @@ _log = logging.getLogger("pydistill")
 class ConvNetStudents:
     """ConvNets, all students at once, on `pydistill.ops.convnet_step`.
 
-    Steps at the end keep their tapes, as many as a budget allows, so that the reverse sweep need not run them again.
+    The last steps, as many as a budget allows, keep their tapes, so that the reverse sweep need not run them again.
     """
 
     AUTO = 256 << 20  # bytes of tapes that memory="auto" allows
 
-    _idle: ClassVar[list[Tensor]] = []  # at most one: the tapes' memory that an unroll has left to the next
+    _idle: ClassVar[list[Tensor]] = []  # at most one: the tapes' memory that one unroll leaves to the next
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class ConvNetStudents:
     def plan(
         self, memory: Literal["auto"] | int, steps: int, students: int, images: int, theta: Tensor, stored: int
     ) -> None:
-        """Decide which steps keep their tape within ``memory``; ``stored``: what the unroll keeps of parameters."""
+        """Decide which steps keep their tape within ``memory``; ``stored``: bytes of parameters the unroll keeps."""
         if theta.device.type != "cpu":
             if memory != "auto":
                 raise ValueError(
@@ -116,7 +116,7 @@ class ConvNetStudents:
         tape = None
         if keep is not None and keep >= self._first_kept:
             size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
-            if len(self._tape_memory()) >= size:  # an augmentation of which nothing is known may have made more images
+            if len(self._tape_memory()) >= size:  # an unknown augmentation may have made more images
                 tape = self.tapes[keep] = self._memory[:size]
                 self._memory = self._memory[size:]
         logits = self.logits(theta, batch.images) if with_logits else None
@@ -142,7 +142,7 @@ class ConvNetStudents:
     def features(
         self, theta: Tensor, images: Tensor, p: float, attended: Sequence[int], axis: Axis, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `convnet_features`; ``keep``: what `features_backward` will ask for, within the budget."""
+        """As `convnet_features`; ``keep``: keep what `features_backward` needs, within the budget."""
         tape = None
         if keep:
             self.plan("auto", 1, len(theta), images.shape[-4], theta, 0)
@@ -155,14 +155,14 @@ class ConvNetStudents:
     def features_backward(
         self, theta: Tensor, images: Tensor, grads: Sequence[Tensor | None], p: float, attended: Sequence[int]
     ) -> Tensor:
-        """[E, N, C, H, W], from the gradients of what `features` gave."""
+        """[E, N, C, H, W], from the gradients in the results of `features`."""
         options = {"precision": self.precision, "running": self._running, "workspace": self.workspace}
         options["tape"] = self.tapes.get(0)
         with torch.no_grad():
             return convnet_features_backward(self.shape, theta, images, *grads, p=p, attended=attended, **options)
 
     def _tape_memory(self) -> Tensor:
-        """What is left of it. Freshly mapped pages cost more than a small step's tape is worth: they are handed on."""
+        """What is left of it. Freshly mapped pages cost more than a small step's tape saves: they are handed on."""
         if self._memory is None:
             try:
                 block = self._idle.pop()
@@ -224,9 +224,9 @@ def choose_students(
     image: Sequence[int] | None = None,
 ) -> GenericStudents | ConvNetStudents:
     """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's;
-    ``image``: (C, H, W) where an augmentation makes other ones of them.
+    ``image``: (C, H, W) where an augmentation changes their size.
 
-    Raises ``ValueError`` with the reason where ``engine="student"`` cannot be had.
+    Raises ``ValueError`` with the reason where ``engine="student"`` is not possible.
     """
     if engine not in ("auto", "student", "compiled", "generic"):
         raise ValueError(f"engine: expected 'auto', 'student', 'compiled' or 'generic', got {engine!r}")

@@ -1,4 +1,4 @@
-"""What is set in torch while a network runs, so that a backward pass that runs parts of it again finds the same."""
+"""Torch's settings while a network runs, so that a backward pass can run parts of it again under the same ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any]
 def _matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to name it where the precisions below were set one by one
+    except RuntimeError:  # torch cannot name it where the precisions below were set one by one
         return None
 
 
@@ -27,7 +27,7 @@ def _set_matmul_precision(value: str | None) -> None:
 
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 
-# Pairs of what reads a switch and what sets it; the process has one of each.
+# Pairs of getter and setter of a switch; all are process-wide.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -51,7 +51,7 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
 
 
 class Surroundings:
-    """Autocast (on ``device`` and on the CPU), default device and dtype, the choice of attention's backend,
+    """Autocast (on ``device`` and on the CPU), default device and dtype, the choice of attention backend,
     deterministic algorithms, and the precisions and libraries of ``torch.backends``, as they are now."""
 
     def __init__(self, device: torch.device):

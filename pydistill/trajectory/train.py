@@ -1,8 +1,8 @@
 r"""Students trained on a fixed set of images: many at once, first order.
 
-It is the loop that evaluates a distilled set ("Dataset Condensation with Gradient Matching", Zhao, Mopuri, Bilen,
-ICLR 2021: several fresh networks, the learning rate divided by ten at half of the epochs) and that makes experts
-("Dataset Distillation by Matching Training Trajectories", Cazenavette et al., CVPR 2022). Of student e, with g the
+This is the loop that evaluates a distilled set ("Dataset Condensation with Gradient Matching", Zhao, Mopuri, Bilen,
+ICLR 2021: several fresh networks, the learning rate divided by ten after half of the epochs) and that makes experts
+("Dataset Distillation by Matching Training Trajectories", Cazenavette et al., CVPR 2022). For student e, with g the
 gradient of the mean cross entropy of its batch at theta_e:
 
     v_e <- momentum v_e + g + weight_decay theta_e,      theta_e <- theta_e - lr_e schedule(epoch) v_e
@@ -43,23 +43,23 @@ __all__ = ["EVAL_BATCH", "DivergedError", "TrainResult", "train_students"]
 Schedule = Literal["step", "cosine"] | Callable[[int, int], float] | None
 
 EVAL_BATCH = 500  # images a student is tested on at a time
-_STEPS_BETWEEN_CHECKS = 64  # at the least: asking a GPU whether the losses are finite makes it wait
+_STEPS_BETWEEN_CHECKS = 64  # at least: checking on a GPU whether the losses are finite synchronises
 
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    """What `train_students` gives back; every tensor on the device of theta0."""
+    """The result of `train_students`; every tensor on the device of theta0."""
 
     theta: Tensor  # [E, P], final parameters
     losses: Tensor  # [epochs, E], cross entropies, mean over an epoch's images, each before its step; dtype of theta
-    accuracy: Tensor | None  # [E], float64, the share of eval_data's images that each student has right
+    accuracy: Tensor | None  # [E], float64, the share of eval_data's images that each student gets right
     train_accuracy: Tensor | None  # [epochs, E], float64, of the images as trained on, before each step
     buffers: dict[str, Tensor]  # [E, ...] by name: each student's own, of a net that has buffers
     velocity: Tensor | None = None  # [E, P], after the last step; with momentum
 
     @torch.no_grad()
     def copy_into(self, net: nn.Module, student: int) -> None:
-        """Overwrites the parameters and buffers of ``net``, built as the one that was trained, with a student's."""
+        """Overwrites the parameters and buffers of ``net``, built like the trained one, with a student's."""
         flat = FlatModule(net)
         flat.overwrite(self.theta[student])
         for name, buffer in flat.net.named_buffers():
@@ -67,7 +67,7 @@ class TrainResult:
 
 
 class DivergedError(FloatingPointError):
-    """A student's loss or parameters stopped being finite; says which, in which epoch and step (both from 1)."""
+    """A student's loss or parameters became non-finite; says which, in which epoch and step (both from 1)."""
 
     def __init__(self, student: int, epoch: int, step: int, what: str):
         self.where = f"{what.format(f'student {student}')} in epoch {epoch}, step {step}"
@@ -115,14 +115,14 @@ def train_students(
                 F.cross_entropy(net(x), labels[index]).backward()
                 optimizer.step()
 
-    Nothing in it waits for a GPU but the check of the losses, at most once an epoch. On the student engine the last
-    bits of a student's parameters depend on how many are trained at once.
+    Only the check of the losses waits for a GPU, at most once an epoch. On the student engine the last bits of a
+    student's parameters depend on how many are trained at once.
 
     Args:
         net: the students' structure. As with ``torch.optim.SGD``, parameters that do not require a gradient (unless
-            none does) and those that a step's loss does not use keep their values, without decay or momentum. Neither
-            the module's parameters, its buffers nor its mode are changed: students train in training mode, each from
-            the buffers that ``net`` has.
+            none does) and those that a step's loss does not use keep their values, without decay or momentum. The
+            module's parameters, buffers and mode are left unchanged: students train in training mode, each from the
+            buffers that ``net`` has.
         theta0: ``[E, P]`` starting parameters, in ``net.parameters()`` order.
         images: ``[N, C, H, W]``, dtype and device of theta0; or a student's own, ``[E, N, C, H, W]``.
         labels: int64 ``[N]`` for label_kind "hard"; dtype of theta0 and ``[N, K]`` for "logits" (a softmax is taken)
@@ -130,38 +130,38 @@ def train_students(
         epochs: passes over the images, each in an order of its own.
         lr: the learning rate, positive: a number, a tensor of one element, or ``[E]``.
         batch_size: images per step; an epoch's last step takes what is left.
-        schedule: factor on lr, by epoch. "step": a tenth from epoch ``ceil(epochs / 2)`` on, where the momentum also
-            starts anew, as the evaluation code of the papers has it; "cosine": half a cosine from one towards zero;
+        schedule: factor on lr, by epoch. "step": a tenth from epoch ``ceil(epochs / 2)`` on, where the momentum is
+            also reset, as in the papers' evaluation code; "cosine": half a cosine from one towards zero;
             a function of the epoch (from 0) and the number of epochs; None: one.
         momentum, weight_decay: as in ``torch.optim.SGD`` (no dampening, no Nesterov; the decay is coupled).
         sharpness: `pydistill.trajectory.GSAM`: a second gradient in each step, which finds flatter minima (FTD). It
-            draws what a net draws (dropout) anew and leaves buffers as they are.
+            redraws what a net draws (dropout) and leaves buffers unchanged.
         smoothing: `pydistill.trajectory.Smoothing`: a gradient penalty, factors on the loss by epoch, and clipping
-            (AST). The penalty leaves buffers as they are.
-        velocity0: ``[E, P]`` to start from as a training that is continued does, with its ``velocity``; needs momentum.
-            None: a first step has no velocity.
+            (AST). The penalty leaves buffers unchanged.
+        velocity0: ``[E, P]``, the ``velocity`` of a training to be continued; needs momentum. None: the first step has
+            no velocity.
         label_kind: what ``labels`` holds.
         augment: applied to each student's batch. Either an object with ``draw(shape, generator) -> record`` and
             ``__call__(images, record)``, or a plain function of the images that draws from torch's global generators;
-            those draws alone come in another order on the student engine than when students train one by one. Where m
-            times as many images come out, one copy of the batch after the other, the labels are repeated. Which size
-            of images comes out decides which engine runs: an object may tell it by ``shape_after(shape)``, any other
-            augmentation is tried on a batch beforehand, where the net does not take images as they are.
+            only those draws come in another order on the student engine than when students train one by one. If m
+            times as many images come out, one copy of the batch after the other, the labels are repeated. The size of
+            its images decides which engine runs: an object may state it by ``shape_after(shape)``, any other
+            augmentation is tried on a batch beforehand, unless the net takes images as they are.
             `pydistill.augment.DiffAugment` is one.
-        generator: source of the orders and of ``augment.draw``. One, torch's default when None: what students take
-            from it is what they would take one after the other. Or E of them, a student's own each.
+        generator: source of the orders and of ``augment.draw``. One, torch's default when None: students draw from it
+            what they would draw one after the other. Or E of them, one per student.
         eval_data: images ``[M, C, H, W]`` and int64 labels ``[M]`` to test the trained students on, in eval mode.
-        train_accuracy: also count the images that are classified right while training (soft labels: whose largest is
-            found), which takes a third more time on the student engine.
-        check_finite: raise where a loss is not finite; False returns what comes of it.
+        train_accuracy: also count the images that are classified correctly while training (soft labels: as their
+            largest entry), which takes a third more time on the student engine.
+        check_finite: raise if a loss is not finite; False returns the result regardless.
         output: which element to take where ``net`` returns a tuple.
-        engine: "student", "compiled", "generic" or "auto", as in `pydistill.unroll`; "generic" alone has the gradient
-            penalty. An epoch's last, smaller batch has a compiled graph of its own.
+        engine: "student", "compiled", "generic" or "auto", as in `pydistill.unroll`; only "generic" has the gradient
+            penalty. An epoch's last, smaller batch has its own compiled graph.
         precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
         on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
             took it; an exception from it ends the training.
         on_epoch: called after each epoch with a dict: ``students`` (the range that trained: all, or one on the generic
-            engine), ``epoch`` (from 1), ``theta`` (their parameters, which training goes on to overwrite), ``losses``
+            engine), ``epoch`` (from 1), ``theta`` (their parameters, which further training overwrites), ``losses``
             and ``train_accuracy`` (of the epoch, one per student).
 
     Returns:
@@ -215,7 +215,7 @@ def train_students(
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
     with training_mode(flat.net):
         found = []
-        for mode in [True] if eval_data is None else [True, False]:  # a forward may differ by it
+        for mode in [True] if eval_data is None else [True, False]:  # the forward may depend on it
             flat.net.train(mode)
             found.append(
                 choose_students(engine, flat, images, label_kind, output, largest_label, precision, blocked, image)
@@ -348,8 +348,8 @@ class _Training:
         return velocity
 
     def _gradient(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int) -> tuple[Descent, Tensor | None]:
-        """The losses of ``batch``, and the gradient to descend along; ``plain``: the batch before augmentation. With
-        them [P], zeros at parameters that have no gradient (None: there are none), which stay as they are."""
+        """The losses of ``batch`` and the gradient to descend along; ``plain``: the batch before augmentation. Also
+        [P], zeros at parameters that have no gradient, which stay as they are (None: no zeros)."""
         found = self._objective(theta, batch, plain, epoch)
         grad = found.grad
         (unused,) = set(found.unused) or (frozenset(),)
@@ -388,7 +388,7 @@ class _Training:
     def _descend(
         self, theta: Tensor, grad: Tensor, velocity: Tensor | None, minus_rates: Tensor, moving: Tensor | None
     ) -> Tensor:
-        """A step of SGD in place: ``grad`` is used up, and is the velocity after a first step."""
+        """A step of SGD in place: ``grad`` is overwritten, and is the velocity after a first step."""
         if self.weight_decay:
             grad.add_(theta if moving is None else theta * moving, alpha=self.weight_decay)
         if self.momentum and velocity is not None:
@@ -401,7 +401,7 @@ class _Training:
 
     @torch.no_grad()
     def test(self, theta: Tensor, right: Tensor) -> None:
-        """Adds to ``right`` [E] how many of eval_data's images are classified right."""
+        """Adds to ``right`` [E] how many of eval_data's images are classified correctly."""
         students = self.students.in_evaluation()
         for x, y in zip(*(tensor.split(EVAL_BATCH) for tensor in self.eval_data), strict=True):
             right += (students.logits(theta, x).argmax(-1) == y).sum(1)
@@ -431,9 +431,9 @@ def _forked(
     images: Tensor,
     augment: Callable[..., Tensor] | None,
 ) -> list[torch.Generator]:
-    """One for each student, in the state that ``generator`` has once the students before it have drawn all they need.
+    """One per student, in the state that ``generator`` has once the students before it have drawn all they need.
 
-    Drawing twice is cheap beside the training, and keeps no more than a state where the draws may be large.
+    Drawing twice is cheap compared with the training, and keeps only a state where the draws may be large.
     """
     source = torch.default_generator if generator is None else generator
     N, image = images.shape[-4], images.shape[-3:]
@@ -448,7 +448,7 @@ def _forked(
 
 
 def _raise_if_not_finite(losses: Tensor, theta: Tensor, rows: range) -> None:
-    """``losses`` [epochs, steps, E]; one question to the device, more only where the answer is bad."""
+    """``losses`` [epochs, steps, E]; one synchronisation with the device, more only on failure."""
     if bool(losses.isfinite().all() & theta.isfinite().all()):
         return
     for epoch, step, e in (~losses.isfinite()).nonzero()[:1].tolist():
@@ -477,7 +477,7 @@ def schedule_factors(schedule: Schedule, epochs: int) -> list[float]:
 def _shape_after(
     augment: Callable[..., Tensor], images: Tensor, batch_size: int, generator: torch.Generator | None
 ) -> Sequence[int]:
-    """(C, H, W) of augmented images; leaves torch's, numpy's and Python's generators as they are."""
+    """(C, H, W) of augmented images; leaves torch's, numpy's and Python's generators unchanged."""
     if hasattr(augment, "shape_after"):
         return augment.shape_after(images.shape[-4:])[-3:]
     x = (images[0] if images.dim() == 5 else images).detach()[:batch_size]

@@ -1,4 +1,4 @@
-"""What trajectory matching needs of experts, and what may stand for them."""
+"""What trajectory matching needs of experts, and what can serve as experts."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ def unroll(
     floating) and ``lr``, each where it requires one.
 
     Args:
-        net: the student; its parameters are not used, only its structure. In training mode its buffers (BatchNorm's
-            running statistics) change as in the loop above, and not once more in the backward pass. Wrappers, the
+        net: the student; only its structure is used, not its parameters. In training mode its buffers (BatchNorm's
+            running statistics) change as in the loop above, but not again in the backward pass. Wrappers, the
             repositories' ReparamModule among them, stand for the network inside: see `pydistill.trajectory.FlatModule`.
             As with ``torch.optim.SGD``, parameters that do not require a gradient (unless none does) and those that no
             loss uses keep their values in theta, without decay or momentum; their gradient is zero.
@@ -100,14 +100,14 @@ def unroll(
             used up (the last chunk may be smaller), its own for every student. None: all images in every step.
         batches: the steps' batches explicitly, T int64 index vectors, each ``[B]`` or ``[E, B]``; instead of
             batch_size. They are copied.
-        generator: source of the permutations and of ``augment.draw``; torch's default when None. Or E of them, a
-            student's own each.
+        generator: source of the permutations and of ``augment.draw``; torch's default when None. Or E of them, one
+            per student.
         augment: applied to each batch, differentiable in the images. Either an object with
             ``draw(shape, generator) -> record`` and ``__call__(images, record)``, or a plain function of the images
             that draws from torch's global generators; both are replayed bitwise in the backward pass. Other sources
-            of randomness (numpy's, Python's) are not. Where m times as many images come out, one copy of the batch
-            after the other, the labels are repeated. Other sizes of images may come out (MTT's texture mode crops a
-            canvas): those decide which engine runs. `pydistill.augment.DiffAugment` is one.
+            of randomness (numpy's, Python's) are not. If m times as many images come out, one copy of the batch
+            after the other, the labels are repeated. Images may come out in another size (MTT's texture mode crops a
+            canvas), which then decides which engine runs. `pydistill.augment.DiffAugment` is one.
         label_kind: what ``labels`` holds.
         loss_scale: factor on every step's loss.
         optimizer: "sgd", or `pydistill.trajectory.Adam` with its betas and eps.
@@ -120,9 +120,9 @@ def unroll(
             last.
         mode: "exact": the gradient by the reverse sweep above, memory of one step and one vector per step.
             "full": plain autograd through all steps, the same gradient at T times the memory; differentiable again.
-            "first_order": the estimator of TESLA (Cui et al., ICML 2023), **biased**: it takes every theta_k for a
+            "first_order": the estimator of TESLA (Cui et al., ICML 2023), **biased**: it treats every theta_k as a
             constant, dL/dX_k = -lr (d g_k / d X_k)^T dL/dtheta_T, dropping the product of (I - lr H_j) over the later
-            steps, as it does in dL/dlr; moments are differentiated. Equal to the exact gradient for T = 1 only.
+            steps, in dL/dlr too; moments are differentiated. Equal to the exact gradient for T = 1 only.
         output: which element to take where ``net`` returns a tuple; the student engine computes no other.
         store: where "exact" keeps the vectors: on theta0's device or on the "host".
         store_every: keep every k-th vector (and moments) only; the others are recomputed in the backward pass.
@@ -131,7 +131,7 @@ def unroll(
             as the method repositories define them (`pydistill.trajectory.convnet_shape` says which). "generic":
             autograd, for any module. "compiled": for any module that can be traced (nothing at random, no hooks, no
             branches on values), its step and the step's derivative, forward over reverse, as graphs under
-            ``torch.compile``. A graph serves all nets of a structure and all batches of a shape; the first call
+            ``torch.compile``. A graph serves all nets of one structure and all batches of one shape; the first call
             compiles it, minutes for a ResNet-18, and compares it with autograd. "auto": "student" where it can run,
             else "generic": it never compiles unasked. The logger "pydistill" says at debug level which it was, and
             why.
@@ -140,12 +140,12 @@ def unroll(
             with factors rounded to TF32. "fp32": the dtype of theta0 throughout (the generic engine: as
             ``torch.backends`` allows TF32).
         memory: bytes that the student or the generic engine may work in. With room, some steps are kept for the
-            backward pass, which else computes them again, up to a fifth slower: the same bits in "fp32", while "bf16"
-            keeps the student engine's activations in bfloat16. "auto": 256 MiB of them, beyond the stored parameters
-            and one step's working memory; of the student engine, up to as much of each stays allocated for the next
-            unroll.
-            The generic engine keeps its last steps' whole graphs, and finds out in the first step how large they are;
-            one step's graph it holds in any case.
+            backward pass, which otherwise recomputes them, up to a fifth slower: the same bits in "fp32", while "bf16"
+            keeps the student engine's activations in bfloat16. "auto": 256 MiB of kept steps, beyond the stored
+            parameters and one step's working memory; the student engine leaves up to as much of each allocated for
+            the next unroll.
+            The generic engine keeps its last steps' whole graphs, whose size it learns in the first step; it holds one
+            step's graph in any case.
 
     Returns:
         theta_T, shaped as theta0, or a tuple of such for ``at``.
@@ -155,7 +155,7 @@ def unroll(
         FloatingPointError: non-finite parameters; the message names the step.
         RuntimeError: the gradient of "exact" or "first_order" was itself to be differentiated; images, labels, lr, or
             the net's mode, hooks or modules changed before it was taken; with momentum, Adam or weight_decay, a
-            parameter is used by some steps' losses alone.
+            parameter is used by the losses of some steps only.
     """
     loop = InnerLoop(
         net,
@@ -208,15 +208,15 @@ class _SweepOptions:
 
 
 class _Trajectory:
-    """The states before each step after the warm-up: some are kept, the others recomputed a stretch at a time."""
+    """The states before each step after the warm-up: some are kept, the others recomputed one stretch at a time."""
 
     def __init__(self, loop: InnerLoop, options: _SweepOptions, theta0: Tensor, steps: int):
         self.loop, self.every, self.steps = loop, options.every, steps
         rows = (steps - loop.warmup - 1) // options.every + 1
         needed = loop.optimizer.reversed_by_moments or options.every > 1  # a stretch begins with its moments
         shape = (rows, *theta0.shape)
-        # Vectors of their own between the steps' other blocks fragment the heap, so that they are copied to one block;
-        # but small ones are kept as they come where a step is so short that copying shows.
+        # Separate vectors between the steps' other blocks fragment the heap, so they are copied into one block; but
+        # small ones are kept as they come where a step is so short that the copy would show.
         engine = isinstance(loop.students, ConvNetStudents)
         self.as_they_come = engine and theta0.nbytes <= 1 << 17 and options.every == 1 and not options.device
         self.theta: Tensor | list[Tensor] = []
@@ -294,7 +294,7 @@ class _Unroll(torch.autograd.Function):
                 magnitudes.append(largest_of(state.theta[None])[0])
             if k + 1 in options.wanted:
                 out[k + 1] = state.theta
-        if all_kept and loop.check_finite and not state.theta.isfinite().all():  # an element stays so from then on
+        if all_kept and loop.check_finite and not state.theta.isfinite().all():  # a non-finite element stays so
             thetas = (*trajectory.theta[1:], state.theta)
             magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in thetas]
         if trajectory is not None:
@@ -369,7 +369,7 @@ class _Unroll(torch.autograd.Function):
 
 
 def _per_rate(each: Tensor, lr: Tensor) -> Tensor:
-    """``each`` student's [E], summed where they share a rate, shaped as ``lr``."""
+    """``each`` [E], one per student, summed where they share a rate, shaped as ``lr``."""
     return each.view_as(lr) if lr.numel() == len(each) else each.sum().view_as(lr)
 
 

@@ -1,4 +1,4 @@
-"""Norms and attention as the plain operators they are made of, which forward mode over reverse mode goes through."""
+"""Norms and attention as plain operators, which forward over reverse mode can differentiate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["WrittenOut"]
 
 class WrittenOut(TorchFunctionMode):
     """Norms and attention in elementary operations: torch has no forward derivative of their fused kernels' backward,
-    and a compiler fuses them itself."""
+    and the compiler fuses them anyway."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -36,7 +36,7 @@ def _group_norm(
 ) -> Tensor:
     wide, (N, C), dims = _wide(x), x.shape[:2], tuple(range(2, x.dim()))
 
-    def mean(of: Tensor) -> Tensor:  # first of the channels: a view of the whole would not keep channels-last strides
+    def mean(of: Tensor) -> Tensor:  # over each channel first: a view of the whole would lose channels-last strides
         each = of.mean(dims).view(N, num_groups, C // num_groups)
         return each.mean(2, keepdim=True).expand_as(each).reshape(N, C, *(1 for _ in dims))
 
@@ -133,5 +133,5 @@ _WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
-    Tensor.view: Tensor.reshape,  # of channels-last activations, which keep no view's strides
+    Tensor.view: Tensor.reshape,  # channels-last activations cannot be viewed
 }

@@ -1,1 +1,1 @@
-"""Triton kernels, for NVIDIA and AMD GPUs: a module per operator, imported where Triton is installed and asked for."""
+"""Triton kernels, for NVIDIA and AMD GPUs: a module per operator, imported on demand if Triton is installed."""

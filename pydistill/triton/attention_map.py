@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # positions, or channels, that a program takes at a time
-ROWS = 8  # and how many rows of the other index it adds up in registers
+BLOCK = 128  # positions, or channels, that a program processes at a time
+ROWS = 8  # rows of the other index that it sums in registers
 
 
 @triton.jit
 def _derivative(x, EXPONENT: tl.constexpr, COEFFICIENT: tl.constexpr, ORDER: tl.constexpr):
-    """The ORDER-th derivative of |x|^p, COEFFICIENT |x|^EXPONENT but for the sign."""
+    """The ORDER-th derivative of |x|^p: COEFFICIENT |x|^EXPONENT, up to the sign."""
     magnitude = tl.abs(x)
     if EXPONENT == 0:
         value = magnitude * 0 + 1
@@ -40,7 +40,7 @@ def _derivative(x, EXPONENT: tl.constexpr, COEFFICIENT: tl.constexpr, ORDER: tl.
 @triton.jit
 def _load(pointer, offset, mask):
     value = tl.load(pointer + offset, mask=mask, other=0.0)
-    return value if value.dtype == tl.float64 else value.to(tl.float32)  # at once: bf16 is for storage
+    return value if value.dtype == tl.float64 else value.to(tl.float32)  # immediately: bf16 is for storage only
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def attention_map_reduce_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out [N, kept]: sums over the other index, a block of the kept one a program."""
+    """out [N, kept]: sums over the other index; each program takes a block of the kept one."""
     n = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), out.dtype.element_ty)
@@ -94,9 +94,9 @@ def attention_map_adjoint_kernel(
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [N, C, positions], in the layout of x, a block of a sample a program."""
+    """out [N, C, positions], in the layout of x; each program takes a block of a sample."""
     n = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # as they lie in memory
+    element = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # in memory order
     mask = element < channels * positions
     c = element // channel_stride % channels
     position = element // position_stride % positions
@@ -113,7 +113,7 @@ def attention_map_adjoint_kernel(
 
 
 def constants(p: float, order: int) -> dict[str, float]:
-    """What the order-th derivative of |x|^p is compiled for."""
+    """The compile-time constants of the order-th derivative of |x|^p."""
     return {"EXPONENT": p - order, "COEFFICIENT": math.prod(p - k for k in range(order)), "ORDER": order}
 
 
@@ -123,7 +123,7 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
-    """From one channel to the next, and from one position to the next: x is contiguous or channels-last."""
+    """Strides of channels and of positions: x is contiguous or channels-last."""
     C, positions = x.shape[1], x.shape[2] * x.shape[3]
     return (positions, 1) if x.is_contiguous() else (1, C)
 

@@ -1,25 +1,25 @@
 """The divergence between two softmax attention maps, in Triton: rows, then the gradients of queries and keys.
 
 `csrc/kernels/attention_map_divergence.h` says what is computed. Three kernels, each over tiles of scores that it
-computes for itself, so that nothing as large as a map is written:
+computes itself, so that nothing as large as a map is written:
 
     rows        a block of rows meets all keys: running maxima and sums give each row's statistics and its loss
     grad_q      a block of rows meets all keys:  grad_q = scale_s sum of dS k_s
     grad_k      a block of keys meets all rows:  grad_k = scale_s sum of dS^T q_s
 
-A program alone writes what it owns, and its loop runs in order: no atomics, equal bits from run to run.
+Only one program writes each output, and its loop runs in order: no atomics, equal bits from run to run.
 
-Scores count from their row's maximum, and the logarithm of a row's sum is kept beside the maximum: put into one number,
-the sum would be lost in the rounding of a large one.
+Scores are relative to their row's maximum, and the logarithm of a row's sum is kept beside the maximum: added to it,
+the sum would be lost in the rounding of a large maximum.
 
 Derivation of the running sums, with m the largest score so far: of fkl, the sum of e^(t - m_t) u with
-u = (t - m_t) - (s - m_s) is taken over to new maxima as e^(m_t - m_t') (sum + (m_t - m_t' - m_s + m_s') total), where
-total is the sum of e^(t - m_t); in the end loss = sum / total + log total_s - log total_t. Maxima only rise, so u is
-large on the way only where the loss is. A Jensen-Shannon divergence needs the totals first: a second loop.
+u = (t - m_t) - (s - m_s) is carried over to new maxima as e^(m_t - m_t') (sum + (m_t - m_t' - m_s + m_s') total), where
+total is the sum of e^(t - m_t); in the end loss = sum / total + log total_s - log total_t. Maxima only rise, so u
+becomes large only where the loss is. A Jensen-Shannon divergence needs the totals first: a second loop.
 
-Tiles are widened to float32 as they are loaded. Products of 16-bit types are exact in TF32, where NVIDIA's tensor cores
-take them; the gradients' other factor is rounded to its 11 bits then, which the outputs do not have. Float32 is
-multiplied as float32.
+Tiles are widened to float32 as they are loaded. Products of 16-bit types are exact in TF32 on NVIDIA's tensor cores;
+the gradients' other factor is then rounded to its 11 bits, no fewer than the outputs have. Float32 is multiplied
+as float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 FKL, RKL, JSD, CE = (tl.constexpr(i) for i in range(4))  # in the order of Kind in the header
 INPUTS = ("q_s", "k_s", "q_t", "k_t", "mask")
 STATISTICS = ("tops_s", "tops_t", "logs_s", "logs_t", "centre")  # of the rows
-# a score less the maximum is the difference of two equal roundings: not a fused one of the product before its rounding
+# score and maximum must be rounded alike before they are subtracted: no fused operation on the unrounded product
 COMPILER = {"num_stages": 1, "enable_fp_fusion": False}
 STRIDES = tuple(f"{name}_{axis}" for name in INPUTS for axis in "ahrc")
 
@@ -47,7 +47,7 @@ def _tile(
 ):  # -> [ROWS, COLUMNS], zero where there is nothing
     r = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
     c = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    # widened at once: nothing is computed in a 16-bit type
+    # widened immediately: nothing is computed in a 16-bit type
     return tl.load(base + r * stride_r + c * stride_c, mask=(r < size) & (c < width), other=0).to(tl.float32)
 
 
@@ -66,9 +66,9 @@ def _live(
 
 @triton.jit
 def _of_mixture(p_t, log_p_t, p_s, log_p_s, beta):
-    """The logarithms of p_t and of p_s over their mixture; 0 where the probability is 0, which has no part.
+    """The logarithms of p_t and of p_s over their mixture; 0 where the probability is 0, which does not count.
 
-    In units of the larger probability, where the mixture is near one: by itself it may be too small a number.
+    In units of the larger probability, where the mixture is near one: by itself it may underflow.
     """
     more = p_t > p_s
     unit, log_unit = tl.where(more, p_t, p_s), tl.where(more, log_p_t, log_p_s)
@@ -138,7 +138,7 @@ def attention_map_divergence_rows_kernel(
         s = tl.where(live, s, float("-inf"))
         t = tl.where(live, t, float("-inf"))
         new_s, new_t = tl.maximum(top_s, tl.max(s, 1)), tl.maximum(top_t, tl.max(t, 1))
-        # as long as no key takes part, the maximum is minus infinity, whose difference from itself is no number
+        # until a key takes part, the maximum is minus infinity, whose difference from itself is NaN
         from_s, from_t = tl.where(new_s == float("-inf"), 0.0, new_s), tl.where(new_t == float("-inf"), 0.0, new_t)
         s, t = s - from_s[:, None], t - from_t[:, None]
         down_s, down_t = top_s - from_s, top_t - from_t
@@ -302,7 +302,7 @@ def attention_map_divergence_grad_k_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch cuts up its work; every field but ``num_warps`` is the kernels' argument of that name."""
+    """How a launch divides its work; every field but ``num_warps`` is the kernels' argument of that name."""
 
     rows: int
     keys: int
@@ -313,7 +313,7 @@ class Config:
 
 
 def configure(q_s: Tensor, q_t: Tensor, hip: bool = False) -> Config:
-    """Tiles that leave a few words to spill at most; chosen by what the compilers say, and timed on no GPU yet."""
+    """Tiles that spill a few words at most; chosen by the compilers' reports, not yet timed on a GPU."""
     width_s, width_t = (max(16, triton.next_power_of_2(q.shape[-1])) for q in (q_s, q_t))
     wide = max(width_s, width_t) > 64
     # AMD's matrix cores multiply float32 as it is
@@ -322,7 +322,7 @@ def configure(q_s: Tensor, q_t: Tensor, hip: bool = False) -> Config:
 
 
 def arguments(tensors: dict[str, Tensor | None], config: Config, options: tuple) -> dict[str, Any]:
-    """What all three kernels take, from the inputs by name; ``options`` are (scale_s, scale_t, kind, beta)."""
+    """The arguments shared by all kernels, from the inputs by name; ``options``: (scale_s, scale_t, kind, beta)."""
     scale_s, scale_t, kind, beta = options
     q_s, k_s, q_t = tensors["q_s"], tensors["k_s"], tensors["q_t"]
     strides: dict[str, int] = dict.fromkeys(STRIDES, 0)
@@ -383,7 +383,7 @@ def _launch(
 
 
 def forward(outputs: tuple[Tensor, ...], *args: Any) -> None:
-    """Fills ``outputs`` with what the operator of this name returns for the other arguments, as does the next."""
+    """Fills ``outputs`` with what the operator of this name returns for the other arguments; so does the next."""
     *inputs, scale_s, scale_t, kind, beta, summed, with_q, with_k = args
     loss, grad_q, grad_k = outputs
     rows = loss.new_empty(inputs[0].shape[:3]) if summed else loss

@@ -1,7 +1,7 @@
 """The BatchNorm statistics with the frozen BatchNorm in Triton (csrc/kernels/bn_stat_match.h has the formulas).
 
-Where positions are neighbours in memory a program takes one channel of a tile of positions; where channels are, a block
-of channels. Either way it is one tile [POSITIONS, CHANNELS], loaded once. The tiles' sums are merged in their order.
+If positions are adjacent in memory, a program takes one channel of a tile of positions; if channels are, a block of
+channels. Either way it is one tile [POSITIONS, CHANNELS], loaded once. The tiles' sums are merged in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MERGED = 32  # tiles at a time
 
 @triton.jit
 def _load(planes, at, inside, COMPUTE: tl.constexpr):
-    # widened at once: nothing is computed in a 16-bit type
+    # widened immediately: nothing is computed in a 16-bit type
     return tl.load(planes + at, mask=inside, other=0).to(COMPUTE)
 
 
@@ -86,7 +86,7 @@ def bn_stat_match_merge_kernel(
         apart = first + sum_ / size - mean[None, :]
         squares += tl.where(inside, square - sum_ * sum_ / size + size * apart * apart, 0.0)
     var = tl.sum(squares, 0) / count
-    var = tl.where(var < 0, 0.0, var)  # rounding may leave less than nothing of a constant
+    var = tl.where(var < 0, 0.0, var)  # rounding may make that of a constant negative
     tl.store(statistics + c, mean.to(statistics.dtype.element_ty), mask=there)
     tl.store(kept_mean + c, mean.to(statistics.dtype.element_ty), mask=there)
     tl.store(statistics + C + c, var.to(statistics.dtype.element_ty), mask=there)
@@ -137,7 +137,7 @@ class Config:
 
 
 def configure(x: Tensor) -> Config:
-    """Neighbours in memory go to neighbouring threads: eight elements a thread."""
+    """Elements adjacent in memory go to adjacent threads: eight elements per thread."""
     C, P = x.shape[1:]
     if x.stride(1) == 1 and C > 1:
         channels = min(32, triton.next_power_of_2(C))
@@ -146,7 +146,7 @@ def configure(x: Tensor) -> Config:
 
 
 def arguments(kernel: Any, tensors: dict[str, Tensor | None], config: Config, relu: bool) -> dict[str, Any]:
-    """A kernel's arguments, from tensors named as there."""
+    """A kernel's arguments, from tensors named like them."""
     N, C, P = tensors["x"].shape
     strides = {
         f"{name}_{letter}": 0 if tensors.get(name) is None else tensors[name].stride(i)
@@ -160,7 +160,7 @@ def arguments(kernel: Any, tensors: dict[str, Tensor | None], config: Config, re
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], config: Config, device: torch.device) -> None:
-    # the interpreter launches on no device
+    # the interpreter needs no device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**given, num_warps=config.num_warps, enable_fp_fusion=False)
 
@@ -173,7 +173,7 @@ def forward(
     shift: Tensor | None,
     relu: bool,
 ) -> None:
-    """Fills ``outputs`` with what the operator of this name returns for the other arguments, as does the next."""
+    """Fills ``outputs`` with what the operator of this name returns for the other arguments; so does the next."""
     y, statistics, kept_mean = outputs
     N, C, P = x.shape
     config = configure(x)

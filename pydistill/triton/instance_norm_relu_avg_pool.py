@@ -3,13 +3,13 @@
 Per plane (n, c):  m = mean x,  r = 1/sqrt(var x + eps),  h = (x - m) r,  a = h weight + bias,
                    y = pool(relu(a)),  pool = 2x2 average, odd rows and columns dropped.
 
-A program owns a panel: one sample, ``lanes`` neighbouring channels, all H * W positions. A panel that fits in registers
-is read once; a larger one is streamed, tile by tile, once for each pass over it:
+A program owns a panel: one sample, ``lanes`` adjacent channels, all H * W positions. A panel that fits in registers is
+read once; a larger one is streamed, tile by tile, once for each pass over it:
     1. sum x [and x_t]
     2. sum the squared deviations of x [and their products with those of x_t]
     3. backward: sum the shares of grad_weight and grad_bias, from which the means in grad_x follow as well
     4. write y and grad_x
-The means are taken before anything is squared, so planes far from zero keep their digits.
+The means are subtracted before anything is squared, so planes far from zero keep their digits.
 
 Derivation. With a_bar = [a > 0] grad_y spread over its window:
     grad_weight = sum a_bar h        grad_bias = sum a_bar
@@ -19,9 +19,9 @@ Along a direction, with s = mean(h x_t):
 and the product rule on the three lines of the backward, with r_t = -r^2 s, gives what the last pass writes.
 
 The ReLU must open at the same positions in every form, and a student must get the same bits alone as beside others.
-Both hang on the order in which a plane is summed, and that on how the compiler lays a tile out over the threads. So the
-tile, its warps and its lanes come from x alone, strides and pointers are not specialised (their divisibility would
-widen loads, and with them the layout), and multiplications are not fused with additions but where `fma` says so.
+Both depend on the order in which a plane is summed, and that on how the compiler distributes a tile over threads. So
+the tile, its warps and its lanes depend on x alone, strides and pointers are not specialised (their divisibility would
+widen loads and so change the layout), and multiplications are fused with additions only where `fma` says so.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _offsets(start, SIZE: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _load(plane, h, w, stride_h, stride_w, inside, COMPUTE: tl.constexpr):
-    # widened at once: nothing is computed in a 16-bit type
+    # widened immediately: nothing is computed in a 16-bit type
     return tl.load(plane + h * stride_h + w * stride_w, mask=inside, other=0).to(COMPUTE)
 
 
@@ -76,7 +76,7 @@ def _pooled(tile, POOL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr
 
 @triton.jit
 def _spread(grad, POOL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, LANES: tl.constexpr):
-    """The pool's transpose: each output's gradient over its window."""
+    """The pool's transpose: each output's gradient spread over its window."""
     if POOL:
         windows = tl.reshape(grad, (TILE_H // 2, 1, TILE_W // 2, 1, LANES))
         windows = tl.broadcast_to(windows, (TILE_H // 2, 2, TILE_W // 2, 2, LANES))
@@ -113,7 +113,7 @@ def _reciprocal_sqrt(a):
 
 @triton.jit(do_not_specialize=("C", "H", "W", *STRIDES), do_not_specialize_on_alignment=(*IMAGES, *CHANNELS))
 def instance_norm_relu_avg_pool_kernel(
-    x, x_t, grad_y, grad_y_t, y, grad_x,  # [N, C, H, W] or pooled; what the form has no use for is None
+    x, x_t, grad_y, grad_y_t, y, grad_x,  # [N, C, H, W] or pooled; None if the form does not use it
     weight, bias, weight_t, bias_t,  # [C]
     grad_weight, grad_bias,  # [N, C]: one sample's share
     C, H, W,
@@ -126,7 +126,7 @@ def instance_norm_relu_avg_pool_kernel(
     EPS: tl.constexpr,
     RELU: tl.constexpr,
     POOL: tl.constexpr,
-    TILE_H: tl.constexpr,  # a power of two, as the next two; of the whole plane unless STREAMED
+    TILE_H: tl.constexpr,  # a power of two, like the next two; covers the whole plane unless STREAMED
     TILE_W: tl.constexpr,
     LANES: tl.constexpr,
     STREAMED: tl.constexpr,
@@ -296,7 +296,7 @@ def instance_norm_relu_avg_pool_kernel(
 
 @triton.jit(do_not_specialize=("N", "C"), do_not_specialize_on_alignment=("shares", "total"))
 def sum_over_batch_kernel(shares, total, N, C, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """total[c] = sum of shares[n, c] over n, one after another, so that the order is that of any other C."""
+    """total[c] = sum of shares[n, c] over n, one after another, so that the order does not depend on C."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sum_ = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, N, UNROLL):
@@ -308,7 +308,7 @@ def sum_over_batch_kernel(shares, total, N, C, BLOCK: tl.constexpr, UNROLL: tl.c
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch cuts up its work; every field but ``num_warps`` is the kernel's argument of that name."""
+    """How a launch divides its work; every field but ``num_warps`` is the kernel's argument of that name."""
 
     tile_h: int
     tile_w: int
@@ -320,8 +320,8 @@ class Config:
 def configure(x: Tensor, warp_size: int = 32) -> Config:
     """The launch for one x, in every form: all must sum a plane in the same order.
 
-    With channels-last, ``lanes`` channels fill one 32-byte sector, the least that global memory moves; where that many
-    planes are too much for the registers, down to a quarter of it.
+    With channels-last, ``lanes`` channels fill one 32-byte sector, the least that global memory moves; if that many
+    planes are too much for the registers, down to a quarter of one.
     """
     H, W = x.shape[2:]
     most = 2048 if x.dtype == torch.float64 else 4096  # elements of a tile: more would spill registers
@@ -332,17 +332,17 @@ def configure(x: Tensor, warp_size: int = 32) -> Config:
         while lanes > sector // 4 and tile_h * tile_w * lanes > most:
             lanes //= 2
     streamed = tile_h * tile_w * lanes > most
-    if streamed:  # short and wide, to run along rows; the passes' running sums take registers too
+    if streamed:  # short and wide, to follow rows; the passes' running sums need registers too
         most //= 2
         tile_w = min(tile_w, 128)
         tile_h = max(2, min(tile_h, most // (tile_w * lanes)))
-    # about eight elements a thread: enough to pay for the sums over a block, and loads to hide latency with
+    # about eight elements per thread: enough work to amortise block-wide sums, and loads to hide latency
     threads = min(max(tile_h * tile_w * lanes // 8, warp_size), 512)
     return Config(tile_h, tile_w, lanes, streamed, threads // warp_size)
 
 
 def arguments(tensors: dict[str, Tensor | None], config: Config, eps: float, relu: bool, pool: bool) -> dict[str, Any]:
-    """The kernel's arguments, from tensors named as there."""
+    """The kernel's arguments, from tensors named like them."""
     x = tensors["x"]
     assert x is not None
     strides: dict[str, Any] = dict.fromkeys(STRIDES, 0)
@@ -360,7 +360,7 @@ def arguments(tensors: dict[str, Tensor | None], config: Config, eps: float, rel
 
 
 def _check(tensors: dict[str, Tensor | None], pool: bool) -> None:
-    """The kernel believes what it is told, so nothing that does not fit x may come to it."""
+    """The kernel does not check its arguments, so everything must fit x here."""
     x = tensors["x"]
     assert x is not None
     N, C, H, W = x.shape
@@ -382,9 +382,9 @@ def _check(tensors: dict[str, Tensor | None], pool: bool) -> None:
 
 
 def launch(tensors: dict[str, Tensor | None], eps: float, relu: bool, pool: bool) -> None:
-    """Fill y, grad_x and the shares [N, C] of grad_weight and grad_bias: those that are among ``tensors``.
+    """Fill those of y, grad_x and the shares [N, C] of grad_weight and grad_bias that are among ``tensors``.
 
-    The form follows from what is there: tangents come with x_t, gradients with grad_y.
+    The form follows from what is given: tangents come with x_t, gradients with grad_y.
     """
     _check(tensors, pool)
     x = tensors["x"]
@@ -418,7 +418,7 @@ def sum_over_batch(shares: Tensor, total: Tensor) -> None:
 
 
 def forward(outputs: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> None:
-    """Fills ``outputs`` with what the operator of this name returns for the other arguments, as do the next three."""
+    """Fills ``outputs`` with what the operator of this name returns for the other arguments; so do the next three."""
     launch({"x": x, "weight": weight, "bias": bias, "y": outputs}, *options)
 
 
@@ -469,7 +469,7 @@ def _with_shares(tensors: dict[str, Tensor | None], gradients: tuple[Tensor, ...
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, and its interpreter on none."""
+    """Triton launches on the current device; its interpreter needs none."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -1,7 +1,7 @@
 """The divergence of student from teacher in Triton: all four forms (csrc/kernels/kd_divergence.h has their formulas).
 
-A program owns a row and goes along it ``BLOCK`` classes at a time: for the maxima, for the sums of exponentials, for
-what is summed of them, and for what is written. Only the first time a row comes from memory; it is small enough for the
+A program owns a row and traverses it ``BLOCK`` classes at a time: for the maxima, for the sums of exponentials, for
+sums over these, and for the outputs. Only the first time does a row come from memory, as it is small enough for the
 cache. Float64 has no kernel: Triton passes numbers to kernels in float32.
 """
 
@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 FORMS = ("forward", "backward", "jvp", "backward_jvp")
-MOST = 512  # classes at a time: four a thread, so that none of the forms spills registers
+MOST = 512  # classes at a time: four per thread, so that none of the forms spills registers
 ROWS = ("student", "student_t", "target", "grad_logits")
 _FKL, _RKL, _JSD, _SOFT_CE, _CE, _MSE, _OFA = (tl.constexpr(i) for i in range(7))  # as in kd_divergence.h
 
 
 @triton.jit
 def load_row(row, at, column, inside, FILL: tl.constexpr):
-    # widened at once: nothing is computed in a 16-bit type
+    # widened immediately: nothing is computed in a 16-bit type
     return tl.load(row + at * column, mask=inside, other=FILL).to(tl.float32)
 
 
@@ -50,7 +50,7 @@ def weighted(weight, x):
 
 @triton.jit
 def _target(row, column, at, inside, label, cold, top, log_sum, gamma, KIND: tl.constexpr, PROBS: tl.constexpr):
-    """The target's probabilities (of ce and ofa what weighs -log q) and their logarithms."""
+    """The target's probabilities (for ce and ofa the weights of -log q) and their logarithms."""
     if KIND == _CE:
         p = tl.where(at == label, 1.0, 0.0)
         log_p = p
@@ -61,14 +61,14 @@ def _target(row, column, at, inside, label, cold, top, log_sum, gamma, KIND: tl.
         log_p = (load_row(row, at, column, inside, float("-inf")) - top) * cold - log_sum
         p = tl.exp(log_p)
     if KIND == _OFA:
-        p = tl.where(at == label, _grown(p, gamma), tl.exp(gamma * log_p))  # p itself may have been too small
+        p = tl.where(at == label, _grown(p, gamma), tl.exp(gamma * log_p))  # p itself may have underflowed
         p = tl.where(inside, p, 0.0)
     return p, log_p
 
 
 @triton.jit
 def _grown(x, gamma):
-    """``(1 + x)**gamma - 1``; log1p and expm1 by Kahan's corrections, for Triton has neither."""
+    """``(1 + x)**gamma - 1``; log1p and expm1 by Kahan's corrections, as Triton has neither."""
     w = 1 + x
     y = gamma * tl.where(w == 1, x, tl.log(w) * (x / (w - 1)))
     e = tl.exp(y)
@@ -79,8 +79,8 @@ def _grown(x, gamma):
 def _middle(p, log_p, q, log_q, beta):
     """The logarithms of p / m and of q / m, and (1 - beta) q / m, with m = beta p + (1 - beta) q.
 
-    In units of the larger of p and q, where m is near one: as it is it may be too small a number. NaN, for `weighted`
-    to pass over, where both are zero.
+    In units of the larger of p and q, where m is near one: by itself it may underflow. NaN where both are zero, which
+    `weighted` ignores.
     """
     more = p > q
     unit, log_unit = tl.where(more, p, q), tl.where(more, log_p, log_q)
@@ -92,7 +92,7 @@ def _middle(p, log_p, q, log_q, beta):
 
 @triton.jit(do_not_specialize=("C", *(f"{name}_{way}" for name in ROWS for way in ("row", "column"))))
 def kd_divergence_kernel(
-    student, student_t, target, grad_logits,  # [N, C]; what the form has no use for is None
+    student, student_t, target, grad_logits,  # [N, C]; None if the form does not use it
     labels, grad, grad_t, loss,  # [N], contiguous
     student_row, student_t_row, target_row, grad_logits_row,
     student_column, student_t_column, target_column, grad_logits_column,
@@ -236,7 +236,7 @@ def kd_divergence_kernel(
 
 
 def arguments(tensors: dict[str, Tensor], options: tuple) -> dict[str, Any]:
-    """The kernel's arguments, from tensors named as there and the operators' options."""
+    """The kernel's arguments, from tensors named like them and the operators' options."""
     kind, probs, T, scale, ce_weight, beta, gamma = options
     C = tensors["student"].shape[1]
     strides = {
@@ -255,7 +255,7 @@ def arguments(tensors: dict[str, Tensor], options: tuple) -> dict[str, Any]:
 
 
 def launch(tensors: dict[str, Tensor | None], options: tuple) -> None:
-    """Fills loss and grad_logits where they are there; the form follows from ``grad`` and ``student_t``."""
+    """Fills loss and grad_logits if given; the form follows from ``grad`` and ``student_t``."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name in ("labels", "grad", "grad_t"):
         if name in present:
@@ -271,7 +271,7 @@ def launch(tensors: dict[str, Tensor | None], options: tuple) -> None:
 def forward(
     outputs: tuple[Tensor, Tensor], student: Tensor, target: Tensor | None, labels: Tensor | None, *options: Any
 ) -> None:
-    """Fills ``outputs`` with what the operator of this name returns for the other arguments, as do the next three."""
+    """Fills ``outputs`` with what the operator of this name returns for the other arguments; so do the next three."""
     loss, kept = outputs
     *options, keep = options
     tensors = {"student": student, "target": target, "labels": labels, "loss": loss}

@@ -1,7 +1,7 @@
 """The scalar products of rows in Triton: all three forms (csrc/kernels/row_products.h has their formulas).
 
-A program owns a row of one vector, and goes along it ``BLOCK`` elements at a time, each lane adding up its own: the
-rounding error grows with a lane's share of the row. Rows of a block are alike, so a launch is one block of rows.
+A program owns a row of one vector and traverses it ``BLOCK`` elements at a time, each lane summing its own: the
+rounding error grows with a lane's share of the row. Rows of a block have one length, so a launch is one block of rows.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 FORMS = ("forward", "backward", "jvp")
 VECTORS = ("a", "b", "a_t", "b_t", "grad_a", "grad_b")
-MOST = 512  # elements at a time: four a thread, so that none of the forms spills registers
+MOST = 512  # elements at a time: four per thread, so that none of the forms spills registers
 
 
 @triton.jit
 def _load(vector, at, inside, COMPUTE: tl.constexpr):
-    # widened at once: nothing is computed in a 16-bit type
+    # widened immediately: nothing is computed in a 16-bit type
     return tl.load(vector + at, mask=inside, other=0).to(COMPUTE)
 
 
 @triton.jit(do_not_specialize=("start", "count", "length", "first", "R", *(f"{name}_next" for name in VECTORS)))
 def row_products_kernel(
-    a, b, a_t, b_t, grad_a, grad_b,  # [K, P], a vector's elements neighbours; what the form has no use for is None
+    a, b, a_t, b_t, grad_a, grad_b,  # [K, P], a vector's elements adjacent; None if the form does not use it
     grad, products,  # [K, R, 4]
-    a_next, b_next, a_t_next, b_t_next, grad_a_next, grad_b_next,  # from a vector to the next
+    a_next, b_next, a_t_next, b_t_next, grad_a_next, grad_b_next,  # from one vector to the next
     start, count, length, first, R,
     BLOCK: tl.constexpr,  # a power of two
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def row_products_kernel(
 
 
 def arguments(tensors: dict[str, Tensor], block: tuple[int, int, int], first: int, R: int) -> dict[str, Any]:
-    """The kernel's arguments for one block of rows, from tensors named as there."""
+    """The kernel's arguments for one block of rows, from tensors named like them."""
     start, count, length = block
     strides = {f"{name}_next": tensors[name].stride(0) if name in tensors else 0 for name in VECTORS}
     return {
@@ -90,19 +90,19 @@ def arguments(tensors: dict[str, Tensor], block: tuple[int, int, int], first: in
 
 
 def warps(block: int) -> int:
-    """How many for that many elements at a time."""
+    """The number of warps for this many elements at a time."""
     return max(1, block // 128)
 
 
 def launch(tensors: dict[str, Tensor], rows: list[int]) -> None:
-    """Fills products, or grad_a and grad_b. The form follows from what is there: ``grad``, ``a_t`` and ``b_t`` or none.
+    """Fills products, or grad_a and grad_b. The form follows from which of ``grad``, ``a_t`` and ``b_t`` are given.
 
     ``grad`` and the outputs are contiguous, and so are the rows of [K, P] tensors.
     """
     a = tensors["a"]
     blocks = [tuple(rows[i : i + 3]) for i in range(0, len(rows), 3)]
     R, first = sum(rows[1::3]), 0
-    with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():  # the interpreter launches on none
+    with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():  # the interpreter needs none
         for block in blocks:
             if programs := len(a) * block[1]:
                 given = arguments(tensors, block, first, R)
@@ -115,7 +115,7 @@ def _dense(*vectors: Tensor) -> list[Tensor]:
 
 
 def forward(products: Tensor, a: Tensor, b: Tensor, rows: list[int]) -> None:
-    """Fills ``products`` with what the operator of this name returns for the other arguments, as do the next two."""
+    """Fills ``products`` with what the operator of this name returns for the other arguments; so do the next two."""
     launch({**dict(zip(("a", "b"), _dense(a, b), strict=True)), "products": products}, rows)
 
 

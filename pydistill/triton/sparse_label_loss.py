@@ -1,6 +1,6 @@
 """The loss against stored classes in Triton: both forms (csrc/kernels/sparse_label_loss.h has their formulas).
 
-A program owns a row and goes along its logits ``BLOCK`` classes at a time, comparing them with each of the k stored
+A program owns a row and traverses its logits ``BLOCK`` classes at a time, comparing them with each of the k stored
 classes: so nothing is gathered or scattered, at a cost that grows with k C. Float64 has no kernel: Triton passes
 numbers to kernels in float32.
 """
@@ -34,7 +34,7 @@ def _stored(values, j, column, step, CODES: tl.constexpr):
     )
 )
 def sparse_label_loss_kernel(
-    logits, grad_logits,  # [N, C]; what the form has no use for is None
+    logits, grad_logits,  # [N, C]; None if the form does not use it
     indices, values,  # [N, k]
     grad, loss,  # [N], contiguous
     logits_row, logits_column, indices_row, indices_column, values_row, values_column,
@@ -57,7 +57,7 @@ def sparse_label_loss_kernel(
     if TAIL == _RENORM:
         divisor, mass = total, 1.0
     elif TAIL == _SMOOTH:
-        # NaN is no smaller than one, and stays
+        # NaN is not >= 1, so it stays
         u = tl.where(k < C, tl.where(total >= 1, 0.0, 1 - total) / tl.maximum(C - k, 1).to(tl.float32), 0.0)
         mass = total + u * (C - k)
 
@@ -108,7 +108,7 @@ def sparse_label_loss_kernel(
 
 
 def arguments(tensors: dict[str, Tensor], options: tuple) -> dict[str, Any]:
-    """The kernel's arguments, from tensors named as there and the operators' options."""
+    """The kernel's arguments, from tensors named like them and the operators' options."""
     T, tail, step, entropy, scale = options
     C, k = tensors["logits"].shape[1], tensors["indices"].shape[1]
     strides = {
@@ -126,7 +126,7 @@ def arguments(tensors: dict[str, Tensor], options: tuple) -> dict[str, Any]:
 
 
 def launch(tensors: dict[str, Tensor], options: tuple) -> None:
-    """Fills loss and grad_logits where they are there; ``grad`` is for the backward pass."""
+    """Fills loss and grad_logits if given; ``grad`` is for the backward pass."""
     logits = tensors["logits"]
     if logits.dtype == torch.float64:
         raise NotImplementedError("sparse_label_loss: backend='triton' has no kernel for float64, got a float64 tensor")
@@ -136,7 +136,7 @@ def launch(tensors: dict[str, Tensor], options: tuple) -> None:
 
 
 def forward(outputs: tuple[Tensor, Tensor], logits: Tensor, indices: Tensor, values: Tensor, *options: Any) -> None:
-    """Fills ``outputs`` with what the operator of this name returns for the other arguments, as does the next."""
+    """Fills ``outputs`` with what the operator of this name returns for the other arguments; so does the next."""
     loss, kept = outputs
     *options, keep = options
     tensors = {"logits": logits, "indices": indices, "values": values, "loss": loss}

@@ -1,4 +1,4 @@
-"""The family's draws and results against the method repositories' function, written here anew."""
+"""The family's draws and results against the method repositories' function, rewritten here."""
 
 import math
 
@@ -16,7 +16,7 @@ EVERYTHING = "_".join(OPERATIONS)
 
 
 class Parameters:
-    """What the repositories pass along."""
+    """What the repositories pass as parameters."""
 
     aug_mode = "S"
     prob_flip, ratio_scale, ratio_rotate, ratio_crop_pad, ratio_cutout = 0.5, 1.2, 15.0, 0.125, 0.5
@@ -106,7 +106,7 @@ def images_of(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("strategy", [*OPERATIONS, EVERYTHING])
 @pytest.mark.parametrize("mode", ["S", "M"])
 def test_diff_augment_is_the_repositories_function(strategy, mode, seed):
-    """The same parameters out of the same random numbers, and with them the same images and gradients."""
+    """The same parameters from the same random numbers, and so the same images and gradients."""
     param = Parameters()
     param.aug_mode = mode
     for shape in ((3, 3, 32, 32), (2, 1, 28, 28), (2, 3, 9, 12)):
@@ -140,7 +140,7 @@ def test_diff_augment_draws_colours_in_the_dtype_of_the_images(seed, align_corne
 
 @pytest.mark.parametrize("strategy", ["scale", "rotate"])
 def test_diff_augment_takes_either_grid_of_the_repositories(strategy):
-    """Which is one and the same for square images, but not for others."""
+    """It makes no difference for square images, but for others it does."""
     for shape in ((2, 3, 9, 12), (2, 3, 8, 8)):
         x, found = images_of(*shape), {}
         for align_corners in (True, False):
@@ -184,7 +184,7 @@ def uniform_on(values, low, high):
 
 
 def integers_on(values, low, high):
-    """All of low..high and nothing else, each as often within six standard deviations."""
+    """All of low..high and nothing else, equally often within six standard deviations."""
     counts = torch.bincount((values - low).long(), minlength=high - low + 1).double()
     if len(counts) != high - low + 1 or values.min() < low:
         return False
@@ -237,7 +237,7 @@ def test_ratios_are_used():
 
 
 def test_one_operation_a_call():
-    """The others stay at their identity; each is drawn as often, one named twice twice as often."""
+    """The others stay at their identity; each is drawn equally often, one named twice twice as often."""
     active = {"brightness": "color", "crop_y": "crop", "cutout_height": "cutout", "flip": "flip"}
     active |= {"scale_x": "scale", "angle": "rotate"}
     generator, counts = torch.Generator().manual_seed(0), dict.fromkeys(OPERATIONS, 0)
@@ -310,7 +310,7 @@ def test_diff_augment_refuses_other_modes():
 
 
 class ByHand:
-    """FYI's batch as that repository builds it: the mirrored images beside the others, then the augmentation."""
+    """FYI's batch as built in its repository: the images and their mirror images, then the augmentation."""
 
     def __init__(self, augment):
         self.augment = augment
@@ -400,7 +400,7 @@ def test_training_on_a_flip_batch(engine, own_labels):
     found, truth = train(DiffAugment(mode="all", flip_batch=True)), train(ByHand(DiffAugment(mode="all")))
     for name in ("theta", "losses", "train_accuracy"):
         torch.testing.assert_close(getattr(found, name), getattr(truth, name), rtol=1e-9, atol=1e-9)
-    # of a symmetric image the mirrored copy is the image itself
+    # the mirrored copy of a symmetric image is the image itself
     symmetric = images + images.flip(3)
 
     def train_once(augment):

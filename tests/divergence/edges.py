@@ -1,4 +1,4 @@
-"""Rows of logits at the edges of what floating-point numbers hold, and what the losses of rows make of them."""
+"""Rows of logits at the limits of floating-point numbers, and the losses of these rows."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 KINDS = ("fkl", "rkl", "jsd", "soft_ce", "ce", "mse", "ofa")
 TEMPERATURES = (0.05, 1.0, 50.0)
-N, C = 4, 37  # more classes than a vector has lanes, and some left over
+N, C = 4, 37  # more classes than a vector has lanes, and a remainder
 LABELS = torch.tensor([0, 5, 16, 36])
 MASKED = [3, 17, 35]  # no label
 
@@ -45,7 +45,7 @@ def log_softmax(x: torch.Tensor, T: float = 1.0) -> torch.Tensor:
 
 
 def product(weight: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
-    """What has no probability adds nothing, to no derivative either."""
+    """A zero probability adds nothing, not even to derivatives."""
     none = weight == 0
     return torch.where(none, 0, weight * torch.where(none, 0, log))
 
@@ -53,7 +53,7 @@ def product(weight: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
 def divergence(
     kind: str, x: torch.Tensor, log_p: torch.Tensor, p: torch.Tensor, T: float, y: torch.Tensor, beta=0.3, gamma=1.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' divergences in float64, and how large what is added up in them is."""
+    """The rows' divergences in float64, and the size of the terms in them."""
     log_q = log_softmax(x, T)
     q, own = log_q.exp(), F.one_hot(labels_of(x), C).bool()
     if kind == "fkl":
@@ -108,7 +108,7 @@ def check_divergence(f, edge: str, kind: str, T: float, probs: bool, dtype: torc
 def check_sparse(f, edge: str, T: float, dtype: torch.dtype) -> None:
     """``f(logits, indices, values, **options)`` against `divergence` from the dense target."""
     x = ROWS[edge][0].to(dtype)
-    indices = torch.tensor([[0, 4, 17], [36, 3, 1], [16, 2, 35], [5, 6, 7]])[: len(x)]  # some masked, of no probability
+    indices = torch.tensor([[0, 4, 17], [36, 3, 1], [16, 2, 35], [5, 6, 7]])[: len(x)]  # some have zero probability
     values = torch.tensor([[0.7, 0.2, 0], [0.5, 0, 1e-40], [0.25, 0.5, 0], [1, 0, 0]], dtype=dtype)[: len(x)]
     eps = torch.finfo(dtype).eps
     for tail in ("smooth", "zeros", "renorm"):
@@ -128,7 +128,7 @@ def check_sparse(f, edge: str, T: float, dtype: torch.dtype) -> None:
 
 
 def check_attention(f, kind: str, dtype: torch.dtype) -> None:
-    """``f(q_s, k_s, q_t, k_t, **options)`` on inputs whose scores, divided by these temperatures, every dtype has."""
+    """``f(q_s, k_s, q_t, k_t, **options)`` on inputs whose scores over these temperatures are exact in every dtype."""
     generator = torch.Generator().manual_seed(0)
     signs = [torch.randint(-1, 2, (1, 1, rows, 4), generator=generator).double() for rows in (10, 37, 10, 37)]
     mask = torch.ones(37, dtype=torch.bool)

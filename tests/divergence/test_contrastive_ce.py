@@ -62,7 +62,7 @@ def test_classes_of_any_size(exclude_self):
 
 @pytest.mark.usefixtures("_blocks")
 def test_supcon_of_two_views():
-    """As its paper writes it: the anchors are all rows, the positives the others of a class."""
+    """As in its paper: the anchors are all rows, the positives the others of a class."""
     (q,) = rows(10)
     y = torch.tensor([0, 1, 2, 1, 0])
     labels = y.repeat(2)

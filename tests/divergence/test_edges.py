@@ -24,7 +24,7 @@ BACKENDS = ["cpu", "reference"]
 DTYPES = [torch.float32, torch.float64]
 
 
-# a distance to minus infinity is none
+# a distance to minus infinity is not defined
 @pytest.mark.parametrize(("kind", "edge"), [(k, e) for k in KINDS for e in ROWS if k != "mse" or "masked" not in e])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kd_divergence(backend, kind, edge):
@@ -140,7 +140,7 @@ def test_contrastive_ce(edge, normalise):
         loss = contrastive_ce(*leaves, **options)
         torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=1e-6)
         found, truth = torch.autograd.grad(loss, leaves), torch.autograd.grad(true, wide)
-        # slopes of scores have errors of a rounding, and differences of them are what is left
+        # slopes of scores have rounding errors, and only their differences remain
         reach = (
             scale * float(a.detach().abs().max()) / (float(q.norm(dim=1).max().clamp_min(1e-12)) if normalise else 1)
         )

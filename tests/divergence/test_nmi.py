@@ -1,4 +1,4 @@
-"""The normalised mutual information of attention maps: its definition, its ends, its memory, its messages."""
+"""The normalised mutual information of attention maps: its definition, its extremes, its memory, its messages."""
 
 import math
 

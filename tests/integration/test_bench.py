@@ -32,7 +32,7 @@ from pydistill import matching
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # at these sizes a thread pool on a busy machine does little but wait at its barriers
+    # at these sizes a thread pool on a busy machine mostly waits at its barriers
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def rows_in(path: Path) -> list[dict[str, str]]:
 
 
 def halved(problem: Problem) -> Thunk:
-    """The factor that TESLA's published code loses: a right direction of the wrong length."""
+    """The factor that TESLA's published code loses: the right direction with the wrong length."""
     right = eager.prepare(problem)
 
     def wrong() -> Result:
@@ -498,7 +498,7 @@ def test_bad_arguments_are_refused(arguments: list[str]) -> None:
 
 
 def on_the_cpu(name: str, providers: list[str]) -> Case:
-    """A case of bench.gpu without what only a device has: its clock, its graphs, and the time that compiling takes."""
+    """A case of bench.gpu without what needs a device: its clock, its graphs, and the time taken by compilation."""
     case = gpu.CASES[name].only(providers)
     return replace(case, quick=case.quick | {"device": "cpu"})
 

@@ -1,4 +1,4 @@
-"""``pydistill`` from the command line: results, interruption and resumption, and what it says to wrong input."""
+"""``pydistill`` from the command line: results, interruption and resumption, and messages for wrong input."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def wait_for(process, condition):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small run that nothing interrupted."""
+    """A small uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     code, output = run("distill", *SMALL, "--out", folder)
     assert code == 0, output
@@ -129,7 +129,7 @@ def test_a_run_cut_off_and_resumed_is_bitwise_the_unbroken_one(finished, tmp_pat
     else:
         assert process.returncode == -signal.SIGKILL
         with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"phase": "distill", "iter')  # what a kill within a write may leave
+            file.write('{"phase": "distill", "iter')  # what a kill during a write may leave
     code, output = run("distill", "--out", folder, "--resume")
     assert code == 0, output
     for name in RESULTS:
@@ -172,7 +172,7 @@ TRAIN = ["experts", *(part for name, value in EXPERTS.items() for part in (f"--{
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """The file of experts that nothing interrupted."""
+    """The file of experts of an uninterrupted run."""
     path = tmp_path_factory.mktemp("experts") / "experts.store"
     code, output = run(*TRAIN, "--dtype", "bf16", "--out", path)
     assert code == 0, output
@@ -181,7 +181,7 @@ def experts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few_experts(tmp_path_factory):
-    """Of the network and data set of `SMALL`."""
+    """For the network and data set of `SMALL`."""
     path = tmp_path_factory.mktemp("experts") / "few.store"
     code, output = run(*TRAIN, "--num-experts", 2, "--epochs", 3, "--out", path)
     assert code == 0, output
@@ -363,13 +363,13 @@ def test_shapes_are_those_of_the_sets_as_they_are_read():
 
 
 def evaluated(tmp_path, *arguments):
-    """What ``pydistill evaluate`` writes as JSON."""
+    """The JSON that ``pydistill evaluate`` writes."""
     main(["evaluate", *map(str, arguments), "--json", str(tmp_path / "found.json")])
     return json.loads((tmp_path / "found.json").read_text())
 
 
 def refused(capsys, *arguments):
-    """The one line that a command says before it exits with 1."""
+    """The one line that a command prints before it exits with 1."""
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, arguments)))
     assert stopped.value.code == 1
@@ -413,7 +413,7 @@ def test_evaluate_makes_a_row_for_each_architecture(finished, tmp_path, capsys):
 
 
 def test_evaluate_takes_soft_labels_in_a_space_of_their_own(finished, tmp_path):
-    """Logits that say what the hard labels do, in another normalisation, of which the test images are told."""
+    """Logits equivalent to the hard labels, in another normalisation, to which the test images are converted."""
     hard = DistilledSet.load(finished[0] / "distilled.safetensors")
     mean, std = hard.mean + 0.2, hard.std * 0.5
     soft = DistilledSet(
@@ -501,7 +501,7 @@ def fashion_mnist(folder, images):
 
 
 def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
-    """In its normalisation, which is not the one of this set: the test images are taken to it."""
+    """In its normalisation, which is not that of this set: the test images are converted to it."""
     pixels = torch.rand(20, 28, 28)
     fashion_mnist(tmp_path / "fashion", pixels)
     (mean,), (std,) = REPOSITORY_NORMALISATION["fashion-mnist"]
@@ -652,7 +652,7 @@ def test_every_data_set_has_settings_and_every_method_presets_that_they_fit():
 
 DISTILLING = {name: method for name, method in METHODS.items() if issubclass(method, Config)}
 
-# What each method gains on digits over random real images, at least, cut down in network, iterations and students.
+# The least gain of each method on digits over random real images, with reduced network, iterations and students.
 MARGINS = {"mtt": 0.1, "tesla": 0.1, "ftd": 0.1, "ast": 0.05, "datm": 0.1, "fyi": 0.05, "rat_bptt": 0.05}
 MARGINS |= {"dc": 0.05, "dsa": 0.05}
 MARGINS |= {"fedlgd": 0.1} | dict.fromkeys(("dm", "datadam", "atom", "fyi_dm", "fyi_dsa"), 0.05)
@@ -663,7 +663,7 @@ def test_distilled_digits_beat_random_ones(tmp_path, capsys, method):
     iterations = 80 if method == "ast" else 40
     shorter = ["--width=16", "--students=3", "--student-epochs=60", "--whole-epochs=0", f"--iterations={iterations}"]
     if METHODS[method].needs_experts:
-        shorter += ["--num-experts=3" if method == "ast" else "--num-experts=1"]  # whose students overfit to one
+        shorter += ["--num-experts=3" if method == "ast" else "--num-experts=1"]  # its students overfit to a single one
     main(["distill", method, "--out", str(tmp_path / "run"), *shorter])
     accuracies = {r["set"]: torch.tensor(r["accuracies"]).mean() for r in records(tmp_path / "run", "evaluate")}
     assert accuracies.keys() == {"random", "distilled"}

@@ -43,7 +43,7 @@ def start(*arguments, ranks=1):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As the ranks of torchrun have: torch's convolutions promise equal bits for equal numbers of threads only."""
+    """Threads as torchrun's ranks have: torch's convolutions promise equal bits only for equal numbers of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A teacher, a recovered set and its labels, each by one process that nothing disturbed."""
+    """A teacher, a recovered set and its labels, each by one uninterrupted process."""
     folder = tmp_path_factory.mktemp("made")
     squeezing = ("--dataset", "digits", "--image-size", "8", *NET, "--epochs", "3", "--lr", "0.05")
     run("squeeze", *squeezing, "--out", folder / "teacher")

@@ -1,4 +1,4 @@
-"""docs/moving_over.md: what a repository's loop leaves in `.grad`, and what ours does, by the page's own code."""
+"""docs/moving_over.md: what a repository's loop leaves in `.grad` and what ours leaves, by the page's own code."""
 
 import functools
 import itertools
@@ -61,11 +61,11 @@ def check(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> No
             assert torch.equal(found, truth), name
 
 
-# ---- what the page's code finds there
+# ---- what the page's code expects to exist
 
 
 class ConvNet(nn.Module):
-    """As the repositories have it."""
+    """As in the repositories."""
 
     def __init__(self, norm=lambda C: nn.GroupNorm(C, C), act=nn.ReLU, pool=nn.AvgPool2d, widths=(6, 6), both=False):
         super().__init__()
@@ -144,7 +144,7 @@ def mtt_names(kind: str, steps: int, strategy: str) -> Names:
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_mtt(kind):
-    """Uneven batches: of one permutation with the draws of augmentations between, and of more of them without."""
+    """Uneven batches: from one permutation with augmentation draws in between, and from several without."""
     assert pydistill.info.engine(network(kind), (3, SIDE, SIDE)).startswith("student")
     before, after = pair("MTT")
     for steps, strategy in ((3, "crop_cutout"), (5, "none")):
@@ -185,7 +185,7 @@ def test_texture_mode():
 
 @pytest.mark.parametrize("kind", ["instance", "group"])
 def test_tesla(kind):
-    """The published code's gradient, half of the formula's for the images; and neither is the exact one."""
+    """The published code's gradient, half of the formula's for the images; neither is the exact one."""
     before, after = pair("TESLA")
     found, ours = (run(code, lambda: with_batches(network(kind), 5)) for code in (before, after))
     check(found, ours)
@@ -227,7 +227,7 @@ def test_ast_without_the_first_steps_graphs():
 
 
 def match_loss(syn, real, args):
-    """Row by row of what has rows, and nothing of parameters of one dimension; or of all parameters joined."""
+    """Row by row for parameters with rows, ignoring those of one dimension; or for all parameters joined."""
     if args.dis_metric != "ours":
         s, r = (torch.cat([g.flatten() for g in side]) for side in (syn, real))
         return (s - r).square().sum() if args.dis_metric == "mse" else 1 - (s @ r) / (s.norm() * r.norm() + 1e-6)
@@ -242,7 +242,7 @@ def get_attention(f, param, exp, norm):
 
 
 def classwise(net: nn.Module, metric: str = "ours") -> Names:
-    """DC's, DSA's, DM's and DataDAM's; the clock begins anew, as the seeds are its."""
+    """DC's, DSA's, DM's and DataDAM's; the clock is reset, as seeds come from it."""
     real, ticks = normal(7, CLASSES, 4, 3, SIDE, SIDE), itertools.count(1)
     images = normal(8, 2 * CLASSES, 3, SIDE, SIDE).requires_grad_()
     return {
@@ -286,7 +286,7 @@ def test_other_distances_of_gradients(metric):
 
 
 def test_the_seeds_of_augmentations_are_used():
-    """Another clock gives another gradient, so that the blocks above agree by their seeds."""
+    """Another clock gives another gradient, so the blocks above agree because of their seeds."""
     before, after = pair("DC and DSA")
     later = run("time.time()\n" + after, lambda: classwise(network()))["images"]
     truth = run(before, lambda: classwise(network()))["images"]
@@ -298,7 +298,7 @@ def test_dm():
 
 
 def test_dm_with_batchnorm():
-    """All classes in one batch, and the mean of each; the network's buffers are left alone by ours."""
+    """All classes in one batch, and the mean of each; ours leaves the network's buffers unchanged."""
     _, after = pair("DM")
     joined = """
 f_real, f_syn = net.embed(real).detach(), net.embed(syn)
@@ -334,7 +334,7 @@ class BNFeatureHook:
 
 
 def crop_flip_roll(images, low):
-    """Of the whole batch, with the numbers that the page's MultiCrop draws from a generator of the same seed."""
+    """For the whole batch, with the numbers that the page's MultiCrop draws from a generator with the same seed."""
     crops = MultiCrop(SIDE, scale=(low, 1.0), roll=2, shared=True)
     drawn = dict(zip(COLUMNS, crops.draw(images.shape, torch.Generator().manual_seed(12))[0, 0].tolist(), strict=True))
     top, left, height, width, down, across = (

@@ -1,4 +1,4 @@
-"""What the command line says of itself."""
+"""The command line's description of itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_full_disk_is_an_error_in_a_line(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             main(["--help"])
         monkeypatch.undo()
-        with contextlib.suppress(OSError):  # what the failed write left is tried again
+        with contextlib.suppress(OSError):  # flushes again what the failed write left
             full.close()
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "pydistill: [Errno 28] No space left on device\n"

@@ -1,4 +1,4 @@
-"""What holds for every command that fills a folder: refusals come first, one process writes, metrics have no gaps."""
+"""Common to every command that fills a folder: refusals come first, one process writes, metrics have no gaps."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def run(*arguments):
 
 
 def refused(capsys, *arguments):
-    """The one line that a command says before it exits with 1."""
+    """The one line that a command prints before it exits with 1."""
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 1
@@ -138,7 +138,7 @@ def test_one_process_writes_to_a_file_of_experts(tmp_path, capsys):
     with locked(tmp_path / ".experts.store.lock", ""):
         assert f"expected a file that no other process writes to, got {out}" in refused(capsys, "experts", "--out", out)
     assert len(records(tmp_path, "experts.store.jsonl")) == 1
-    # nor do options that are refused empty the log of the experts that are there
+    # nor do refused options empty the log of the existing experts
     assert "lr: expected" in refused(capsys, "experts", "--out", out, "--lr", "0", "--overwrite")
     assert len(records(tmp_path, "experts.store.jsonl")) == 1
     assert "--out: expected a file in a folder" in refused(capsys, "experts", "--out", tmp_path / "no" / "x.store")
@@ -266,14 +266,14 @@ def test_hello_logs_a_student_once(tmp_path, monkeypatch):
 
 def test_lines_that_a_kill_broke_are_mended(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}')  # the last one lacks its end alone
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}')  # the last one lacks only its line end
     keep_lines(path, lambda record: record["a"] != 2)
     append_line(path, {"a": 4})
     assert [record["a"] for record in records(tmp_path)] == [1, 3, 4]
 
 
 def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
-    """A full disk is what a file on /dev/full has."""
+    """Writing to /dev/full behaves like a full disk."""
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         append_line(Path("/dev/full"), {})
 
@@ -284,7 +284,7 @@ def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/state'"):
         write_atomic(tmp_path / "state", b"")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError, match="absent"), naming(tmp_path):  # a name that is there, stays
+    with pytest.raises(FileNotFoundError, match="absent"), naming(tmp_path):  # an existing name stays
         (tmp_path / "absent").open()
 
 
@@ -329,7 +329,7 @@ def tiny(**changes):
 
 @pytest.mark.parametrize("lr_lr", [1e-5, 100.0])
 def test_the_learnt_rate_stays_positive(lr_lr):
-    """It does not move otherwise: only an outer step that leads below the bound is shortened."""
+    """The rate is otherwise unaffected: only an outer step that leads below the bound is shortened."""
     config, *rest = tiny(lr_lr=lr_lr, lr_teacher=0.01, lr_img=0.0)
     seen = []
     result = distill(config, *rest, on_step=lambda state, record: seen.append(record))
@@ -347,8 +347,8 @@ def test_the_learnt_rate_stays_positive(lr_lr):
 
 
 def test_the_presets_of_an_image_folder_suit_few_pictures():
-    """Experts of some hundred pictures move little: with batches of 256 and rates for thousands, the first step was
-    the last that had an effect: a loss of 80, a rate below zero, images moved by thousands."""
+    """Experts on some hundred pictures move little: with batches of 256 and rates meant for thousands, only the first
+    step would have an effect: a loss of 80, a rate below zero, images moved by thousands."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(320) % 4
     images = torch.randn(4, 3, 16, 16, generator=generator)[labels]
@@ -388,7 +388,7 @@ def test_students_on_the_result_need_a_rate():
 
 
 def test_a_state_of_before_still_resumes(tmp_path):
-    """The fields of a state file are those that they were: a run that was begun earlier goes on."""
+    """The fields of a state file have not changed: a run begun earlier can be resumed."""
     from pydistill.methods import State
 
     config, data, net, experts = tiny()

@@ -1,4 +1,4 @@
-"""Problems for the kernels of instance_norm_relu_avg_pool, what plain torch makes of them, and how near is near."""
+"""Problems for the kernels of instance_norm_relu_avg_pool, plain torch's results for them, and tolerances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydistill.reference import instance_norm_relu_avg_pool as reference
 
-EPS = 1e-3  # far from negligible, so that a kernel that forgets it shows
+EPS = 1e-3  # far from negligible, so that a kernel that forgets it is caught
 GUARD = 64  # elements around every output that must stay as they were
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
@@ -64,7 +64,7 @@ def problem(shape: tuple[int, ...], relu: bool, pool: bool, dtype: torch.dtype) 
             for suffix in ("", "_t")
             for name, size in shapes.items()
         }
-        given["x"] = (given["x"] + 3).to(dtype).double()  # a mean that sums of squares would drown in
+        given["x"] = (given["x"] + 3).to(dtype).double()  # a mean in which sums of squares would drown
         activation = reference(given["x"], given["weight"], given["bias"], EPS, False, False)
         if activation.abs().min() > 1e-5:
             return given
@@ -91,7 +91,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def guarded_like(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """An output of the tensor's shape and strides amid guard cells, and the check that those are as before."""
+    """An output of the tensor's shape and strides amid guard cells, and a check that those are unchanged."""
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     memory = torch.full((span + 2 * GUARD,), -77.0, dtype=tensor.dtype)
     outside = torch.ones(memory.shape, dtype=torch.bool)
@@ -122,5 +122,5 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def student(given: Tensors, e: int, students: int) -> Tensors:
-    """One student's part of what all have been given: its channels."""
+    """One student's part of the joint inputs: its channels."""
     return {name: tensor.chunk(students, 1 if tensor.dim() == 4 else 0)[e] for name, tensor in given.items()}

@@ -135,7 +135,7 @@ class HostMachine:
     def small_kernel(
         self, name: str, block: int = 64, grid: int = 1, shared_floats: int | None = None, seed: int = 0
     ) -> torch.Tensor:
-        """Runs a kernel of host_launch.cpp; one float a thread and one more come back."""
+        """Runs a kernel of host_launch.cpp; returns one float per thread and one more."""
         out = torch.zeros(grid * block + 1)
         shared = 4 * (block if shared_floats is None else shared_floats)
         self._check(

@@ -99,7 +99,7 @@ def test_streamed_planes(dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 
 
 def test_a_launch_hangs_on_x_alone() -> None:
-    """More channels change nothing but the number of programs, or students would not get the bits they get alone."""
+    """More channels change only the number of programs, or students would not get the same bits as alone."""
     for dtype in FLOOR:
         for size in (2, 7, 32, 64, 224):
             for layout in ("nchw", "channels_last"):

@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def problem(N: int, C: int, kind: str, target_is: str = "logits") -> tuple[Tensor, Tensor, dict]:
-    """As float64; numbers of the target that every dtype has."""
+    """As float64; the target has numbers that are exact in every dtype."""
     generator = torch.Generator().manual_seed(N * C)
     student = 2 * torch.randn(N, C, generator=generator, dtype=torch.float64)
     labels = torch.randint(C, (N,), generator=generator)
@@ -37,7 +37,7 @@ def problem(N: int, C: int, kind: str, target_is: str = "logits") -> tuple[Tenso
 
 
 def orders(function: Callable, student: Tensor, target: Tensor, dtype: torch.dtype, **options) -> dict[str, Tensor]:
-    """Loss, gradient as it is kept and as it is made again, and second derivatives."""
+    """Loss, gradient as kept and as recomputed, and second derivatives."""
     x = student.to(dtype).requires_grad_()
     if target.is_floating_point():
         target = target.to(dtype)

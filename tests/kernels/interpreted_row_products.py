@@ -75,7 +75,7 @@ def test_partial_tiles(length: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", kernels.FORMS)
 def test_nothing_is_written_outside(form: str, dtype: torch.dtype) -> None:
-    """Outputs amid guard cells; the elements between rows are zeros in gradients, whatever was there."""
+    """Outputs amid guard cells; elements between rows become zeros in gradients, whatever was there."""
     rows, K, P, R = [3, 2, 7, 20, 1, 33], 2, 60, 3
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     a, b, a_t, b_t = (torch.randn(K, P).to(dtype) for _ in range(4))

@@ -32,7 +32,7 @@ def problem(N: int, C: int, k: int, codes: bool = False) -> tuple[Tensor, Tensor
 
 
 def values_of(function, logits, indices, values, dtype, **options) -> dict[str, Tensor]:
-    """Loss, and the gradient as it is kept and as it is made again."""
+    """Loss, and the gradient as kept and as recomputed."""
     x = logits.to(dtype).requires_grad_()
     loss = function(x, indices, values, **options)
     weights = torch.linspace(0.5, 2, max(1, loss.numel()), dtype=torch.float64).to(dtype).reshape(loss.shape)

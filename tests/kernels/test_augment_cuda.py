@@ -142,7 +142,7 @@ def test_strides(host: HostMachine) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf(host: HostMachine, bad: float) -> None:
-    """As in the definition; a scale or angle that is not finite spoils its image and no other."""
+    """As in the definition; a non-finite scale or angle spoils its own image only."""
     source, record = images_of(3, (3, 3, 8, 8)), record_of(3, 8, 8)
     source[1, 2, 4, 4] = bad
     want = reference(source, record).isnan()

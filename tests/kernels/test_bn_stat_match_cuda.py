@@ -20,7 +20,7 @@ def compute(dtype: torch.dtype) -> torch.dtype:
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
-    """A tensor, and the memory that it is the middle of."""
+    """A tensor, and the memory of which it is the middle."""
     size = torch.Size(shape).numel()
     memory = torch.full((size + 64,), -77.0, dtype=dtype)
     view = memory[32:-32]
@@ -117,7 +117,7 @@ def test_a_mean_far_from_zero(host: HostMachine) -> None:
 
 
 def test_strides_and_layouts_of_others(host: HostMachine) -> None:
-    """Every second position, an expanded gradient's like, a residual of the other layout."""
+    """Every second position, strides like an expanded gradient's, a residual of the other layout."""
     x = torch.full((2, 5, 75), torch.nan)[..., 1::2].copy_(torch.randn(2, 5, 37))
     residual = planes((2, 5, 37), torch.float32, "rows")
     torch.manual_seed(1)

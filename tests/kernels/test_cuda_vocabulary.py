@@ -1,4 +1,4 @@
-"""The host machine must see the bugs it is there for: one kernel each in host_launch.cpp."""
+"""The host machine must detect the bugs it is meant for: one kernel each in host_launch.cpp."""
 
 from __future__ import annotations
 

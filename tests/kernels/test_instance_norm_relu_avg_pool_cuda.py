@@ -86,7 +86,7 @@ def test_against_plain_torch(host: HostMachine, dtype: torch.dtype, layout: str,
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "slice"])
 @pytest.mark.parametrize("dtype", SECTOR, ids=str)
 def test_streamed_panels(host: HostMachine, dtype: torch.dtype, layout: str) -> None:
-    """The same results where shared memory holds no panel, and to the bit with as many channels a block."""
+    """The same results if shared memory holds no panel, and the same bits with equally many channels per block."""
     shape = (1, SECTOR[dtype] + 1, 31, 29)
     given = problem(shape, True, True, dtype)
     scarce = 4096 if layout == "channels_last" else 1024  # room for the sums over a block, and little more
@@ -170,7 +170,7 @@ def test_no_grad_y_t_is_a_grad_y_t_of_zeros(host: HostMachine) -> None:
 
 
 def test_expanded_gradient(host: HostMachine) -> None:
-    """y.sum().backward() brings a grad_y whose strides are all 0."""
+    """y.sum().backward() gives a grad_y whose strides are all 0."""
     given = dict(problem((2, 9, 6, 7), True, True, torch.float32))
     given["grad_y"] = torch.ones_like(given["grad_y"])
     want, _ = run(host, "backward", given, "nchw", torch.float32, True, True)

@@ -82,7 +82,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     }
     command = [sys.executable, "-c", script, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    # Said at the first switch by a sanitizer that cannot know that the machine announces each of them to it.
+    # Printed at the first switch by a sanitizer that cannot know that the machine announces each switch.
     note = "ASan doesn't fully support makecontext/swapcontext"
     result.stderr = "".join(line for line in result.stderr.splitlines(True) if note not in line)
     return result

@@ -110,11 +110,11 @@ def test_against_plain_torch(host: HostMachine, dtype: torch.dtype, kind: str) -
             assert got.keys() == want.keys()
             for name in got:
                 of_loss = compute(dtype) if name == "loss" else dtype
-                # one class: every derivative is zero but for rounding, of which the scale says nothing
+                # one class: every derivative is zero up to rounding, which the scale does not bound
                 if shape[1] == 1:
                     torch.testing.assert_close(got[name].double(), want[name], rtol=TOLERANCE[of_loss], atol=1e-6)
                 else:
-                    # a loss's tangent is what is left of sums of the loss's size
+                    # a loss's tangent is what remains of sums of the loss's size
                     scale = (truth("forward", kind, given)["loss"] if name == "loss" else want[name]).abs().max()
                     assert_close(f"{form} {shape} {name}", got[name], want[name], of_loss, scale)
                 assert torch.equal(got[name], again[name]), f"{form} {shape} {name}: the order shows"
@@ -166,7 +166,7 @@ def test_nan_and_inf_spoil_their_row_and_no_other(host: HostMachine, kind: str, 
 
 
 def test_masked_classes(host: HostMachine) -> None:
-    """A logit of -inf has no part in anything but its own label's loss."""
+    """A logit of -inf affects nothing but its own label's loss."""
     given = problem(2, 10, "hard", torch.float32)
     given["logits"][:, 3] = float("-inf")
     for form in FORMS:

@@ -1,4 +1,4 @@
-"""Labels through torch's loader as it comes: which image, which epoch, whatever the workers."""
+"""Labels through torch's plain loader: which image, which epoch, whatever the workers."""
 
 import numpy as np
 import pytest

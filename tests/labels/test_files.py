@@ -1,6 +1,6 @@
-"""Files that were written by each version and in each format, and stay readable: tests/labels/files.
+"""Files written by each version and in each format, which must stay readable: tests/labels/files.
 
-``python -m tests.labels.test_files FOLDER`` writes those of today's version. What is there is never written again.
+``python -m tests.labels.test_files FOLDER`` writes those of the current version. Existing ones are never rewritten.
 """
 
 import shutil
@@ -126,7 +126,7 @@ def test_bytes_mean_what_numpy_reads_in_them(name):
 
 
 def test_an_old_relabelling_goes_on_in_its_own_version(tmp_path):
-    """To the bytes that it would have had; and old shards merge with new ones into a file of today."""
+    """To the bytes that it would have had; and old shards merge with new ones into a current file."""
     whole, cut = FILES / "v1-topk8.store", tmp_path / "cut.store"
     shutil.copy(whole, cut)
     with SoftLabelStore(whole) as store:

@@ -1,4 +1,4 @@
-"""Reading what SRe2L's code saves, written here as that code does."""
+"""Reading what SRe2L's code saves, written here in the same way."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_every_bit_of_the_logits_is_kept_by_default(tmp_path, dtype, format):
 
 
 def replayed(images, coords, flip, index, lam, box):
-    """What the images of a batch became, as that code makes it, but for PIL's rounding."""
+    """The images of a batch as that code transforms them, except for PIL's rounding."""
     views = []
     for image, crop, mirrored in zip(images, (coords * SIZE).round().long().tolist(), flip, strict=True):
         top, left, height, width = crop

@@ -1,4 +1,4 @@
-"""What the stored forms cost in the gradient, that a store says so, and how little the 8-bit forms may."""
+"""The gradient error of the stored forms, that a store reports it, and bounds for the 8-bit forms."""
 
 import logging
 
@@ -22,14 +22,14 @@ def teacher(n=N):
 
 
 def features(n=N):
-    """Of a network that ends in a ReLU and a mean over places, and what its last layer makes of them."""
+    """Features of a network that ends in a ReLU and a mean over positions, and its last layer's output."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, D, generator=generator).relu()
     return x, torch.randn(C, D, generator=generator) / 4, torch.randn(C, generator=generator) / 4
 
 
 def students(logits):
-    """One that knows nothing, and one near the teacher: see GradientError."""
+    """An untrained one, and one near the teacher: see GradientError."""
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(logits.shape)))
     near = logits + 0.25 * logits.std(1, correction=0, keepdim=True) * noise
     return {"fresh": torch.zeros_like(logits), "near": near}
@@ -43,7 +43,7 @@ def store_of(path, labels, format, T=1.0, k=10, **options):
 
 
 def gradient_off(store, logits, student, T):
-    """Through the loss itself, against what torch makes of the logits."""
+    """Through the loss itself, against torch on the logits."""
     z = student.clone().requires_grad_()
     wanted = F.kl_div((z / T).log_softmax(1), (logits / T).softmax(1), reduction="batchmean")
     (wanted,) = torch.autograd.grad(wanted, z)

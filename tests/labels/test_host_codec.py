@@ -36,7 +36,7 @@ def test_crc32_takes_consecutive_bytes_only():
 @pytest.mark.parametrize(("step", "bound"), [(0.0, 1.1e-3), (1 / 16, 7e-2)])
 @pytest.mark.parametrize("T", [1.0, 20.0])
 def test_rows_come_back(classes, k, step, bound, T):
-    """Twice the rounding of a weight, for so is the sum that it is divided by; where it is in the range of its bits."""
+    """Twice the rounding of a weight, as the sum that it is divided by is rounded too; within the range of its bits."""
     logits = random_logits(5, classes, 2.0)
     truth = softmax(logits, T)
     rows = _host.encode_topk(logits, k, step, False, T)
@@ -61,7 +61,7 @@ def test_probabilities_give_the_rows_of_their_logits():
             for values, how in ((probs, (True, 1.0)), (logits, (False, 3.0)))
         )
         assert np.array_equal(found[0], truth[0])
-        np.testing.assert_allclose(found[1], truth[1], rtol=7e-2)  # a code at most, where a logarithm is at the edge
+        np.testing.assert_allclose(found[1], truth[1], rtol=7e-2)  # at most one code, if a logarithm is at the edge
         np.testing.assert_allclose(found[2], truth[2], rtol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_longer_rows_and_no_rows():
 
 
 def test_other_threads_run_meanwhile():
-    """The encoder lets go of the interpreter: a counting thread gets on while it works."""
+    """The encoder releases the interpreter: a counting thread makes progress while it works."""
     logits, counted, done = random_logits(2000, 1000), [0], threading.Event()
 
     def count():
@@ -159,7 +159,7 @@ def test_other_threads_run_meanwhile():
 
 @pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
 def test_a_row_has_steps_as_fine_as_it_lets_them_be(T):
-    """Half a step off at most, of 255 that reach from the first class kept to the last."""
+    """At most half a step off, of the 255 that reach from the first class kept to the last."""
     logits = random_logits(20, 50, 2.0)
     for probs in (False, True):
         values = softmax(logits, T).astype(np.float32) if probs else logits
@@ -177,7 +177,7 @@ def test_a_row_has_steps_as_fine_as_it_lets_them_be(T):
 
 
 def test_steps_that_are_no_finer_are_those_of_old_rows():
-    """A class of no probability takes all steps to reach, and the first class's byte was zero before."""
+    """A class of zero probability takes all steps to reach, and the first class's byte was zero before."""
     probs = np.array([[0.75, 0.25, 0.0]], np.float32)
     rows = [_host.encode_topk(probs, 3, 1 / 16, True, 1.0, row_step) for row_step in (False, True)]
     assert np.array_equal(*rows)

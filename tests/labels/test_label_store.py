@@ -1,4 +1,4 @@
-"""A label store gives back what was written, refuses what is damaged, and survives a write cut off at any point."""
+"""A label store returns what was written, refuses what is damaged, and survives a write interrupted at any point."""
 
 import json
 import os
@@ -258,7 +258,7 @@ def test_missing_epochs_and_places_are_named(path):
 
 
 def test_a_file_that_is_cut_under_its_reader_is_named(filled):
-    """And the process goes on; what is still there is read."""
+    """And the process survives; what is still there can be read."""
     size = filled.stat().st_size
     with SoftLabelStore(filled) as seen, SoftLabelStore(filled) as new:
         seen.read(2, range(N))
@@ -290,7 +290,7 @@ def test_shuffled_rows_are_those_of_whole_blocks(filled):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="where Linux says what is mapped")
 def test_a_closed_store_holds_no_map(filled):
-    """Not even while an error out of it is under way, whose frames are alive; labels read before stay."""
+    """Not even while an error from it is propagating, with its frames alive; labels read before stay."""
 
     def is_mapped():
         return str(filled) in Path("/proc/self/maps").read_text()
@@ -473,7 +473,7 @@ class KilledError(Exception):
 
 
 class Disk:
-    """Lets a number of bytes through to the file, of the writes in their order, and is then cut off."""
+    """Passes a number of bytes of the writes, in order, to the file, and is then interrupted."""
 
     def __init__(self, monkeypatch, left):
         self.left, self.log = left, []
@@ -548,7 +548,7 @@ def test_the_entry_is_written_once_its_block_is_on_the_disk(path, monkeypatch):
 
 
 def relabel(path):
-    """A process of its own that makes the store, or goes on with it."""
+    """A separate process that makes the store or continues it."""
     if process := os.fork():
         return process
     status = 1
@@ -562,14 +562,14 @@ def relabel(path):
 
 
 def test_a_relabelling_killed_at_random_moments_ends_in_the_same_file(filled, path, tmp_path):
-    """SIGKILL, again and again, until a run gets through; each start goes on where the last one was."""
+    """SIGKILL, again and again, until a run finishes; each start continues where the last one stopped."""
     whole = filled.read_bytes()
     start = time.perf_counter()
     os.waitpid(relabel(tmp_path / "timed"), 0)
     seconds = time.perf_counter() - start
     filled.unlink()
     random = np.random.default_rng(0)
-    for _ in range(5):  # where the machine was busy when the time was taken, a run may get through before it is killed
+    for _ in range(5):  # if the machine was busy when the time was measured, a run may finish before it is killed
         path.unlink(missing_ok=True)
         killed, held = 0, []
         while not held or held[-1] < EPOCHS * 4:
@@ -592,7 +592,7 @@ def test_a_relabelling_killed_at_random_moments_ends_in_the_same_file(filled, pa
 
 
 def test_shards_are_merged(path, tmp_path):
-    """Three ranks, by interleaved and consecutive images, at whatever order of paths."""
+    """Three ranks, by interleaved and consecutive images, in any order of paths."""
     shards = [range(0, 12, 2), range(1, 12, 2), range(12, N)]
     paths = [tmp_path / f"rank{rank}" for rank in range(3)]
     for images, each in zip(shards, paths, strict=True):

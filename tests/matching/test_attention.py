@@ -149,7 +149,7 @@ def nets():
 
 
 def observed(net, theta, x):
-    """The activations and the embedding, as the papers' hooks have them."""
+    """The activations and the embedding, as from the papers' hooks."""
     flat, found = FlatModule(net), []
     parameters = flat.unflatten(theta)
     for i, layer in enumerate(net.features):

@@ -62,7 +62,7 @@ def test_class_means():
 
 
 def test_where_labels_are_not_looked_at_a_missing_class_is_nan():
-    """As on a GPU: here under vmap, where their values are not to be seen either."""
+    """As on a GPU: here under vmap, where their values are not accessible either."""
     f_real, f_syn = features()
 
     def loss(labels_syn):

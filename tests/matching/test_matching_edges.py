@@ -1,4 +1,4 @@
-"""What is matched, at denormal, zero and large features, equal rows, one row: value and gradient against float64."""
+"""Matching losses at denormal, zero and large features, equal rows, one row: value and gradient against float64."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_against_float64(name, edge):
         size = 1 if "mse" not in name and "none" not in name and "class" not in name else float(truth.detach())
         torch.testing.assert_close(loss.double(), truth, rtol=rtol, atol=rtol * size + 1e-40)
         (found,), (true,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(truth, wide)
-        unit = float(b.abs().max()) or 1.0  # a gradient is in units of the loss by those of the features
+        unit = float(b.abs().max()) or 1.0  # a gradient is in units of the loss over those of the features
         reach = max(float(true.abs().max()), size / unit if unit > 1e-6 else 0.0)
         torch.testing.assert_close(found.double(), true, rtol=rtol, atol=rtol * reach + 1e-40)
 
@@ -103,7 +103,7 @@ def test_bn_stat_match(edge, reduction, backend):
         torch.testing.assert_close(loss.double(), truth, rtol=rtol, atol=1e-40)
         (found,), (true,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(truth, wide)
         if edge != "constant":  # whose variance is zero, or what float64 leaves of it: a norm has no slope there
-            rtol = 1e-4 if edge == "denormal" else rtol  # so few digits have they
+            rtol = 1e-4 if edge == "denormal" else rtol  # they have so few digits
             torch.testing.assert_close(found.double(), true, rtol=rtol, atol=rtol * float(true.abs().max()) + 1e-40)
         assert found.isfinite().all()
 
@@ -111,7 +111,7 @@ def test_bn_stat_match(edge, reduction, backend):
 @pytest.mark.parametrize("form", ["kernel", "weights", "primal"])
 @pytest.mark.parametrize("edge", ["denormal", "1e-15", "1e4", "one row", "identical rows", "constant", "equal"])
 def test_krr_loss(edge, form):
-    """Its ridge is in units of the features: the loss hangs on them as little as its definition does."""
+    """Its ridge is in units of the features: the loss depends on them as little as its definition does."""
     real, syn = EDGES[edge]
     y_syn, y_real = R[0, : len(syn), :3], R[1, : len(real), :3]
     leaf, wide = syn.clone().requires_grad_(), syn.double().requires_grad_()

@@ -91,7 +91,7 @@ def test_equal_rows_are_at_no_distance():
     assert mmd(x, x.detach().clone(), kernels=3, bandwidth=1e-3).abs() < 1e-6  # any distance would count
     assert mmd(x[:1], x[1:2].detach(), bandwidth=1e-4) == 10  # each row itself, under five kernels, twice
     for value in (1.0, 0.1, 0.0, 1e4):
-        equal = torch.full((3, 7), value).requires_grad_()  # whose mean, rounded, may be another number
+        equal = torch.full((3, 7), value).requires_grad_()  # their rounded mean may be another number
         for other in (equal.detach()[:2], equal.detach()[:1]):
             for f in (mmd, reference):
                 loss = f(equal, other)
@@ -101,16 +101,16 @@ def test_equal_rows_are_at_no_distance():
 
 @pytest.mark.parametrize("size", [1e-40, 1e-25, 1e-3, 1e4, 1e25])
 def test_any_unit_of_the_features_will_do(size):
-    """The loss does not hang on it, though the squares may be no numbers; its gradient is in 1 / unit."""
+    """The loss does not depend on it, although squares may overflow; its gradient is in 1 / unit."""
     x, y = (t.detach() for t in samples(9, 7, 5, torch.float32))
     leaf = (size * x).requires_grad_()
     wide = leaf.detach().double().requires_grad_()
     loss, truth = mmd(leaf, size * y), reference(wide, (size * y).double())
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
-    if size > 1e-30:  # else it is more than float32 holds
+    if size > 1e-30:  # otherwise it overflows float32
         found, true = (size * torch.autograd.grad(loss, leaf)[0], size * torch.autograd.grad(truth, wide)[0])
         torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-5)
-    if 1e-15 < size < 1e15:  # else the width is no number in float32
+    if 1e-15 < size < 1e15:  # otherwise the width overflows or underflows in float32
         loss, truth = (
             f(*rows, bandwidth=3 * size**2)
             for f, rows in ((mmd, (leaf, size * y)), (reference, (wide, (size * y).double())))

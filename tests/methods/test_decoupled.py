@@ -1,4 +1,4 @@
-"""SRe2L, CDA, DWA and INFER: recovery against literal loops, batches by themselves, labels, and what is refused."""
+"""SRe2L, CDA, DWA and INFER: recovery against literal loops, independent batches, labels, and what is refused."""
 
 import copy
 import math
@@ -76,7 +76,7 @@ def literal(net, x, y, records, steps, lr, r_bn, first, r_var, base=None):
 
 
 def rolls(config, teacher, batch, count):
-    """How far each iteration rolls, read off what the record makes of a single bright pixel."""
+    """How far each iteration rolls, read off the record's effect on a single bright pixel."""
     side = teacher.shape[1]
     dot = torch.zeros(len(batch.labels), *teacher.shape)
     dot[:, :, 0, 0] = 1
@@ -196,7 +196,7 @@ def test_dwas_steps_accumulate_as_in_the_published_code(teacher, data):
     alone, both = moved(config, batches[1]), moved(piled, batches[1])
     assert alone.norm() <= config.rho * 1.0001
     assert (both - alone).norm() > 0.3 * config.rho
-    assert torch.equal(moved(piled, batches[K]), moved(config, batches[K]))  # the next image number starts anew
+    assert torch.equal(moved(piled, batches[K]), moved(config, batches[K]))  # the next image number starts afresh
 
 
 @pytest.mark.parametrize("method", [SRe2L, CDA, DWA, INFER])
@@ -357,7 +357,7 @@ def test_labels_are_the_teachers_mean_on_the_views_that_the_student_sees(teacher
 
 @pytest.mark.parametrize("static", [False, True])
 def test_features_are_stored_for_the_logits_that_they_make(teacher, data, distilled, tmp_path, static):
-    """Of two teachers, whose mean is one layer on the features of both."""
+    """With two teachers, whose mean is one layer on the features of both."""
     other = squeeze(replace(SQUEEZE, seed=1), data)
     views = replace(VIEWS, epochs=1, format="fp32", **({"static": True, "mix": "mixup"} if static else {}))
     found = {
@@ -534,7 +534,7 @@ def test_resnets_are_squeezed_and_recovered_from(data, tmp_path):
 
 
 class Branches(nn.Module):
-    """Somebody's own network, of no plain layers alone."""
+    """A user's own network, not made of plain layers only."""
 
     def __init__(self):
         super().__init__()
@@ -595,7 +595,7 @@ def test_a_teacher_of_ones_own_network_is_read_into_it(tmp_path):
 
 @pytest.mark.parametrize("change", ["hook", "forward", "subclass", "option"])
 def test_what_only_looks_like_plain_layers_is_not_read_as_such(tmp_path, change):
-    """Nor is a network that the configuration names, with another activation, read as that one."""
+    """Nor is a network named by the configuration, but with another activation, read as that one."""
     path, net = tmp_path / "t.safetensors", plain()
     if change == "hook":
         net[2].register_forward_hook(lambda module, inputs, output: output + 1)

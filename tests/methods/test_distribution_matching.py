@@ -1,4 +1,4 @@
-"""DM, DataDAM, ATOM and FYI on them are their papers' loops, written out."""
+"""DM, DataDAM, ATOM and FYI on top of them are their papers' loops, written out."""
 
 import pytest
 import torch

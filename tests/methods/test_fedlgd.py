@@ -1,4 +1,4 @@
-"""FedLGD: a round is its literal loop, ranks share the clients to the same bits, and a run that was cut off goes on."""
+"""FedLGD: a round is its literal loop, ranks share the clients with the same bits, interrupted runs are resumed."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_a_run_resumed_from_its_file_is_bitwise_the_unbroken_one(dataset, tmp_pa
     whole = run(config, dataset, state=unbroken)
     with pytest.raises(CutOffError):
         run(config, dataset, on_step=cut_off)
-    torch.randn(7)  # the global random state takes no part
+    torch.randn(7)  # the global random state has no effect
     resumed = State.load(tmp_path / "state.safetensors", config)
     assert resumed.iteration == 1
     continued = run(config, dataset, state=resumed)

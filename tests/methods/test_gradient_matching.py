@@ -99,7 +99,7 @@ def test_the_papers_loop(dataset, config):
 
 
 def test_dsa_augments_both_sides_alike(dataset):
-    """One draw a class: real and synthetic images that are the same stay the same, and so does their gradient."""
+    """One draw per class: equal real and synthetic images stay equal, and so do their gradients."""
     config = DSA(ipc=15, batch_real=15, outer_loop=1, iterations=1)
     state = config.initial(dataset, make_net(), None)
     for turn in range(4):

@@ -1,4 +1,4 @@
-"""HeLlO: stored labels are what the teachers say of the same views, bytes are those of the files, runs go on."""
+"""HeLlO: stored labels are the teachers' output for the same views, bytes are the files', runs can be resumed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""KRR-ST: its outer step against a literal one, runs that are cut off, and what a distilled set is worth."""
+"""KRR-ST: its outer step against a literal one, interrupted runs, and what a distilled set is worth."""
 
 import json
 from statistics import mean
@@ -127,7 +127,7 @@ def test_resumed_it_ends_in_the_same_bytes(finished, tmp_path, monkeypatch, caps
             main(command)
     assert stopped.value.code == 130
     with metrics.open("a") as file:
-        file.write('{"iteration": 11, "lo')  # what a kill within a write may leave
+        file.write('{"iteration": 11, "lo')  # what a kill during a write may leave
     main([*command, "--resume"])
     for name in ("target.safetensors", "distilled.safetensors", "metrics.jsonl", "results.json"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""Each method does what its equations say, and a run that was cut off ends in the bits of one that was not."""
+"""Each method does what its equations say, and an interrupted run ends with the bits of an uninterrupted one."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_a_run_resumed_from_its_file_is_bitwise_the_unbroken_one(dataset, expert
     whole = run(config, dataset, experts, state=unbroken)
     with pytest.raises(CutOffError):
         run(config, dataset, experts, on_step=cut_off)
-    torch.randn(7)  # the global random state takes no part
+    torch.randn(7)  # the global random state has no effect
     resumed = State.load(tmp_path / "state.safetensors", config)
     assert resumed.iteration == 2
     continued = run(config, dataset, experts, state=resumed)
@@ -188,7 +188,7 @@ def test_segments_are_averaged(dataset, experts):
     records, moves = [], []
 
     class One(MTT):
-        """The segment of one number alone."""
+        """Only the segment of one number."""
 
         def segment(self, number, *rest):
             return super().segment(self.seed_of_segment, *rest)
@@ -219,7 +219,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_ranks_share_the_work(dataset, experts, tmp_path):
-    """Two processes reach what one does, up to rounding: so each holds the sum of both's gradients."""
+    """Two processes reach the same as one, up to rounding: so each holds the sum of both gradients."""
     datm = replace(CONFIGS["datm"], segments=3, iterations=2, threshold=1.0)
     rat = replace(CONFIGS["rat_bptt"], segments=2, iterations=2)
     torch.save(experts, tmp_path / "experts.pt")
@@ -243,7 +243,7 @@ def test_ranks_share_the_work(dataset, experts, tmp_path):
             found = torch.load(tmp_path / f"{rank}.pt")[config.name]
             for value, truth in zip(found, (alone.images, alone.labels, torch.tensor(records)), strict=True):
                 torch.testing.assert_close(value, truth, rtol=1e-3, atol=1e-4)
-    with pytest.raises(AssertionError):  # the start itself would not have passed
+    with pytest.raises(AssertionError):  # the start itself would not pass
         torch.testing.assert_close(
             datm.initial(dataset, make_net(), datm.check(dataset, make_net(), experts))["images"],
             run(datm, dataset, experts).images,
@@ -256,7 +256,7 @@ def test_ranks_share_the_work(dataset, experts, tmp_path):
 
 
 def literal_student(theta, images, labels, lr, steps, momentum=0.0, loss=F.cross_entropy):
-    """A step of SGD after the other, as one differentiable graph; yields the parameters after each."""
+    """SGD step by step, as one differentiable graph; yields the parameters after each."""
     net, velocity = make_net(), 0
     sizes = [p.numel() for p in net.parameters()]
     for _ in range(steps):
@@ -300,7 +300,7 @@ def test_mtt_is_the_papers_updates(dataset, experts):
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_tesla_is_its_formula(dataset, experts, soft):
-    """dX_k = -2 lr / D (d g_k / dX_k)^T (theta_T - target), every theta_k a constant; half of it is the code's."""
+    """dX_k = -2 lr / D (d g_k / dX_k)^T (theta_T - target), every theta_k a constant; the code gives half of it."""
     config = TESLA(ipc=1, iterations=1, syn_steps=3, lr_img=1.0, lr_lr=0.0, lr_teacher=0.05, soft_labels=soft)
     records = []
     found = run(config, dataset, experts, on_step=lambda state, record: records.append(record))
@@ -334,7 +334,7 @@ def test_ftd_averages_its_images_and_flattens_its_experts(dataset, experts):
 
 
 def test_ast_is_its_equations(dataset, experts):
-    """Momentum, a perturbed start, an intermediate target, and the loss weighed by where the student starts."""
+    """Momentum, a perturbed start, an intermediate target, and the loss weighted by where the student starts."""
     config = AST(ipc=2, iterations=1, syn_steps=4, expert_epochs=2, max_start_epoch=2, lr_img=1.0, lr_teacher=0.01)
     records = []
     found = run(config, dataset, experts, on_step=lambda state, record: records.append(record))
@@ -385,7 +385,7 @@ def test_datm_learns_its_labels(dataset, experts):
     config, records = replace(config, lr_teacher=0.05, threshold=10.0), []
     found = run(config, dataset, experts, on_step=lambda state, record: records.append(record))
     start = config.initial(dataset, make_net(), config.check(dataset, make_net(), experts))
-    # images that the first expert has right come first; labels are the mean logits of the experts that have them right
+    # images that the first expert gets right come first; labels are the mean logits of the experts that get them right
     assert (logits(experts[0, 2], start["images"]).argmax(1) == torch.tensor([0, 0, 1, 1, 2, 2])).all()
     each = torch.stack([logits(experts[e, 2], start["images"]) for e in (0, 1)])
     right = (each.argmax(2) == torch.tensor([0, 0, 1, 1, 2, 2])).float()[..., None]
@@ -453,7 +453,7 @@ def test_rat_bptt_differentiates_its_window(dataset):
 
 @pytest.mark.parametrize("whitened", [False, True])
 def test_imported_experts_are_matched_on_images_like_those_that_they_saw(dataset, experts, tmp_path, whitened):
-    """Replay buffers do not say whether their experts saw whitened images; who imports them may."""
+    """Replay buffers do not say whether their experts saw whitened images; the importer may say so."""
     shapes = [p.shape for p in make_net().parameters()]
     sizes = [shape.numel() for shape in shapes]
     split = [

@@ -154,7 +154,7 @@ def test_modules_that_moved_are_found_under_their_old_names(name):
     assert all(getattr(old, each) is getattr(new, each) for each in vars(new) if not each.startswith("__"))
 
 
-# Runs that version 0.1 left when it was stopped, and the options by which it goes on with them.
+# Runs that version 0.1 left when it was stopped, and the options for resuming them.
 OLD_RUNS = {
     "dm": "distill --out {out}",
     "mtt": "distill --out {out}",
@@ -178,7 +178,7 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path):
     places = {"out": folder, "teacher": tmp_path / "teacher" / "teacher.safetensors"}
     main([*(word.format(**places) for word in OLD_RUNS[name].split()), "--resume"])
     assert (folder / "results.json").exists()
-    # the steps that were done are not done again
+    # finished steps are not repeated
     assert metrics.read_text().startswith(before)
 
 

@@ -1,4 +1,4 @@
-"""UNIP: its loss against a literal loop, the choice of the layer, what a student learns, and runs that are cut off."""
+"""UNIP: its loss against a literal loop, the choice of the layer, what a student learns, and interrupted runs."""
 
 import copy
 import json
@@ -20,14 +20,14 @@ OPTIMISATION = {"batch_size": 5, "lr": 0.01, "weight_decay": 0.1, "warmup_epochs
 
 
 def pair(dtype=torch.float64):
-    """A teacher and a narrower student of one head fewer a block, but in the last."""
+    """A teacher and a narrower student with one head fewer per block, except in the last."""
     teacher = seeded_net(lambda: ViT(1, 3, width=12, depth=3, image_size=8, heads=3), 0)
     student = seeded_net(lambda: ViT(1, 3, width=6, depth=2, image_size=8, heads=2, last_heads=3), 1)
     return teacher.to(dtype), student.to(dtype)
 
 
 def map_of(net, x, layer):
-    """The attention map of a block, by hooks on its projection and nothing of `ViT.attention`."""
+    """The attention map of a block, by hooks on its projection, independent of `ViT.attention`."""
     caught = []
     handle = net.blocks[layer].qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
     net(x)
@@ -185,7 +185,7 @@ def test_resumed_it_ends_in_the_same_bytes(finished, tmp_path, monkeypatch, caps
         assert stopped.value.code == 130
         assert len(metrics.read_text().splitlines()) == epochs
         with metrics.open("a") as file:
-            file.write('{"phase": "student", "ep')  # what a kill within a write may leave
+            file.write('{"phase": "student", "ep')  # what a kill during a write may leave
     main([*command, "--resume"])
     for name in ("student.safetensors", "teacher.safetensors", "metrics.jsonl", "results.json"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name

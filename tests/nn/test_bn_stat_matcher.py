@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Odd(nn.Module):
-    """BatchNorms that must not be fused: their output is looked at twice, or by something else than a ReLU."""
+    """BatchNorms that must not be fused: their output is used twice, or by something other than a ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Odd(nn.Module):
         c = self.bn2(b).tanh()
         d = self.relu(c) + self.bn3(c)
         x = x.clone()
-        x += self.bn4(d)  # in place of what is looked at below
+        x += self.bn4(d)  # in place, changing what is used below
         return F.relu(x) + x + torch.relu(self.bn5(d) + 0.5)
 
 
@@ -79,7 +79,7 @@ def residual_net():
 
 
 class Stem(nn.Module):
-    """As torchvision's ResNets begin; then poolings that are no part of a pass."""
+    """Like the start of torchvision's ResNets; then poolings that are not part of a pass."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +168,7 @@ def test_unfused_and_layer_weights():
 
 
 def test_statistics_that_match_give_zero_and_no_nan():
-    """The norm of zero has the gradient zero; of the other BatchNorm the gradient is there."""
+    """The norm of zero has gradient zero; the other BatchNorm still has its gradient."""
     net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, affine=False)).eval()
     net[0].running_mean.fill_(0.5)
     net[0].running_var.zero_()

@@ -112,7 +112,7 @@ def test_autocast_casts_as_torch_does():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_library", [True, False])
 def test_other_convolutions_under_autocast(dtype, with_library, monkeypatch):
-    """In half precision they round as torch's do, whether processor and build can convolve it or not."""
+    """In half precision they round like torch's, whether or not processor and build have such convolutions."""
     if not with_library:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     net = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.Conv2d(12, 4, 1, stride=2, bias=False))

@@ -1,6 +1,6 @@
 """The smallest network of each of timm's source files and torchvision's families with BatchNorm, under a matcher.
 
-`python -m bench.networks` walks all of both, those that take large images or have many parameters as well.
+`python -m bench.networks` walks all of both, including those with large images or many parameters.
 """
 
 import pytest
@@ -70,7 +70,7 @@ CASES = [("torchvision", *case) for case in TORCHVISION.items()] + [("timm", *ca
 
 def results(net, x, matcher=None):
     """Outputs and loss, and the gradient of both in the images where it takes one."""
-    torch.manual_seed(5)  # networks in training draw numbers: the same in every call
+    torch.manual_seed(5)  # networks in training mode draw numbers: the same in every call
     y, loss = hooked(net, x) if matcher is None else (net(x), matcher.loss())
     if not x.requires_grad:
         return y, loss
@@ -96,7 +96,7 @@ def test_logits_losses_and_gradients_are_the_plain_networks(library, name, side)
 
 
 def agree(net, x):
-    """Compare with and without a matcher, and what is set before and after; the output."""
+    """Compare with and without a matcher, and what is set before and after; returns the output."""
     plain = results(net, x)
     before = things_set(net)  # some networks keep what they compute
     with BNStatMatcher(net) as matcher:

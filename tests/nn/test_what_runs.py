@@ -1,4 +1,4 @@
-"""Networks that do something else than they seem to: attached, copied or accelerated, they compute what they did."""
+"""Networks that do something other than they seem to: attached, copied or accelerated, they compute the same."""
 
 import copy
 import functools
@@ -98,7 +98,7 @@ class Precise(Plain):
 
 
 class ChangesUnderAnotherName(Plain):
-    """What is added in place is there under both names."""
+    """What is added in place is visible under both names."""
 
     def forward(self, x):
         x = other = x * 1.0
@@ -206,7 +206,7 @@ def images(dtype=torch.float64, **options):
 
 
 def same_twice(make, x=None, change=None, calls=2):
-    """A network and its plain twin, called as often; the first under a matcher, changed while it is there."""
+    """A network and its plain twin, called equally often; the first under a matcher, and changed meanwhile."""
     net = make()
     twin, x = copy.deepcopy(net), images() if x is None else x
     before = things_set(net)
@@ -531,7 +531,7 @@ class Conv(nn.Conv2d):
 
 
 def mobile():
-    """Convolutions that `freeze` leaves to torch, each for another reason, and one that it does not."""
+    """Convolutions that `freeze` leaves to torch, each for a different reason, and one that it replaces."""
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(3, 32, 3, 1, 1), nn.ReLU6(), nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.Conv2d(32, 32, 1)),

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def run_with_isa():
-    """Runs a program in a process of its own with the kernels of an instruction set; what it printed."""
+    """Runs a program in a separate process with the kernels of an instruction set; returns its output."""
 
     def run(isa, program):
         done = subprocess.run(

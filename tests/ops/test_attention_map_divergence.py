@@ -75,7 +75,7 @@ def case(name, lead, N, M, d_s, d_t, *, keys="own", layout="dense", scale=1.0, m
         mask[..., 0] = True
 
     def arranged(x):
-        if layout == "qkv":  # as a transformer's projection leaves it: [B, N, 3, H, d]
+        if layout == "qkv":  # the layout of a transformer's projection: [B, N, 3, H, d]
             wide = x.new_zeros(x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3])
             wide[:, :, 1] = x.transpose(1, 2)
             return wide[:, :, 1].transpose(1, 2)
@@ -116,7 +116,7 @@ CASES = [
     case("mask of three leading dimensions", (2, 2, 3), 4, 7, 5, 4, mask="samples", reduction="none"),
     case("empty", (0, 3), 4, 5, 6, 6, reduction="none"),
     case("no queries", (2,), 0, 5, 6, 6, reduction="sum"),
-    # e^-87 and less is taken for zero
+    # e^-87 and less is treated as zero
     *(case(f"sharp maps, {kind}", (2,), 12, 40, 16, 16, scale=4.0, kind=kind, dtypes=(torch.float32,))
       for kind in KINDS),
 ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_rows_weighted_alike_have_the_gradient_of_the_sum():
 
 
 def test_a_graph_can_be_gone_through_again():
-    """The first pass takes what was kept for it; those that follow begin anew, and nothing given away changes."""
+    """The first pass uses what was kept for it; later ones recompute, and no returned result changes."""
     leaves = [torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     q_t, k_t = torch.randn(2, 2, 9, 4, dtype=torch.float64)
     truth = torch.autograd.grad(reference.attention_map_divergence(*leaves, q_t, k_t), leaves)
@@ -240,7 +240,7 @@ def test_under_vmap_a_row_without_keys_is_nan(backend, kind):
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_on_every_instruction_set(isa, run_with_isa):
-    """In a process of its own: the set is chosen once."""
+    """In a separate process, as the set is chosen once."""
     program = """
 import torch
 from pydistill import reference
@@ -318,7 +318,7 @@ def test_a_direct_call_is_checked_too():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu(dtype, kind):
-    """What "auto" picks there, against plain torch in float64 on the CPU."""
+    """The choice of "auto" there, against plain torch in float64 on the CPU."""
     tensors = [x.to(dtype) for x in (torch.randn(2, 3, n, d) for n, d in ((70, 40), (90, 40), (70, 64), (90, 64)))]
     mask = torch.rand(90) < 0.7
     found = []

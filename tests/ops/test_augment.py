@@ -24,7 +24,7 @@ GROUPS = {
 
 
 def record_of(rows, H, W, operations=tuple(GROUPS), seed=0):
-    """Parameters of all operations named, drawn wider than the method repos do; the others at identity."""
+    """Parameters of all named operations, drawn wider than in the method repos; the others at identity."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high):
@@ -99,7 +99,7 @@ def test_matrix(case, check):
     check_op(ours, plain, [case], raw_calls=raw_calls, checks=[check])
 
 
-# where an operation is at its identity, ours leaves it out and the definition multiplies by zero and one
+# if an operation is at its identity, ours omits it and the definition multiplies by zero and one
 @pytest.mark.parametrize("check", [name for name in CHECKS if name != "nan"])
 @pytest.mark.parametrize("case", PARTS, ids=lambda case: case.name)
 def test_matrix_of_single_operations(case, check):
@@ -145,7 +145,7 @@ def test_far_parameters():
             record = record_of(1, 9, 9, seed=3)
             record[:, COLUMNS.index(column)] = value
             if abs(value) > 1e9 and not column.startswith("scale"):
-                clamped = record.clone()  # the definition counts in integers, which do not go that far
+                clamped = record.clone()  # the definition uses integers, which do not reach that far
                 clamped[:, COLUMNS.index(column)] = 1000.0 if value > 0 else -1000.0
             else:
                 clamped = record

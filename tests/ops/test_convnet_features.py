@@ -71,7 +71,7 @@ def test_float32_is_as_right_as_torch(name):
     grads = [torch.randn_like(t) for t in truth]
     expected = convnet_features_backward(shape, theta, x, *grads, backend="reference", **options)
     found = convnet_features_backward(*single, *(g.float() for g in grads), **options)
-    assert relative(found, expected) < 1e-4  # a unit may lie within rounding of its ReLU's edge
+    assert relative(found, expected) < 1e-4  # a unit may be within rounding of its ReLU's edge
 
 
 def test_bf16_rounds_a_little():

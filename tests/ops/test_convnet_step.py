@@ -144,7 +144,7 @@ def test_without_curvature_by_reference():
 
 
 def test_default_device_does_not_matter():
-    """Working memory lies where the kernel is, not where `torch.set_default_device` points."""
+    """Working memory is where the kernel runs, not where `torch.set_default_device` points."""
     shape = ConvNetShape(2, 7, 7, (5,), 1, 3)  # of no other test: sizes are kept from call to call
     theta, direction, images, labels = problem(shape, 4)
     with torch.device("meta"):
@@ -153,7 +153,7 @@ def test_default_device_does_not_matter():
 
 
 def test_workspace_serves_any_shape():
-    """Also one that it has served before, with whatever the others left in it."""
+    """Also for one that it has served before, with whatever the others left in it."""
     workspace = Workspace()
     for _ in range(2):
         for name in ("one block", "usual", "one channel"):
@@ -170,7 +170,7 @@ def test_a_workspace_leaves_its_memory_to_the_next():
     first, second = Workspace(), Workspace()
     large, small = block(first, 1 << 20), block(second, 1 << 10)
     assert large != small
-    del first, second  # in whatever order, the larger one stays
+    del first, second  # in any order, the larger one stays
     third, fourth = Workspace(), Workspace()
     assert block(third, 1 << 18) == large
     assert block(fourth, 1 << 18) != large
@@ -221,7 +221,7 @@ def test_bf16_is_close_to_fp32(N):
     theta, direction, images, labels = problem(shape, N, dtype=torch.float32)
     truth = convnet_gradient(shape, theta, images, labels)
     half = convnet_gradient(shape, theta, images, labels, precision="bf16")
-    assert not torch.equal(half[1], truth[1])  # it is another arithmetic
+    assert not torch.equal(half[1], truth[1])  # the arithmetic differs
     assert cosine(half[1], truth[1]) > 0.999
     truth = convnet_tangent(shape, theta, direction, images, labels)
     half = convnet_tangent(shape, theta, direction, images, labels, precision="bf16")

@@ -23,7 +23,7 @@ OUTPUTS = ("slope", "curvature", "images_grad", "labels_grad")
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    # at these sizes a thread pool on a busy machine does little but wait at its barriers
+    # at these sizes a thread pool on a busy machine mostly waits at its barriers
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,9 +96,9 @@ def relative(value, truth):
 
 
 def assert_each_parameter_close(problem, value, truth, bound):
-    """One by one, because a small one could be wrong in the shadow of the large."""
+    """One by one, because an error in a small one could hide behind the large ones."""
     for i, (v, t) in enumerate(zip(problem.shape.slices(value), problem.shape.slices(truth), strict=True)):
-        if i % 4 == 1 and i < 4 * len(problem.shape.layers):  # the convolution's bias, which the norm takes out again
+        if i % 4 == 1 and i < 4 * len(problem.shape.layers):  # the convolution's bias, which the norm subtracts again
             assert not v.any()
             assert t.norm() < 1e-12 * truth.norm()
         else:
@@ -193,7 +193,7 @@ def test_no_autograd_graph_is_made():
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("label_kind", KINDS)
 def test_nothing_leaves_the_device_or_asks_it_for_a_value(label_kind, shared, precision):
-    # tensors without values refuse both; a CUDA graph can be captured of nothing else
+    # tensors without values refuse both; only code that runs on them can be captured in a CUDA graph
     problem = Problem(NETS["depth 3"], students=3, shared=shared, label_kind=label_kind, dtype=torch.float32)
     expected = problem.engine(precision)
     for name in ("theta", "direction", "images", "labels"):

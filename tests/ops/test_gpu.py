@@ -172,7 +172,7 @@ def test_matching_operators(name, dtype):
 
 
 def test_features_and_class_gradients():
-    """What runs on autograd here, or layer by layer, is what the CPU's engine gives."""
+    """What runs on autograd here, or layer by layer, agrees with the CPU's engine."""
     net = ConvNet(3, 4, width=16, depth=2, image_size=16)
     theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 4

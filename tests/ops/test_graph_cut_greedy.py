@@ -1,4 +1,4 @@
-"""The kernel of the greedy graph cut picks what its definition does; what selections are, tests/select says."""
+"""The kernel of the greedy graph cut picks what its definition does; see tests/select for the selections."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ OP = torch.ops.pydistill.graph_cut_greedy.default
 
 
 def samples(n, d, classes, dtype=torch.float32):
-    """In clusters, or bounds would leave all samples in question."""
+    """In clusters, or bounds would leave all samples as candidates."""
     generator = torch.Generator().manual_seed(n + d)
     group = torch.randint(classes or 3, (n,), generator=generator)
     x = (torch.randn(n, d, generator=generator) + torch.randn(classes or 3, d, generator=generator)[group]).relu()
@@ -44,7 +44,7 @@ def test_picks_are_those_of_the_definition(n, d, classes, dtype):
 
 
 def test_without_structure():
-    """Bounds leave all samples in question, and every pick takes a pass."""
+    """Bounds leave all samples as candidates, and every pick takes a pass."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 30, generator=generator)
     assert graph_cut_greedy(x, 400).tolist() == graph_cut_greedy(x, 400, backend="reference").tolist()
@@ -52,7 +52,7 @@ def test_without_structure():
 
 @pytest.mark.parametrize("with_factors", [False, True])
 def test_samples_within_the_directions(with_factors):
-    """All but a few lie in them to rounding: what is left beside them, of samples and of the move, must not be lost."""
+    """All but a few are in their span up to rounding: the rest, of samples and of the move, must not be lost."""
     generator = torch.Generator().manual_seed(0)
     line = torch.randn(24, generator=generator, dtype=torch.float64)
     x = line * (1 + torch.rand(600, 1, generator=generator, dtype=torch.float64))

@@ -42,7 +42,7 @@ def images(shape, layout="nchw"):
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         x = x * torch.linspace(0.5, 2, C, dtype=torch.float64).view(-1, 1, 1) + 0.3
         weight = torch.rand(C, generator=generator, dtype=torch.float64) + 0.5
-        weight[::3] *= -1  # negative scales turn the ReLU's side over
+        weight[::3] *= -1  # negative scales flip the ReLU's side
         bias = torch.randn(C, generator=generator, dtype=torch.float64) * 0.5
         x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
         if layout == "channels_last":

@@ -16,7 +16,7 @@ OPS = torch.ops.pydistill
 
 
 def arguments(student, options):
-    """The target comes as an option, for it has no derivative: in the student's dtype, as numbers every dtype has."""
+    """The target comes as an option, as it has no derivative: in the student's dtype, with numbers exact in all."""
     options = dict(options)
     target = options.pop("target")
     return (student, target.to(student.dtype) if target.is_floating_point() else target), options
@@ -64,7 +64,7 @@ def rows(N, C, kind="fkl", target_is="logits", layout="dense", **options):
 
     generator = torch.Generator().manual_seed(C)
     labels = torch.randint(C, (N,), generator=generator)
-    # sixteenths and 128ths: numbers that bfloat16 has
+    # sixteenths and 128ths: exact in bfloat16
     target = torch.randint(-64, 64, (N, C), generator=generator) / 16
     if target_is == "probs":
         target = torch.randint(1, 64, (N, C), generator=generator) / 128
@@ -122,7 +122,7 @@ TORCH = {
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("kind", TORCH)
 def test_torch_says_the_same(kind, backend):
-    """Over all leading dimensions, and with what stands beside the divergence."""
+    """Over all leading dimensions, and with the terms besides the divergence."""
     options = {"kind": kind, "T": 4, "backend": backend}
     torch.testing.assert_close(kd_divergence(STUDENT, TEACHER, **options), TORCH[kind])
     both = kd_divergence(STUDENT, TEACHER, labels=Y, ce_weight=0.5, **options)
@@ -187,7 +187,7 @@ def test_far_apart_logits():
 
 
 def test_logarithms_of_probabilities():
-    """Over all sizes that float32 has: a target whose entropy alone is looked at."""
+    """Over all sizes that float32 has: a target of which only the entropy is examined."""
     p = torch.logspace(-44, 0, 4001, dtype=torch.float64).float()[:, None]
     found = kd_divergence(torch.zeros_like(p), p, target_is="probs", reduction="none")
     torch.testing.assert_close(found.double(), (p.double() * p.double().log())[:, 0], rtol=3e-7, atol=1e-44)
@@ -211,7 +211,7 @@ def test_half_precision_targets_beside_float32():
 
 
 def test_a_graph_can_be_gone_through_again():
-    """The first pass writes over what was kept; others must not see that."""
+    """The first pass overwrites what was kept; others must not see that."""
     x = STUDENT.clone().requires_grad_()
     weight = torch.rand(2, 5, dtype=torch.float64)
     loss = kd_divergence(x, TEACHER, weight=weight, reduction="sum")

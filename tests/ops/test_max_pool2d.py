@@ -1,4 +1,4 @@
-"""Max pooling against torch's: cases under `check_op`, equal bits, ties and what is not finite, and the messages."""
+"""Max pooling against torch's: cases under `check_op`, equal bits, ties and non-finite values, and the messages."""
 
 import os
 import subprocess
@@ -91,13 +91,13 @@ SHAPES = [(2, 1, 15, 16), (1, 7, 17, 15), (2, 37, 16, 19)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_winners_are_those_of_torch(sizes, dtype):
-    """Of few values, so that most windows have ties, with zeros of both signs, infinities and NaN among them."""
+    """With few values, so that most windows have ties; zeros of both signs, infinities and NaN among them."""
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, INF, -INF, -INF, -INF, NAN], dtype=dtype)
     for shape in SHAPES:
         for allowed in (4, 6, 8, 9):
             generator = torch.Generator().manual_seed(allowed)
             x = laid_out(values[torch.randint(allowed, shape, generator=generator)], "channels-last")
-            x[0, :, :8, :8] = -INF  # also where nothing else is
+            x[0, :, :8, :8] = -INF  # also in windows with nothing else
             y, which = OPS.max_pool2d(x, *sizes)
             truth, indices = F.max_pool2d(x, *sizes, return_indices=True)
             assert same(y, truth)
@@ -106,7 +106,7 @@ def test_winners_are_those_of_torch(sizes, dtype):
 
 
 def named(which, width, kernel, stride, padding):
-    """torch's indices for our numbers."""
+    """torch's indices from our numbers."""
     rows, columns = (torch.arange(size) * stride - padding for size in which.shape[2:])
     which = which.long()
     return (rows[:, None] + which // kernel) * width + columns + which % kernel

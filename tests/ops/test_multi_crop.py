@@ -16,7 +16,7 @@ OPS = torch.ops.pydistill
 
 
 def record_of(rows, images, size, out_size, parts=1, seed=0, **fixed):
-    """Boxes, flips and rolls of any kind; of several parts, all but the first in places of their own."""
+    """Boxes, flips and rolls of any kind; with several parts, all but the first in their own places."""
     generator = torch.Generator().manual_seed(seed)
     (H, W), (h, w) = size, out_size
 
@@ -112,7 +112,7 @@ def test_matrix(case, check):
     check_op(ours, plain, [case], raw_calls=raw_calls, checks=[check])
 
 
-# a tap of weight zero has no part in ours and makes 0 * NaN in torch's filter: crops whose filters have none
+# a tap of weight zero is ignored in ours and gives 0 * NaN in torch's filter: crops whose filters have no such taps
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_nan(parts):
     boxes = {"top": 1, "left": 0, "height": 11, "width": 7}
@@ -125,7 +125,7 @@ def test_many_records_over_several_threads():
 
 
 def test_whole_images_are_bitwise():
-    """A crop of its own size, whatever is rolled and mirrored, moves pixels and changes none, NaN included."""
+    """A crop that is not resized, however rolled and mirrored, moves pixels and changes none, NaN included."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         images = torch.randn(3, 3, 9, 8).to(dtype)
         images[1, 1, 4, 4] = float("nan")
@@ -228,7 +228,7 @@ def test_vmap_over_records():
 
 
 def test_gradients_through_vmap():
-    """Under vmap a tensor does not say whether somebody outside wants its gradient."""
+    """Under vmap a tensor does not say whether its gradient is wanted outside."""
     images = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     base = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     record = record_of(4, 2, (8, 8), (5, 5))

@@ -52,7 +52,7 @@ def vectors(K, P, layout="dense"):
     return make
 
 
-# vectors of sixteen or eight elements, stretches of 1024; gaps before, between and behind blocks, or none
+# vectors of sixteen or eight elements, runs of 1024; gaps before, between and after blocks, or none
 LENGTHS = (7, 8, 15, 16, 17, 1023, 1024, 1025, 3001)
 CASES = [
     Case("convnet", vectors(3, 75), {"rows": [(2, 4, 9), (40, 3, 10), (71, 1, 4)]}),
@@ -84,7 +84,7 @@ def test_no_rows():
 
 
 def test_third_derivatives():
-    """The family is closed: what is differentiated once more is made of the same operators."""
+    """The family is closed: further derivatives are made of the same operators."""
     rows = [(1, 2, 3), (8, 1, 4)]
 
     def third(f):

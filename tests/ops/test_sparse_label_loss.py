@@ -125,7 +125,7 @@ def test_whole_distributions():
 
 
 def test_sums_above_one_leave_nothing_for_the_others():
-    """As rounding to 16 or 8 bits makes them."""
+    """As rounded to 16 or 8 bits."""
     values = torch.tensor([[0.7, 0.305]], dtype=torch.float64)
     logits, indices = torch.randn(1, 5, dtype=torch.float64), torch.tensor([[3, 0]])
     smooth, zeros = (sparse_label_loss(logits, indices, values, tail=tail) for tail in ("smooth", "zeros"))
@@ -133,7 +133,7 @@ def test_sums_above_one_leave_nothing_for_the_others():
 
 
 def test_masked_classes():
-    """-inf where the target has nothing; where it has mass, the divergence is infinite."""
+    """-inf where the target has no mass; where it has some, the divergence is infinite."""
     logits = torch.tensor([[1.0, -torch.inf, 0.5, -torch.inf]], requires_grad=True)
     indices, values = torch.tensor([[2, 0, 1]]), torch.tensor([[0.75, 0.25, 0.0]])
     loss = sparse_label_loss(logits, indices, values, tail="zeros")
@@ -255,7 +255,7 @@ def test_direct_calls_never_read_astray(args, message):
 
 
 def test_rows_of_no_distribution_are_nan():
-    """A class number out of range where it cannot be looked at, and one that stands twice."""
+    """A class number out of range where it cannot be checked, and one given twice."""
     logits = torch.randn(4, 6, requires_grad=True)
     indices = torch.tensor([[0, 6], [1, 2], [-1, 3], [4, 4]])
     expected = torch.tensor([True, False, True, True])

@@ -1,4 +1,4 @@
-"""What the build says when it cannot go on: one sentence, and what to do."""
+"""What the build says when it cannot continue: one sentence, and what to do."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def configure(tmp_path, *, torch_version=None, torch=True, **environment):
     ids=["no torch", "old torch", "no compiler"],
 )
 def test_one_clear_sentence(tmp_path, options, message):
-    if "PATH" in options:  # the build tools alone, so that no compiler is found
+    if "PATH" in options:  # only the build tools, so that no compiler is found
         tools = tmp_path / "tools"
         tools.mkdir()
         for tool in ("cmake", "ninja"):

@@ -1,4 +1,4 @@
-"""Data sets are read whole or refused by name; distilled files come back as they were written, or not at all."""
+"""Data sets are read whole or refused by name; distilled files are read back as written, or not at all."""
 
 import gzip
 import json
@@ -278,7 +278,7 @@ def test_a_sample_prefers_what_it_is_told_to():
     images, _ = digits.sample(3, torch.Generator().manual_seed(1), preferred)
     wanted = {image.numpy().tobytes() for image in digits.train_images[preferred]}
     assert {image.numpy().tobytes() for image in images} <= wanted
-    assert len(digits.sample(100, None, preferred)[0]) == 1000  # where they do not suffice, others follow
+    assert len(digits.sample(100, None, preferred)[0]) == 1000  # if they do not suffice, others follow
 
 
 def test_a_whitened_set_and_what_is_distilled_from_it(tmp_path):
@@ -361,7 +361,7 @@ def test_damaged_distilled_files_are_refused_by_name(tmp_path):
 
 
 def test_a_flipped_bit_is_never_read_as_another_number(tmp_path):
-    """What is not the checksum's to see, such as a space more in the JSON, changes nothing that is read."""
+    """What the checksum does not cover, such as an extra space in the JSON, changes nothing that is read."""
     path = tmp_path / "d.safetensors"
     written = distilled_set()
     written.save(path)
@@ -383,7 +383,7 @@ def test_a_flipped_bit_is_never_read_as_another_number(tmp_path):
 
 
 def test_a_file_without_a_checksum_is_read(tmp_path):
-    """As versions before it was there wrote them."""
+    """As written by versions before it existed."""
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(2)}, path, {"pydistill": '{"kind": "x", "version": 1, "config": {"a": 1}}'})
     tensors, header = data.read_safetensors(path, "x")
@@ -423,7 +423,7 @@ def test_an_exported_set_comes_back_bit_for_bit(tmp_path, label_kind):
 
 
 def test_an_export_is_what_other_code_loads(tmp_path):
-    """torch.load as it stands, and the learning rate straight into an optimizer, as DD-Ranking has it."""
+    """Plain torch.load, and the learning rate straight into an optimizer, as in DD-Ranking."""
     written = distilled_set("logits")
     written.images = written.images.requires_grad_()
     whole = torch.randn(50, 4)
@@ -476,7 +476,7 @@ def test_an_overwriting_export_that_is_cut_off_leaves_no_description_of_other_te
 
 
 def test_what_the_method_repositories_save_is_read(tmp_path):
-    """Learnt leaves that want gradients, a float32 rate, no description; MTT's best iterate."""
+    """Learnt leaves that require gradients, a float32 rate, no description; MTT's best iterate."""
     images, logits = torch.randn(4, 3, 5, 6), torch.randn(4, 7)
     for name, tensor in (("images", images), ("labels", logits), ("lr", torch.tensor(0.02))):
         torch.save(tensor.clone().requires_grad_(), tmp_path / f"{name}_best.pt")

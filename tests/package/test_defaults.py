@@ -1,5 +1,5 @@
-"""Whatever torch's default device and dtype are: public functions give what they give without, on their arguments'
-device; and the public objects that are pickled or copied are themselves again."""
+"""Whatever torch's default device and dtype: public functions give the same results, on their arguments' device; and
+public objects survive pickling and copying."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Imports go downwards: which room of the package may call which."""
+"""Imports go downwards: which part of the package may import which."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def floor(name: str, floors: tuple[tuple[str, ...], ...]) -> int | None:
 
 
 def upward(prefix: str, folder: Path, floors: tuple[tuple[str, ...], ...]) -> list[str]:
-    """What is imported from the same floor or a higher one; and rooms that no floor has."""
+    """What is imported from the same floor or a higher one; and rooms on no floor."""
     wrong = []
     for path in sorted(folder.rglob("*.py")):
         room = path.relative_to(folder).parts[0].removesuffix(".py")
@@ -96,7 +96,7 @@ def test_imports_go_downwards():
 def test_imports_of_the_methods_go_downwards():
     assert upward("pydistill.methods", PACKAGE / "methods", METHODS) == []
     low = {room for rooms in METHODS for room in rooms} - {"__init__"}
-    # nobody below looks at the table of all methods
+    # nothing below uses the table of all methods
     for path in (PACKAGE / "methods").rglob("*.py"):
         if path != PACKAGE / "methods" / "__init__.py":
             names = {name.split(".")[2] for name in imported(path) if name.startswith("pydistill.methods.")}

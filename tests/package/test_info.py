@@ -1,4 +1,4 @@
-"""The import, the report, and the compiled libraries' manners."""
+"""The import, the report, and the behaviour of the compiled libraries."""
 
 import re
 import subprocess
@@ -54,7 +54,7 @@ def test_host_module_does_without_torch():
 
 
 def test_import_leaves_the_compiler_alone():
-    """torch's is larger than torch: it would double the time until a program starts."""
+    """torch's compiler is larger than torch itself: importing it would double a program's start-up time."""
     code = "import sys, pydistill, pydistill.cli.commands; print({'torch._dynamo', 'sympy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 

@@ -1,4 +1,4 @@
-"""Every command as it is installed: the package alone on the path, in an empty folder outside any checkout."""
+"""Every command as installed: only the package on the path, in an empty folder outside any checkout."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 DISTILL = "--width 4 --image-size 8 --students 1"
 EXPERTS = "--num-experts 1 --train-epochs 2 --expert-epochs 1 --max-start-epoch 1 --syn-steps 1"
 NET = "--network convnet --width 4 --depth 2"
-# the cheapest run of every command; a command may take what those before it made
+# the cheapest run of every command; a command may use the output of those before it
 COMMANDS = (
     f"distill mtt {DISTILL} --depth 2 {EXPERTS} --iterations 1 --student-epochs 1 --whole-epochs 0 --out mtt",
     "distill mtt --out mtt --resume",
@@ -53,7 +53,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     package = Path(find_spec("pydistill").origin).parent
     shutil.copytree(package, folder / "pydistill")
-    for library in ("_C", "_host"):  # which lie elsewhere where the installation is editable
+    for library in ("_C", "_host"):  # elsewhere in an editable installation
         shutil.copy(find_spec(f"pydistill.{library}").origin, folder / "pydistill")
     if find_spec("pydistill.bench") is None:
         shutil.copytree(ROOT / "bench", folder / "pydistill" / "bench", ignore=shutil.ignore_patterns("results"))

@@ -1,4 +1,4 @@
-"""The README's first code runs as it stands."""
+"""The README's first example runs as it is."""
 
 import re
 from pathlib import Path

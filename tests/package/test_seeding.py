@@ -1,4 +1,4 @@
-"""Random streams: which numbers their names stand for is part of every published result."""
+"""Random streams: the numbers behind their names are part of every published result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks are checked: each catches the fault that it is there for."""
+"""The checks are checked: each catches the fault that it is meant for."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files that torch saved elsewhere: what is damaged or acts is refused, what training scripts add is read."""
+"""Files saved by torch elsewhere: damaged or executable content is refused, what training scripts add is read."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""ZCA whitening is its formula, is undone by its inverse, and refuses what has none."""
+"""ZCA whitening follows its formula, is undone by its inverse, and refuses what has no inverse."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The greedy selections pick what the loops over whole matrices do, that define them."""
+"""The greedy selections make the same picks as the loops over whole matrices that define them."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def similarity(x, factors=None):
 
 
 def lowest_of_the_best(gain):
-    """Two samples that have each other alone to gain from tie but for rounding."""
+    """Two samples that gain only from each other tie up to rounding."""
     return int((gain >= gain.max() - 1e-9).nonzero()[0])
 
 
@@ -82,7 +82,7 @@ def test_facility_location_is_the_loop(with_factors):
 
 @pytest.mark.parametrize("pick", [graph_cut_greedy, facility_location_greedy])
 def test_ties_go_to_the_lowest_index(pick):
-    # copies of generic rows, in an order that no sum keeps: their gains differ by rounding alone
+    # copies of generic rows, in an order that no sum preserves: their gains differ only by rounding
     x = clustered(n=40)[0].repeat(3, 1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     x = x[order]

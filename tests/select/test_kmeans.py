@@ -1,4 +1,4 @@
-"""K-means finds clusters that are there, and the samples nearest to them."""
+"""K-means finds existing clusters, and the samples nearest to them."""
 
 import pytest
 import torch

@@ -71,8 +71,8 @@ def test_what_is_dropped_is_filled_from_its_surroundings():
     assert kept.sum() == 2
     assert got.min() >= 1
     assert got.max() <= 3
-    assert got[0, 0, 2, 2] == pytest.approx(1.0)  # of its nearest patch alone
-    assert got[0, 0, 0, 11] == pytest.approx(2.0)  # as far from one as from the other
+    assert got[0, 0, 2, 2] == pytest.approx(1.0)  # from its nearest patch only
+    assert got[0, 0, 0, 11] == pytest.approx(2.0)  # equally far from both
 
 
 def test_crops_are_inside_and_the_surest_is_taken():

@@ -29,7 +29,7 @@ def test_against_the_formulas(dtype):
 
 
 def test_a_sample_that_is_all_but_sure():
-    """EL2N is a small number then, and not what is left of 1 - p in float32."""
+    """EL2N is then a small number, not what remains of 1 - p in float32."""
     logits = torch.tensor([[30.0, 0.0, -torch.inf]])
     scores = sample_scores(logits, torch.tensor([0]))
     torch.testing.assert_close(scores["el2n"], torch.tensor([2**0.5 * torch.tensor(-30.0).exp()]))

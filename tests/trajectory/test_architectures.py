@@ -1,4 +1,4 @@
-"""The networks of the cross-architecture tables: theirs in structure, values and second derivatives, and they train."""
+"""The networks of the cross-architecture tables: same structure, values and second derivatives, and they train."""
 
 import pytest
 import torch

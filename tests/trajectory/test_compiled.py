@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The traced graphs, run as they are: what a compiler makes of them is its own affair, and takes long."""
+    """The traced graphs, run as they are: compiling them is not tested here, and takes long."""
     found = []
 
     def compile(graph, *, fullgraph, dynamic):
@@ -86,7 +86,7 @@ NORMS = {
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_exact_gradient_is_the_loops(norm, graphs):
-    """Two sizes of batches, two students, every gradient to 1e-10; running statistics as the plain loop leaves them."""
+    """Two batch sizes, two students, every gradient to 1e-10; running statistics as after the plain loop."""
     found, buffers = [], []
     for engine in ("compiled", "generic"):
         torch.manual_seed(0)
@@ -177,8 +177,8 @@ def test_a_training_is_the_generic_engines(graphs):
 
 
 def test_no_convolution_more_than_it_takes(graphs):
-    """Eight of a layer's size in the adjoint: its gradient's own two, and twice two of the tangents'. The images do not
-    move, so the first layer has six less."""
+    """Eight of a layer's size in the adjoint: its gradient's own two, and twice two for the tangents. The images do not
+    move, so the first layer has six fewer."""
     net = Net().double()
     students, theta = CompiledStudents(FlatModule(net), "hard", None, 3, "fp32"), FlatModule(net).parameters()[None]
     batch = Batch(torch.randn(9, 3, 16, 16, dtype=torch.float64), torch.arange(9) % 4, False)
@@ -303,7 +303,7 @@ def test_a_layer_that_sees_two_sizes():
 
 
 def test_what_float32_leaves_open_is_decided_in_float64(monkeypatch):
-    """Small batches of deep networks, where one ReLU that opens by rounding is a hundredth of the gradient."""
+    """Small batches of deep networks, where one ReLU opened by rounding is a hundredth of the gradient."""
     seen = []
     monkeypatch.setitem(compiled._TOLERANCES, torch.float32, -1.0)
     monkeypatch.setattr(compiled, "_steps", type(compiled._steps)())

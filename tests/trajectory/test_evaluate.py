@@ -23,10 +23,10 @@ def test_students_learn_and_depend_on_their_number_alone(dataset):
     options = {"lr": 0.02, "epochs": 6, "batch_size": 16, "seed": 1}
     accuracies = evaluate(recorded_net, *arguments, **options, students=range(3))
     assert min(accuracies) > 0.8
-    torch.randn(3)  # the global random state takes no part
+    torch.randn(3)  # the global random state has no effect
     assert evaluate(recorded_net, *arguments, **options, students=[2, 0]) == [accuracies[2], accuracies[0]]
     first, second, third, third_again, first_again = (parameters_to_vector(net.parameters()) for net in nets)
-    # three at once or two: the same students, but for the order in which sums are taken
+    # three at once or two: the same students, up to the order of summation
     torch.testing.assert_close(first, first_again, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(third, third_again, rtol=1e-3, atol=1e-5)
     assert (first - second).norm() > 0.1
@@ -49,7 +49,7 @@ def test_soft_labels_that_say_the_same_train_the_same_student(dataset, label_kin
 
 @pytest.mark.parametrize("net", ["convnet", "batch norm"])
 def test_a_student_is_trained_as_in_the_papers_code(dataset, net):
-    """SGD with momentum and decay; after half of the epochs a tenth of the rate, and the momentum anew."""
+    """SGD with momentum and decay; after half of the epochs a tenth of the rate, and the momentum reset."""
     images, labels = dataset.train_images.double(), dataset.train_labels
     net = make_net() if net == "convnet" else nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 3))
     net = net.double()

@@ -1,4 +1,4 @@
-"""Experts are those of torch's SGD, whatever cut their training off."""
+"""Experts are those of torch's SGD, however their training was interrupted."""
 
 import math
 
@@ -69,7 +69,7 @@ class CutOffError(Exception):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_experts_cut_off_within_an_epoch_go_on_to_the_same_bytes(dataset, tmp_path, dtype, momentum):
-    """Three experts that train at once, cut off again and again within their second epoch from there."""
+    """Three experts that train at once, interrupted again and again in the second epoch after each start."""
     options = {"num_experts": 3, "epochs": 5, "lr": 0.05, "batch_size": 10, "seed": 3, "weight_decay": 1e-3}
     options |= {"dtype": dtype, "momentum": momentum}
     arguments = (make_net, dataset.train_images, dataset.train_labels)
@@ -175,7 +175,7 @@ def test_wrong_options_of_experts_leave_no_file(dataset, tmp_path, options, erro
 
 
 def test_experts_that_stand_at_different_epochs_are_continued(dataset, store, tmp_path):
-    """As a file may hold them whose experts trained one after the other."""
+    """As in a file whose experts trained one after the other."""
     experts, records, path = store.tensor(), [], tmp_path / "experts.store"
     header = {name: value for name, value in store.header.items() if name not in ("parameters", "architecture")}
     with ExpertStore.create(path, make_net(), **header) as partial:

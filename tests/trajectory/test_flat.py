@@ -60,7 +60,7 @@ def test_gsam_combine(alpha):
     found = gsam_combine(perturbed, grad, alpha)
     close(found, per_row(literal, perturbed, grad))
     close(gsam_combine(perturbed[0], grad[0], alpha), literal(perturbed[0], grad[0]))
-    close((found * perturbed).sum(1), perturbed.square().sum(1))  # what is taken away is orthogonal
+    close((found * perturbed).sum(1), perturbed.square().sum(1))  # the removed part is orthogonal
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""ConvNet's structure, and accelerate on somebody else's."""
+"""ConvNet's structure, and accelerate on other networks."""
 
 import copy
 
@@ -11,7 +11,7 @@ from pydistill.nn import ConvNet, InstanceNormReLUAvgPool, accelerate
 
 
 class TheirConvNet(nn.Module):
-    """The structure of the method repositories, written plainly."""
+    """The structure in the method repositories, in plain torch."""
 
     def __init__(self, channels=3, classes=10, width=16, depth=3, size=16):
         super().__init__()

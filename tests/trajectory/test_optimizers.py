@@ -15,7 +15,7 @@ OTHER = Adam(0.7, 0.95, 1e-3)
 
 
 class Smooth(nn.Module):
-    """No parameter's gradient is nothing but rounding."""
+    """No parameter's gradient is only rounding."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ def convnet():
 
 
 def outer_loss(net, thetas):
-    """Of each student's test loss, and of its parameters, in different measure at different steps."""
+    """From each student's test loss and its parameters, with different weights at different steps."""
     x = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     loss = 0.0
     for weight, theta in enumerate(thetas, 1):

@@ -139,7 +139,7 @@ def test_students_are_those_of_the_literal_loop(options, engine):
         theta, losses, _ = literal_loop(net, theta0[e], images, labels, lr=lr[e].item(), generator=generator, **options)
         moved = theta - theta0[e]
         assert (found.theta[e] - theta).norm() < 1e-9 * moved.norm()
-        assert (plain.theta[e] - theta).norm() > 1e-3 * moved.norm()  # the option does something
+        assert (plain.theta[e] - theta).norm() > 1e-3 * moved.norm()  # the option has an effect
         torch.testing.assert_close(found.losses[:, e], losses, rtol=1e-9, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""A store gives back what was appended, refuses what is damaged, and survives a write cut off at any point."""
+"""A store returns what was appended, refuses what is damaged, and survives a write interrupted at any point."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def test_places_that_are_not_there_are_named(path):
 
 
 def test_a_file_that_is_cut_under_its_reader_is_named(filled):
-    """And the process goes on; what is still there is read."""
+    """And the process survives; what is still there can be read."""
     size = filled.stat().st_size
     with ExpertStore(filled) as store:
         os.truncate(filled, store._row_at(1, 2))
@@ -312,7 +312,7 @@ class KilledError(Exception):
 
 
 class Disk:
-    """Lets a number of bytes through to the file, of the writes in their order, and is then cut off."""
+    """Passes a number of bytes of the writes, in order, to the file, and is then interrupted."""
 
     def __init__(self, monkeypatch, left):
         self.left, self.log = left, []
@@ -381,7 +381,7 @@ def test_entries_are_written_once_their_rows_are_on_the_disk(path, monkeypatch):
 
 
 def test_entries_of_a_cut_off_append_never_stand_for_the_rows_of_another(path, monkeypatch):
-    """Three experts cut off between their entries; then the middle one alone, cut off within its row."""
+    """Three experts interrupted between their entries; then the middle one alone, interrupted within its row."""
     rows = trajectories()[:, 0]
     with create(path) as store:
         for left, group in ((3 * 4 * NUMEL + 2 * 20, range(3)), (20 + 8, range(1, 2))):
@@ -410,7 +410,7 @@ def test_a_creation_that_is_cut_off_leaves_the_old_file(filled, monkeypatch):
 
 
 def snapshots(rows):
-    """Flat rows as the repositories keep them."""
+    """Flat rows as kept by the repositories."""
     return [[[p.clone() for p in split(theta)] for theta in trajectory] for trajectory in rows]
 
 
@@ -503,7 +503,7 @@ def test_a_flipped_bit_of_a_replay_buffer_is_not_another_number(buffers, path):
 
 
 def test_experts_that_cannot_be_matched_are_named(tmp_path, path):
-    """Numbers that are not finite; epochs that changed nothing, as where each snapshot is the network itself."""
+    """Non-finite numbers; epochs that changed nothing, as if each snapshot were the network itself."""
     source, wanted = tmp_path / "replay_buffer_0.pt", snapshots(trajectories(2))
 
     def refused(content):

@@ -1,4 +1,4 @@
-"""Which engine runs a net and why; that both give the same; many students at once; memory and precision."""
+"""Which engine runs a net and why; that both agree; many students at once; memory and precision."""
 
 import copy
 import logging
@@ -205,7 +205,7 @@ def test_what_differs_runs_generic_and_says_why(make, reason, caplog):
     ("options", "reason"),
     [
         ({"mode": "full"}, "mode='full' is autograd through the module"),
-        ({"output": 0}, "output=0 takes an element of a tuple"),  # the net's own forward gives its logits alone
+        ({"output": 0}, "output=0 takes an element of a tuple"),  # the net's own forward gives only its logits
     ],
 )
 def test_options_that_need_the_generic_engine(options, reason):
@@ -376,7 +376,7 @@ def test_graphs_are_kept_from_the_end():
     assert run(1 << 40) == list(range(8))
     assert run(0) == []
     memory = 1 << 10
-    while len(run(memory)) < 3:  # a graph's size is autograd's affair
+    while len(run(memory)) < 3:  # a graph's size is up to autograd
         memory = memory * 5 // 4
     assert run(memory) == [5, 6, 7]
 

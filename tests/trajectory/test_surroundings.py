@@ -1,4 +1,4 @@
-"""What the backward pass finds when it runs steps again, and which parameters move: as in the plain loop."""
+"""The surroundings in which the backward pass runs steps again, and which parameters move: as in the plain loop."""
 
 import copy
 
@@ -25,7 +25,7 @@ class Attending(nn.Module):
 
 
 class Watching(nn.Module):
-    """Notes what is set whenever it runs."""
+    """Records what is set whenever it runs."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ def test_gradients_through_frozen_parameters(options):
         found[mode] = torch.autograd.grad(out.square().sum(), leaves)
     for a, b in zip(found["exact"], found["full"], strict=True):
         assert (a - b).norm() < 1e-10 * b.norm()
-    assert found["exact"][0][:104].norm() > 0  # what is frozen still has a share in where the others go
+    assert found["exact"][0][:104].norm() > 0  # frozen parameters still affect where the others go
 
 
 def test_the_student_engine_leaves_frozen_parameters_alone():
@@ -284,14 +284,14 @@ def test_parameters_of_some_steps_losses_are_refused_with_moments():
     pydistill.unroll(net, theta, x, y, 0.1, steps=2, augment=toggling, engine="generic")
 
 
-# ---- the engine is chosen by what the augmentation leaves
+# ---- the engine is chosen by the augmentation's output
 
 
 def test_an_augmentation_that_crops_a_canvas_runs_on_the_engine():
     net = ConvNet(3, 4, width=4, depth=1, image_size=4)
     theta, x, y = problem(net, (3, 8, 8))
 
-    def crop(images):  # of the repositories: at a place of its own each time
+    def crop(images):  # as in the repositories: at a new place each time
         top, left = torch.randint(5, (2,)).tolist()
         return images[:, :, top : top + 4, left : left + 4]
 

@@ -1,4 +1,4 @@
-"""Students trained at once are the students that a plain loop of torch.optim.SGD trains one after the other."""
+"""Students trained at once equal those that a plain loop of torch.optim.SGD trains one after the other."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def convnet():
 
 
 def problem(dtype=torch.float64, label_kind="hard", own=(), net=None):
-    """net, theta0 [E, P], images, labels; ``own``: which of images and labels each student has its own of."""
+    """net, theta0 [E, P], images, labels; ``own``: which of images and labels are per student."""
     torch.manual_seed(0)
     net = (net or convnet()).to(dtype)
     start = FlatModule(net).parameters()
@@ -66,7 +66,7 @@ def factor_of(schedule, epoch, epochs):
 
 
 def plain_loop(net, theta, images, labels, *, epochs, lr, batch_size, generator, **options):
-    """A student as the papers' code trains it; its parameters, mean losses, and the network itself."""
+    """A student trained as in the papers' code; its parameters, mean losses, and the network itself."""
     net = copy.deepcopy(net).train()
     vector_to_parameters(theta.clone(), net.parameters())
     schedule, augment = options.get("schedule"), options.get("augment")

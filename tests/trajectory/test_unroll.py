@@ -1,4 +1,4 @@
-"""The exact gradient equals autograd's through all steps; what may be asked of the unroll, and what is refused."""
+"""The exact gradient equals autograd's through all steps; the unroll's options, and what is refused."""
 
 import subprocess
 import sys
@@ -177,7 +177,7 @@ def test_recorded_augmentation_is_replayed(options):
 
 
 class WithDropout(nn.Module):
-    """A student with randomness, running statistics and a tuple for an answer."""
+    """A student with randomness, running statistics and a tuple as output."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,7 @@ def test_theta0_of_a_wrong_kind_is_named_by_the_match():
 
 
 def test_a_repos_loop_over_the_wrapper():
-    """``student(x, flat_param=theta)`` with ``create_graph=True``, as trajectory repositories write it."""
+    """``student(x, flat_param=theta)`` with ``create_graph=True``, as in trajectory repositories."""
     net, theta0, targets, images, labels, lr = problem(label_kind="hard")
     student = pydistill.compat.ReparamModule(net)
     X = images.clone().requires_grad_()

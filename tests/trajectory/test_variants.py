@@ -44,7 +44,7 @@ def relative(actual, truth):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_trajectory_gradient(kind, training):
-    """And the buffers that a BatchNorm is left with, which a replay must not move."""
+    """And a BatchNorm's final buffers, which a replay must not change."""
     net, theta0, images, labels = problem(training=training, **kind)
     if kind["norm"] != "batch" and not training:
         pytest.skip("no difference")
@@ -178,7 +178,7 @@ def test_widths_that_double():
 
 
 def test_a_literal_loop_with_batch_norm():
-    """What MTT's loop does with a BatchNorm: training mode, its buffers moved at every step."""
+    """What MTT's loop does with a BatchNorm: training mode, its buffers updated at every step."""
     net, theta0, images, labels = problem(norm="batch")
     literal, x, theta = copy.deepcopy(net), images.clone().requires_grad_(), theta0.clone().requires_grad_()
     student = pydistill.compat.ReparamModule(literal)

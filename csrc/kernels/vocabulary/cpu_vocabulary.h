@@ -1,9 +1,9 @@
-// What CPU kernel bodies are written in: 64-byte vectors of channels, and panels of them.
+// The vocabulary of CPU kernel bodies: 64-byte vectors of channels, and panels of them.
 //
-// A panel holds [H * W] vectors, one per position, each with the same position of L neighbouring channels.
+// A panel holds [H * W] vectors, one per position, each with the same position of L adjacent channels.
 // Packing brings any layout and element type into that one form, so a kernel's arithmetic is written once. The
-// vectors are as wide in every instruction set (the compiler splits them where registers are narrower), lanes never
-// mix, and sums run in a fixed order: hence results are bitwise equal over instruction sets and thread counts.
+// vectors have the same width in every instruction set (the compiler splits them if registers are narrower), lanes
+// never mix, and sums run in a fixed order: hence results are bitwise equal across instruction sets and thread counts.
 //
 // Everything lives in an unnamed namespace and uses nothing of the standard library: each .inl is compiled once per
 // instruction set, and a symbol shared between those files could be linked from the wrong one.
@@ -71,7 +71,7 @@ struct Registers {
 template <class T>
 using Register = typename Registers<T>::Type;
 
-// All lanes one value, from memory; and a * b + c, rounded once where the instruction set can: for sums whose last bits
+// One value from memory in all lanes; and a * b + c, rounded once if the instruction set can: for sums whose last bits
 // may differ between instruction sets.
 #if defined(__AVX512F__)
 PYDISTILL_INLINE Register<float> splat(const float* p) { return _mm512_set1_ps(*p); }
@@ -102,7 +102,7 @@ PYDISTILL_INLINE R multiply_add(R a, R b, R c) {
 }
 #endif
 
-// Loads and stores stay on their side of it. Of a long unrolled body GCC gathers all loads at the front and then runs
+// Loads and stores stay on their side of it. In a long unrolled body GCC moves all loads to the front and then runs
 // out of registers.
 PYDISTILL_INLINE void in_order() { asm volatile("" ::: "memory"); }
 
@@ -111,8 +111,8 @@ PYDISTILL_INLINE Register<T> load_register(const T* p) {
   return *reinterpret_cast<const typename Registers<T>::Unaligned*>(p);
 }
 
-// A 64-byte vector as the registers that it fills. Of vectors wider than a register the compiler compares single lanes
-// and keeps what it works on in memory; a loop over a panel is several times faster on these. Lanes compute the same.
+// A 64-byte vector as the registers that it fills. For vectors wider than a register the compiler compares lane by lane
+// and keeps temporaries in memory; a loop over a panel is several times faster on these. Lanes compute the same.
 template <class T>
 struct Wide {
   static constexpr int parts = Registers<T>::per_vector;
@@ -192,7 +192,7 @@ struct AnyPower {
   }
 };
 
-// Calls visit with the function a^p, decided once and not for every element.
+// Calls visit with the function a^p, chosen once and not for every element.
 template <class T, class Visit>
 PYDISTILL_INLINE void with_power(T p, Visit visit) {
   if (p == T(0)) return visit(WholePower<T, 0>());
@@ -222,11 +222,11 @@ PYDISTILL_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {  // correctly rounded root a
   return v;
 }
 
-// e^x to about one unit in the last place, in operations that every instruction set rounds alike, and without a branch,
+// e^x to about one unit in the last place, in operations that every instruction set rounds alike, and without branches
 // so that loops over it are vectorised: x = n ln 2 + r, and e^r by the polynomial of Cephes' expf. NaN stays NaN.
 PYDISTILL_INLINE float exp_lane(float x) {
-  x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // already 0 and infinity
-  const float magic = 12582912.0f;                    // 1.5 * 2^23: what is added to it is rounded to an integer
+  x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // already give 0 and infinity
+  const float magic = 12582912.0f;                    // 1.5 * 2^23: adding to it rounds to an integer
   const float shifted = x * 1.44269504f + magic, n = shifted - magic;
   int32_t bits, magic_bits;
   __builtin_memcpy(&bits, &shifted, 4);
@@ -295,7 +295,7 @@ PYDISTILL_INLINE void narrow(float v, Bf16& out) {  // round to nearest even; Na
   out.bits = static_cast<uint16_t>(v == v ? rounded : 0x7FC0u);
 }
 
-// What narrowing to bfloat16 and widening again leaves of each lane.
+// Each lane after narrowing to bfloat16 and widening again.
 PYDISTILL_INLINE Register<float> rounded_to_bf16(Register<float> v) {
   typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
   Bits bits;
@@ -306,7 +306,7 @@ PYDISTILL_INLINE Register<float> rounded_to_bf16(Register<float> v) {
   return v == v ? rounded : v;  // NaN stays NaN
 }
 
-// L neighbouring elements of storage type S as one vector of T, and back.
+// L adjacent elements of storage type S as one vector of T, and back.
 template <class T, class S>
 PYDISTILL_INLINE Vec<T> load_widened(const S* p) {
   Vec<T> v;
@@ -356,8 +356,8 @@ PYDISTILL_INLINE void transpose(Vec<T> (&rows)[Lanes<T>::count]) {
   }
 }
 
-// Runs `block` over L positions at a time where positions are neighbours in memory (and every lane has a channel of
-// its own), `vector` over single positions where channels are neighbours, `scalar` for all that is left.
+// Runs `block` over L positions at a time if positions are adjacent in memory (and every lane has its own channel),
+// `vector` over single positions if channels are adjacent, `scalar` for all that is left.
 template <class T, class Block, class Vector, class Scalar_>
 PYDISTILL_INLINE void walk(const Map& map, int lanes, int64_t H, int64_t W, Block block, Vector vector,
                            Scalar_ scalar) {
@@ -427,7 +427,7 @@ void pack(Scalar scalar, const Map& map, int64_t n, int64_t c, int lanes, int64_
   }
 }
 
-// The way back: the first `lanes` lanes of a panel into `map`.
+// The inverse: the first `lanes` lanes of a panel into `map`.
 template <class T>
 void unpack(Scalar scalar, const Vec<T>* panel, int64_t n, int64_t c, int lanes, int64_t H, int64_t W, const Map& map) {
   if constexpr (sizeof(T) == 8) {
@@ -439,7 +439,7 @@ void unpack(Scalar scalar, const Vec<T>* panel, int64_t n, int64_t c, int lanes,
   }
 }
 
-// L neighbouring values of a per-channel vector, zero where there is no channel; and back.
+// L adjacent values of a per-channel vector, zero where there is no channel; and back.
 template <class T>
 PYDISTILL_INLINE Vec<T> load_channels(const void* values, int64_t c, int lanes) {
   Vec<T> v{};

@@ -1,8 +1,8 @@
-// The words that kernels/*.cuh are written in, so that one source runs in two places.
+// The vocabulary of kernels/*.cuh, so that one source runs in two places.
 //
-// Under nvcc they are the device's own, plus launch(), dynamic_shared() and the element types' conversions.
-// Under a host compiler a machine in this file speaks them: one fiber per thread, blocks and threads in a random
-// order that a seed repeats. It makes the usual kernel bugs visible without a GPU:
+// Under nvcc it is the device's own, plus launch(), dynamic_shared() and the element types' conversions.
+// Under a host compiler it is emulated by a machine in this file: one fiber per thread, blocks and threads in a random
+// order that is reproducible by a seed. It makes the usual kernel bugs visible without a GPU:
 //   - shared memory that is read before it is written: every block starts with all bytes 0xFF, a NaN in every
 //     floating-point type;
 //   - barriers and shuffles that not every thread reaches: a Fault that names the block, the threads and the lines;
@@ -122,7 +122,7 @@ inline __nv_bfloat16 __float2bfloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
 
-// Set by the machine whenever it goes on with another thread.
+// Set by the machine whenever it switches to another thread.
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace pydistill::cuda_host {
@@ -159,9 +159,9 @@ class Machine {
     State state = State::ready;
     const char* call = nullptr;
     std::source_location at;
-    uint32_t mask = 0;   // shuffles: who takes part,
-    uint64_t value = 0;  // what this lane brings, and after the shuffle what it takes,
-    int source = 0;      // and from whom
+    uint32_t mask = 0;   // shuffles: which lanes take part,
+    uint64_t value = 0;  // what this lane gives, and after the shuffle what it takes,
+    int source = 0;      // and from which lane
     bool same_as(const Pause& other) const {
       return state == other.state && mask == other.mask && at.line() == other.at.line() &&
              at.column() == other.at.column() && !std::strcmp(at.file_name(), other.at.file_name());
@@ -220,7 +220,7 @@ class Machine {
   bool abandoning_ = false;
 };
 
-// One machine a process, driven from one thread: threadIdx and its like are plain globals.
+// One machine per process, driven from one thread: threadIdx and the like are plain globals.
 inline Machine& machine() {
   static Machine instance;
   return instance;
@@ -347,12 +347,12 @@ inline void Machine::release(Thread& thread) {
   ready_.push_back(&thread);
 }
 
-// Lets everyone go on who waited for `thread`, which has just stopped.
+// Releases all that waited for `thread`, which has just stopped.
 inline void Machine::release_if_complete(Thread& thread) {
   const Pause& pause = thread.pause;
   if (pause.state == State::in_block && ++waiting_ == size_) {
     for (size_t i = 0; i < size_; ++i) {
-      if (!threads_[i].pause.same_as(pause)) return;  // two different barriers: nobody can go on
+      if (!threads_[i].pause.same_as(pause)) return;  // two different barriers: no thread can continue
     }
     waiting_ = 0;
     for (size_t i = 0; i < size_; ++i) release(threads_[i]);

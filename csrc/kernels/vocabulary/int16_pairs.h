@@ -1,7 +1,7 @@
-// Products of 16-bit integers, two by two: an int32_t lane holds a pair of neighbours, and a product adds both to a sum
-// of 32 bits, exactly. An instruction makes twice as many of them as of float products, with 15 bits where bf16 has 8.
+// Products of 16-bit integers, in pairs: an int32_t lane holds a pair of adjacent ones, and a product adds both to a
+// 32-bit sum, exactly. An instruction does twice as many of them as float products, with 15 bits where bf16 has 8.
 //
-// No sum can overflow where a left vector's norm is at most kLeftNorm and a right one's kRightNorm (Cauchy-Schwarz).
+// No sum can overflow if a left vector's norm is at most kLeftNorm and a right one's kRightNorm (Cauchy-Schwarz).
 #pragma once
 
 #include "cpu_vocabulary.h"
@@ -37,7 +37,7 @@ PYDISTILL_INLINE Register<int32_t> multiply_add(Register<int32_t> a, Register<in
 #endif
 
 PYDISTILL_INLINE Register<int32_t> rounded_to_integers(
-    Register<float> v) {  // to nearest even; NaN to what has zero in its lower half
+    Register<float> v) {  // to nearest even; NaN becomes a value with zero in its lower half
 #if defined(__AVX512F__)
   return (Register<int32_t>)_mm512_cvtps_epi32((__m512)v);
 #elif defined(__AVX2__)
@@ -52,7 +52,7 @@ PYDISTILL_INLINE Register<int32_t> rounded_to_integers(
 #endif
 }
 
-// Neighbouring floats within +-32767, rounded; and pairs of them that come as even and odd ones.
+// Adjacent floats within +-32767, rounded; and pairs of them given as even and odd ones.
 PYDISTILL_INLINE void store_rounded_register(int16_t* to, Register<float> v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)rounded_to_integers(v)));

@@ -1,4 +1,4 @@
-// Dense products for kernels whose operands lie in cache: register tiles over vectors of columns, and a packed form of
+// Dense products for kernels whose operands are in cache: register tiles over vectors of columns, and a packed form of
 // the right factor.
 #pragma once
 
@@ -18,7 +18,7 @@ constexpr int kRows = 6, kColumns = 1;
 constexpr int kRows = 2, kColumns = 1;
 #endif
 
-// How `vectors` columns are cut into blocks of a tile's width: kColumns, then halves of it.
+// How `vectors` columns are divided into blocks of a tile's width: kColumns, then halves of it.
 PYDISTILL_INLINE int block_width(int64_t first, int64_t vectors) {
   int width = kColumns;
   while (first + width > vectors) width /= 2;
@@ -26,7 +26,7 @@ PYDISTILL_INLINE int block_width(int64_t first, int64_t vectors) {
 }
 
 // The right factor [depth][columns]: `row` elements from one depth to the next and `vector` from one vector of columns
-// to the next; `packed` where every block of columns is contiguous (row and vector are then implied).
+// to the next; `packed` if every block of columns is contiguous (row and vector are then implied).
 template <class T>
 struct Right {
   const T* data;
@@ -34,7 +34,7 @@ struct Right {
   bool packed = false;
 };
 
-// Where vector `v` of row `d` lies in a packed factor.
+// Where vector `v` of row `d` is in a packed factor.
 template <class T>
 PYDISTILL_INLINE int64_t packed_offset(int64_t d, int64_t v, int64_t depth, int64_t vectors) {
   constexpr int L = Lanes<T>::count;
@@ -53,10 +53,10 @@ template <class T>
 struct Product {
   T* data;
   int64_t row, vector;
-  bool add;  // to what is there, instead of overwriting it
+  bool add;  // to the existing values, instead of overwriting them
 };
 
-// The factors of one term in a sum of products, of which none has more than kMostTerms.
+// The factors of one term in a sum of products, which has at most kMostTerms terms.
 constexpr int kMostTerms = 3;
 template <class S>
 struct Factors {

@@ -78,8 +78,8 @@ struct Amx : Bf16Operands {
   }
 
  private:
-  // Both factors are repacked, a stretch of the depth and of the rows and columns at a time: the sum over tiles runs
-  // along rows of the operands, where AMX wants neighbours.
+  // Both factors are repacked, part of the depth, rows and columns at a time: the sum over tiles runs along rows of the
+  // operands, where AMX needs adjacent elements.
   static void outer(int64_t rows, int64_t depth, int64_t vectors, const Operand* left, int64_t left_row,
                     const Operand* right, int64_t right_row, Product<float> out) {
     constexpr int64_t kDepth = 128, kRowTiles = 8, kVectors = 8;

@@ -1,5 +1,5 @@
-// Products of bf16 factors with float sums on vectors: an instruction takes pairs of neighbours in the sum's order,
-// twice as many factors as of floats. Register tiles are those of matrix_product.h, with a pair in a float's place.
+// Products of bf16 factors with float sums on vectors: an instruction takes pairs adjacent in the sum's order, twice as
+// many factors as floats. Register tiles are those of matrix_product.h, with a pair in place of a float.
 #pragma once
 
 #include "matrix_product.h"
@@ -49,8 +49,8 @@ PYDISTILL_INLINE __m512bh splat_pair(const Bf16* p) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
 }
 
-// A sum of `terms` products of `pairs` pairs each. Of left factors, `row` elements lie between a row and the next and
-// `pair` between a row's pair and its next; right factors are packed.
+// A sum of `terms` products of `pairs` pairs each. Left factors have their rows `row` elements apart and a row's pairs
+// `pair` elements apart; right factors are packed.
 struct PairProduct {
   int64_t pairs, row, pair;
   int terms;
@@ -129,7 +129,7 @@ inline void multiply_pairs(int64_t rows, int64_t vectors, const PairProduct& of,
 }
 
 struct Bf16Pairs : Bf16Operands {
-  using Primal = Native<float, false>;  // an operand of its own costs less than sums of two, and is right to more bits
+  using Primal = Native<float, false>;  // a separate operand costs less than sums of two, and is more accurate
   static constexpr int64_t kChannels = 16, kTiles = 2;
   static constexpr bool kSplit = false;
 
@@ -147,8 +147,8 @@ struct Bf16Pairs : Bf16Operands {
     multiply_pairs(rows, vectors, of, out);
   }
 
-  // The sum runs along rows of the operands, where pairs have to be neighbours: both are packed anew, a stretch of the
-  // depth of all terms and of the rows and columns at a time.
+  // The sum runs along rows of the operands, where pairs have to be adjacent: both are repacked, part of the depth of
+  // all terms and of the rows and columns at a time.
   static void outer(int64_t rows, int64_t depth, int64_t vectors, const Factors<Bf16>* factors, int terms,
                     int64_t left_row, int64_t right_row, Product<float> out) {
     constexpr int64_t kDepth = 64, kLefts = 128;

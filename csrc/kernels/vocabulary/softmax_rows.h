@@ -1,6 +1,6 @@
-// Rows of logits as the CPU bodies of losses go through them: a row's tensors are widened into scratch memory, where
-// the loops run over neighbours. Every loop treats its elements alike and sums run in a fixed order of sixteen partial
-// sums, so that instruction sets of any width give the same bits.
+// How the CPU bodies of losses traverse rows of logits: a row's tensors are widened into scratch memory, where the
+// loops run over adjacent elements. Every loop treats its elements alike and sums run in a fixed order of sixteen
+// partial sums, so that instruction sets of any width give the same bits.
 //
 // Rows: a type with `data`, the base pointer, and strides `row` and `column` in elements.
 #pragma once
@@ -13,7 +13,7 @@ namespace {
 template <class S, class T, class Rows>
 PYDISTILL_INLINE void load_row_of(const Rows& rows, int64_t n, int64_t K, T* to) {
   const S* const from = static_cast<const S*>(rows.data) + n * rows.row;
-  if (rows.column == 1) {  // by itself, so that it is vectorised
+  if (rows.column == 1) {  // separate, so that it is vectorised
     for (int64_t k = 0; k < K; ++k) to[k] = widen(from[k]);
   } else {
     for (int64_t k = 0; k < K; ++k) to[k] = widen(from[k * rows.column]);
@@ -55,7 +55,7 @@ PYDISTILL_INLINE T sum_in_pairs(T (&part)[16]) {
   return part[0];
 }
 
-// In sixteen partial sums, then over them in pairs.
+// In sixteen partial sums, which are then added in pairs.
 template <class T, class Term>
 PYDISTILL_INLINE T sum(int64_t K, Term term) {
   T part[16] = {};
@@ -66,7 +66,7 @@ PYDISTILL_INLINE T sum(int64_t K, Term term) {
   return sum_in_pairs(part);
 }
 
-// The largest of x; a NaN is passed over. No order of going through it gives another.
+// The largest of x; NaN is ignored. The result does not depend on the order.
 template <class T>
 PYDISTILL_INLINE T largest(int64_t K, const T* x) {
   constexpr int L = Registers<T>::lanes, parts = 16 / L;
@@ -84,7 +84,7 @@ PYDISTILL_INLINE T largest(int64_t K, const T* x) {
   return max;
 }
 
-// x where it is between the bounds; NaN stays.
+// x clamped to the bounds; NaN stays.
 PYDISTILL_INLINE Register<float> bounded(Register<float> x, Register<float> least, Register<float> most) {
 #if defined(__AVX512F__)
   return _mm512_maskz_min_ps(0xFFFF, most, _mm512_maskz_max_ps(0xFFFF, least, x));
@@ -96,7 +96,7 @@ PYDISTILL_INLINE Register<float> bounded(Register<float> x, Register<float> leas
 #endif
 }
 
-// exp_lane of all lanes. The registers go through it side by side: a step of one alone would wait for the step before.
+// exp_lane of all lanes. Several registers are interleaved: with only one, each step would wait for the one before.
 template <int P>
 PYDISTILL_INLINE void exp_lanes(Register<float> (&x)[P]) {
   using R = Register<float>;
@@ -122,8 +122,8 @@ PYDISTILL_INLINE void exp_lanes(Register<float> (&x)[P]) {
 #undef PYDISTILL_EACH
 }
 
-// e = exp((x - shift) scale), and the argument in z unless that is null; x may be z. Returns what `sum` makes of e.
-// The shift goes first: of numbers near the largest it leaves all digits, where x scale in the thousands has few.
+// e = exp((x - shift) scale), and the argument in z unless that is null; x may be z. Returns the result of `sum` on e.
+// The shift comes first: it keeps all digits of numbers near the largest, while x scale in the thousands has few.
 template <class T>
 T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
   T part[16] = {};
@@ -163,7 +163,7 @@ T exp_row(int64_t K, T scale, T shift, const T* x, T* z, T* e) {
 // p = softmax(x scale), and z = x scale without its maximum; x may be z. Returns the logarithm of the sum of exp(z).
 template <class T>
 T softmax(int64_t K, T scale, const T* x, T* z, T* p) {
-  const T max = largest(K, x);  // a NaN comes back with the sum
+  const T max = largest(K, x);  // NaN shows in the sum
   const T total = exp_row(K, scale, max, x, z, p);
   for (int64_t k = 0; k < K; ++k) p[k] /= total;
   return log_lane(total);

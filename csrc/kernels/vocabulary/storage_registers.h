@@ -1,4 +1,4 @@
-// Registers of elements that are stored in another type than they are computed in.
+// Registers of elements whose storage type differs from the compute type.
 #pragma once
 
 #include "cpu_vocabulary.h"
@@ -17,7 +17,7 @@ PYDISTILL_INLINE __m512 widened_lanes(__m256i halves) {
 }
 #endif
 
-// A register of neighbouring elements of storage type S, and back; lanes are what widen and narrow make of them.
+// A register of adjacent elements of storage type S, and back; lanes are converted as by widen and narrow.
 template <class T, class S>
 PYDISTILL_INLINE Register<T> widened_register(const S* p) {
   if constexpr (sizeof(S) == sizeof(T)) {
@@ -58,7 +58,7 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v) {
     }
 #endif
 #if defined(__AVX512BF16__)
-    if constexpr (__is_same(S, Bf16)) {  // it takes numbers below 2^-126 for zero
+    if constexpr (__is_same(S, Bf16)) {  // it treats numbers below 2^-126 as zero
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
       return;
     }
@@ -82,15 +82,15 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v) {
   }
 }
 
-// What takes a masked instruction or two, or else a loop, which is not worth inlining into every tile's every pixel.
+// For what takes one or two masked instructions, or else a loop that is not worth inlining for every pixel of a tile.
 #if defined(__AVX512BW__)
 #define PYDISTILL_MASKED PYDISTILL_INLINE
 #else
 #define PYDISTILL_MASKED __attribute__((noinline))
 #endif
 
-// The same of `count` elements, fewer than a register's lanes: other lanes are zero on the way in and left out on the
-// way back, and no other memory is touched.
+// The same for `count` elements, fewer than a register's lanes: other lanes are zero when loading and skipped when
+// storing, and no other memory is touched.
 template <class T, class S>
 PYDISTILL_MASKED Register<T> widened_register(const S* p, int64_t count) {
 #if defined(__AVX512F__)
@@ -119,7 +119,7 @@ PYDISTILL_MASKED void store_narrowed_register(S* p, Register<T> v, int64_t count
   for (int64_t i = 0; i < count; ++i) p[i] = each[i];
 }
 
-// Neighbouring pairs of bfloat16, in memory's order; `count` elements of them, the others zero. Each pair's elements as
+// Adjacent pairs of bfloat16, in memory order; `count` elements of them, the others zero. Each pair's elements as
 // float: neither has to move to another lane.
 PYDISTILL_INLINE FloatBits load_bf16_pairs(const Bf16* p) {
   typedef FloatBits Unaligned __attribute__((aligned(2), may_alias));
@@ -137,8 +137,8 @@ PYDISTILL_MASKED FloatBits load_bf16_pairs(const Bf16* p, int64_t count) {
 PYDISTILL_INLINE Register<float> even_of_pairs(FloatBits pairs) { return (Register<float>)(pairs << 16); }
 PYDISTILL_INLINE Register<float> odd_of_pairs(FloatBits pairs) { return (Register<float>)(pairs & 0xFFFF0000u); }
 
-// What lies in two places, `half` elements in each: the register of those from c on, or of their pairs; zero where
-// there are no more, and left out on the way back.
+// Elements in two places, `half` in each: the register of those from c on, or of their pairs; zero past the end, and
+// skipped when storing.
 PYDISTILL_INLINE uint32_t lowest_bits(int64_t count) {
   return count <= 0 ? 0 : count >= 32 ? ~uint32_t{0} : (uint32_t{1} << count) - 1;
 }

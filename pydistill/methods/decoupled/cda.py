@@ -1,7 +1,7 @@
 """CDA (Yin and Shen, 2023): SRe2L's recovery with crops that begin with the whole image and grow smaller.
 
 The least share s of the area that a crop shows falls from 1 to ``crop`` over the first ``milestone`` of the iterations,
-by a step, linearly or by a cosine, s(i) = crop + (1 - crop) (1 + cos(pi i / (milestone N))) / 2, and stays there.
+in one step, linearly or by a cosine, s(i) = crop + (1 - crop) (1 + cos(pi i / (milestone N))) / 2, and stays there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CDA(Recover):
     }
 
     crop: float = 0.08
-    """The least share of the area that a crop shows in the end, one crop for the whole batch."""
+    """The least share of the area that a crop finally shows, one crop for the whole batch."""
     flip: float = 0.5
     """Probability of mirroring a batch."""
     schedule: Literal["step", "linear", "cosine"] = "cosine"

@@ -1,10 +1,10 @@
 """DWA (Du et al., NeurIPS 2024): SRe2L's recovery from real images and from a network that is moved for each batch.
 
 Before a batch is made, the weights take K steps up its loss, theta <- theta + (rho / K) grad CE / ||grad CE||, away
-from what the network knows of those images, so that batches differ; and the variances have a weight of their own,
-``r_var``. The paper takes the steps from the squeezed weights for each batch. In the published code they add up over
-the batches that share an image number, and are never undone: ``accumulate``. (That code also leaves the weights'
-gradients on during the recovery, which changes nothing but its time.)
+from what the network knows of those images, so that batches differ; and the variances have their own weight,
+``r_var``. The paper starts each batch's steps from the squeezed weights. In the published code they add up over the
+batches that share an image number, and are never undone: ``accumulate``. (That code also leaves the weights'
+gradients on during the recovery, which affects only its run time.)
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class DWA(Recover):
     r_var: float = 11.0
     """Weight of the variances."""
     rho: float = 0.015
-    """Length of all steps up together."""
+    """Total length of all ascent steps."""
     ascent_steps: int = 12
-    """K, how many they are."""
+    """K, the number of ascent steps."""
     accumulate: bool = False
-    """A batch's steps start where those of the batch before ended, as in the published code."""
+    """Start a batch's steps where those of the previous batch ended, as in the published code."""
     start: Literal["random", "kmeans"] = "random"
     """Real images to start from: drawn, or those nearest to the centres of each class's logits."""
 

@@ -1,13 +1,13 @@
-"""HeLlO (Yu et al., ICCV 2025): soft labels are made online by a fitted projector, and none is stored.
+"""HeLlO (Yu et al., ICCV 2025): soft labels are made online by a fitted projector, and none are stored.
 
     fit     mean over weak teachers of mse(f_m(x), teacher_m(x)) + ce_weight cross_entropy(f_m(x), y), on real images
     images  those of each class that the teachers find easiest, then some steps on `feature_distance`
     student mse(student(a(x)), f(a(x))) + beta cross_entropy(student(a(x)), y), with f the teachers' mean
 
 There is no published code. The paper's encoder is CLIP, its head the embeddings of the classes' names, its teachers
-nine ResNet-18 and its images mosaics of patches (RDED). Here the encoder is any module, by default one that Barlow
-Twins trained on the set; the head starts at the classes' mean features; teachers are ConvNets; images are whole ones.
-What it is compared with: the same teachers' logits at the same augmented views, stored as float16.
+nine ResNet-18s and its images mosaics of patches (RDED). Here the encoder is any module, by default one trained by
+Barlow Twins on the set; the head starts at the classes' mean features; teachers are ConvNets; images are whole ones.
+The baseline: the same teachers' logits at the same augmented views, stored as float16.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _FILES = {"projector": "projector", "encoder": "encoder", "stored": "labels"}
 
 @dataclass(frozen=True)
 class HeLlO(Method):
-    """What a run of HeLlO takes; `preset` has the values for a data set."""
+    """HeLlO's hyper-parameters; `preset` has the values for a data set."""
 
     name: ClassVar[str] = "hello"
     about: ClassVar[str] = "HeLlO: images, and soft labels from a fitted projector"
@@ -64,37 +64,37 @@ class HeLlO(Method):
     inputs: ClassVar[type[Inputs]] = DatasetInputs
 
     ipc: int = 10
-    """Images of each class."""
+    """Images per class."""
     encoder_epochs: int = 30
     """Passes of the self-supervised encoder over the training images."""
     encoder_width: int = 16
     """Channels of the encoder's first block; it has three."""
     teachers: int = 2
-    """Weak teachers."""
+    """Number of weak teachers."""
     teacher_epochs: int = 10
-    """Passes of each over the training images."""
+    """Passes of each teacher over the training images."""
     rank: int = 2
-    """Of the encoder's factors."""
+    """Rank of the encoder's factors."""
     head_rank: int = 8
-    """Of the head's factors."""
+    """Rank of the head's factors."""
     fit_epochs: int = 30
     """Passes of the projector over the training images."""
     ce_weight: float = 1.0
-    """Of the cross entropy while the projector is fitted."""
+    """Weight of the cross entropy in fitting the projector."""
     image_steps: int = 20
-    """Steps on the images that make them keep their features at half the size."""
+    """Steps on the images so that they keep their features at half the size."""
     student_epochs: int = 200
     """Passes of a student over the distilled images, each in other views."""
     beta: float = 0.1
-    """Of the cross entropy while a student is trained."""
+    """Weight of the cross entropy in training a student."""
     lr: float = 2e-3
-    """Of Adam, for projector and students, at its peak."""
+    """Peak learning rate of Adam, for projector and students."""
     batch_size: int = 100
     """Images per step."""
     students: int = 3
     """Fresh students for each accuracy."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         counts = ("ipc", "teachers", "rank", "head_rank", "fit_epochs", "student_epochs", "batch_size", "students")
@@ -120,9 +120,9 @@ def body_of(encoder: Encoder) -> nn.Module:
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """In the place of the classes' names: class means less that of all, at right angles to it, ``[K, d]``.
+    """Stand-ins for the classes' names: class means minus the overall mean, orthogonal to it, ``[K, d]``.
 
-    At right angles, since what all features have in common would favour a class.
+    Orthogonal, since what all features have in common would favour one class.
     """
     mean = features.mean(0)
     means = torch.stack([features[labels == k].mean(0) for k in range(num_classes)]) - mean
@@ -130,7 +130,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def views(images: Tensor, seed: int, epoch: int) -> Tensor:
-    """The images of an epoch of post-training: augmented one by one, by ``(seed, epoch)`` alone."""
+    """The images of an epoch of post-training: augmented one by one, depending on ``(seed, epoch)`` alone."""
     augment = DiffAugment("color_crop_cutout_scale_rotate")
     return augment(images, augment.draw(images.shape, seeded_generator(seed, Stream.VIEWS, epoch)).to(images.device))
 
@@ -146,7 +146,7 @@ def fit_projector(
     """Fits the projector's factors in place, on augmented images, by Adam under half a cosine; each epoch's mean loss.
 
     Raises:
-        ValueError: not as many teachers as the projector has.
+        ValueError: not as many teachers as the projector has heads for.
         FloatingPointError: the loss is not finite.
     """
     if len(teachers) != projector.config["teachers"]:
@@ -174,7 +174,7 @@ def fit_projector(
 
 @torch.no_grad()
 def easiest(teachers: list[nn.Module], images: Tensor, labels: Tensor, ipc: int, num_classes: int) -> Tensor:
-    """The indices of the ``ipc`` images of each class with the least cross entropy, mean over the teachers.
+    """The indices of the ``ipc`` images of each class with the least cross entropy, averaged over the teachers.
 
     Raises:
         ValueError: a class has fewer images.
@@ -202,7 +202,7 @@ def shrink_proof(config: HeLlO, encoder: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stored_labels(config: HeLlO, teachers: list[nn.Module], images: Tensor) -> Tensor:
-    """What relabelling would keep: the teachers' mean logits at every epoch's views, float16 ``[epochs, n, K]``."""
+    """What relabelling would store: the teachers' mean logits at every epoch's views, float16 ``[epochs, n, K]``."""
     epochs = (views(images, config.seed, epoch) for epoch in range(config.student_epochs))
     return torch.stack([torch.stack([teacher.eval()(x) for teacher in teachers]).mean(0).half() for x in epochs])
 
@@ -219,8 +219,8 @@ def post_train(
     """Trains student ``number`` in place by Adam under half a cosine.
 
     Args:
-        source: of the soft labels: a projector, which makes them online, what `stored_labels` kept, or None for the
-            hard labels alone.
+        source: of the soft labels: a projector, which makes them online, the result of `stored_labels`, or None for
+            the hard labels alone.
     """
     net.train()
     optimizer = torch.optim.Adam(net.parameters(), config.lr)
@@ -253,7 +253,7 @@ def _trained(
     epochs: int,
     on_step: OnStep,
 ) -> list[float]:
-    """Trains at a learning rate that falls from epoch to epoch; each one's mean loss."""
+    """Trains at a learning rate that falls from epoch to epoch; returns each epoch's mean loss."""
     steps = -(-count // config.batch_size)
     rate = lambda lr, epoch, step: lr * half_cosine(epoch, epochs)  # noqa: E731
     return train(net, optimizer, batches, epochs=epochs, steps=steps, rate=rate, on_step=on_step)
@@ -262,8 +262,8 @@ def _trained(
 class HeLlOJob(Job):
     """Fits a label projector and trains students on labels that it makes online; and others on stored and hard ones.
 
-    encoder.safetensors is in the place of a public one; the run leaves teachers.safetensors, projector.safetensors,
-    images.safetensors (x and y), labels.safetensors (the stored labels that it does without), and bytes and accuracies.
+    encoder.safetensors takes the place of a public one; the run leaves teachers.safetensors, projector.safetensors,
+    images.safetensors (x and y), labels.safetensors (the stored labels, for comparison), and bytes and accuracies.
     """
 
     made = ("projector.safetensors",)
@@ -284,7 +284,7 @@ class HeLlOJob(Job):
         self.teachers = [self._convnet(Stream.PROJECTED_TEACHER, number) for number in range(config.teachers)]
 
     def stands(self, run: Run, record: dict[str, Any]) -> bool:
-        return False  # of students that are trained again
+        return False  # students are trained again
 
     def phases(self) -> Sequence[Callable[[Run], None]]:
         return self.train_encoder, self.train_teachers, self.fit, self.choose_images, self.store_labels, self.test

@@ -1,9 +1,9 @@
 """INFER (Zhang et al., ICLR 2025): real images, and a compensator u that is added to those of all classes alike.
 
 For each of the teachers, and each number j of a real image, u minimises SRe2L's loss of x_cj + u over all classes c.
-The product is the real images and, for each teacher, the same images plus u: ``n (M + 1)`` images of a class from the
-storage of ``n`` and ``n M`` compensators of all classes together, so that n = ipc / (M / K + 1), rounded down, real
-images fill the budget of ``ipc``. Labels are meant to be the teachers' mean, mixed up: ``pydistill relabel``.
+The product is the real images and, for each teacher, the same images plus u: ``n (M + 1)`` images per class from the
+storage of ``n``, and of ``n M`` compensators shared by all classes, so that n = ipc / (M / K + 1), rounded down, real
+images fill the budget of ``ipc``. Labels are meant to be the teachers' mean, mixed: ``pydistill relabel``.
 
 The published file for ImageNet refers to names that it does not define; this follows the one for CIFAR.
 """
@@ -55,7 +55,7 @@ class INFER(Recover):
         return natural * (num_teachers + 1), natural
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
-        """All classes' image 0, 1, ... as they are, and then each again for every teacher."""
+        """All classes' images 0, 1, ... as they are, and then each again for every teacher."""
         count, natural = self.per_class(num_classes, num_teachers)
         labels = torch.arange(num_classes, device="cpu")
         return [

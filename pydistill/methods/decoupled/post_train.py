@@ -1,4 +1,4 @@
-"""Post-train: a student learns a distilled set from the stored labels of the very views that it sees.
+"""Post-train: a student learns a distilled set from stored labels of exactly the views that it sees.
 
     loss = KL(softmax(teacher / T) || softmax(student / T))
 
@@ -46,12 +46,12 @@ class PostTrainInputs(Inputs):
     root: Path | None = None
     """Folder of the data set's files, for its test images."""
     students: int = 1
-    """Students, from seeds on from --seed."""
+    """Number of students, with consecutive seeds from --seed."""
 
 
 @dataclass(frozen=True)
 class PostTrain(Method):
-    """How a student is trained on a distilled set: AdamW under half a cosine, one view of each image an epoch."""
+    """How a student is trained on a distilled set: AdamW under half a cosine, one view of each image per epoch."""
 
     name: ClassVar[str] = "post-train"
     about: ClassVar[str] = "train a student on images and labels, and test it"
@@ -66,11 +66,11 @@ class PostTrain(Method):
     depth: int = 3
     """Blocks of convnet."""
     lr: float = 1e-3
-    """Of AdamW, at its start."""
+    """Initial learning rate of AdamW."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     seed: int = 0
-    """Of the initial parameters."""
+    """Seed of the initial parameters."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32},
@@ -94,7 +94,7 @@ def new_student(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The student before its training; raises what `post_train` does where its arguments do not fit."""
+    """The student before its training; raises as `post_train` does if its arguments do not fit."""
     _, channels, side, _ = distilled.images.shape
     if store is not None:
         if store.num_classes != num_classes:
@@ -127,7 +127,7 @@ def post_train(
         views: what the store was made with: the epochs, batches and views.
         store: of soft labels; without one, the set's own hard labels on the same views, mixed as the images are.
         num_classes: of the student.
-        device: where the work is done.
+        device: where to compute.
         state, on_epoch: as `pydistill.methods.training.train` takes them.
 
     Raises:
@@ -193,7 +193,7 @@ class PostTrainJob(Job):
         return [partial(self.train, number=number) for number in range(self.inputs.students)]
 
     def train(self, run: Run, number: int) -> None:
-        """Student ``number``, from a seed of its own."""
+        """Student ``number``, from its own seed."""
         if number == 0 and self.soft is not None:
             run.tell(told(self.store))
         data, distilled = self.data, self.distilled

@@ -1,4 +1,4 @@
-"""Recover: images made by descending a squeezed network's loss, its BatchNorm statistics as the prior.
+"""Recover: images made by descending a squeezed network's loss, with its BatchNorm statistics as the prior.
 
     loss(x) = CE(net(view(x)), y) + r_bn * sum_l m_l (||mean_l - running_mean_l|| + r_var ||var_l - running_var_l||)
 
@@ -6,9 +6,9 @@ with the statistics of a batch's activations before BatchNorm layer l, m_1 = ``f
 betas (0.5, 0.9) and a cosine. SRe2L, CDA, DWA and INFER are this with another view, network, start or variable: one
 file each beside this one.
 
-The images are made in batches, each by itself: what a batch draws depends on the seed and its number alone. So batches
-may be made in any order, in any process, and the memory in use is one batch's, however many classes there are. A batch
-that is finished is a file in the folder ``parts``, one under way has a checkpoint there, and `merge` joins them.
+The images are made in independent batches: what a batch draws depends on the seed and its number alone. So batches
+may be made in any order, in any process, and the memory in use is one batch's, however many classes there are. A
+finished batch is a file in the folder ``parts``, one in progress has a checkpoint there, and `merge` joins them.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _PART, _STATE = "recovered batch", "recovery under way"
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images that are made together: ``place[i]`` is the number of image i among those of its class, ``labels[i]``."""
+    """Images made together: ``place[i]`` is the number of image i within its class, ``labels[i]``."""
 
     number: int
     place: Tensor  # int64 [B]
     labels: Tensor  # int64 [B]
     teacher: int = 0  # the number of the network
-    moves: bool = True  # or the images stay as they start
+    moves: bool = True  # False: the images stay as they start
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RecoverInputs(Inputs):
     checkpoint_every: int = 100
     """Iterations between two checkpoints of a batch."""
     network: str | None = None
-    """package.module:function that makes the network of your own whose weights the files of --teacher are."""
+    """package.module:function that makes your own network, whose weights are in the files of --teacher."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class Recover(Method):
     iterations: int = 1000
     """Steps of Adam on each batch."""
     batch_size: int = 100
-    """Images that are made, and whose statistics are taken, together."""
+    """Images that are made together and share their statistics."""
     lr: float = 0.25
-    """Of Adam, at its start."""
+    """Initial learning rate of Adam."""
     r_bn: float = 0.01
     """Weight of the BatchNorm statistics."""
     first: float = 10.0
-    """Their weight in the first layer."""
+    """Factor on their weight in the first layer."""
     r_var: float = 1.0
     """Weight of the variances in them."""
     crop: float = 1.0
@@ -97,9 +97,9 @@ class Recover(Method):
     flip: float = 0.0
     """Probability of mirroring a batch."""
     jitter: int = 4
-    """Pixels by which a batch is rolled at most, down and to the right."""
+    """Most pixels by which a batch is rolled, down and to the right."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all random draws."""
 
     def job(self, inputs: RecoverInputs, device: torch.device) -> RecoverJob:
         return RecoverJob(self, inputs, device)
@@ -112,11 +112,11 @@ class Recover(Method):
                 raise ValueError(f"{name}: expected at most 1, got {getattr(self, name)}")
 
     def per_class(self, num_classes: int, num_teachers: int) -> tuple[int, int]:
-        """How many images of a class come out, and from how many real ones of it where the method starts from them."""
+        """How many images of a class are made, and from how many real ones where the method starts from those."""
         return self.ipc, self.ipc
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
-        """All classes' first images, then their second, ... in stretches of ``batch_size``."""
+        """All classes' first images, then their second, ... in runs of ``batch_size``."""
         positions = torch.arange(self.ipc * num_classes, device="cpu")
         parts = positions.split(self.batch_size)
         return [Batch(i, part // num_classes, part % num_classes) for i, part in enumerate(parts)]
@@ -137,13 +137,13 @@ class Recover(Method):
         return freeze(teacher.net)
 
     def variables(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What Adam moves, and the fixed images that it is added to, if it is not the images themselves."""
+        """What Adam optimises, and the fixed images it is added to, unless it is the images themselves."""
         return images, None
 
 
 @dataclass(frozen=True)
 class RandomImages(Recover):
-    """No method: real images as they are, which the others are to be compared with."""
+    """No method: real images as they are, as a baseline for the others."""
 
     name: ClassVar[str] = "random"
     about: ClassVar[str] = "real images as they are, to compare with"
@@ -152,7 +152,7 @@ class RandomImages(Recover):
     starts_real: ClassVar[bool] = True
 
     start: Literal["random", "kmeans"] = "random"
-    """Which they are: drawn, or those nearest to the centres of each class's logits."""
+    """Which real images: drawn at random, or those nearest to the centres of each class's logits."""
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
         return [replace(batch, moves=False) for batch in super().batches(num_classes, num_teachers)]
@@ -161,7 +161,7 @@ class RandomImages(Recover):
 def real_images(config: Recover, dataset: Dataset, teachers: Sequence[Teacher]) -> Tensor:
     """The real images ``[K, n, C, H, W]`` from which a method starts.
 
-    Drawn by its seed; or with ``start="kmeans"`` those nearest to the centres of each class's logits.
+    Drawn by its seed, or with ``start="kmeans"`` those nearest to the centres of each class's logits.
     """
     count = config.per_class(dataset.num_classes, len(teachers))[1]
     generator = seeded_generator(config.seed, Stream.REAL_START)
@@ -188,25 +188,25 @@ def recover(
     before_checkpoint: Callable[[dict[str, Any]], None] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Makes this rank's share of the batches, each into a file of ``folder / "parts"``; what is there already, stays.
+    """Makes this rank's share of the batches, each into a file of ``folder / "parts"``; existing files stay.
 
-    Interrupted or killed at any moment, it goes on from the last checkpoint when called again, to the same bits (on as
-    many threads: torch's own convolutions promise no more).
+    Interrupted or killed at any moment, it continues from the last checkpoint when called again, to the same bits (with
+    as many threads: torch's own convolutions promise no more).
 
     Args:
         config: the method.
-        teachers: networks with BatchNorm; all methods but INFER take one. Their device is where the work is done.
+        teachers: networks with BatchNorm; all methods but INFER take one. The work is done on their device.
         folder: where the files go.
-        real: of `real_images`, for methods that start from real images.
+        real: from `real_images`, for methods that start from real images.
         rank, world: which share of the batches this process makes: every ``world``-th from ``rank`` on.
         checkpoint_every: iterations between two checkpoints of a batch, and between two calls of ``on_step``.
-        before_checkpoint: called with ``batch``, ``iteration`` and ``loss`` before each checkpoint is written: a log
-            whose lines are of more than `iterations_done` has those of steps that are taken again.
-        on_step: called with the same after it; an exception from it ends the run, which can go on.
+        before_checkpoint: called with ``batch``, ``iteration`` and ``loss`` before each checkpoint is written: log
+            lines beyond `iterations_done` are of steps that will be taken again.
+        on_step: called with the same after it; an exception from it ends the run, which can be continued.
 
     Raises:
-        ValueError: teachers of different classes or images, one without BatchNorm or with it in training mode, no real
-            images or others than the method starts from, or files of another run in ``folder``.
+        ValueError: teachers of different classes or images, one without BatchNorm or with it in training mode, missing
+            or unexpected real images, or files of another run in ``folder``.
         FloatingPointError: a loss that is not finite.
     """
     check(config, teachers, real)
@@ -223,7 +223,7 @@ def recover(
 
 
 def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLike[str]) -> DistilledSet:
-    """The images of all batches, classes in order, those of one class together; the whole set is in memory then.
+    """The images of all batches, sorted by class; the whole set is in memory.
 
     Raises:
         ValueError: a batch's file is missing, damaged, of other images, or of a run with other options; it is named.
@@ -248,7 +248,7 @@ def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLik
 
 
 def iterations_done(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLike[str], batch: int) -> int:
-    """How many of a batch's iterations the files in ``folder`` hold; ValueError for a file that is none of this run."""
+    """How many of a batch's iterations the files in ``folder`` hold; ValueError for a file that is not of this run."""
     path = Path(folder) / "parts" / f"{batch:05d}.safetensors"
     if path.exists():
         return config.iterations
@@ -257,7 +257,7 @@ def iterations_done(config: Recover, teachers: Sequence[Teacher], folder: str | 
 
 
 def stored(config: Recover, teachers: Sequence[Teacher]) -> dict[str, Any]:
-    """The options that say what is made, as the files keep them."""
+    """The options that determine the result, as the files keep them."""
     return {"method": config.name, **asdict(config), "teachers": [teacher.config for teacher in teachers]}
 
 
@@ -307,7 +307,7 @@ def _make(
         shown = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
         view = multi_crop(images, shown.to(device), side, base=base)
-        logits = net(view.contiguous(memory_format=torch.channels_last))  # in which a frozen network is fastest
+        logits = net(view.contiguous(memory_format=torch.channels_last))  # fastest layout for a frozen network
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
         (x.grad,) = torch.autograd.grad(loss, x)
         for group in optimizer.param_groups:
@@ -346,7 +346,7 @@ def _read(path: Path, kind: str, config: Recover, teachers: Sequence[Teacher]) -
 
 
 def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> None:
-    """What `recover` refuses before it begins, and how it says so."""
+    """Raises for what `recover` refuses before it begins."""
     if not teachers:
         raise ValueError("teachers: expected at least one, got none")
     first = teachers[0]

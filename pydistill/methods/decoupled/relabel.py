@@ -1,7 +1,7 @@
 """Relabel: a teacher's soft labels for many random views of each image of a distilled set.
 
 FKD (Shen and Xing, ECCV 2022) as SRe2L uses it: an epoch shows each image once, cropped, mirrored and mixed with
-another of its batch, and what the teachers say of the view is stored beside the few numbers that make the view.
+another of its batch, and the teachers' output for the view is stored with the few numbers that define the view.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class RelabelInputs(Inputs):
     images: Path
     """The distilled.safetensors of recover."""
     teacher: tuple[Path, ...]
-    """The squeezed network's file; of several, the mean of their logits is taken."""
+    """The squeezed network's file; for several, the mean of their logits is taken."""
     network: str | None = None
-    """package.module:function that makes the network of your own whose weights the files of --teacher are."""
+    """package.module:function that makes your own network, whose weights are in the files of --teacher."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Relabel(Method):
     epochs: int = 300
     """Views of each image."""
     batch_size: int = 128
-    """Images that are shown, and mixed, together."""
+    """Images that are shown and mixed together."""
     crop: float = 0.08
     """The least share of an image's area that a view shows."""
     flip: float = 0.5
@@ -73,16 +73,16 @@ class Relabel(Method):
     alpha: float = 1.0
     """The share of each is drawn from Beta(alpha, alpha)."""
     static: bool = False
-    """Mix labels of the whole images (INFER) instead of asking the teachers about each view."""
+    """Mix labels of the whole images (INFER) instead of running the teachers on each view."""
     temperature: float = 20.0
     """T, by which the student's and the teachers' logits are divided."""
     format: Literal["fp32", "fp16", "bf16", "logits8", "features8", "topk", "topk8"] = "fp16"
     """How a label is stored: all logits in 32, 16 or 8 bits, the teachers' features in 8 bits and their last layers
     once, or the largest k probabilities; the error of the student's gradients is measured and shown."""
     k: int = 10
-    """Probabilities that topk and topk8 keep."""
+    """Number of probabilities that topk and topk8 keep."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all random draws."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"epochs": 200, "batch_size": 25, "crop": 0.5, "flip": 0.0},
@@ -97,7 +97,7 @@ class Relabel(Method):
 
     @classmethod
     def preset(cls, dataset: str, method: str = "") -> Self:
-        """The values for a data set and the method that made the images; ValueError names the sets that there are."""
+        """The values for a data set and the method that made the images; ValueError names the available sets."""
         return cls._for(super().preset(dataset), method)
 
     @classmethod
@@ -122,7 +122,7 @@ class Relabel(Method):
         return MultiCrop(side, scale=(self.crop, 1.0), flip=self.flip, mix=mix, alpha=self.alpha)
 
     def views(self, shape: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's batches: the numbers of their images, and the record of what is shown of them."""
+        """An epoch's batches: the numbers of their images, and the record of their views."""
         generator, crops = seeded_generator(self.seed, Stream.RELABEL_BATCHES, epoch), self.crops(shape[2])
         for index in torch.randperm(shape[0], generator=generator, device="cpu").split(self.batch_size):
             yield index, crops.draw(shape, generator, sources=index)
@@ -139,23 +139,22 @@ def relabel(
     world: int = 1,
     on_epoch: Callable[[int], None] | None = None,
 ) -> SoftLabelStore:
-    """Writes this rank's share of the epochs, every ``world``-th from ``rank`` on, into a store; what is there, stays.
+    """Writes this rank's share of the epochs, every ``world``-th from ``rank`` on, into a store; existing ones stay.
 
-    Killed at any moment, it goes on where the store ends when called again, to the same bits (on as many threads:
+    Killed at any moment, it continues where the store ends when called again, to the same bits (with as many threads:
     torch's own convolutions promise no more).
 
     Args:
         config: the views, and how labels are stored.
         distilled: the images, in the teachers' space.
         teachers: their mean logits are the labels.
-        path: of the store, which is made where it is not there; ranks need one each, to be joined by
-            `SoftLabelStore.merge`.
+        path: of the store, created if missing; ranks need one each, to be joined by `SoftLabelStore.merge`.
         rank, world: see above.
-        on_epoch: called with the number of each epoch that is done; an exception from it ends the run.
+        on_epoch: called with the number of each finished epoch; an exception from it ends the run.
 
     Raises:
-        ValueError: a teacher of other classes or images than the set's, or one whose last layer is no ``nn.Linear`` for
-            the format "features8", or a store of other images or options.
+        ValueError: a teacher of other classes or images than the set's, one whose last layer is not an ``nn.Linear``
+            with the format "features8", or a store of other images or options.
     """
     for teacher in teachers:
         check_fit(distilled, teacher.num_classes, teacher.shape)
@@ -167,7 +166,7 @@ def relabel(
         nets, classifier = [_Features(net, head) for net, head in zip(nets, heads, strict=True)], _mean_of(heads)
 
     def ask(x: Tensor) -> Tensor:
-        """The mean logits; or, of "features8", the features of all."""
+        """The mean logits; for "features8", the features of all teachers."""
         found = [net(x) for net in nets]
         return torch.stack(found).mean(0) if classifier is None else torch.cat(found, 1)
 
@@ -212,7 +211,7 @@ def relabel(
 
 @torch.no_grad()
 def last_linear(net: nn.Module, images: Tensor) -> nn.Linear:
-    """The ``nn.Linear`` whose output is the network's, as some images show.
+    """The ``nn.Linear`` whose output is the network's, found by running it on some images.
 
     Raises:
         ValueError: there is none.
@@ -249,7 +248,7 @@ class _Features:
 
 
 def _mean_of(heads: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """One layer that gives the mean of several from what goes into each, side by side."""
+    """One layer that gives the mean of several from their inputs, side by side."""
     biases = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
     return torch.cat([head.weight for head in heads], 1) / len(heads), torch.stack(biases).mean(0)
 
@@ -262,7 +261,7 @@ def replayed(labels: SoftLabels) -> Tensor:
 
 
 def _as_rows(record: Tensor) -> np.ndarray:
-    """A record as uint8 ``[B, record_bytes]``, without what is the same for all rows."""
+    """A record as uint8 ``[B, record_bytes]``, without the part common to all rows."""
     return np.frombuffer(record_to_bytes(record), np.uint8, offset=HEADER.size).reshape(len(record), -1)
 
 
@@ -280,7 +279,7 @@ def _crc32(teachers: Sequence[Teacher]) -> int:
 
 
 def views_of(store: SoftLabelStore) -> Relabel:
-    """How the labels in a store were made; ValueError for one that `relabel` has not made."""
+    """How the labels in a store were made; ValueError for one that `relabel` did not make."""
     try:
         return Relabel(**store.metadata["relabel"])
     except (KeyError, TypeError) as error:
@@ -325,7 +324,7 @@ class RelabelJob(Job):
         return {"command": "relabel", **asdict(self.config)}
 
     def stands(self, run: Run, record: dict[str, Any]) -> bool:
-        # every epoch of the views is reported again where they are gone through again, to find what lacks
+        # all epochs are gone through again, and reported again, to find the missing ones
         return ranks.world()[1] > 1 and (run.folder / "labels.store").exists()
 
     def phases(self) -> Sequence[Callable[[Run], None]]:

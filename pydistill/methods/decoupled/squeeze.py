@@ -43,7 +43,7 @@ __all__ = [
 
 NetworkName = Literal["convnet", "resnet18", "resnet50"]
 SetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet-1k", "image-folder"]
-_FOLDERS = {"tiny-imagenet": 64, "imagenet-1k": 224}  # sets that are read as image folders, and their size
+_FOLDERS = {"tiny-imagenet": 64, "imagenet-1k": 224}  # sets read as image folders, and their image size
 _KIND = "teacher"
 _BUILT_OF = ("network", "channels", "image_size", "width", "depth")  # of a teacher's config
 _IMAGENET = {
@@ -56,7 +56,7 @@ _IMAGENET = {
 
 
 def build(network: NetworkName, channels: int, num_classes: int, image_size: int, width: int, depth: int) -> nn.Module:
-    """A network with BatchNorm: `ConvNet`, `ResNet18` or `ResNet50`, these with the CIFAR stem below 128 pixels."""
+    """A network with BatchNorm: `ConvNet`, or `ResNet18` or `ResNet50`, with the CIFAR stem below 128 pixels."""
     if network == "convnet":
         return ConvNet(channels, num_classes, width, depth, image_size, norm="batch")
     nets = {"resnet18": ResNet18, "resnet50": ResNet50}
@@ -66,7 +66,7 @@ def build(network: NetworkName, channels: int, num_classes: int, image_size: int
 
 
 def files_of(teacher: Any) -> tuple[Path, ...]:
-    """The files of one squeezed network or of several; ValueError where there is none."""
+    """The files of one or several squeezed networks; ValueError if there is none."""
     files = (teacher,) if isinstance(teacher, (str, os.PathLike)) else tuple(teacher)
     if not files:
         raise OptionError("teacher", "expected the file of a squeezed network at least, got none")
@@ -74,7 +74,7 @@ def files_of(teacher: Any) -> tuple[Path, ...]:
 
 
 def load_images(name: str, root: str | os.PathLike[str] | None, image_size: int | None) -> Dataset:
-    """A data set by the name that the presets know it by, in the size that was asked for."""
+    """A data set by its name in the presets, in the requested size."""
     if name in _FOLDERS:
         size = image_size or _FOLDERS[name]
         data = load("image-folder", root, image_size=size)
@@ -92,11 +92,11 @@ class SqueezeInputs(Inputs):
     root: Path | None = None
     """Folder of the data set's files."""
     image_size: int | None = None
-    """Pixels to which digits (16) and image folders (32) are resized."""
+    """Size in pixels to which digits (16) and image folders (32) are resized."""
     weights: Path | None = None
-    """A checkpoint, as torch saves it, to take instead of training; imagenet-1k needs no images then."""
+    """A torch checkpoint to use instead of training; imagenet-1k then needs no images."""
     weights_key: str | None = None
-    """Where in the checkpoint the weights stand, such as model_ema; by default under the first of the usual names."""
+    """Key of the weights in the checkpoint, such as model_ema; by default the first of the usual names."""
 
     @classmethod
     def for_method(cls, method: Any, **given: Any) -> Self:
@@ -128,17 +128,17 @@ class Squeeze(Method):
     batch_size: int = 128
     """Images per step."""
     lr: float = 0.1
-    """At its peak."""
+    """Peak learning rate."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """Of SGD."""
+    """Weight decay of SGD."""
     crop: float = 0.25
     """The least share of an image's area that a random crop shows; 1: no crops."""
     flip: float = 0.5
     """Probability of a mirrored image."""
     seed: int = 0
-    """Of the initial parameters and of all that is drawn."""
+    """Seed of the initial parameters and all random draws."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32, "epochs": 10, "lr": 0.05, "crop": 0.5, "flip": 0.0},
@@ -168,8 +168,8 @@ class Teacher:
         net: gives logits ``[N, K]`` of images ``[N, C, image_size, image_size]``.
         mean, std: float32 ``[C]``: a pixel in ``[0, 1]`` is ``image * std + mean``.
         class_names: ``K`` names.
-        config: ``network``, ``width``, ``depth``, ``channels``, ``image_size``, ``dataset``, and what made it; of a
-            network that `build` does not make, ``channels``, ``image_size`` and ``dataset`` at least.
+        config: ``network``, ``width``, ``depth``, ``channels``, ``image_size``, ``dataset``, and how it was made; for a
+            network that `build` does not make, at least ``channels``, ``image_size`` and ``dataset``.
     """
 
     net: nn.Module
@@ -196,9 +196,9 @@ class Teacher:
     def save(self, path: str | os.PathLike[str], *, network: str | None = None) -> None:
         """Writes a safetensors file, atomically.
 
-        The file says which network it is where ``config`` does (`build`) or where it is a ``Sequential`` of torch's
-        layers. `load` has to be given any other, whose code no file can hold; ``network``, such as
-        "package.module:function", is a note to whoever reads it, of what makes that network.
+        The file says which network it is if ``config`` does (`build`) or if it is a ``Sequential`` of torch's layers.
+        Any other has to be given to `load`, as no file can hold its code; ``network``, such as
+        "package.module:function", is a note for the reader on what makes that network.
         """
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {"mean": self.mean, "std": self.std}
@@ -219,13 +219,13 @@ class Teacher:
 
         Args:
             path: the file.
-            device: where the network shall be.
-            network: what receives the weights, where the file does not say it: a module, a function that makes one, or
+            device: where to put the network.
+            network: what receives the weights, if the file does not say: a module, a function that makes one, or
                 "package.module:function", which is imported.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, its weights are of another network, or ``network`` is wanted and not given.
+            ValueError: the file is damaged, its weights are of another network, or ``network`` is needed and not given.
         """
         tensors, header = read_safetensors(path, _KIND)
         config, custom = header["config"], header.get("custom")
@@ -251,7 +251,7 @@ class Teacher:
         return cls(net.eval().to(device), mean, std, names, config)
 
     def _is_built(self) -> bool:
-        """Whether `build` makes this very network of ``config``."""
+        """Whether `build` makes exactly this network from ``config``."""
         try:
             with torch.device("meta"):
                 made = build(**{name: self.config[name] for name in _BUILT_OF}, num_classes=self.num_classes)
@@ -277,7 +277,7 @@ def _given(network: nn.Module | Callable[[], nn.Module] | str) -> nn.Module:
 
 
 def untrained(config: Squeeze, dataset: Dataset | None) -> Teacher:
-    """The teacher before its training, for a data set's images or for None ImageNet-1K's; ValueError if none fits."""
+    """The teacher before its training, for a data set's images, or ImageNet-1K's for None; ValueError if none fits."""
     space = _IMAGENET if dataset is None else _space(dataset)
     device = torch.device("cpu") if dataset is None else dataset.train_images.device
     names, mean, std = space["class_names"], space["mean"], space["std"]
@@ -295,11 +295,11 @@ def _space(dataset: Dataset) -> dict[str, Any]:
 def squeeze(
     config: Squeeze, dataset: Dataset, *, state: dict[str, Tensor] | None = None, on_epoch: OnEpoch | None = None
 ) -> Teacher:
-    """Trains a network with BatchNorm on a data set's real images, by cross-entropy; `train` says what may be raised.
+    """Trains a network with BatchNorm on a data set's real images, by cross-entropy; raises as `train` does.
 
     Args:
         config: the network and its training.
-        dataset: real images; their device is where the work is done.
+        dataset: real images; the work is done on their device.
         state, on_epoch: as `pydistill.methods.training.train` takes them.
     """
     teacher = untrained(config, dataset)
@@ -328,21 +328,21 @@ def squeeze(
 def import_weights(
     config: Squeeze, path: str | os.PathLike[str], dataset: Dataset | None = None, *, key: str | None = None
 ) -> Teacher:
-    """A teacher with the weights of a checkpoint that torch saved, such as torchvision's; no code in it is run.
+    """A teacher with the weights of a torch checkpoint, such as torchvision's; no code in it is run.
 
     Args:
         config: the network.
-        path: the file: a ``state_dict``, or a dict of training scripts in which one stands under "state_dict",
-            "model_state_dict", "model", "net" or the like, beside whatever describes the training. Prefixes that
-            DataParallel ("module.") and torch.compile ("_orig_mod.") put before its keys are taken away. The checksums
-            of the archive are verified; a file of torch before 1.6 has none.
+        path: the file: a ``state_dict``, or a training script's dict that has one under "state_dict",
+            "model_state_dict", "model", "net" or the like, beside whatever describes the training. The prefixes of
+            DataParallel ("module.") and torch.compile ("_orig_mod.") are removed from its keys. The checksums of the
+            archive are verified; a file of torch before 1.6 has none.
         dataset: whose images the network sees; None: ImageNet-1K as torchvision's networks see it, 224 pixels a side.
-        key: where in the file the weights stand, such as "ema", to take others than the first that are found.
+        key: the key of the weights in the file, such as "ema", if not the first that are found.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is none or damaged, its keys and shapes are not those of ``config.network``, or a number in
-            it is not finite.
+        ValueError: the file is not a checkpoint or is damaged, its keys and shapes are not those of
+            ``config.network``, or a number in it is not finite.
     """
     wanted = f"the weights of a {config.network}"
     weights = read_state_dict(Path(path), wanted, key)
@@ -367,7 +367,7 @@ class SqueezeJob(Job):
         if inputs.weights is not None:
             self.teacher = import_weights(config, inputs.weights, self.data, key=inputs.weights_key)
         else:
-            untrained(config, self.data)  # refuses a network that its images are too small for
+            untrained(config, self.data)  # refuses images that are too small for the network
 
     def stored(self) -> dict[str, Any]:
         inputs = self.inputs

@@ -1,6 +1,6 @@
 """SRe2L (Yin, Xing, Shen, NeurIPS 2023): images recovered from noise by a classifier and its BatchNorm statistics.
 
-The published code crops, mirrors and rolls the whole batch alike, 100 images of 100 classes, and so does this. On
+The published code crops, mirrors and rolls the whole batch alike, 100 images of 100 classes; so does this. On
 ImageNet it crops; on CIFAR it only rolls.
 """
 

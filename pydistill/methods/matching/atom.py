@@ -1,7 +1,8 @@
 """ATOM: attention over positions and over channels.
 
 Khaki, Sajedi, Wang, Liu, Lawryshyn, Plataniotis, "ATOM: Attention Mixer for Efficient Dataset Distillation", CVPR
-Workshops 2024. DataDAM, with the channels' attention matched beside the positions'. The authors' code is not public.
+Workshops 2024. DataDAM, with attention over channels matched as well as over positions. The authors' code is not
+public.
 """
 
 from __future__ import annotations

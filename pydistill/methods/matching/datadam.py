@@ -1,9 +1,9 @@
 """DataDAM: distilling datasets by matching attention.
 
 Sajedi, Khaki, Amjadian, Liu, Lawryshyn, Plataniotis, "DataDAM: Efficient Dataset Distillation with Attention Matching",
-ICCV 2023. As DM, and the spatial attention of every activation but the last is matched too, class by class. The paper
-has power 4 on networks with instance norm; the published code has power 1, batch norm, 64 real images of a class and
-20000 iterations: ``power=1.0, net_norm="batch", batch_real=64, iterations=20000``.
+ICCV 2023. Like DM, but the spatial attention of every activation except the last is matched too, class by class. The
+paper has power 4 on networks with instance norm; the published code has power 1, batch norm, 64 real images per class
+and 20000 iterations: ``power=1.0, net_norm="batch", batch_real=64, iterations=20000``.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class DataDAM(DM):
     iterations: int = 8000  # networks
     batch_real: int = 128  # real images of each class, or all there are
     power: float = 4.0  # of the attention: p
-    norm: Literal["l2", "l1", "none"] = "l2"  # by what a map is divided
-    last_layer: bool = False  # the last activation's attention is matched, too
+    norm: Literal["l2", "l1", "none"] = "l2"  # what a map is divided by
+    last_layer: bool = False  # match the last activation's attention, too
     scale: float = 100.0  # weight of the attention
-    task_balance: float = 0.01  # and, times scale, of the mean embeddings
+    task_balance: float = 0.01  # times scale: weight of the mean embeddings
     net_norm: Literal["instance", "batch"] = "instance"  # of the networks
 
     def __post_init__(self) -> None:

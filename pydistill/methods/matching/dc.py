@@ -1,8 +1,8 @@
 """DC: dataset condensation by matching gradients.
 
-Zhao, Mopuri, Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021. Each iteration draws a network. In turns
-the images of each class move so that their gradient in the parameters points where that of a batch of real images
-does, and the network is trained on the synthetic images for some epochs. No experts.
+Zhao, Mopuri, Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021. Each iteration draws a network. In turn,
+the images of each class move so that their gradient in the parameters points the same way as that of a batch of real
+images, and the network is trained on the synthetic images for some epochs. No experts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: 
 
 
 def rows(loops: dict[int, tuple[int, int]] = LOOPS, **more: Any) -> dict[int, dict[str, Any]]:
-    """A data set's presets: numbers of outer and inner loops by ipc, and what all have."""
+    """A data set's presets: numbers of outer and inner loops by ipc, and options common to all."""
     return {ipc: {"outer_loop": outer, "inner_loop": inner} | more for ipc, (outer, inner) in loops.items()}
 
 
-# What reaches most within minutes on two cores: fewer networks, and longer steps.
+# What works best within minutes on two cores: fewer networks and longer steps.
 _SMALL = {"batch_real": 64, "start": "real"}
 DIGITS = rows({1: (1, 1)}, iterations=150, lr_img=1.0, **_SMALL) | rows(
     {10: (5, 4)}, iterations=30, lr_img=10.0, **_SMALL
@@ -42,7 +42,7 @@ FASHION_MNIST = rows({1: (1, 1)}, iterations=200, lr_img=3.0, **_SMALL) | rows(
 
 @dataclass(frozen=True)
 class DC(ClassPairs):
-    """Hyper-parameters under the names of the authors' code; its presets, but for the small sets."""
+    """Hyper-parameters under the names of the authors' code; its presets, except for the small sets."""
 
     name: ClassVar[str] = "dc"
     about: ClassVar[str] = "match gradients"
@@ -56,7 +56,7 @@ class DC(ClassPairs):
 
     iterations: int = 1000  # networks
     outer_loop: int = 1  # times that the images of every class are moved in an iteration
-    inner_loop: int = 1  # epochs on the synthetic images between one and the next
+    inner_loop: int = 1  # epochs on the synthetic images after each of these
     batch_real: int = 256  # real images of each class, or all there are
     batch_syn: int = 256  # synthetic images in a step of the network
     lr_img: float = 0.1  # outer learning rate of the images
@@ -100,7 +100,7 @@ class DC(ClassPairs):
     def _distance(
         self, turn: int, state: State, dataset: Dataset, net: nn.Module, theta: Tensor, workspace: Workspace
     ) -> tuple[Tensor, Tensor]:
-        """Of all classes, which the ranks share, and its gradient in the images."""
+        """The distance over all classes, which the ranks share, and its gradient in the images."""
         classes = self.own_classes(dataset)
         images = state["images"].detach().requires_grad_()
         pairs = self.pairs(classes, images, dataset, state.iteration, turn)

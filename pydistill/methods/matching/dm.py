@@ -22,13 +22,13 @@ from pydistill.methods.ranks import sum_over_ranks
 from pydistill.ops.convnet_step import Workspace
 from pydistill.seeding import Stream
 
-DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a digit's mirror image is none
+DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a mirrored digit is not a digit
 _SMALL = {"iterations": 300, "batch_real": 64}
 
 
 @dataclass(frozen=True)
 class DM(ClassPairs):
-    """The hyper-parameters of the authors' code, but for the small sets."""
+    """The hyper-parameters of the authors' code, except for the small sets."""
 
     name: ClassVar[str] = "dm"
     about: ClassVar[str] = "match mean features"

@@ -1,7 +1,7 @@
 """DSA: gradient matching under differentiable siamese augmentation.
 
-Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021. DC whose real and synthetic
-images of a class go through one augmentation, drawn anew in each turn, and whose networks train on augmented images.
+Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021. DC in which the real and
+synthetic images of a class go through one augmentation, redrawn each time, and networks train on augmented images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydistill.methods.config import PHOTOGRAPHS
 from pydistill.methods.matching.dc import DC
 
-_DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a digit's mirror image is none
+_DIGITS = {"augment": "color_crop_cutout_scale_rotate"}  # a mirrored digit is not a digit
 
 
 @dataclass(frozen=True)

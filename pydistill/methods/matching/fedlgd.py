@@ -5,8 +5,8 @@ every client moves its synthetic images by distribution matching with its real o
 clients train the global model on synthetic images, theirs and the server's, held together by a regulariser, and are
 averaged; the server moves its images by matching the average of the clients' gradients. The result is the server's set.
 
-The clients are simulated: under `torch.distributed` each rank has some of them, in one process they take turns, to the
-same bits where the arithmetic is (torch's matrix products depend on the number of threads).
+The clients are simulated: under `torch.distributed` each rank has some of them, in one process they take turns, with
+the same bits if the arithmetic is the same (torch's matrix products depend on the number of threads).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pydistill.methods.ranks import sum_over_ranks, world
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
 
-# Fresh models tell more of small sets than one that knows them: rounds are short, and each begins anew.
+# On small sets, fresh models are more informative than trained ones: rounds are short, each with a new model.
 _SMALL = {"iterations": 40, "clients": 3, "local_steps": 5, "batch_real": 32, "train_steps": 2, "server_steps": 10}
 _SMALL |= {"restart": 1}
-_TEN = {**_SMALL, "lr_server": 10.0}  # an image among many turns their one gradient less
+_TEN = {**_SMALL, "lr_server": 10.0}  # one image among many contributes less to their joint gradient
 
 
 class _WithFeatures(nn.Module):
-    """Images to the features before the classifier and the logits."""
+    """Maps images to the features before the classifier and the logits."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -64,9 +64,9 @@ class FedLGD(Config):
         },
     }
 
-    clients: int = 5  # that the real images are spread over
+    clients: int = 5  # clients that the real images are spread over
     split: Literal["dirichlet", "class"] = "dirichlet"  # how: shares of each class, or whole classes
-    alpha: float = 0.5  # of the Dirichlet distribution of the shares; small: unlike one another
+    alpha: float = 0.5  # of the Dirichlet distribution of the shares; small: more heterogeneous
     local_steps: int = 100  # of a client's images, in a round
     batch_real: int = 256  # real images of a class in each of them, at most
     lr_local: float = 1.0  # of a client's images
@@ -76,7 +76,7 @@ class FedLGD(Config):
     regulariser: Literal["supcon", "mmd"] = "supcon"  # of local and server features, in a client's training
     weight: float = 0.1  # of the regulariser
     temperature: float = 0.07  # of supcon
-    restart: int | None = None  # rounds after which the global model begins anew; None: never
+    restart: int | None = None  # rounds after which the global model is reset; None: never
     server_steps: int = 500  # of the server's images, in a round
     lr_server: float = 0.1  # of the server's images
     momentum: float = 0.5  # of the images, within a round
@@ -128,7 +128,7 @@ class FedLGD(Config):
             generator = seeded_generator(self.seed, Stream.SYNTHETIC, client)
             for label in y[shard].unique().tolist():
                 members = shard[y[shard] == label]
-                # a client may have fewer images of a class than it is to distil
+                # a client may have fewer images of a class than it has to distil
                 order = torch.randperm(len(members), generator=generator, device="cpu").repeat(
                     -(-self.ipc // len(members))
                 )
@@ -149,7 +149,7 @@ class FedLGD(Config):
             state["theta"] = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(state["theta"])
         labels = [dataset.train_labels[shard].unique().repeat_interleave(self.ipc) for shard in experts]
         parts = [images.clone() for images in state["local"].split([len(y) for y in labels])]
-        # Each rank fills in what its clients do: the sum over the ranks adds zeros to it, and rounds nothing.
+        # Each rank fills in its clients' results: the sum over ranks only adds zeros, so it does not round.
         own = [client for client in range(self.clients) if client % ranks == rank]
         thetas = state["theta"].new_zeros(self.clients, flat.numel)
         losses = thetas.new_zeros(self.clients)
@@ -190,7 +190,7 @@ class FedLGD(Config):
                 rows[torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)] for rows in members
             ]
             real = torch.cat([rows[: self.batch_real] for rows in draws])
-            record = augment.draw((1, *x.shape[1:]), generator)  # one for all that are compared
+            record = augment.draw((1, *x.shape[1:]), generator)  # one for all images that are compared
             wanted = own["images"].detach().requires_grad_()
             f_syn, f_real, f_server = (
                 flat(theta, augment(batch, record.expand(len(batch), -1)))[0]
@@ -221,7 +221,7 @@ class FedLGD(Config):
         return theta.detach(), loss.detach()
 
     def _distil_server(self, flat: FlatModule, state: State, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The server's images, moved until they give the clients' gradient; and the first distance from it."""
+        """The server's images, moved to match the clients' gradient, and the initial distance from it."""
         own, target = State({"images": state["images"]}), list(flat.unflatten(gradient).values())
         losses = []
         for _ in range(self.server_steps):

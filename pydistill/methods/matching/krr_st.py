@@ -7,8 +7,8 @@ With a pool of networks, of which each outer step takes one, and a self-supervis
 
 f is the network's features in evaluation mode, with a column of ones. As in the paper's code: a network enters the pool
 after a random number of inner steps and is replaced after ``online_steps`` of them; the images start as real ones and
-the targets as what T makes of them. Here T is an `Encoder` trained by Barlow Twins on the set itself, its mean-pooled
-features standardised (the code takes a ResNet-18 trained on the source set).
+the targets as T's output for them. Here T is an `Encoder` trained by Barlow Twins on the set itself, its mean-pooled
+features standardised (the code uses a ResNet-18 trained on the source set).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class KRRSTInputs(DatasetInputs):
 
 @dataclass(frozen=True)
 class KRRST(Method):
-    """What a run of KRR-ST takes; `preset` has the values for a data set."""
+    """KRR-ST's hyper-parameters; `preset` has the values for a data set."""
 
     name: ClassVar[str] = "krr_st"
     about: ClassVar[str] = "KRR-ST: images on which a network is pre-trained, without labels"
@@ -57,23 +57,23 @@ class KRRST(Method):
     inputs: ClassVar[type[Inputs]] = KRRSTInputs
 
     images: int = 100
-    """Synthetic images."""
+    """Number of synthetic images."""
     iterations: int = 500
     """Outer steps."""
     batch_real: int = 128
-    """Real images of an outer step."""
+    """Real images per outer step."""
     lr: float = 1e-2
-    """Of AdamW on images and targets, falling linearly to zero."""
+    """Learning rate of AdamW on images and targets, falling linearly to zero."""
     lam: float = 1e-6
     """Ridge in units of the trace of the kernel."""
     pool: int = 4
-    """Networks."""
+    """Number of networks."""
     online_steps: int = 100
     """Inner steps of a network before it is replaced."""
     lr_net: float = 0.1
-    """Of SGD on a network, with momentum 0.9 and weight decay 1e-3."""
+    """Learning rate of SGD on a network, with momentum 0.9 and weight decay 1e-3."""
     width: int = 16
-    """Channels of the networks' first block; the paper has 128."""
+    """Channels of the networks' first block; 128 in the paper."""
     depth: int = 3
     """Blocks of the networks."""
     target_epochs: int = 30
@@ -81,11 +81,11 @@ class KRRST(Method):
     pretrain_steps: int = 200
     """Full-batch steps of a fresh network on the distilled set, before its features are probed."""
     probe_images: int = 100
-    """Labelled training images of the linear probe; with thousands of them, digits are told apart by any features."""
+    """Labelled training images of the linear probe; with thousands of them, any features tell digits apart."""
     students: int = 3
     """Fresh networks for each accuracy."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         counts = ("images", "iterations", "batch_real", "pool", "online_steps", "target_epochs", "students")
@@ -111,9 +111,9 @@ class Pool:
     """Networks of different ages, each trained on the synthetic images by SGD.
 
     Attributes:
-        nets: as they are.
+        nets: the current networks.
         ages: inner steps that each has taken, ``[pool]``.
-        born: how many were ever made.
+        born: how many have been made so far.
     """
 
     def __init__(self, config: KRRST, channels: int, outputs: int, image_size: int, device: torch.device | str):
@@ -125,7 +125,7 @@ class Pool:
         self._optimizers = [self._sgd(net) for net in self.nets]
 
     def fill(self, x: Tensor, y: Tensor) -> Iterator[None]:
-        """Takes each network to a random age; yields after each step."""
+        """Trains each network to a random age; yields after each step."""
         until = torch.randint(
             self.config.online_steps,
             (len(self.nets),),
@@ -178,8 +178,8 @@ def krr_st(
 ) -> tuple[Tensor, Tensor]:
     """Distils ``images`` ``[N, C, H, W]`` and their ``targets`` ``[N, q]``: synthetic images and targets.
 
-    ``on_step(record, state)`` is called after each outer step; what its ``state()`` gives, handed in as ``state``, goes
-    on to the bits of a run that was not cut off.
+    ``on_step(record, state)`` is called after each outer step; passing the result of its ``state()`` as ``state``
+    continues to the same bits as an uninterrupted run.
 
     Raises:
         ValueError: fewer real images than synthetic ones or than a batch.
@@ -238,7 +238,7 @@ def krr_st(
 
 
 def initial(config: KRRST, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Random real images and their targets: where a run starts, and what it is compared with."""
+    """Random real images and their targets: a run's start and its baseline."""
     order = torch.randperm(len(images), generator=seeded_generator(config.seed, Stream.KRR_IMAGES), device="cpu")
     index = order[: config.images].to(images.device)
     return images[index].clone(), targets[index].clone()
@@ -263,7 +263,7 @@ def _step(net: Encoder, optimizer: torch.optim.SGD, x: Tensor, y: Tensor) -> Non
 
 
 class KRRSTJob(Job):
-    """Distils images and targets, and probes networks that are pre-trained on them, on random real ones, on nothing.
+    """Distils images and targets, and probes networks pre-trained on them, on random real ones and on nothing.
 
     The run leaves target.safetensors (the self-supervised network), distilled.safetensors (images x and targets y) and
     test accuracies of a linear classifier on the networks' features.

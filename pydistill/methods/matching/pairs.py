@@ -1,4 +1,4 @@
-"""What the methods share that match real and synthetic images class by class, on networks drawn at random."""
+"""What is shared by methods that match real and synthetic images class by class, on networks drawn at random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydistill.seeding import Stream, seeded_generator
 
 
 class Pairs(NamedTuple):
-    """Real and synthetic images of some classes, class after class, augmented alike within each."""
+    """Real and synthetic images of some classes, class by class, augmented alike within each."""
 
     real: Tensor  # [N, C, H, W]
     synthetic: Tensor  # [n, C, H, W]
@@ -55,14 +55,14 @@ class ClassPairs(Config):
         return State({"images": images, "labels": labels, "lr": images.new_tensor(self.lr_net)})
 
     def own_classes(self, dataset: Dataset) -> list[int]:
-        """Those of this rank: the ranks share the classes."""
+        """This rank's classes: the ranks share them."""
         rank, ranks = world()
         return list(range(rank, dataset.num_classes, ranks))
 
     def pairs(self, classes: Sequence[int], images: Tensor, dataset: Dataset, *key: int) -> Pairs:
         """A batch of real images and the synthetic ones of each class; a draw depends on the key and the class alone.
 
-        One augmentation is drawn for all images of a class. With `flips` synthetic images go together with their mirror
+        One augmentation is drawn for all images of a class. With `flips`, synthetic images are joined by their mirror
         images.
         """
         indices, records, augment = [], [], self.augmentation()

@@ -1,4 +1,4 @@
-"""A convolutional encoder that learns without labels, by Barlow Twins: the target of KRR-ST, and HeLlO's encoder here.
+"""A convolutional encoder trained without labels, by Barlow Twins: the target of KRR-ST, and HeLlO's encoder here.
 
     loss = sum_i (1 - C_ii)^2 + weight sum_{i != j} C_ij^2
 
@@ -58,7 +58,7 @@ class Encoder(Student):
         return self.features(x).mean((2, 3))
 
 
-BATCH = 256  # images of a step of `barlow_twins`, the fewest that it takes
+BATCH = 256  # images per step of `barlow_twins`, and the fewest that it accepts
 
 
 def barlow_twins_loss(a: Tensor, b: Tensor, weight: float = 5e-3) -> Tensor:
@@ -70,7 +70,7 @@ def barlow_twins_loss(a: Tensor, b: Tensor, weight: float = 5e-3) -> Tensor:
 
 
 def check_batch(images: Tensor) -> None:
-    """ValueError where the training images of a run are too few for `barlow_twins`."""
+    """ValueError if a run has too few training images for `barlow_twins`."""
     if (count := len(images)) < BATCH:
         raise OptionError("dataset", f"expected at least {BATCH} training images, a batch, got {count}")
 
@@ -89,7 +89,7 @@ def barlow_twins(
 ) -> list[float]:
     """Trains ``encoder.features`` in place on unlabelled ``images`` ``[N, C, H, W]`` by Adam under half a cosine.
 
-    The projector, two linear layers, is thrown away. An epoch leaves out what does not fill a batch.
+    The projector, two linear layers, is discarded. An epoch drops the last, incomplete batch.
 
     Returns:
         The mean loss of each epoch.

@@ -4,9 +4,9 @@
 
 with the student's last layer, which has the teacher's number of heads. The teacher's layer is the one whose normalised
 mutual information between queries and keys is nearest to ``target_nmi``: between maps that attend to the neighbourhood
-(large) and maps that are alike for all queries (small). The paper's code takes the layer as an argument and is
-optimised by AdamW with betas (0.9, 0.95), weight decay on matrices alone, a linear warm-up and half a cosine; so is
-this. Its images are cropped and flipped at random; here they are taken as they are.
+(large) and maps that are alike for all queries (small). The paper's code takes the layer as an argument and optimises
+by AdamW with betas (0.9, 0.95), weight decay on matrices only, a linear warm-up and half a cosine; so does this. Its
+images are cropped and flipped at random; here they are taken as they are.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = ["UNIP", "choose_layer", "distill_attention", "fit"]
 
 @dataclass(frozen=True)
 class UNIP(Method):
-    """What a run of UNIP takes; `preset` has the values for a data set."""
+    """UNIP's hyper-parameters; `preset` has the values for a data set."""
 
     name: ClassVar[str] = "unip"
     about: ClassVar[str] = "UNIP: a teacher's attention into a smaller transformer, without labels"
     paper: ClassVar[str] = "Zhang et al., ICLR 2025"
     group: ClassVar[str] = "networks"
-    # on sixteen tokens a first layer's map comes nearest to 0.09, and has little to teach
+    # with sixteen tokens the first layer's map is nearest to 0.09, and has little to teach
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"target_nmi": 0.07},
         "fashion-mnist": {"teacher_epochs": 4, "epochs": 3, "batch_size": 128, "warmup_epochs": 1},
@@ -65,9 +65,9 @@ class UNIP(Method):
     depth: int = 3
     """Blocks of the student."""
     heads: int = 4
-    """Of both."""
+    """Attention heads of both."""
     patch_size: int = 4
-    """Pixels of a patch's side."""
+    """Side of a patch in pixels."""
     teacher_epochs: int = 25
     """Passes of the teacher over the labelled training images."""
     epochs: int = 40
@@ -75,13 +75,13 @@ class UNIP(Method):
     batch_size: int = 64
     """Images per step."""
     lr: float = 1e-3
-    """Learning rate of both, at its peak."""
+    """Peak learning rate of both."""
     weight_decay: float = 0.05
-    """Of AdamW, on matrices."""
+    """Weight decay of AdamW, on matrices."""
     warmup_epochs: int = 4
-    """Over which the learning rate rises."""
+    """Epochs over which the learning rate rises."""
     seed: int = 0
-    """Of the initial parameters and the order of the images."""
+    """Seed of the initial parameters and the order of the images."""
 
     def __post_init__(self) -> None:
         counts = ("epochs", "teacher_epochs", "batch_size", "width", "depth", "teacher_width", "teacher_depth", "heads")
@@ -95,12 +95,12 @@ class UNIP(Method):
         return UNIPJob(self, inputs, device)
 
     def optimisation(self) -> dict[str, Any]:
-        """What `fit` is told of both networks."""
+        """The arguments of `fit` for both networks."""
         names = ("batch_size", "lr", "weight_decay", "warmup_epochs", "seed")
         return {name: getattr(self, name) for name in names}
 
     def networks(self, channels: int, num_classes: int, image_size: int) -> tuple[Callable[[], ViT], Callable[[], ViT]]:
-        """What builds the teacher, and the student."""
+        """Functions that build the teacher and the student."""
         shape = {"image_size": image_size, "heads": self.heads, "patch_size": self.patch_size}
 
         def build(width: int, depth: int) -> Callable[[], ViT]:
@@ -136,12 +136,12 @@ def distill_attention(
         student: its last block has as many heads and tokens as the teacher's layer; feature sizes may differ.
         teacher: whose parameters are not touched.
         layer: of the teacher; "nmi" takes that of `choose_layer` on the first 256 images.
-        target_nmi: of `choose_layer`.
+        target_nmi: see `choose_layer`.
         epochs: passes over the images.
-        state: of `fit`, to go on from; a student as it was then need not be given.
-        on_epoch: of `fit`.
-        backend: of `attention_map_divergence`.
-        optimisation: of `fit`: batch_size, lr, weight_decay, warmup_epochs, seed.
+        state: see `fit`, to continue from; the student need not be as it was then.
+        on_epoch: see `fit`.
+        backend: see `attention_map_divergence`.
+        optimisation: arguments of `fit`: batch_size, lr, weight_decay, warmup_epochs, seed.
 
     Raises:
         ValueError: heads or tokens of student and teacher do not match, there is no such layer, or as `fit` does.
@@ -185,8 +185,8 @@ def fit(
 ) -> None:
     """Minimises ``loss(index)`` over batches of ``count`` images by AdamW, in place.
 
-    An epoch's order hangs on ``(seed, stream, epoch)`` alone, and ``on_epoch(record, state)`` receives after each what
-    the next one continues: with that ``state`` a run goes on to the bits of one that was not cut off.
+    An epoch's order depends on ``(seed, stream, epoch)`` alone, and ``on_epoch(record, state)`` receives what the next
+    epoch continues from: with that ``state`` a run continues to the same bits as an uninterrupted one.
 
     Raises:
         ValueError: there are no images, or the state is of another network.
@@ -220,7 +220,7 @@ class UNIPJob(Job):
     """Trains a teacher on labels, a student on its attention, and probes the features of both.
 
     The run leaves teacher.safetensors and student.safetensors, and test accuracies of a linear classifier on the
-    features of the teacher, the student, and the student as it was before.
+    features of the teacher, the student, and the untrained student.
     """
 
     made = ("student.safetensors",)

@@ -1,13 +1,13 @@
-"""Dataset Quantization (Zhou et al., ICCV 2023): bins of real images by graph cut, a few of each, fewer patches.
+"""Dataset Quantization (Zhou et al., ICCV 2023): bins of real images by graph cut, a few from each, fewer patches.
 
 Each class is cut into bins, one after the other, by `pydistill.select.graph_cut_greedy` on the gradients of a trained
 network's classifier, ``[b, b (x) e]`` with b the gradient of the loss in the logits and e the features: early bins are
-near to the whole class, late ones are what is left. From every bin the same number is drawn, uniformly. Of each image
-the patches that speak least for its label (Grad-CAM) are dropped.
+close to the whole class, late ones are what is left. The same number is drawn uniformly from every bin. In each image
+the patches that count least for its label (Grad-CAM) are dropped.
 
-The paper's code trains a network of its own for every bin; here all bins share one. It takes the cross-entropy of
-softmax(softmax(z)) for b; here b is the gradient of the cross-entropy that the network was trained by. It paints
-dropped patches by a masked autoencoder; see `pydistill.select.drop_patches` for what does here.
+The paper's code trains a separate network for every bin; here all bins share one. For b it takes the cross-entropy of
+softmax(softmax(z)); here b is the gradient of the cross-entropy that the network was trained with. It fills dropped
+patches by a masked autoencoder; see `pydistill.select.drop_patches` for what is done here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DQ(Picking):
     shares: ClassVar[tuple[str, ...]] = ("keep",)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"teacher_epochs": 6, "teacher_lr": 0.05, "teacher_batch": 64, "patch_size": 4},
-        # for few images a class, from the middle of it; the paper's ten bins are for a tenth of a set and more
+        # for few images per class, from its middle; the paper's ten bins are for a tenth of a set or more
         "fashion-mnist": {
             **{"teacher_epochs": 2, "teacher_lr": 0.02, "teacher_batch": 128},
             **{"bins": 1, "bin_size": 600, "gradients": False},
@@ -46,19 +46,19 @@ class DQ(Picking):
     }
 
     bins: int = 10
-    """Bins of a class."""
+    """Bins per class."""
     bin_size: int | None = None
-    """Images of a class in each bin; by default all images are in bins, as in the paper."""
+    """Images per bin of a class; by default all images are in bins, as in the paper."""
     lam: float = 1.0
     """Weight of the similarity to the whole class."""
     gradients: bool = True
-    """Compare gradients of the classifier; or else its features."""
+    """Compare gradients of the classifier, otherwise its features."""
     keep: float = 1.0
-    """Share of each image's patches that is kept."""
+    """Share of each image's patches to keep."""
     patch_size: int = 4
-    """Pixels of a patch's side."""
+    """Side of a patch in pixels."""
     fill: Literal["mean", "bilinear"] = "bilinear"
-    """What dropped patches get."""
+    """How dropped patches are filled."""
 
     def pick(self, dataset: Dataset, teacher: Student, **options: Any) -> DistilledSet:
         return quantize(self, dataset, teacher, **options)
@@ -82,13 +82,13 @@ class DQ(Picking):
 
 
 def quantize(config: DQ, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Any = None) -> DistilledSet:
-    """The images of each class that DQ draws; the same seed gives the same.
+    """The images of each class that DQ draws; the same seed gives the same ones.
 
     Args:
         config: the options.
         dataset: real images.
         teacher: a trained network, in evaluation mode.
-        lr: that students are to be trained with.
+        lr: learning rate for students.
         on_class: called after each class; an exception from it ends the selection.
 
     Raises:
@@ -99,7 +99,7 @@ def quantize(config: DQ, dataset: Dataset, teacher: Student, *, lr: float = 0.01
     for label, members in enumerate(config._members(dataset)):
         bins = class_bins(config, dataset, teacher, members)
         generator = seeded_generator(config.seed, Stream.BINS, label)
-        # a bin's images in an order of its own; then the first of every bin, the second of every bin, ...
+        # each bin's images in its own random order; then the first of every bin, the second of every bin, ...
         drawn = torch.stack([members[row[torch.randperm(len(row), generator=generator, device="cpu")]] for row in bins])
         chosen.append(drawn.T.flatten()[: config.ipc])
         if on_class is not None:

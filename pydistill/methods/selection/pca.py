@@ -1,8 +1,8 @@
 """PCA (Xiao and He, "Rethinking Large-scale Dataset Compression", 2025): prune, combine and augment real images.
 
 Prune: a trained network scores the training images, and the best of each class stay. Combine: the crop of each that the
-network is surest of is brought to a fraction of the size, and factor * factor of them make one image. Augment: students
-see the images augmented, with their hard labels; or with the network's logits for them, which the paper argues against.
+network is surest of is shrunk to a fraction of the size, and factor * factor of them make one image. Augment: students
+see the images augmented, with their hard labels, or with the network's logits for them, which the paper argues against.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class PCA(Picking):
     }
 
     score: Literal["ce", "el2n", "margin"] = "el2n"
-    """By which images are pruned, see `pydistill.select.sample_scores`."""
+    """Score by which images are pruned, see `pydistill.select.sample_scores`."""
     hard: bool = False
-    """Keep the hardest images; or else the easiest, which is better for few images."""
+    """Keep the hardest images, otherwise the easiest, which is better for few images."""
     prune: float = 0.5
-    """Share of each class that stays; those needed are drawn from it."""
+    """Share of each class to keep; the images needed are drawn from it."""
     factor: int = 1
-    """Images in a row of a combined one."""
+    """Images per row of a combined one."""
     crops: int = 5
-    """Crops of an image of which the surest is taken."""
+    """Crops per image, of which the surest is taken."""
     least_area: float = 0.5
-    """Of a crop, a share of the image."""
+    """Least area of a crop, as a share of the image."""
     soft_labels: bool = False
-    """The network's logits for the combined images, instead of their classes."""
+    """Use the network's logits for the combined images instead of their classes."""
 
     def pick(self, dataset: Dataset, teacher: Student, **options: Any) -> DistilledSet:
         return combine(self, dataset, teacher, **options)
@@ -64,13 +64,13 @@ class PCA(Picking):
 
 
 def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Any = None) -> DistilledSet:
-    """The images that PCA makes of each class; the same seed gives the same.
+    """The images that PCA makes of each class; the same seed gives the same ones.
 
     Args:
         config: the options.
         dataset: real images.
         teacher: a trained network, in evaluation mode.
-        lr: that students are to be trained with.
+        lr: learning rate for students.
         on_class: called after each class; an exception from it ends the selection.
 
     Raises:

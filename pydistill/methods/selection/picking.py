@@ -1,4 +1,4 @@
-"""What the methods that pick real images share: a network that has seen the data, and the set that comes out."""
+"""What methods that pick real images share: a network trained on the data, and the resulting set."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class PickInputs(DatasetInputs):
     """The data set, the networks and the students."""
 
     width: int = 128
-    """Channels of the ConvNet, of the judging network as of the students."""
+    """Channels of the ConvNet, for both the judging network and the students."""
     depth: int = 3
     """Blocks of the ConvNet."""
     students: int = 5
-    """Fresh students for each accuracy; 0 picks and tests nothing."""
+    """Fresh students for each accuracy; 0: pick only, test nothing."""
     student_epochs: int = 1000
     """Passes of a student over its images."""
     lr_student: float = 0.01
@@ -63,7 +63,7 @@ class Picking(Method):
     ipc: int = 10
     """Images per class."""
     teacher_epochs: int = field(default=50, kw_only=True)
-    """Passes over the training images of the network that judges them."""
+    """Passes of the judging network over the training images."""
     teacher_lr: float = field(default=0.01, kw_only=True)
     """Its learning rate."""
     teacher_batch: int = field(default=256, kw_only=True)
@@ -71,7 +71,7 @@ class Picking(Method):
     augment: str = field(default="", kw_only=True)
     """Differentiable siamese augmentation of the students' batches, operations joined by _."""
     seed: int = field(default=0, kw_only=True)
-    """Of everything that is drawn."""
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -89,12 +89,12 @@ class Picking(Method):
     def pick(
         self, dataset: Dataset, teacher: Student, *, lr: float = 0.01, on_class: Callable[[], None] | None = None
     ) -> DistilledSet:
-        """The images that the method picks, or makes of those that it picks; the same seed gives the same.
+        """The images that the method picks, or makes from its picks; the same seed gives the same ones.
 
         Args:
             dataset: real images.
             teacher: a trained network, in evaluation mode.
-            lr: that students are to be trained with.
+            lr: learning rate for students.
             on_class: called after each class; an exception from it ends the selection.
 
         Raises:
@@ -109,7 +109,7 @@ class Picking(Method):
     def distilled(
         self, dataset: Dataset, images: Tensor, labels: Tensor, lr: float, label_kind: str = "hard"
     ) -> DistilledSet:
-        """The set with what made it."""
+        """The set, with a record of what made it."""
         settings = {"method": self.name, "dataset": dataset.name, "class_names": list(dataset.class_names)}
         settings |= {**asdict(self), "flip_batch": False}
         images, labels = images.detach().cpu(), labels.detach().cpu()
@@ -137,7 +137,7 @@ def train_teacher(
 
 
 def class_members(dataset: Dataset, least: int, what: str) -> list[Tensor]:
-    """The training images of each class, by index; ValueError where there are fewer than ``least``."""
+    """The training images of each class, by index; ValueError if there are fewer than ``least``."""
     found = [(dataset.train_labels == label).nonzero()[:, 0] for label in range(dataset.num_classes)]
     for name, members in zip(dataset.class_names, found, strict=True):
         if len(members) < least:
@@ -152,7 +152,7 @@ def embed(net: Student, images: Tensor, batch_size: int = 500) -> Tensor:
 
 
 class PickJob(Job):
-    """Trains the network that judges, picks, and tests students on what it picked beside as many random images."""
+    """Trains the judging network, picks, and tests students on the picked and on as many random images."""
 
     made = ("images.png", "distilled.safetensors")
 
@@ -189,7 +189,7 @@ class PickJob(Job):
         self.picked, self.results = picked, {"config": picked.config}
 
     def test(self, run: Run) -> None:
-        """Accuracies of the students; every student on random images has a draw of its own."""
+        """Accuracies of the students; every student on random images has its own draw."""
         config, inputs, dataset, picked = self.config, self.inputs, self.dataset, self.picked
         if not inputs.students:
             return

@@ -1,1 +1,1 @@
-"""Methods that match the trajectories of experts: each outer step trains a student and compares where it arrives."""
+"""Methods that match the trajectories of experts: each outer step trains a student and compares where it ends."""

@@ -1,7 +1,7 @@
-"""AST: smooth experts, and a student that is kept close to them all along.
+"""AST: smooth experts, and a student that is kept close to them all the way.
 
 Shen, Yang, Lam, "Efficient Dataset Distillation via Alignment with Smooth and High-Quality Expert Trajectories", 2023.
-Experts are held back early and have a gradient penalty; students have momentum, start a little beside the expert, match
+Experts are slowed down early and have a gradient penalty; students have momentum, start slightly off the expert, match
 each of its epochs on the way, and learn faster the later they start.
 """
 
@@ -46,11 +46,11 @@ class AST(Matching):
 
     student_momentum: float = 0.9  # of the students' SGD
     match_between: bool = True  # match the expert's epochs on the way, too
-    balance_loss: bool = True  # weigh the students' loss by where they start
+    balance_loss: bool = True  # weight the students' loss by where they start
     perturb: float = 1.0  # how far students start from the expert, as a share of each weight
     representative: bool = True  # start from the real images nearest to the centres of their class
-    gradient_penalty: float = 2.0  # of the experts; 0 leaves it out, and lets them train at once
-    clip_norm: float | None = None  # longest gradient of an expert
+    gradient_penalty: float = 2.0  # of the experts; 0 omits it, so that experts can be trained at once
+    clip_norm: float | None = None  # largest norm of an expert's gradient
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +88,7 @@ class AST(Matching):
                 found.theta0
             )
             found.theta0 = perturb_towards(found.theta0, noise, self.perturb, FlatModule(net))
-        if self.balance_loss:  # a factor on the loss is one on the learning rate: the students have no weight decay
+        if self.balance_loss:  # a factor on the loss acts on the learning rate, as the students have no weight decay
             late = found.start - self.max_start_epoch // 2
             found.lr_scale = math.log(late + 8, 5) if late >= 0 else 1 / math.log(8 - late, 5)
         return found

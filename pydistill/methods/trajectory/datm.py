@@ -1,8 +1,8 @@
-"""DATM: trajectories as difficult as the images are many, and labels that are learnt.
+"""DATM: trajectories whose difficulty matches the number of images, and learnt labels.
 
 Guo, Wang, Cazenavette, Li, Zhang, You, "Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory
-Matching", ICLR 2024. Starts are drawn from a range of epochs that grows; labels are logits, begun by the experts';
-steps whose loss stays above a threshold are skipped; images start from ones that the experts classify right.
+Matching", ICLR 2024. Starts are drawn from a growing range of epochs; labels are logits, initially the experts';
+steps whose loss stays above a threshold are skipped; images start from ones that the experts classify correctly.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DATM(Matching):
         return min(self.first_max_start_epoch + grown, self.max_start_epoch)
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        """Images that the first expert has right, and the mean logits of the experts that have them right."""
+        """Images that the first expert gets right, and the mean logits of the experts that get them right."""
         flat, last = FlatModule(net), self.max_start_epoch - 1 + self.expert_epochs
         thetas = [experts.segment(e, 0, last)[1].to(dataset.train_images) for e in range(experts.shape[0])]
         with torch.no_grad():
@@ -84,7 +84,7 @@ class DATM(Matching):
         with torch.no_grad():
             logits = torch.stack([flat(theta, images) for theta in thetas])  # [E, N, K]
         agrees = (logits.argmax(2) == labels).to(logits.dtype)[..., None]
-        agrees = torch.where(agrees.sum(0) > 0, agrees, 1.0)  # an image that no expert has right: all of them
+        agrees = torch.where(agrees.sum(0) > 0, agrees, 1.0)  # an image that no expert gets right: all of them
         lr = images.new_tensor(self.lr_teacher)
         return State({"images": images, "labels": (logits * agrees).sum(0) / agrees.sum(0), "lr": lr}, "logits")
 

@@ -1,4 +1,4 @@
-"""FTD: experts whose trajectories are flat, and an average of the synthetic images.
+"""FTD: experts with flat trajectories, and an average of the synthetic images.
 
 Du, Jiang, Tan, Zhou, Li, "Minimizing the Accumulated Trajectory Error to Improve Dataset Distillation", CVPR 2023.
 Experts descend along GSAM's gradient, which finds flatter minima; the distillation is MTT's, and its result is the
@@ -48,7 +48,7 @@ class FTD(Matching):
 
     ema_decay: float = 0.999  # of the average of the images
     rho: float = 0.01  # GSAM's radius, of the experts
-    alpha: float = 0.4  # GSAM's weight of what points away from the flat direction
+    alpha: float = 0.4  # GSAM's weight of the component off the flat direction
 
     def expert_options(self, epochs: int) -> dict[str, Any]:
         return {"sharpness": GSAM(self.rho, self.alpha, adaptive=True)}

@@ -1,8 +1,8 @@
 """FYI: flip your images.
 
 Son, Oh, Baek, Ham, "FYI: Flip Your Images for Dataset Distillation", ECCV 2024. Each batch of synthetic images is seen
-together with its mirror image, so that the images need not spend themselves on both. On trajectory matching (the
-authors' code differentiates as TESLA does: ``mode="first_order"``), on DM and on DSA.
+together with its mirror image, so that no image need encode both. For trajectory matching (the authors' code
+differentiates as TESLA does: ``mode="first_order"``), DM and DSA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydistill.methods.trajectory.mtt import MTT
 
 
 def _halved(row: dict[str, Any]) -> dict[str, Any]:
-    """A batch is twice as large with its mirror images in it."""
+    """Halves the batch size, since mirror images double the batch."""
     return row | ({"batch_syn": row["batch_syn"] // 2} if "batch_syn" in row else {})
 
 

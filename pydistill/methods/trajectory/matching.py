@@ -15,7 +15,7 @@ from pydistill.methods.ranks import sum_over_ranks, world
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import ExpertStore, Trajectories, as_trajectories, trajectory_match
 
-# The small sets' common start: what reaches most within minutes on two cores.
+# The small sets' common values: what works best within minutes on two cores.
 DIGITS = {
     "iterations": 150,
     "syn_steps": 10,
@@ -40,7 +40,7 @@ SMALL = {"digits": {1: DIGITS, 10: DIGITS}, "fashion-mnist": {1: FASHION_MNIST, 
 
 @dataclass
 class Segment:
-    """A stretch of an expert's trajectory, and how a student is to follow it."""
+    """A segment of an expert's trajectory, and how a student is to follow it."""
 
     expert: int
     start: int
@@ -56,9 +56,9 @@ class Segment:
 class Matching(Config):
     """Hyper-parameters under the names of MTT's code.
 
-    The students' learning rate, which is learnt, is kept at a hundredth of ``lr_teacher`` or above: an outer step that
+    The students' learning rate, which is learnt, is kept at or above a hundredth of ``lr_teacher``: an outer step that
     would take it lower, or below zero where no student can be trained, ends there, and its record says where it would
-    have led (``lr_below``). HaBa and what descends from it keep it above 0.001.
+    have led (``lr_below``). HaBa and its descendants keep it above 0.001.
     """
 
     needs_experts: ClassVar[bool] = True
@@ -72,7 +72,7 @@ class Matching(Config):
     batch_syn: int | None = None  # synthetic images per inner step, all of them by default
     lr_img: float = 100.0  # outer learning rate of the images
     lr_lr: float = 1e-7  # outer learning rate of the students' learning rate
-    lr_teacher: float = 0.01  # where the students' learning rate starts; it is kept above a hundredth of this
+    lr_teacher: float = 0.01  # initial learning rate of students; it is kept at or above a hundredth of this
     momentum: float = 0.5  # of both outer updates
     student_momentum: float = 0.0  # of the students' SGD
     segments: int = 1  # segments of experts in an outer step, whose gradients are averaged
@@ -83,10 +83,10 @@ class Matching(Config):
         if self.min_start_epoch >= self.max_start_epoch:
             raise ValueError(f"min_start_epoch: expected less than {self.max_start_epoch}, got {self.min_start_epoch}")
 
-    # ---- what a method may say differently
+    # ---- what a method may override
 
     def expert_options(self, epochs: int) -> dict[str, Any]:
-        """Further options of `train_experts`, for experts of so many epochs."""
+        """Further options of `train_experts`, for experts of this many epochs."""
         return {}
 
     def initial_images(self, dataset: Dataset, net: nn.Module, experts: Any) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class Matching(Config):
         return Segment(expert, start, generator, theta0, target)
 
     def counts(self, losses: Tensor) -> Tensor:
-        """Which segments' losses [E] are descended along."""
+        """Which segments' losses [E] count in the descent."""
         return torch.ones_like(losses)
 
     def update(self, state: State, grads: dict[str, Tensor]) -> None:
@@ -124,7 +124,7 @@ class Matching(Config):
     # ---- the outer step
 
     def epochs_needed(self) -> tuple[int, str]:
-        """The least number of epochs of an expert, and by which hyper-parameters."""
+        """The least number of epochs of an expert, and the hyper-parameters that determine it."""
         why = f"max_start_epoch={self.max_start_epoch} and expert_epochs={self.expert_epochs}"
         return self.max_start_epoch - 1 + self.expert_epochs, why
 

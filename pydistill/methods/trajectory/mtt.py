@@ -44,7 +44,7 @@ class MTT(Matching):
             10: _row(20, 2, 40, 1e4, 1e-4, batch_syn=200),
             50: _row(20, 2, 40, 1e4, 1e-4, batch_syn=300),
         },
-        # for folders of hundreds of pictures as for those of thousands: experts of few steps move little, and what
-        # they are matched by is divided by the square of that
+        # for folders of hundreds as well as thousands of pictures: experts of few steps move little, and the matching
+        # loss is divided by the square of that
         "image-folder": {1: _row(20, 2, 10, 100.0, 1e-6)},
     }

@@ -1,8 +1,8 @@
-"""RaT-BPTT: backpropagation through a window of training, placed at random.
+"""RaT-BPTT: backpropagation through a randomly placed window of training.
 
 Feng, Vedantam, Kempe, "Embarrassingly Simple Dataset Distillation", ICLR 2024. Each iteration trains a fresh student by
-Adam on the synthetic images; only the last ``window`` of its steps are differentiated, after a warm-up whose length is
-drawn anew. The images (and labels) then move down the gradient of the student's loss on real images. No experts.
+Adam on the synthetic images; only the last ``window`` of its steps are differentiated, after a warm-up of newly drawn
+length. The images (and labels) then move down the gradient of the student's loss on real images. No experts.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class RaTBPTT(Config):
     }
 
     window: int = 60  # steps that are differentiated
-    total: int = 200  # a student's steps at most; the window begins somewhere in the first total - window + 1
+    total: int = 200  # most steps of a student; the window begins at one of the first total - window + 1
     lr_inner: float = 1e-3  # of the students' Adam
     lr_img: float = 1e-3  # of the images' Adam (and the labels')
     batch_real: int = 5000  # real images that a student is tested on
     batch_per_class: int = 1  # synthetic images of a class in each step
     classes: int | None = None  # classes in each step, all by default
-    learn_labels: bool = False  # move the labels, too
-    clip: float = 2.0  # longest gradient, in terms of its moving average
+    learn_labels: bool = False  # learn the labels, too
+    clip: float = 2.0  # largest gradient norm, relative to its moving average
     clip_decay: float = 0.9  # of that average
     start: Literal["noise", "real"] = "noise"  # what the synthetic images are at first
     segments: int = 1  # students in an iteration, whose gradients are averaged

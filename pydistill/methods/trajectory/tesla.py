@@ -1,8 +1,8 @@
 """TESLA: trajectory matching in constant memory, by an estimate of the gradient.
 
 Cui, Wang, Si, Hsieh, "Scaling Up Dataset Distillation to ImageNet-1K with Constant Memory", ICML 2023. Its gradient
-takes the student's parameters for constants (``mode="first_order"``, the default here); ``mode="exact"`` has the true
-one in the same memory. Labels may be what the expert that is matched says of the images (``soft_labels``).
+treats the student's parameters as constants (``mode="first_order"``, the default here); ``mode="exact"`` has the true
+one in the same memory. Labels may be the matched expert's predictions for the images (``soft_labels``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TESLA(Matching):
     }
 
     mode: Literal["exact", "first_order", "full"] = "first_order"  # how trajectory_match differentiates
-    soft_labels: bool = False  # the matched expert's probabilities, anew in each iteration
+    soft_labels: bool = False  # use the matched expert's probabilities, recomputed in each iteration
     bug_compatible: bool = False  # halve the images' gradient, as the published code does
 
     def segment(self, number: int, state: State, net: nn.Module, experts: Any) -> Segment:
@@ -45,6 +45,6 @@ class TESLA(Matching):
         return found
 
     def update(self, state: State, grads: dict[str, Tensor]) -> None:
-        # the code multiplies a tuple by 2, which repeats it, where the formula's factor was meant
+        # the code multiplies a tuple by 2, which repeats it, instead of applying the formula's factor
         scale = 0.5 if self.bug_compatible else 1.0
         super().update(state, grads | {"images": scale * grads["images"]})
