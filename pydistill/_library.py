@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 
 import torch
+
+from pydistill import _host
 
 
 def _load(name: str) -> str | None:
@@ -43,4 +46,12 @@ def unavailable(backend: str) -> str | None:
             return "triton is not installed"
         if not (triton_is_interpreted or torch.cuda.is_available()):
             return "no GPU is visible, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    return None
+
+
+def unavailable_step(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
+    """Why a step of the student engine in this dtype and precision cannot run on this machine, or None if it can."""
+    baseline = device.type == "cpu" and _host.isa() == "base" and platform.machine() in ("x86_64", "AMD64")
+    if baseline and (dtype == torch.float64 or precision == "bf16"):
+        return "without AVX2 the student engine has float32 alone"
     return None

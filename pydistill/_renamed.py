@@ -29,6 +29,6 @@ def renamed(**names: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def warn(message: str) -> None:
-    """To the caller of the function that calls the one that calls this."""
-    warnings.warn(f"{message}; the old name goes with 1.0", DeprecationWarning, stacklevel=3)
+def warn(message: str, depth: int = 1) -> None:
+    """For whoever called the function that calls this, or is ``depth`` calls above it."""
+    warnings.warn(f"{message}; the old name goes with 1.0", DeprecationWarning, stacklevel=2 + depth)

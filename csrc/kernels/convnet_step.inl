@@ -14,15 +14,16 @@ namespace {
 // Calls visit with the types that a step is computed in.
 template <class Visit>
 PYDISTILL_INLINE auto with_types([[maybe_unused]] const Step& step, Visit visit) {
-#if defined(__AMX_BF16__)
+#if defined(PYDISTILL_FLOAT64)
+  return visit(double(), Native<double, false>());
+#elif defined(__AMX_BF16__)
   return visit(float(), Amx());
 #elif defined(__AVX512BF16__)
   return visit(float(), Bf16Pairs());
 #else
-#if !defined(__AVX512F__)
-  if (step.scalar == Scalar::f64) return visit(double(), Native<double, false>());
-#endif
+#if PYDISTILL_ALL_STEPS
   if (step.bf16) return visit(float(), Native<float, true>());
+#endif
   return visit(float(), Native<float, false>());
 #endif
 }

@@ -109,10 +109,11 @@ class Convolution : Inputs<T, S, P> {
         const P* const from = products + t * call.part * L + k;
         const P* const undo = filter(0, group + k / L) + k % L;
         const int64_t channel = group * L + k;
-        if (call.to_cells()) {
-          put_cells<EDGES>(image, at, down, across, from, t, undo, channel);
-          continue;
-        }
+        if constexpr (SIDE % 2 == 1)  // of an even number of taps
+          if (call.to_cells()) {
+            put_cells<EDGES>(image, at, down, across, from, t, undo, channel);
+            continue;
+          }
         S* const corner = image + (at.h * W + at.w) * K + channel;
         const int64_t row_below = W * K;
         if (inner && channel + kLanes <= K)

@@ -12,7 +12,7 @@
 namespace pydistill {
 
 extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_avx512_bf16,
-    convnet_step_amx;
+    convnet_step_amx, convnet_step_float64;
 
 namespace {
 
@@ -21,8 +21,11 @@ using Form = ConvNetStep::Form;
 const ConvNetStepKernel& kernel(const ConvNetStep& step) {
   static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
                                                          &convnet_step_avx512_bf16, &convnet_step_amx};
-  // float64 serves tests of gradients: it is not compiled beyond AVX2, as the last two are for bf16 alone
-  return *best_of(kernels, step.bf16 ? Isa::amx : step.scalar == Scalar::f64 ? Isa::avx2 : Isa::avx512);
+  const bool float64 = step.scalar == Scalar::f64;
+  check(PYDISTILL_ALL_STEPS || isa() != Isa::base || !(float64 || step.bf16),
+        "convnet_step: float64 and bf16 need AVX2");
+  if (float64) return convnet_step_float64;
+  return *best_of(kernels, step.bf16 ? Isa::amx : Isa::avx512);  // the last two are compiled for bf16 alone
 }
 
 Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> shape) {

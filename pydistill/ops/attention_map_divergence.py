@@ -89,7 +89,7 @@ def attention_map_divergence(
         NotImplementedError: the backend cannot run here, or a second derivative is asked for.
     """
     if reduction == "mean":
-        warn("attention_map_divergence: reduction 'mean' is called 'batchmean' now, as in torch")
+        warn("attention_map_divergence: reduction 'mean' is called 'batchmean' now, as in torch", depth=2)
         reduction = "batchmean"
     _check(q_s, k_s, q_t, k_t, kind, beta, mask, reduction)
     T_s = _temperature("T_s", T_s, q_s)

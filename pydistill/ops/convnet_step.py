@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from pydistill import reference
+from pydistill import _library, reference
 from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._operator import choose_backend
@@ -496,6 +496,8 @@ def _check_all(
             shapes = f"{list(expected)} or {[E, *expected]}"
             raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
     chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
+    if chosen != "reference" and (missing := _library.unavailable_step(theta.device, theta.dtype, precision)):
+        raise NotImplementedError(f"convnet_step: {missing}")
     if chosen == "reference" and precision != "fp32":
         raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
     if chosen == "cuda" and not (shape.fused and shape.biased):

@@ -88,17 +88,17 @@ def test_against_float64(name, edge):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("reduction", ["norm", "sq"])
+@pytest.mark.parametrize("kind", ["norm", "sq"])
 @pytest.mark.parametrize("edge", EDGES)
-def test_bn_stat_match(edge, reduction, backend):
+def test_bn_stat_match(edge, kind, backend):
     x, statistics = EDGES[edge]
     mean, var = statistics[0, :4], statistics[0, 4:].abs()
     for dtype in (torch.float32, torch.float64):
         leaf = x.reshape(-1, 4, 2).to(dtype).requires_grad_()
         wide = leaf.detach().double().requires_grad_()
-        loss = bn_stat_match(leaf, mean.to(dtype), var.to(dtype), reduction=reduction, backend=backend)
+        loss = bn_stat_match(leaf, mean.to(dtype), var.to(dtype), kind=kind, backend=backend)
         apart = wide.mean((0, 2)) - mean.double(), wide.var((0, 2), unbiased=False) - var.double()
-        truth = sum(d.square().sum() if reduction == "sq" else d.norm() for d in apart)
+        truth = sum(d.square().sum() if kind == "sq" else d.norm() for d in apart)
         rtol = 64 * torch.finfo(dtype).eps
         torch.testing.assert_close(loss.double(), truth, rtol=rtol, atol=1e-40)
         (found,), (true,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(truth, wide)

@@ -17,7 +17,7 @@ from pydistill.methods.networks.unip import distill_attention
 X, HARD = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
 MEAN, VARIANCE = torch.zeros(3), torch.ones(3)
 MAPS = torch.randn(4, 1, 2, 5, 6)
-RECORD = pydistill.augment.MultiCrop(6)(torch.rand(4, 3, 8, 8))[1]
+RECORD = pydistill.augment.MultiCrop(6, mix="mixup").draw((4, 3, 8, 8))
 
 # function, arguments, (former, present) name of an argument, its value
 RENAMED = {

@@ -86,7 +86,7 @@ PYDISTILL_INLINE void store_narrowed_register(S* p, Register<T> v) {
 #if defined(__AVX512BW__)
 #define PYDISTILL_MASKED PYDISTILL_INLINE
 #else
-#define PYDISTILL_MASKED __attribute__((noinline))
+#define PYDISTILL_MASKED __attribute__((noinline, unused))
 #endif
 
 // The same for `count` elements, fewer than a register's lanes: other lanes are zero when loading and skipped when
