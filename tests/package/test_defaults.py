@@ -109,7 +109,9 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "MultiCrop, mixup": lambda: cropped(mix="mixup"),
     "MultiCrop, cutmix": lambda: cropped(mix="cutmix"),
     "MultiCrop, mosaic": lambda: cropped(mix="mosaic"),
-    "mix_labels": lambda: augment.mix_labels(Y[:4], augment.MultiCrop(8, mix="mixup").draw(BIG.shape), 8, num_classes=4),
+    "mix_labels": lambda: augment.mix_labels(
+        Y[:4], augment.MultiCrop(8, mix="mixup").draw(BIG.shape), 8, num_classes=4
+    ),
     "graph_cut_greedy": lambda: select.graph_cut_greedy(ROWS, 3, bins=2),
     "facility_location": lambda: select.facility_location_greedy(ROWS, 3),
     "herding": lambda: select.herding(ROWS, 2, torch.zeros(20, dtype=torch.int64, device="cpu")),
