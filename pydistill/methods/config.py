@@ -63,7 +63,7 @@ class Config(Method):
             raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
         if ipc not in cls.presets[dataset]:
             known = ", ".join(map(str, cls.presets[dataset]))
-            raise ValueError(f"preset: expected {cls.name}'s for {dataset} with ipc {known}, got {ipc}")
+            raise ValueError(f"preset: expected {cls.name}'s for {dataset} with ipc {known}, got {ipc!r}")
         return cls(ipc=ipc, **cls.presets[dataset][ipc])
 
     @classmethod

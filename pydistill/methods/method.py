@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -47,12 +49,19 @@ class OptionError(ValueError):
 
 def check_numbers(options: Any, *, error: Callable[[str, str], ValueError] | None = None, **least: float) -> None:
     """ValueError for a field below its least value or not finite; a least value of 0.0 requires a positive number.
+    And for any field declared as a bool or a ``Literal`` that holds something else.
 
     Args:
         options: has the fields.
         error: made from the field's name and what is wrong; `OptionError` for the inputs of a run.
         least: by field; an int is itself allowed.
     """
+    for f in fields(options):
+        choices = _choices(f.type)
+        value = getattr(options, f.name)
+        if choices and not any(type(value) is type(each) and value == each for each in choices):
+            reason = f"expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}"
+            raise ValueError(f"{f.name}: {reason}") if error is None else error(f.name, reason)
     for name, low in least.items():
         value = getattr(options, name)
         positive = isinstance(low, float)
@@ -65,6 +74,14 @@ def check_numbers(options: Any, *, error: Callable[[str, str], ValueError] | Non
             wanted = "a positive finite number" if positive else f"{number}at least {low}"
             reason = f"expected {wanted}, got {value}"
             raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """What a field declared as a bool or as a ``Literal``, written out, may hold."""
+    if annotation in ("bool", bool):
+        return True, False
+    written = re.fullmatch(r"Literal(\[[^|]*\])", annotation) if isinstance(annotation, str) else None
+    return tuple(ast.literal_eval(written[1])) if written else ()
 
 
 def _whole(options: Any, name: str) -> bool:
