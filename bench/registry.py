@@ -19,12 +19,11 @@ from .cases.matching import (
 )
 from .cases.recovery import BN_STAT_MATCH, BN_STAT_MATCH_MEMORY, FROZEN_CONV2D, FROZEN_RESNET18, SRE2L_RECOVER_STEP
 from .cases.selection import GRAPH_CUT_GREEDY
+from .cases.training import EXPERT_STORE, TRAIN_STUDENTS
 from .cases.trajectory import (
-    EXPERT_STORE,
     MTT_STEP,
     OUTER_STEP,
     OUTER_STEP_MEMORY,
-    TRAIN_STUDENTS,
     UNROLL_ALEXNET_MEMORY,
     UNROLL_MEMORY,
     UNROLL_NETWORKS,

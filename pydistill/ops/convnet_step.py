@@ -20,11 +20,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from pydistill import _library, reference
+from pydistill import reference
 from pydistill.ops import _convnet_step_layers as layers
+from pydistill.ops._convnet_step_checks import BACKENDS, KINDS, check_statistics, check_step, mask_of, refuse_cuda
 from pydistill.ops._convnet_step_graph import StepGraphs
-from pydistill.ops._operator import choose_backend
-from pydistill.ops.attention_map import AXES, Axis, check_power
+from pydistill.ops._convnet_step_layers import LabelKind, Precision
+from pydistill.ops.attention_map import Axis
 from pydistill.reference.convnet_shape import Activation, ConvNetShape, Norm, Pool
 
 __all__ = [
@@ -40,16 +41,11 @@ __all__ = [
     "workspace_bytes",
 ]
 
-BACKENDS = ("reference", "cpu", "cuda")
 
-LabelKind = Literal["hard", "logits", "probs"]
-Precision = Literal["fp32", "tf32", "bf16"]
 Form = Literal["logits", "gradient", "tangent", "features", "features_backward"]
 
 _FORMS = ("logits", "gradient", "tangent", "features", "features_backward")  # in the order of ConvNetStep::Form
-_KINDS = ("hard", "logits", "probs")  # in the order of ConvNetStep::Labels
 _OPS = torch.ops.pydistill
-_passed: dict[tuple, str] = {}  # backends by the arguments' signatures
 
 
 class Workspace:
@@ -100,8 +96,8 @@ def convnet_logits(
     Returns:
         ``[E, N, classes]``, dtype of theta.
     """
-    chosen = _check(shape, theta, images, precision, backend)
-    _check_statistics(shape, theta, running, None)
+    chosen = check_step(shape, theta, images, precision, backend)
+    check_statistics(shape, theta, running, None)
     if chosen == "reference":
         return reference.convnet_logits(shape, theta, images, running)
     if chosen == "cuda":
@@ -162,8 +158,8 @@ def convnet_gradient(
         NotImplementedError: the backend cannot run here.
         RuntimeError: an argument requires a gradient, and grad mode is on.
     """
-    chosen = _check(shape, theta, images, precision, backend, labels, label_kind, tape)
-    _check_statistics(shape, theta, running, statistics)
+    chosen = check_step(shape, theta, images, precision, backend, labels, label_kind, tape)
+    check_statistics(shape, theta, running, statistics)
     if chosen == "reference":
         return reference.convnet_gradient(shape, theta, images, labels, label_kind, running, statistics)
     if chosen == "cuda":
@@ -179,7 +175,7 @@ def convnet_gradient(
         statistics,
         shape.eps,
         shape.slope,
-        _KINDS.index(label_kind),
+        KINDS.index(label_kind),
         precision == "bf16",
         memory,
         tape,
@@ -220,13 +216,13 @@ def convnet_tangent(
         images_grad: ``[E, N, C, H, W]``, per student even if the images are shared.
         labels_grad: ``[E, N, K]``, None for hard labels.
     """
-    chosen = _check(shape, theta, images, precision, backend, labels, label_kind, tape)
+    chosen = check_step(shape, theta, images, precision, backend, labels, label_kind, tape)
     if direction.shape != theta.shape or direction.dtype != theta.dtype or direction.device != theta.device:
         wanted, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (theta, direction))
         raise ValueError(f"direction: expected {wanted} as theta, got {got}")
     if scale is not None and (scale.shape != theta.shape[:1] or scale.dtype != theta.dtype):
         raise ValueError(f"scale: expected {theta.dtype} [{len(theta)}], got {scale.dtype} {list(scale.shape)}")
-    _check_statistics(shape, theta, running, None)
+    check_statistics(shape, theta, running, None)
     if chosen == "cpu":
         memory = _memory(workspace, shape, "tangent", theta, images, precision)
         slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
@@ -238,7 +234,7 @@ def convnet_tangent(
             running,
             shape.eps,
             shape.slope,
-            _KINDS.index(label_kind),
+            KINDS.index(label_kind),
             precision == "bf16",
             curvature,
             theta.new_ones(len(theta)) if scale is None else scale.contiguous(),
@@ -291,12 +287,12 @@ def convnet_features(
         spatial maps ``[E, N, sum of H_l W_l]``, channel maps ``[E, N, sum of C_l]`` (each without elements if not asked
         for) and embedding ``[E, N, F]``; dtype of theta.
     """
-    chosen = _check(shape, theta, images, precision, backend, tape=tape)
-    mask = _mask(shape, p, attended, axis)
-    _check_statistics(shape, theta, running, None)
+    chosen = check_step(shape, theta, images, precision, backend, tape=tape)
+    mask = mask_of(shape, p, attended, axis)
+    check_statistics(shape, theta, running, None)
     if chosen == "reference":
         return reference.convnet_features(shape, theta, images, p, attended, axis, running)
-    _refuse_cuda(chosen)
+    refuse_cuda(chosen)
     memory = _memory(workspace, shape, "features", theta, images, precision)
     options = (running, shape.eps, shape.slope, precision == "bf16", p, mask)
     wanted = (axis != "channel", axis != "spatial")
@@ -334,9 +330,9 @@ def convnet_features_backward(
     Returns:
         ``[E, N, C, H, W]``, per student even if the images are shared.
     """
-    chosen = _check(shape, theta, images, precision, backend, tape=tape)
-    _check_statistics(shape, theta, running, None)
-    mask = _mask(shape, p, attended, "both")
+    chosen = check_step(shape, theta, images, precision, backend, tape=tape)
+    check_statistics(shape, theta, running, None)
+    mask = mask_of(shape, p, attended, "both")
     grads = (spatial_grad, channel_grad, embedding_grad)
     layers = [shape.layers[block] for block in attended]
     rows = (sum(at.height * at.width for at in layers), sum(at.out_channels for at in layers), shape.features)
@@ -350,30 +346,13 @@ def convnet_features_backward(
             outputs = reference.convnet_features(shape, theta.detach(), own, p, attended, "both", running)
             total = sum((out * grad).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None)
             return torch.autograd.grad(total + 0 * own.sum(), own)[0]
-    _refuse_cuda(chosen)
+    refuse_cuda(chosen)
     memory = _memory(workspace, shape, "features_backward", theta, images, precision)
     return _OPS.convnet_step_features_backward(
         *(None if grad is None else grad.contiguous() for grad in grads),
         *(theta.contiguous(), images.contiguous(), _sizes(shape)),
         *(running, shape.eps, shape.slope, precision == "bf16", p, mask, memory, tape),
     )
-
-
-def _mask(shape: ConvNetShape, p: float, attended: Sequence[int], axis: str) -> int:
-    check_power(p)
-    if axis not in AXES:
-        raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
-    if list(attended) != sorted({block for block in attended if 0 <= block < len(shape.layers)}):
-        raise ValueError(f"attended: expected ascending blocks out of 0..{len(shape.layers) - 1}, got {list(attended)}")
-    return sum(1 << block for block in attended)
-
-
-def _refuse_cuda(chosen: str) -> None:
-    if chosen == "cuda":
-        raise NotImplementedError(
-            "convnet_features has no kernel for CUDA tensors; pydistill.matching.features runs the network by autograd "
-            "there, on pydistill.ops.attention_map"
-        )
 
 
 def workspace_bytes(
@@ -415,97 +394,3 @@ def _sizes(shape: ConvNetShape) -> Tensor:
     norm, activation, pool = (get_args(known).index(kind) for known, kind in kinds)
     block = (norm, shape.groups, activation, pool, shape.biased)
     return torch.tensor((*sizes, *block, *shape.widths), dtype=torch.int64, device="cpu")
-
-
-def _check_statistics(shape: ConvNetShape, theta: Tensor, running: Tensor | None, statistics: Tensor | None) -> None:
-    channels = sum(shape.widths)
-    if (running is not None) != (shape.norm == "running"):
-        raise ValueError(f"running: expected statistics for the norm 'running' alone, which here is {shape.norm!r}")
-    if statistics is not None and shape.norm != "batch":
-        raise ValueError(f"statistics: expected them of the norm 'batch' alone, which here is {shape.norm!r}")
-    each = (len(theta), 2, channels)
-    wanted = (
-        ("running", running, each[1:] if running is None or running.dim() == 2 else each),
-        ("statistics", statistics, each),
-    )
-    for name, given, size in wanted:
-        if given is not None and (given.shape != size or given.dtype != theta.dtype or given.device != theta.device):
-            got = f"{given.dtype} {list(given.shape)} on {given.device}"
-            raise ValueError(f"{name}: expected {theta.dtype} {list(size)} on {theta.device} as theta, got {got}")
-
-
-def _check(
-    shape: ConvNetShape,
-    theta: Tensor,
-    images: Tensor,
-    precision: str,
-    backend: str,
-    labels: Tensor | None = None,
-    label_kind: str = "hard",
-    tape: Tensor | None = None,
-) -> str:
-    """The backend. In a loop the checks would take a tenth of a small step: signatures that passed are remembered."""
-    given = [(t.shape, t.dtype, t.device, t.requires_grad) for t in (theta, images, labels) if t is not None]
-    kinds = (shape, precision, backend, label_kind, tape is None, torch.is_grad_enabled())
-    signature = (*given, *kinds)
-    if signature not in _passed:
-        if len(_passed) >= 64:
-            _passed.clear()
-        _passed[signature] = _check_all(shape, theta, images, precision, backend, labels, label_kind, tape)
-    return _passed[signature]
-
-
-def _check_all(
-    shape: ConvNetShape,
-    theta: Tensor,
-    images: Tensor,
-    precision: str,
-    backend: str,
-    labels: Tensor | None,
-    label_kind: str,
-    tape: Tensor | None,
-) -> str:
-    if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
-        raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")
-    if precision not in ("fp32", "tf32", "bf16"):
-        raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
-    if theta.dtype != torch.float32 and (theta.dtype != torch.float64 or precision != "fp32"):
-        raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
-    tensors = {"images": images} if labels is None else {"images": images, "labels": labels}
-    for name, tensor in tensors.items():
-        if tensor.device != theta.device:
-            raise ValueError(f"{name}: expected device {theta.device} as theta, got {tensor.device}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, *tensors.values())):
-        raise RuntimeError("convnet_step: not differentiable by autograd; pydistill.unroll is")
-    E, sizes = len(theta), (shape.channels, shape.height, shape.width_px)
-    if images.dtype != theta.dtype:
-        raise TypeError(f"images: expected dtype {theta.dtype} as theta, got {images.dtype}")
-    if images.shape[-3:] != sizes or images.shape[:-4] not in ((), (E,)) or not images.shape[-4]:
-        raise ValueError(f"images: expected [N, *{sizes}] or [{E}, N, *{sizes}], got {list(images.shape)}")
-    last = shape.layers[-1]
-    if shape.norm == "batch" and images.shape[-4] * last.height * last.width == 1:
-        raise ValueError("images: expected more than one value a channel for a batch norm, got one image of one pixel")
-    if labels is not None:
-        if label_kind not in _KINDS:
-            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
-        expected = (images.shape[-4],) if label_kind == "hard" else (images.shape[-4], shape.classes)
-        dtype = torch.int64 if label_kind == "hard" else theta.dtype
-        if labels.dtype != dtype:
-            raise TypeError(f"labels: expected {dtype} for label_kind={label_kind!r}, got {labels.dtype}")
-        if labels.shape not in (expected, (E, *expected)):
-            shapes = f"{list(expected)} or {[E, *expected]}"
-            raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
-    chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
-    if chosen != "reference" and (missing := _library.unavailable_step(theta.device, theta.dtype, precision)):
-        raise NotImplementedError(f"convnet_step: {missing}")
-    if chosen == "reference" and precision != "fp32":
-        raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
-    if chosen == "cuda" and not (shape.fused and shape.biased):
-        raise NotImplementedError(
-            "convnet_step: backend='cuda' has blocks of biases, instance norm, ReLU and average pool only"
-        )
-    if chosen == "cpu" and precision == "tf32":
-        raise NotImplementedError("convnet_step: backend='cpu' has no precision='tf32'")
-    if chosen != "cpu" and tape is not None:
-        raise NotImplementedError(f"convnet_step: backend={chosen!r} keeps no tape")
-    return chosen
