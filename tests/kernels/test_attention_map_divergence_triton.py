@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_checks import check_compiled, check_in_the_interpreter, needs_triton
+from triton_checks import architectures, check_compiled, check_in_the_interpreter, needs_triton, parts
 
 from pydistill import _library, info
 from pydistill.ops import attention_map_divergence
 
 
 @needs_triton
-def test_in_the_interpreter() -> None:
-    check_in_the_interpreter("attention_map_divergence")
+@parts
+def test_in_the_interpreter(part: str) -> None:
+    check_in_the_interpreter("attention_map_divergence", part)
 
 
 @needs_triton
-def test_every_kernel_compiles_and_spills_a_few_words_at_most() -> None:
+@architectures
+def test_every_kernel_compiles_and_spills_a_few_words_at_most(archs: tuple[str, ...]) -> None:
     registers = {"registers": 64 * 1024, "amd_registers": 128 * 1024}
-    compiled = check_compiled("attention_map_divergence", 18, shared=64 * 1024, spills=64, **registers)
+    compiled = check_compiled("attention_map_divergence", 18, archs, shared=64 * 1024, spills=64, **registers)
     for name in ("rows", "grad_q", "grad_k"):
         assert any(kernel.kernel == f"attention_map_divergence::triton_{name}<f32, fkl, 64>" for kernel in compiled)
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_checks import check_compiled, check_in_the_interpreter, needs_triton
+from triton_checks import architectures, check_compiled, check_in_the_interpreter, needs_triton, parts
 
 from bench import triton_kernels
 from bench.triton_cases.instance_norm_relu_avg_pool import CASES
-from bench.triton_kernels import TARGETS
 from pydistill import _library, info, instance_norm_relu_avg_pool
 from pydistill.ops import _operator
 
 
 @needs_triton
-def test_in_the_interpreter() -> None:
-    check_in_the_interpreter("instance_norm_relu_avg_pool")
+@parts
+def test_in_the_interpreter(part: str) -> None:
+    check_in_the_interpreter("instance_norm_relu_avg_pool", part)
 
 
 @needs_triton
-def test_every_kernel_compiles_without_spills_and_sums_statistics_in_one_order() -> None:
+@architectures
+def test_every_kernel_compiles_without_spills_and_sums_statistics_in_one_order(archs: tuple[str, ...]) -> None:
     count, registers = len(CASES) + 2, {"registers": 64 * 1024, "amd_registers": 64 * 1024}
-    compiled = check_compiled("instance_norm_relu_avg_pool", count, shared=32 * 1024, **registers)
+    compiled = check_compiled("instance_norm_relu_avg_pool", count, archs, shared=32 * 1024, **registers)
     # a ReLU opens at the same positions in every form only if mean and variance are the same to the bit
     layouts: dict[tuple[str, ...], set[str]] = {}
     for kernel in compiled:
@@ -29,7 +30,7 @@ def test_every_kernel_compiles_without_spills_and_sums_statistics_in_one_order()
             if case.name == kernel.kernel:
                 group = layouts.setdefault((kernel.arch, case.scalar, case.layout, case.storage), set())
                 group.update(kernel.statistics_layouts)
-    assert len(layouts) == len(TARGETS) * len(CASES) / 4
+    assert len(layouts) == len(archs) * len(CASES) / 4
     assert all(len(group) == 1 for group in layouts.values()), layouts
 
 

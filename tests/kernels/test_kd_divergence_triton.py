@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from triton_checks import check_compiled, check_in_the_interpreter, needs_triton
+from triton_checks import architectures, check_compiled, check_in_the_interpreter, needs_triton, parts
 
 from pydistill import info
 
 
 @needs_triton
+@parts
 @pytest.mark.parametrize("operator", ["kd_divergence", "sparse_label_loss"])
-def test_in_the_interpreter(operator: str) -> None:
-    check_in_the_interpreter(operator)
+def test_in_the_interpreter(operator: str, part: str) -> None:
+    check_in_the_interpreter(operator, part)
 
 
 @needs_triton
+@architectures
 @pytest.mark.parametrize(("operator", "count"), [("kd_divergence", 14), ("sparse_label_loss", 4)])
-def test_every_form_compiles_for_every_gpu_without_spills(operator: str, count: int) -> None:
-    check_compiled(operator, count, shared=1024)
+def test_every_form_compiles_for_every_gpu_without_spills(operator: str, count: int, archs: tuple[str, ...]) -> None:
+    check_compiled(operator, count, archs, shared=1024)
 
 
 def test_info_knows_their_backends() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_checks import check_compiled, check_in_the_interpreter, needs_triton
+from triton_checks import architectures, check_compiled, check_in_the_interpreter, needs_triton, parts
 
 from pydistill import _library
 from pydistill.ops import _operator
@@ -12,13 +12,15 @@ from pydistill.ops.row_products import BACKENDS
 
 
 @needs_triton
-def test_in_the_interpreter() -> None:
-    check_in_the_interpreter("row_products")
+@parts
+def test_in_the_interpreter(part: str) -> None:
+    check_in_the_interpreter("row_products", part)
 
 
 @needs_triton
-def test_every_form_compiles_for_every_gpu_without_spills() -> None:
-    check_compiled("row_products", 15, shared=1024)
+@architectures
+def test_every_form_compiles_for_every_gpu_without_spills(archs: tuple[str, ...]) -> None:
+    check_compiled("row_products", 15, archs, shared=1024)
 
 
 def test_gpus_choose_triton_for_want_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
