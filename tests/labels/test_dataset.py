@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.labels import CROP_BYTES, SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
-from tests.labels.test_label_store import EPOCHS, OPTIONS, N, batches, create, fill, records
+from tests.labels.stores import EPOCHS, OPTIONS, N, batches, create, fill, records
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_every_command_is_tried():
 
     words = [command.words for group in commands.COMMANDS.values() for command in group]
     untried = [each for each in words if not any(f"{line} ".startswith(f"{each} ") for line in COMMANDS)]
-    # bench: tests/integration/test_bench.py; the others run as mtt does
+    # bench: tests/integration/test_bench_*.py; the others run as mtt does
     like_mtt = [f"distill {name}" for name, method in METHODS.items() if issubclass(method, Config)]
     assert untried == [*like_mtt[1:], "bench"]
 
