@@ -10,7 +10,7 @@ Differentiation raises the order and stays within the family, so the maps are di
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ AXES = ("spatial", "channel", "both")
 Axis = Literal["spatial", "channel", "both"]
 
 
+@overload
+def attention_map(
+    x: Tensor, p: float = ..., axis: Literal["spatial", "channel"] = ..., *, backend: str = ...
+) -> Tensor: ...
+@overload
+def attention_map(x: Tensor, p: float = ..., *, axis: Literal["both"], backend: str = ...) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_map(x: Tensor, p: float, axis: Literal["both"], *, backend: str = ...) -> tuple[Tensor, Tensor]: ...
 def attention_map(
     x: Tensor, p: float = 4.0, axis: Axis = "spatial", *, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
