@@ -18,6 +18,7 @@ from pydistill._torch_files import read_torch
 from pydistill.data.dataset import Dataset
 from pydistill.data.files import read_safetensors, write_safetensors
 from pydistill.data.normalisation import renormalise
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.whitening import ZCA
 
 __all__ = ["EXPORT_HEADER", "DistilledSet"]
@@ -49,7 +50,7 @@ class DistilledSet:
     mean: Tensor
     std: Tensor
     config: dict[str, Any] = field(default_factory=dict)
-    label_kind: str = "hard"
+    label_kind: LabelKind = "hard"
     zca: ZCA | None = None
 
     def __post_init__(self) -> None:
@@ -173,7 +174,7 @@ class DistilledSet:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         lr: float | None = None,
-        label_kind: str | None = None,
+        label_kind: LabelKind | None = None,
     ) -> DistilledSet:
         """Reads a folder that `export`, a method repository (MTT, FTD, DATM) or a baseline of DD-Ranking has filled.
 
