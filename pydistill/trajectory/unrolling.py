@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,64 @@ from pydistill.trajectory.students import ConvNetStudents, Engine
 Mode = Literal["exact", "first_order", "full"]
 
 
+@overload
+def unroll(
+    net: nn.Module,
+    theta0: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor | float,
+    *,
+    steps: int,
+    batch_size: int | None = ...,
+    batches: Sequence[Tensor] | None = ...,
+    generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+    augment: Callable[..., Tensor] | None = ...,
+    label_kind: LabelKind = ...,
+    loss_scale: float = ...,
+    optimizer: Literal["sgd"] | Adam = ...,
+    momentum: float = ...,
+    weight_decay: float = ...,
+    warmup: int = ...,
+    at: None = ...,
+    mode: Mode = ...,
+    output: int | None = ...,
+    store: Literal["device", "host"] = ...,
+    store_every: int = ...,
+    check_finite: bool = ...,
+    engine: Engine = ...,
+    precision: Precision = ...,
+    memory: Literal["auto"] | int = ...,
+) -> Tensor: ...
+@overload
+def unroll(
+    net: nn.Module,
+    theta0: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor | float,
+    *,
+    steps: int,
+    batch_size: int | None = ...,
+    batches: Sequence[Tensor] | None = ...,
+    generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+    augment: Callable[..., Tensor] | None = ...,
+    label_kind: LabelKind = ...,
+    loss_scale: float = ...,
+    optimizer: Literal["sgd"] | Adam = ...,
+    momentum: float = ...,
+    weight_decay: float = ...,
+    warmup: int = ...,
+    at: Sequence[int],
+    mode: Mode = ...,
+    output: int | None = ...,
+    store: Literal["device", "host"] = ...,
+    store_every: int = ...,
+    check_finite: bool = ...,
+    engine: Engine = ...,
+    precision: Precision = ...,
+    memory: Literal["auto"] | int = ...,
+) -> tuple[Tensor, ...]: ...
 def unroll(
     net: nn.Module,
     theta0: Tensor,
