@@ -290,7 +290,7 @@ class _Trajectory:
         row, beside = divmod(k - self.loop.warmup, self.every)
         if k == self.loop.warmup:
             self.first_moments = state.moments
-        if self.as_they_come:
+        if isinstance(self.theta, list):
             self.theta.append(state.theta if k else state.theta.clone())  # the first is the caller's
         elif beside == 0:
             self.theta[row] = state.theta
@@ -343,7 +343,7 @@ class _Unroll(torch.autograd.Function):
         state = State(theta0.detach(), ())
         for k, step in enumerate(steps):
             recorded = differentiable and k >= loop.warmup
-            if recorded:
+            if trajectory is not None and recorded:
                 trajectory.keep(k, state)
             with loop.recording(step) if recorded else contextlib.nullcontext():
                 grad = loop.gradient(state.theta, step, images, labels, replay=False, keep=recorded)
@@ -352,7 +352,8 @@ class _Unroll(torch.autograd.Function):
                 magnitudes.append(largest_of(state.theta[None])[0])
             if k + 1 in options.wanted:
                 out[k + 1] = state.theta
-        if all_kept and loop.check_finite and not state.theta.isfinite().all():  # a non-finite element stays so
+        # a non-finite element stays so
+        if trajectory is not None and all_kept and loop.check_finite and not state.theta.isfinite().all():
             thetas = (*trajectory.theta[1:], state.theta)
             magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in thetas]
         if trajectory is not None:
