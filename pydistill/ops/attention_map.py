@@ -121,7 +121,7 @@ class _Operators:
     """The two operators of one library. In every formula, `saved` are the operator's tensors."""
 
     def __init__(self, library: str):
-        self.reduce = Operator(
+        self.reduce: Operator = Operator(
             "attention_map",
             library=library,
             tensors=2,
@@ -130,7 +130,7 @@ class _Operators:
             jvp=self._reduce_jvp,
             vmap=_batch_into_samples(lambda *args: self.reduce.raw(*args), 2),
         )
-        self.adjoint = Operator(
+        self.adjoint: Operator = Operator(
             "attention_map_adjoint",
             library=library,
             tensors=4,

@@ -90,7 +90,7 @@ class _Conv2d(torch.autograd.Function):
         return *_Conv2dBackward.apply(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]), None
 
     @staticmethod
-    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor | None:
         x, weight = ctx.saved_tensors
         return _tangent(x, weight, x_t, weight_t, bias_t, ctx.geometry)
 
