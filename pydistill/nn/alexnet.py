@@ -29,6 +29,8 @@ class AlexNet(Student):
         ValueError: an unknown norm, or images too small; a forward input of another shape.
     """
 
+    features: nn.Sequential
+
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int] = 32, norm: str = "none"):
         super().__init__(channels, num_classes, image_size)
         self._require("norm", norm, _NORMS)

@@ -46,6 +46,8 @@ class ConvNet(Student):
         ValueError: an unknown name, or images too small for the depth; a forward input of another shape.
     """
 
+    features: nn.Sequential
+
     def __init__(
         self,
         channels: int,

@@ -33,6 +33,4 @@ conv2d_filters: Operator = Operator("conv2d_filters", tensors=1, fake=_filters_f
 # (x [N, C, H, W], grad [N, K, H, W], x_2, grad_2, taps) -> [K, C, taps, taps]: the gradient in w of
 # <grad, F.conv2d(x, w, padding=taps // 2)> + <grad_2, F.conv2d(x_2, w, padding=taps // 2)>, the second pair or None;
 # float32 or float64, taps of 3 or 5, channels-last read as it is. Equal bits over thread counts.
-conv2d_weight_grad = Operator(
-    "conv2d_weight_grad", tensors=4, fake=_weight_grad_fake, vmap=_vmap, vjp=None, jvp=None
-)
+conv2d_weight_grad = Operator("conv2d_weight_grad", tensors=4, fake=_weight_grad_fake, vmap=_vmap, vjp=None, jvp=None)
