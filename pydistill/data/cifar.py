@@ -73,7 +73,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
             core = np._core if hasattr(np, "_core") else np.core
-            return getattr(core.multiarray, name)  # type: ignore[attr-defined]  # not in NumPy's stubs
+            return getattr(core.multiarray, name)
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):
