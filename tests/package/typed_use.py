@@ -23,7 +23,7 @@ def divergences(student: Tensor, teacher: Tensor, labels: Tensor, q: Tensor, k: 
         pydistill.kd_divergence(student, teacher, kind="jsd", T=4.0, labels=labels, ce_weight=0.1),
         pydistill.kd_divergence(student, teacher, target_is="probs", reduction="none").mean(),
         pydistill.attention_map_divergence(q, k, q, k, kind="rkl", T_s=0.5),
-        pydistill.attention_nmi(q, k),
+        pydistill.attention_nmi(q, k).mean(),
         pydistill.contrastive_ce(student, teacher, scale=torch.tensor(10.0), labels=labels, symmetric=True),
         pydistill.contrastive_ce(student, None, scale=10.0, labels=labels, exclude_self=True),
         pydistill.soft_cross_entropy(student, teacher, label_kind="logits"),
@@ -38,7 +38,8 @@ def matching(real: Tensor, syn: Tensor, y_real: Tensor, y_syn: Tensor, net: nn.M
     rows: Tensor = pydistill.class_gradients(net, theta, images, y_real, 10, classes=range(10), engine="student")
     found = pydistill.matching.features(net, theta, images, p=4.0, axis="both", layers=(0, 1))
     maps: tuple[Tensor, ...] = found.spatial + found.channel
-    loss, info = pydistill.krr_loss(real, syn, y_real=y_real, y_syn=y_syn, lam=1e-6, return_info=True)
+    targets = nn.functional.one_hot(y_real, 10).to(real.dtype)
+    loss, info = pydistill.krr_loss(real, syn, y_real=targets, y_syn=y_syn, lam=1e-6, return_info=True)
     spatial: Tensor = pydistill.ops.attention_map(images, 2.0)
     _, channel = pydistill.ops.attention_map(images, axis="both")
     parts: list[Tensor] = [
@@ -47,7 +48,7 @@ def matching(real: Tensor, syn: Tensor, y_real: Tensor, y_syn: Tensor, net: nn.M
         pydistill.attention_match([images], [images], y_real, y_real, norm="l1", axis="both"),
         pydistill.matching.match_maps(maps, maps, y_real, y_real),
         pydistill.class_mean_match(found.embedding, found.embedding, y_real, y_real, num_classes=10),
-        pydistill.krr_loss(real, syn, y_real=y_real, y_syn=y_syn, form="primal", bias=True),
+        pydistill.krr_loss(real, syn, y_real=targets, y_syn=y_syn, form="primal", bias=True),
         pydistill.mmd(real, syn, kernels=5, bandwidth=1.0),
         loss * info.ridge + spatial.sum() + channel.sum(),
     ]
@@ -82,6 +83,7 @@ def trajectories(images: Tensor, labels: Tensor, path: Path) -> Tensor:
         eval_data=(images, labels),
     )
     with pydistill.ExpertStore.create(path, net, experts=3, epochs=2, dtype="bf16") as store:
+        store.append(range(3), 0, theta0.expand(3, -1))
         store.append(range(3), 1, trained.theta)
         start, target = store.segment(0, 0, 1)
     return pydistill.trajectory_match(net, start, target, images, labels, lr, steps=5) + theta.sum() + two[0].sum()
@@ -93,7 +95,8 @@ def networks(x: Tensor, y: Tensor) -> tuple[float, list[float]]:
     with BNStatMatcher(model, first=10.0, kind="norm") as matcher:
         model(x)
         print(matcher.loss().item(), matcher.layers, how.items())
-    student = accelerate(make("convnet", 3, 10, 32, width=16, norm="instance"))
+    accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4), nn.ReLU()))
+    student = make("convnet", 3, 10, 32, width=16, norm="instance")
     pydistill.evaluate.train_student(student, x, y, lr=0.01, epochs=1)
     best = pydistill.evaluate.evaluate(lambda: ConvNet(3, 10), x, y, x, y, lr=0.01, epochs=1, students=range(2))
     return pydistill.evaluate.accuracy(student, x, y), best
