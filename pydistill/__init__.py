@@ -3,6 +3,7 @@
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from pkgutil import extend_path as _extend_path
+from typing import TYPE_CHECKING
 
 # Python started in a source checkout finds that before the installed package, but only the latter has compiled parts.
 __path__ = _extend_path(__path__, __name__)
@@ -50,11 +51,18 @@ __all__ = [
 # imported on demand, to keep the import fast
 _ON_DEMAND = ("data", "evaluate", "info", "methods", "testing")
 
+if TYPE_CHECKING:
+    from pydistill import data as data
+    from pydistill import evaluate as evaluate
+    from pydistill import info as info
+    from pydistill import methods as methods
+    from pydistill import testing as testing
+else:
 
-def __getattr__(name: str) -> object:
-    if name in _ON_DEMAND:
-        return _import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _ON_DEMAND:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

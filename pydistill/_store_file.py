@@ -145,6 +145,7 @@ class StoreFile:
         """Bytes of the file, uint8, a copy; ValueError if it has become too short."""
         self._check_open()
         self._check_reaches(at + count)
+        assert self._bytes is not None
         return self._bytes[at : at + count].copy()
 
     def _check_reaches(self, stop: int) -> None:
@@ -155,7 +156,7 @@ class StoreFile:
 
     def _write(self, at: int, data: bytes | np.ndarray) -> None:
         self._file.seek(at)
-        self._file.write(data)
+        self._file.write(data if isinstance(data, bytes) else data.data)
 
     def _sync(self) -> None:
         sync(self._file)
@@ -182,7 +183,9 @@ class StoreFile:
 
 def check_of(entries: np.ndarray) -> np.ndarray:
     """The required last field of table entries, which tells them from missing or half-written ones."""
-    return ~np.bitwise_xor.reduce([entries[name] for name in entries.dtype.names[:-1]])
+    names = entries.dtype.names
+    assert names is not None
+    return ~np.bitwise_xor.reduce([entries[name] for name in names[:-1]])
 
 
 def round_up(size: int, multiple: int) -> int:

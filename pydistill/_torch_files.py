@@ -43,14 +43,14 @@ def _harmless() -> list[Any]:
     Of NumPy's types only those of numbers, whose pickled form cannot describe its own layout. A path becomes a pure
     one, which touches no disk and may be of either system; a defaultdict a dict.
     """
-    reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    rebuild: list[Any] = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]  # functions of NumPy's
     numbers = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"
     found: list[Any] = [argparse.Namespace, types.SimpleNamespace, np.ndarray, np.dtype]
     found += {type(np.dtype(code)) for code in numbers}
     found += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
     found += [(_plain_dict, "collections.defaultdict")]
     found += [(each, f"builtins.{each.__name__}") for each in (int, float, str, bool, list, dict, tuple)]
-    found += [(f, f"{module}.{f.__name__}") for f in (reconstruct, scalar) for module in _MODULES["numpy"]]
+    found += [(f, f"{module}.{f.__name__}") for f in rebuild for module in _MODULES["numpy"]]
     paths = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath}
     for system, path in paths.items():
         names = (f"{module}.{kind}{system}Path" for module in _MODULES["pathlib"] for kind in ("", "Pure"))

@@ -22,6 +22,8 @@ class ReparamModule(nn.Module):
         ValueError: theta has the wrong length.
     """
 
+    module: nn.Module
+
     def __init__(self, module: nn.Module):
         super().__init__()
         flat = FlatModule(module)

@@ -166,7 +166,7 @@ def evaluate(
     nets = [seeded_net(make_net, seed, Stream.TEST_STUDENT, student, device=images.device) for student in students]
     generators = [seeded_generator(seed, Stream.TEST_STUDENT_BATCHES, student) for student in students]
     at_once = len(nets) if nets and trains_at_once(nets[0], images) else 1
-    protocol = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "step", "check_finite": False}
+    protocol: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "step", "check_finite": False}
     accuracies: list[float] = []
     for start in range(0, len(nets), at_once):
         group = slice(start, start + at_once)
@@ -187,6 +187,7 @@ def evaluate(
         )
         for e, net in enumerate(nets[group]):
             trained.copy_into(net, e)
+        assert trained.accuracy is not None  # as there are data to evaluate on
         accuracies += trained.accuracy.tolist()
     return accuracies
 

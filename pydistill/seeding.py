@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from numpy.random import SeedSequence
 from torch import nn
+
+Net = TypeVar("Net", bound=nn.Module)
 
 __all__ = ["Stream", "seeded_generator", "seeded_net", "torch_seeded"]
 
@@ -90,9 +93,7 @@ def torch_seeded(generator: torch.Generator) -> Iterator[None]:
         yield
 
 
-def seeded_net(
-    make_net: Callable[[], nn.Module], seed: int, *key: int, device: torch.device | str = "cpu"
-) -> nn.Module:
+def seeded_net(make_net: Callable[[], Net], seed: int, *key: int, device: torch.device | str = "cpu") -> Net:
     """Builds a network whose initial parameters depend on ``seed`` and ``key`` only; the global random state is
     unchanged."""
     with torch_seeded(seeded_generator(seed, *key)):

@@ -54,11 +54,11 @@ def check_op(
     for case in cases:
         for name in CHECKS if checks is None else checks:
             try:
-                if name == "opcheck":
-                    if raw_calls is not None:
-                        check_registrations(raw_calls, case)
-                else:
-                    CHECKS[name](op, reference, case)
+                check = CHECKS[name]
+                if check is not None:
+                    check(op, reference, case)
+                elif raw_calls is not None:
+                    check_registrations(raw_calls, case)
             except Exception as error:
                 raise AssertionError(f"{name} on {case.name}: {error}") from error
 
@@ -114,7 +114,7 @@ def _orders(function: Function, case: Case, dtype: torch.dtype) -> dict[str, Ten
     out = function(*leaves, **case.options)
     cotangent = _weights([out], 1)[0].requires_grad_()
     first = torch.autograd.grad(out, leaves, cotangent, create_graph=case.order == 2)
-    second = ()
+    second: tuple[Tensor, ...] = ()
     if case.order == 2:
         wanted = (*leaves, cotangent)
         second = torch.autograd.grad(first, wanted, _weights(first, 2), allow_unused=True, materialize_grads=True)
@@ -131,12 +131,11 @@ def check_values(op: Function, reference: Function, case: Case) -> None:
     for name, actual in _orders(op, case, torch.float64).items():
         assert_close(f"float64 {name}", actual, truth[name], rtol=1e-11)
     for dtype in case.dtypes:
-        rounded = Case(
-            case.name,
-            lambda _, dtype=dtype: tuple(t.to(dtype).double() for t in case.make(dtype)),
-            case.options,
-            order=case.order,
-        )
+
+        def make_rounded(_: torch.dtype, dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
+            return tuple(t.to(dtype).double() for t in case.make(dtype))
+
+        rounded = Case(case.name, make_rounded, case.options, order=case.order)
         truth = _orders(reference, rounded, torch.float64)
         plain = _orders(reference, case, dtype)
         for name, actual in _orders(op, case, dtype).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ class MultiCrop:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the results."""
-        return (self.out_size, self.out_size) if isinstance(self.out_size, int) else tuple(self.out_size)
+        both = (self.out_size, self.out_size) if isinstance(self.out_size, int) else tuple(self.out_size)
+        return cast(tuple[int, int], both)
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the result, given that of the images, with one crop of each."""
@@ -114,7 +115,7 @@ class MultiCrop:
             more = (sources[torch.randperm(len(sources), generator=generator, device=device)] for _ in range(tiles - 1))
             sources = torch.stack([sources, *more], 1)
         drawn = self._crops((1 if self.shared else len(sources), tiles), H, W, generator, device)
-        record = self._record(drawn | {"source": sources} | self._tiles(tiles, device), sources.shape)
+        record = self._record(drawn | self._tiles(tiles, device), sources)
         if self.mix in ("mixup", "cutmix"):
             other = record[torch.randperm(len(record), generator=generator, device=device)]
             record = torch.cat([record, self._mixed(other, generator, device)], 1)
@@ -124,11 +125,10 @@ class MultiCrop:
         """``[B, C, *size]`` of ``[N, C, H, W]`` images, with ``base`` ``[1, C, H, W]`` added to each of them first."""
         return multi_crop(images, record.to(images.device), self.size, base=base, mean=self.mean, std=self.std)
 
-    def _record(self, columns: dict[str, Column], shape: Sequence[int]) -> Tensor:
-        found = [
-            torch.as_tensor(columns[name], dtype=torch.float64, device=columns["source"].device) for name in COLUMNS
-        ]
-        return torch.stack([column.expand(shape) for column in found], 2).float()
+    def _record(self, columns: dict[str, Column], sources: Tensor) -> Tensor:
+        columns = columns | {"source": sources}
+        found = [torch.as_tensor(columns[name], dtype=torch.float64, device=sources.device) for name in COLUMNS]
+        return torch.stack([column.expand(sources.shape) for column in found], 2).float()
 
     def _crops(
         self, rows: tuple[int, int], H: int, W: int, generator: torch.Generator | None, device: torch.device | str

@@ -34,6 +34,7 @@ class _Draws:
 
     def _next(self) -> dict[str, Any]:
         if self.seed is not None:
+            assert self.generator is not None
             self.generator.manual_seed(self.seed)
             self.seed += 1
         return {"generator": self.generator, "device": self.device}

@@ -61,7 +61,8 @@ class Bars:
     """A bar for each phase of a run, inside the block."""
 
     def __init__(self, console: rich.console.Console):
-        self._progress, self._tasks = _progress_bars(console), {}
+        self._progress = _progress_bars(console)
+        self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -80,7 +81,10 @@ class Bars:
         task = self._progress.add_task(phase, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str | None = None) -> None:
-            self._progress.update(task, advance=count, **({} if note is None else {"note": note}))
+            if note is None:
+                self._progress.update(task, advance=count)
+            else:
+                self._progress.update(task, advance=count, note=note)
 
         return advance
 

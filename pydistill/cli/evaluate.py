@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import rich.console
 import torch
@@ -199,15 +199,15 @@ def _given(*values: Any) -> Any:
 def _label(name: str, net: nn.Module) -> str:
     if name != "convnet":
         return name
-    convolutions = [layer for layer in net.features if isinstance(layer, nn.Conv2d)]
+    convolutions = [layer for layer in cast(nn.Sequential, net.features) if isinstance(layer, nn.Conv2d)]
     return f"convnet-D{len(convolutions)}-W{convolutions[0].out_channels}"
 
 
 def _check_fits(file: Path, distilled: DistilledSet, dataset: Dataset) -> None:
     wanted, got = list(dataset.train_images.shape[1:]), list(distilled.images.shape[1:])
     if wanted != got or not len(distilled.images):
-        got = f"{len(distilled.images)} of {got}"
-        raise ValueError(f"{file}: expected images {wanted} as {dataset.name} has, got {got}")
+        count = len(distilled.images)
+        raise ValueError(f"{file}: expected images {wanted} as {dataset.name} has, got {count} of {got}")
     hard, K = distilled.label_kind == "hard", dataset.num_classes
     classes = int(distilled.labels.max()) + 1 if hard else distilled.labels.shape[1]
     if classes > K or (classes < K and not hard):

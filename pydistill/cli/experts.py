@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import rich.console
 import tyro
@@ -23,6 +23,7 @@ from pydistill.methods.folder import append_line, keep_lines, locked
 from pydistill.methods.method import DatasetName, device_of
 from pydistill.methods.runs import Interrupted
 from pydistill.methods.settings import SETTINGS, SHAPES
+from pydistill.methods.trajectory.matching import Matching
 from pydistill.nn import NetName, make
 from pydistill.trajectory.replay_buffers import replay_buffer_shapes
 from pydistill.trajectory.store import ExpertStore
@@ -102,7 +103,9 @@ class Experts:
 
     def training(self) -> dict[str, Any]:
         """The arguments of `train_experts`: the method's options, and those given in addition."""
-        options = METHODS[self.method]().expert_options(self.epochs)
+        method = cast(type[Matching], METHODS[self.method])
+        assert self.epochs is not None  # it is resolved
+        options = method().expert_options(self.epochs)
         for name in (*_TRAINING, "dtype", "overwrite"):
             if name not in options or getattr(self, name) != getattr(Experts, name):
                 options[name] = getattr(self, name)
@@ -121,6 +124,7 @@ class Experts:
                 self.resolved()._train(console, stop)
 
     def _train(self, console: rich.console.Console, stop: Stop) -> None:
+        assert self.dataset is not None  # it is resolved
         dataset = load(self.dataset, self.root, image_size=self.image_size)
         dataset = (dataset.whitened() if self.zca else dataset).to(device_of(self.device))
         shape = dataset.channels, dataset.num_classes, dataset.image_size
@@ -138,8 +142,9 @@ class Experts:
 
         try:
             with Bars(console) as bars:
-                options = {"progress": bars.bar, "stop": stop, "log": log}
-                store = train_experts_with_progress(make_net, dataset, self.out, **options, **self.training())
+                store = train_experts_with_progress(
+                    make_net, dataset, self.out, progress=bars.bar, stop=stop, log=log, **self.training()
+                )
         except Interrupted:
             console.print("stopped; the same command, without --overwrite, goes on")
             raise
@@ -154,8 +159,12 @@ class Experts:
         if self.zca and self.no_zca:
             raise ValueError("--zca, --no-zca: expected one of them at most")
         store = ExpertStore.import_replay_buffers(
-            *(self.replay_buffers, self._imported(replay_buffer_shapes(self.replay_buffers[0])), self.out),
-            **{"dtype": self.dtype, "dataset": self.dataset, "overwrite": self.overwrite},
+            self.replay_buffers,
+            self._imported(replay_buffer_shapes(self.replay_buffers[0])),
+            self.out,
+            dtype=self.dtype,
+            dataset=self.dataset,
+            overwrite=self.overwrite,
             zca=(self.zca or None) if not self.no_zca else False,
         )
         console.print(f"{len(store)} experts of {store.epochs} epochs imported: {self.out}")

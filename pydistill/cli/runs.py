@@ -153,8 +153,15 @@ def _run(
     began = time.monotonic()
     with Bars(console) as bars:
         out = out or Path("runs") / f"{_name(config, given)}-{time.strftime('%Y%m%d-%H%M%S')}"
-        options = {"out": out, "resume": resume, "stop": lambda: stop.requested}
-        run = Run(config, given, **options, on_progress=bars.show, tell=console.print)
+        run = Run(
+            config,
+            given,
+            out=out,
+            resume=resume,
+            stop=lambda: stop.requested,
+            on_progress=bars.show,
+            tell=console.print,
+        )
         try:
             job = run.go()
         except Interrupted:
@@ -171,7 +178,8 @@ def _run(
 
 def _parsed(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, Any, Any]:
     default = parts["config"]
-    command = make_dataclass("Command", [(name, tyro.conf.OmitArgPrefixes[type(part)]) for name, part in parts.items()])
+    types = [(name, tyro.conf.OmitArgPrefixes[type(part)]) for name, part in parts.items()]  # type: ignore[misc]  # made here
+    command = make_dataclass("Command", types)
     command.__doc__ = f"{default.about}.\n\n{_description(default)}"
     config = (tyro.conf.FlagCreatePairsOff,)
     found = tyro.cli(command, args=argv, prog=f"pydistill {words}", default=command(**parts), config=config)

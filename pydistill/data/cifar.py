@@ -21,8 +21,9 @@ def load_cifar10(folder: Path) -> Dataset:
     nested = folder / "cifar-10-batches-py"
     folder = nested if nested.is_dir() else folder
     batches = [_read_cifar_batch(folder / f"data_batch_{i}", 10) for i in range(1, 6)]
-    train = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    return normalised_dataset("cifar10", train, _read_cifar_batch(folder / "test_batch", 10), CIFAR10_CLASSES)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    test = _read_cifar_batch(folder / "test_batch", 10)
+    return normalised_dataset("cifar10", (images, labels), test, CIFAR10_CLASSES)
 
 
 def load_cifar100(folder: Path) -> Dataset:
@@ -71,7 +72,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name)
+            core = np._core if hasattr(np, "_core") else np.core
+            return getattr(core.multiarray, name)
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):

@@ -18,6 +18,7 @@ from pydistill._torch_files import read_torch
 from pydistill.data.dataset import Dataset
 from pydistill.data.files import read_safetensors, write_safetensors
 from pydistill.data.normalisation import renormalise
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.whitening import ZCA
 
 __all__ = ["EXPORT_HEADER", "DistilledSet"]
@@ -49,7 +50,7 @@ class DistilledSet:
     mean: Tensor
     std: Tensor
     config: dict[str, Any] = field(default_factory=dict)
-    label_kind: str = "hard"
+    label_kind: LabelKind = "hard"
     zca: ZCA | None = None
 
     def __post_init__(self) -> None:
@@ -70,8 +71,8 @@ class DistilledSet:
         if not isinstance(self.lr, float):
             raise ValueError(f"lr: expected a float, got {type(self.lr).__name__}")
         if self.zca is not None and self.zca.mean.shape != self.images.shape[1:]:
-            wanted = list(self.images.shape[1:])
-            raise ValueError(f"zca: expected a whitening of images {wanted}, got one of {list(self.zca.mean.shape)}")
+            shape = list(self.images.shape[1:])
+            raise ValueError(f"zca: expected a whitening of images {shape}, got one of {list(self.zca.mean.shape)}")
 
     def pixels(self) -> Tensor:
         """The images as pixels clamped to ``[0, 1]``, ``[N, C, H, W]``."""
@@ -111,8 +112,9 @@ class DistilledSet:
         fields = {name: tensors[name] for name in ("images", "labels", "mean", "std")}
         zca = {name.removeprefix("zca_"): tensor for name, tensor in tensors.items() if name.startswith("zca_")}
         try:
-            fields["zca"] = ZCA(**zca) if zca else None
-            return cls(lr=float(lr), config=header["config"], label_kind=header.get("label_kind", "hard"), **fields)
+            whitening = ZCA(**zca) if zca else None
+            label_kind = header.get("label_kind", "hard")
+            return cls(lr=float(lr), config=header["config"], label_kind=label_kind, zca=whitening, **fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -143,7 +145,7 @@ class DistilledSet:
             FileExistsError: one of the files exists, and ``overwrite`` is not given.
         """
         folder = Path(folder)
-        tensors = {
+        tensors: dict[str, Tensor | dict[str, Tensor]] = {
             "images": self.images,
             "labels": self.labels,
             "lr": torch.tensor(self.lr, dtype=torch.float64, device="cpu"),
@@ -159,7 +161,7 @@ class DistilledSet:
             tensors["zca"] = self.zca.tensors()
         for name, content in tensors.items():
             buffer = io.BytesIO()
-            torch.save(content if name == "zca" else content.detach().cpu().clone(), buffer)
+            torch.save(content.detach().cpu().clone() if isinstance(content, Tensor) else content, buffer)
             write_atomic(folder / f"{name}.pt", buffer.getvalue())
         header = {"mean": self.mean.tolist(), "std": self.std.tolist(), "label_kind": self.label_kind}
         write_atomic(about, (json.dumps(header | {"config": self.config}, indent=2) + "\n").encode())
@@ -172,7 +174,7 @@ class DistilledSet:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         lr: float | None = None,
-        label_kind: str | None = None,
+        label_kind: LabelKind | None = None,
     ) -> DistilledSet:
         """Reads a folder that `export`, a method repository (MTT, FTD, DATM) or a baseline of DD-Ranking has filled.
 
@@ -213,14 +215,15 @@ class DistilledSet:
             raise ValueError(
                 f"label_kind: expected 'logits' or 'probs' (--label-kind), {folder} does not say which its labels are"
             )
-        space = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (mean, std))
+        centre, spread = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (mean, std))
         labels = labels.float() if labels.is_floating_point() else labels.long()
         if label_kind == "hard" and labels.numel() and labels.min() < 0:
             place = folder / f"labels{ending}.pt"
             raise ValueError(f"{place}: expected classes from 0 on, got {int(labels.min())}")
         whitening = _read_whitening(folder / "zca.pt") if (folder / "zca.pt").exists() else None
         try:
-            return cls(images.float(), labels, float(lr), *space, header.get("config", {}), label_kind, whitening)
+            config = header.get("config", {})
+            return cls(images.float(), labels, float(lr), centre, spread, config, label_kind, whitening)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 

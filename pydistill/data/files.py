@@ -70,5 +70,5 @@ def _crc32(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     checksum = zlib.crc32(json.dumps(about).encode())
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum

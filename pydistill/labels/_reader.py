@@ -105,6 +105,18 @@ class LabelReader(StoreFile):
 
     _kind, _magic, _version, _fields = "a label store", b"PYDLABEL", 2, _HEADER
     _flags = frozenset((ROW_STEP, CLASSIFIER))
+
+    num_images: int
+    num_classes: int
+    epochs: int
+    batch_size: int
+    blocks: int
+    format: Format
+    k: int
+    T: float
+    target: Literal["logits", "probs"]
+    record_bytes: int
+    metadata: dict[str, Any]
     _rows: np.ndarray | None = None  # [epochs, blocks, batch_size, row_bytes], a view of the map
 
     def _open(self) -> None:
@@ -210,7 +222,8 @@ class LabelReader(StoreFile):
         blocks, inside = np.divmod(self._find(epoch, np.asarray(images)), self.batch_size)
         wanted = np.bincount(blocks) > 0  # up to the last wanted block
         self._check_reaches(self._block_at(epoch, len(wanted)))
-        for block in np.flatnonzero(wanted & ~self._verified[epoch, : len(wanted)]):
+        assert self._rows is not None
+        for block in np.flatnonzero(wanted & ~self._verified[epoch, : len(wanted)]).tolist():
             self._check_crc("rows", epoch, block, _host.crc32(self._rows[epoch, block, : self._count(epoch, block)]))
             self._verified[epoch, block] = True
         return self._rows[epoch, blocks, inside]

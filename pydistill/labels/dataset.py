@@ -47,8 +47,9 @@ class SoftLabelDataset(Dataset):
     """
 
     def __init__(self, images: Tensor | Dataset[Any] | Sequence[Any] | None, store: SoftLabelStore, epoch: int = 0):
-        if images is not None and len(images) != store.num_images:
-            raise ValueError(f"images: expected {store.num_images} as the store {store.path} has, got {len(images)}")
+        count = store.num_images if images is None else len(images)  # type: ignore[arg-type]  # a Dataset may have none
+        if count != store.num_images:
+            raise ValueError(f"images: expected {store.num_images} as the store {store.path} has, got {count}")
         if store._writable:
             raise ValueError(f"store: expected one that is open for reading, {store.path} is open for writing")
         self.images, self.store = images, store

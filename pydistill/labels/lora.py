@@ -91,9 +91,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         _check_rank(rank)
         self.base, self.scale = base.requires_grad_(False), scale
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / base.in_features**0.5)
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        dtype, device = base.weight.dtype, base.weight.device
+        self.A = nn.Parameter(torch.randn(rank, base.in_features, dtype=dtype, device=device) / base.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
@@ -127,10 +127,10 @@ class LoRAConv(nn.Module):
             got = f"{base.groups} groups, padding_mode {base.padding_mode!r}"
             raise ValueError(f"base: expected a convolution in one group that pads by zeros, got {got}")
         self.base, self.scale = base.requires_grad_(False), scale
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        dtype, device = base.weight.dtype, base.weight.device
         inputs = base.weight[0].numel()
-        self.A = nn.Parameter(torch.randn(rank, *base.weight.shape[1:], **like) / inputs**0.5)
-        self.B = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, **like))
+        self.A = nn.Parameter(torch.randn(rank, *base.weight.shape[1:], dtype=dtype, device=device) / inputs**0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.conv2d(x, self.A, None, self.base.stride, self.base.padding, self.base.dilation)

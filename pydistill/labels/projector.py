@@ -43,6 +43,8 @@ class Projector(nn.Module):
         ValueError: embeddings that are not a matrix or not finite, a rank or a count that is too small.
     """
 
+    W: Tensor
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -162,7 +164,7 @@ def feature_distance(encoder: nn.Module, images: Tensor, size: int | tuple[int, 
     return F.mse_loss(encoder(images), encoder(up))
 
 
-def open_clip_encoder(model: nn.Module, tokenize: Any, class_names: list[str]) -> tuple[nn.Module, Tensor]:
+def open_clip_encoder(model: Any, tokenize: Any, class_names: list[str]) -> tuple[nn.Module, Tensor]:
     """The image tower of an open_clip model as a module, and the embeddings ``[C, d]`` of "a photo of a <name>".
 
     Args:

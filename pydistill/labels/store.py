@@ -74,17 +74,6 @@ class SoftLabelStore(LabelReader):
         ValueError: the file is truncated, foreign, damaged in its header, of a newer version, or being written.
     """
 
-    num_images: int
-    num_classes: int
-    epochs: int
-    batch_size: int
-    blocks: int
-    format: Format
-    k: int
-    T: float
-    target: Literal["logits", "probs"]
-    record_bytes: int
-    metadata: dict[str, Any]
     _told = False
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydistill.matching.class_mean import check_classes, class_mean_match
-from pydistill.ops.attention_map import AXES, attention_map, check_power
+from pydistill.ops.attention_map import AXES, Axis, attention_map, check_power
 
 __all__ = ["attention_match", "match_maps"]
 
@@ -26,7 +26,7 @@ def attention_match(
     *,
     p: float = 4.0,
     norm: Norm = "l2",
-    axis: Literal["spatial", "channel", "both"] = "spatial",
+    axis: Axis = "spatial",
     num_classes: int | None = None,
     reduction: Reduction = "sum",
     backend: str = "auto",
@@ -105,17 +105,24 @@ def match_maps(
     num_classes = check_classes(labels_real, labels_syn, num_classes)
     found = [
         class_mean_match(
-            *(_normalised(real, norm), _normalised(syn, norm), labels_real, labels_syn),
-            **{"num_classes": num_classes, "reduction": reduction, "backend": backend},
+            _normalised(real, norm),
+            _normalised(syn, norm),
+            labels_real,
+            labels_syn,
+            num_classes=num_classes,
+            reduction=reduction,
+            backend=backend,
         )
         for real, syn in zip(maps_real, maps_syn, strict=True)
     ]
     return torch.stack(found) if reduction == "none" else torch.stack(found).sum()
 
 
-def _maps(feats: Sequence[Tensor], p: float, axis: str, backend: str) -> list[Tensor]:
-    found = [attention_map(f, p, axis, backend=backend) for f in feats]
-    return [m[0] for m in found] + [m[1] for m in found] if axis == "both" else found
+def _maps(feats: Sequence[Tensor], p: float, axis: Axis, backend: str) -> list[Tensor]:
+    if axis == "both":
+        pairs = [attention_map(f, p, axis, backend=backend) for f in feats]
+        return [spatial for spatial, _ in pairs] + [channel for _, channel in pairs]
+    return [attention_map(f, p, axis, backend=backend) for f in feats]
 
 
 def _normalised(maps: Tensor, norm: Norm) -> Tensor:
@@ -141,5 +148,5 @@ def _check_lists(name: str, real: Sequence[Tensor], syn: Sequence[Tensor], dims:
         raise ValueError(f"{name}_syn: expected {max(1, len(real))} layers as {name}_real, got {len(syn)}")
     for i, (r, s) in enumerate(zip(real, syn, strict=True)):
         if r.shape[1:] != s.shape[1:]:
-            wanted, got = list(r.shape[1:]), list(s.shape[1:])
-            raise ValueError(f"{name}_syn[{i}]: expected {wanted} a sample as {name}_real[{i}], got {got}")
+            shape, got = list(r.shape[1:]), list(s.shape[1:])
+            raise ValueError(f"{name}_syn[{i}]: expected {shape} a sample as {name}_real[{i}], got {got}")

@@ -68,7 +68,8 @@ def mmd(
     x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     options = (kernels, float(factor), bandwidth)
     if torch.compiler.is_dynamo_compiling():  # it differentiates this itself
-        return _loss_and_slopes(*_centred(x, y), len(x), *options)[0]
+        z, unit = _centred(x, y)
+        return _loss_and_slopes(z, unit, len(x), *options)[0]
     with torch.autocast(x.device.type, enabled=False):
         return _MMD.apply(x, y, *options)[0]
 

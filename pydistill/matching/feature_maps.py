@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pydistill.nn import InstanceNormReLUAvgPool
 from pydistill.ops import attention_map
-from pydistill.ops.attention_map import AXES, check_power
+from pydistill.ops.attention_map import AXES, Axis, check_power
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory import FlatModule
@@ -38,7 +38,7 @@ def features(
     images: Tensor,
     *,
     p: float = 4.0,
-    axis: Literal["spatial", "channel", "both"] | None = "spatial",
+    axis: Axis | None = "spatial",
     layers: Sequence[int] | None = None,
     precision: Precision = "fp32",
     engine: Engine = "auto",
@@ -99,16 +99,15 @@ def features(
         students.workspace = workspace
     shape = students.shape
     attended = () if axis is None else _chosen(layers, len(shape.layers))
-    wanted = torch.is_grad_enabled() and images.requires_grad
-    options = (p, attended, axis or "spatial", wanted)
+    options = (p, attended, axis or "spatial", torch.is_grad_enabled() and images.requires_grad)
     spatial, channel, embedding = _Features.apply(images, theta.detach()[None], students, options)
-    maps = []
+    maps: list[tuple[Tensor, ...]] = []
     for rows, sizes in (
         (spatial, [shape.layers[block].height * shape.layers[block].width for block in attended]),
         (channel, [shape.layers[block].out_channels for block in attended]),
     ):
         maps.append(tuple(rows.split(sizes, 1)) if rows.shape[1] else ())
-    return Features(*maps, embedding)
+    return Features(maps[0], maps[1], embedding)
 
 
 def _chosen(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -126,7 +125,8 @@ class _Features(torch.autograd.Function):
     def forward(
         images: Tensor, theta: Tensor, students: ConvNetStudents, options: tuple[float, tuple[int, ...], Any, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(t[0] for t in students.features(theta, images.detach(), *options))
+        spatial, channel, embedding = students.features(theta, images.detach(), *options)
+        return spatial[0], channel[0], embedding[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -150,7 +150,7 @@ def _by_autograd(
     theta: Tensor,
     images: Tensor,
     p: float,
-    axis: str | None,
+    axis: Axis | None,
     layers: Sequence[int] | None,
     half: bool,
 ) -> Features:
@@ -167,7 +167,7 @@ def _by_autograd(
                 return
             if module.pool:
                 output = instance_norm_relu_avg_pool(inputs[0], module.weight, module.bias, eps=module.eps, pool=False)
-        if output.dim() == 4:
+        if output.dim() == 4 and axis is not None:
             maps.append(attention_map(output, p, axis))
 
     with contextlib.ExitStack() as stack:

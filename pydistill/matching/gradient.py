@@ -61,10 +61,10 @@ def gradient_match(
         raise ValueError(f"kind: expected 'row_cos', 'cos' or 'mse', got {kind!r}")
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction: expected 'sum', 'mean' or 'none', got {reduction!r}")
-    if isinstance(grads_syn, Tensor) != isinstance(grads_real, Tensor):
-        raise TypeError("grads_syn: expected a flat tensor where grads_real is one, and a sequence where it is not")
-    if isinstance(grads_real, Tensor):
+    if isinstance(grads_real, Tensor) and isinstance(grads_syn, Tensor):
         real, syn, shapes, one = *_flat(grads_real, grads_syn, shapes), grads_real.dim() == 1
+    elif isinstance(grads_real, Tensor) or isinstance(grads_syn, Tensor):
+        raise TypeError("grads_syn: expected a flat tensor where grads_real is one, and a sequence where it is not")
     else:
         if shapes is not None:
             raise ValueError("shapes: expected None for sequences of gradients, which have their own")

@@ -55,11 +55,35 @@ class KRRInfo:
 
 @overload
 def krr_loss(
-    f_real: Tensor, f_syn: Tensor, *, y_real: Tensor, y_syn: Tensor, return_info: Literal[False] = ..., **options: Any
+    f_real: Tensor,
+    f_syn: Tensor,
+    *,
+    y_real: Tensor,
+    y_syn: Tensor,
+    lam: float = ...,
+    trace_detach: bool = ...,
+    bias: bool = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    chunk: int | None = ...,
+    form: Form = ...,
+    return_info: Literal[False] = ...,
+    backend: str = ...,
 ) -> Tensor: ...
 @overload
 def krr_loss(
-    f_real: Tensor, f_syn: Tensor, *, y_real: Tensor, y_syn: Tensor, return_info: Literal[True], **options: Any
+    f_real: Tensor,
+    f_syn: Tensor,
+    *,
+    y_real: Tensor,
+    y_syn: Tensor,
+    lam: float = ...,
+    trace_detach: bool = ...,
+    bias: bool = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    chunk: int | None = ...,
+    form: Form = ...,
+    return_info: Literal[True],
+    backend: str = ...,
 ) -> tuple[Tensor, KRRInfo]: ...
 def krr_loss(
     f_real: Tensor,
@@ -159,7 +183,7 @@ class _KRR(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         inputs = (f_real, f_syn, y_syn, y_real)
         wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in inputs]
-        loss, gradients, info = _loss_and_gradients(*wide, plan)
+        loss, gradients, info = _loss_and_gradients(plan, *wide)
         found.append(info)
         return loss.to(wide[0].dtype), *(
             None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
@@ -184,7 +208,7 @@ class _KRR(torch.autograd.Function):
 
 
 def _loss_and_gradients(
-    f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor, plan: _Plan
+    plan: _Plan, f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor
 ) -> tuple[Tensor, list[Tensor | None], KRRInfo]:
     inputs = (f_real, f_syn, y_syn, y_real)
     # norms of rows first: a norm in float64 of them all would convert them all
@@ -196,15 +220,15 @@ def _loss_and_gradients(
         gradients = [torch.full_like(t, math.nan) if need else None for t, need in zip(inputs, plan.needs, strict=True)]
         return f_syn.new_full((), math.nan), gradients, KRRInfo(plan.form, f_syn.dtype, math.nan, 0.0)
     factor, info = _factor(f_syn, trace, plan)
-    f_real, f_syn, y_syn, y_real = inputs = tuple(t.to(factor.dtype) for t in inputs)
+    f_real, f_syn, y_syn, y_real = (t.to(factor.dtype) for t in inputs)
     d_real, d_syn, _, d_target = (
-        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else None
+        torch.zeros(t.shape, dtype=factor.dtype, device=t.device) if need else None
         for t, need in zip(inputs, plan.needs, strict=True)
     )
     inner = any(plan.needs[1:3])  # whether what lies behind the solve is needed
     sides = _Sides(f_real, f_syn, y_syn, y_real, d_real, d_syn, d_target, factor, plan, inner)
     loss, d_label, d_ridge = {"kernel": _kernel, "weights": _weights, "primal": _primal}[plan.form](sides)
-    if d_syn is not None and not plan.trace_detach:
+    if d_syn is not None and d_ridge is not None and not plan.trace_detach:
         d_syn.addcmul_(f_syn, d_ridge, value=2 * (plan.lam + info.jitter))
     return loss, [d_real, d_syn, d_label if plan.needs[2] else None, d_target], info
 
@@ -372,9 +396,9 @@ def _check(inputs: dict[str, Tensor], lam: float, reduction: str, chunk: int | N
             wanted = f"{like.dtype} on {like.device} as f_real"
             raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} on {tensor.device}")
     B, m, d, q = len(like), len(inputs["f_syn"]), like.shape[1], inputs["y_syn"].shape[1]
-    for name, wanted in (("f_syn", [m, d]), ("y_syn", [m, q]), ("y_real", [B, q])):
-        if list(inputs[name].shape) != wanted:
-            raise ValueError(f"{name}: expected {wanted}, got {list(inputs[name].shape)}")
+    for name, shape in (("f_syn", [m, d]), ("y_syn", [m, q]), ("y_real", [B, q])):
+        if list(inputs[name].shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {list(inputs[name].shape)}")
     if not isinstance(lam, (int, float)) or not 0 <= lam < math.inf:
         raise ValueError(f"lam: expected a finite number of at least 0, got {lam!r}")
     if reduction not in ("mean", "sum"):

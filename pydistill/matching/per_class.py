@@ -102,8 +102,8 @@ def class_gradients(
         students.label_kind = "probs"
         factors = theta.new_tensor([n / size for size in groups.sizes])  # mean over n places to class mean
     own_images = own_images.unflatten(0, (K, n))
-    wanted = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
-    rows = _ClassGradients.apply(theta, own_images, own_labels, factors, students, wanted)
+    further = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
+    rows = _ClassGradients.apply(theta, own_images, own_labels, factors, students, further)
     return rows if trained is None else rows * trained
 
 
@@ -239,7 +239,8 @@ class _Derivative(torch.autograd.Function):
             images=wanted[1],
             labels=False,
         )
-        return found.curvature.sum(0) if wanted[0] else None, found.images
+        along_theta = found.curvature if wanted[0] else None
+        return None if along_theta is None else along_theta.sum(0), found.images
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:

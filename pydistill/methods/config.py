@@ -57,7 +57,7 @@ class Config(Method):
         self.augmentation()  # raises for an unknown operation
 
     @classmethod
-    def preset(cls, dataset: str, ipc: int) -> Self:
+    def preset(cls, dataset: str, ipc: int) -> Self:  # type: ignore[override]  # its presets have an ipc, too
         """The paper's (or, for small sets, our) choice; ValueError names the available ones."""
         if dataset not in cls.presets:
             raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
@@ -67,7 +67,7 @@ class Config(Method):
         return cls(ipc=ipc, **cls.presets[dataset][ipc])
 
     @classmethod
-    def nearest_preset(cls, dataset: str, ipc: int) -> Self:
+    def nearest_preset(cls, dataset: str, ipc: int) -> Self:  # type: ignore[override]
         """The preset of the nearest available ipc, with this ipc; the defaults where the data set has none."""
         if ipc < 1:
             raise ValueError(f"ipc: expected a finite number of at least 1, got {ipc}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from pydistill.methods.config import Config
     from pydistill.methods.runs import Run
+    from pydistill.methods.trajectory.matching import Matching
 
 __all__ = ["DistillInputs", "DistillJob", "completed", "train_experts_with_progress"]
 
@@ -107,9 +108,9 @@ class DistillJob(Job):
             "depth",
         )
         least = {**dict.fromkeys(counts, 1), "whole_epochs": 0, "lr_student": 0.0, "lr_expert": 0.0}
-        check_numbers(inputs, error=OptionError, **least)
+        check_numbers(inputs, OptionError, **least)
         if inputs.experts is None and config.needs_experts:
-            needed, why = config.epochs_needed()
+            needed, why = cast("Matching", config).epochs_needed()
             if inputs.train_epochs < needed:
                 reason = f"expected at least {needed} ({why}), got {inputs.train_epochs}"
                 raise OptionError("train_epochs", reason)
@@ -170,8 +171,11 @@ class DistillJob(Job):
         inputs, config = self.inputs, self.config
         if run.first:
             experts = train_experts_with_progress(
-                *(self.make_net, self.dataset, self.experts_file),
-                **{"progress": run.progress, "stop": run.stop},
+                self.make_net,
+                self.dataset,
+                self.experts_file,
+                progress=run.progress,
+                stop=run.stop,
                 log=lambda record: run.log({"phase": "experts", **record}),
                 num_experts=inputs.num_experts,
                 epochs=inputs.train_epochs,
@@ -229,11 +233,11 @@ class DistillJob(Job):
             dataset.sample(self.config.ipc, seeded_generator(seed, Stream.TEST_REAL_IMAGES, student))
             for student in range(inputs.students)
         ]
-        random = tuple(torch.stack(each) for each in zip(*draws, strict=True))
+        drawn, classes = (torch.stack(each) for each in zip(*draws, strict=True))
         synthetic = distilled.images.to(self.device), distilled.labels.to(self.device)
         whole = dataset.train_images, dataset.train_labels
         sets = {
-            "random": (random, inputs.lr_student, inputs.student_epochs, 256),
+            "random": ((drawn, classes), inputs.lr_student, inputs.student_epochs, 256),
             "distilled": (synthetic, distilled.lr, inputs.student_epochs, 256),
             "whole": (whole, inputs.lr_student, inputs.whole_epochs, inputs.batch_train),
         }
@@ -249,8 +253,13 @@ class DistillJob(Job):
                 run.stop()
 
             accuracies = evaluate(
-                *(self.make_net, *training_set, dataset.test_images, dataset.test_labels),
-                **{"lr": lr, "epochs": epochs, "batch_size": batch_size},
+                self.make_net,
+                *training_set,
+                dataset.test_images,
+                dataset.test_labels,
+                lr=lr,
+                epochs=epochs,
+                batch_size=batch_size,
                 label_kind=distilled.label_kind if name == "distilled" else "hard",
                 augment=self.config.augmentation(),
                 students=range(inputs.students),
@@ -293,8 +302,14 @@ def train_experts_with_progress(
         advance(0, f"accuracy {record['accuracy']:.1%}")
 
     return train_experts(
-        *(make_net, dataset.train_images, dataset.train_labels, path),
-        **{"num_experts": num_experts, "epochs": epochs, "batch_size": batch_size, "overwrite": overwrite},
+        make_net,
+        dataset.train_images,
+        dataset.train_labels,
+        path,
+        num_experts=num_experts,
+        epochs=epochs,
+        batch_size=batch_size,
+        overwrite=overwrite,
         dataset=dataset.name,
         on_step=on_step,
         on_epoch=on_epoch,

@@ -125,7 +125,7 @@ def _differences(kept: Any, given: Any, name: str = "") -> dict[str, tuple[Any, 
     """Where two JSON values differ, by the innermost name."""
     if not isinstance(kept, dict) or not isinstance(given, dict):
         return {} if kept == given else {name: (kept, given)}
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in [*given, *(key for key in kept if key not in given)]:
         found |= _differences(kept.get(key), given.get(key), key)
     return found

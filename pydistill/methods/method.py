@@ -47,7 +47,7 @@ class OptionError(ValueError):
         self.option, self.reason = option, reason
 
 
-def check_numbers(options: Any, *, error: Callable[[str, str], ValueError] | None = None, **least: float) -> None:
+def check_numbers(options: Any, error: Callable[[str, str], ValueError] | None = None, /, **least: float) -> None:
     """ValueError for a field below its least value or not finite; a least value of 0.0 requires a positive number.
     And for any field declared as a bool or a ``Literal`` that holds something else.
 

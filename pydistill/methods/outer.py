@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import seeded_generator, torch_seeded
 from pydistill.trajectory import FlatModule, Trajectories
 
@@ -32,7 +33,7 @@ class State:
     """
 
     tensors: dict[str, Tensor]  # "images" [N, C, H, W], "labels" and whatever else the method moves
-    label_kind: str = "hard"
+    label_kind: LabelKind = "hard"
     iteration: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
@@ -101,7 +102,11 @@ def distill(
         if on_step is not None:
             on_step(state, {"iteration": state.iteration, **record})
     images, labels, lr = config.result(state)
-    settings = {"method": config.name, "dataset": dataset.name, "class_names": list(dataset.class_names)}
+    settings: dict[str, Any] = {
+        "method": config.name,
+        "dataset": dataset.name,
+        "class_names": list(dataset.class_names),
+    }
     augmentation = config.augmentation()
     settings |= {**asdict(config), "flip_batch": augmentation is not None and augmentation.flip_batch}
     space = (dataset.mean, dataset.std)
@@ -133,5 +138,5 @@ def fresh_parameters(net: nn.Module, seed: int, *key: int) -> Tensor:
             if next(module.parameters(recurse=False), None) is not None:
                 if not hasattr(module, "reset_parameters"):
                     raise ValueError(f"net: expected modules with reset_parameters, {type(module).__name__} has none")
-                module.reset_parameters()
+                cast(Callable[[], None], module.reset_parameters)()
     return FlatModule(net).parameters()

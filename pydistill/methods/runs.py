@@ -230,5 +230,5 @@ def run(
     if not isinstance(method, Method):
         raise TypeError(f"method: expected hyper-parameters, such as HeLlO.preset('digits'), got {method!r}")
     given = method.inputs.for_method(method, **inputs)
-    options = {"out": out, "resume": resume, "on_progress": on_progress, "tell": tell, "stop": stop}
-    return Run(method, given, **options).go().results
+    made = Run(method, given, out=out, resume=resume, on_progress=on_progress, tell=tell, stop=stop)
+    return made.go().results

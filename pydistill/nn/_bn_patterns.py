@@ -88,7 +88,7 @@ class Graph:
     def _take(self, node: fx.Node | None, *classes: type[nn.Module]) -> nn.Module | None:
         """The child called with one argument, if skipping the call could not be observed."""
         child = self._child(node)
-        if child is None or len(node.args) != 1 or node.kwargs:
+        if node is None or child is None or len(node.args) != 1 or node.kwargs:
             return None
         return None if what_runs.has_hooks(child) or what_runs.why_not_plain(child, *classes) else child
 
@@ -115,7 +115,7 @@ class Graph:
         relu = self._take(after, nn.ReLU)
         if relu is None and not _is_relu(after):
             return "what follows is no plain ReLU"
-        chain = [node, after] if summand is None else [node, total, after]
+        chain = [node, after] if summand is None or total is None else [node, total, after]
         if not self._nothing_between(chain):
             return "something between it and the ReLU might change its input"
         taken: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = [(bn, BATCH_NORMS)]
@@ -123,13 +123,13 @@ class Graph:
             taken.append((relu, (nn.ReLU,)))
         pool, behind = None, _only_user(after) if summand is None else None
         pooling = self._take(behind, *POOLINGS)
-        if pooling is not None and (pool := pooling_of(pooling)) is not None:
+        if pooling is not None and behind is not None and (pool := pooling_of(pooling)) is not None:
             if self._nothing_between([after, behind]):
                 taken.append((pooling, POOLINGS))
                 chain.append(behind)
             else:
                 pool = None
-        name = f"{node.target.replace('.', '_')}_matched_{len(self._taken)}"
+        name = f"{str(node.target).replace('.', '_')}_matched_{len(self._taken)}"
         self._children[name] = make(bn, pool, place)
         with self._graph.inserting_before(chain[-1]):
             new = self._graph.call_module(name, node.args if summand is None else (*node.args, summand))
@@ -151,7 +151,7 @@ class Graph:
             return False
         # a residual's other branch runs there: it cannot reach a convolution's fresh output that only we read
         source = first.args[0]
-        fresh = _only_user(source) is first and _is_convolution(self._child(source))
+        fresh = isinstance(source, fx.Node) and _only_user(source) is first and _is_convolution(self._child(source))
         return fresh or all(node in chain for node in between)
 
 
@@ -191,11 +191,12 @@ class _Shallow(fx.Tracer):
         return root_fn, [self.root, *given]
 
 
-def _places(module: nn.Module, target: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
+def _places(module: nn.Module, target: str) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
     """Where ``target`` and the modules on the path to it are held."""
     found = []
     for name in target.split("."):
         child = module._modules[name]
+        assert child is not None
         found.append((module._modules, name, child))
         module = child
     return found

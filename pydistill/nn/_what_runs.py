@@ -6,6 +6,7 @@ import builtins
 import dis
 import inspect
 import sys
+from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 # torch's own forwards: users may replace those of its classes
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     cls: cls.forward
     for cls in (
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm),
@@ -62,7 +63,7 @@ def is_sequential(module: nn.Module) -> bool:
     cls = type(module)
     return (
         cls.forward is _FORWARDS[nn.Sequential]
-        and (cls.__iter__, cls.__call__) == (_ITERATE, _CALL)
+        and (getattr(cls, "__iter__", None), cls.__call__) == (_ITERATE, _CALL)
         and set_on_instance(module) is None
         and not is_compiled(module)
     )
@@ -143,7 +144,7 @@ class Reads:
             return None
         if any(namespace.get(name) is not found for namespace, name, found in self._globals):
             return None
-        values = [tuple(map(id, self._module._modules.values()))]
+        values: list[object] = [tuple(map(id, self._module._modules.values()))]
         for owner, name in self._attributes.values():
             value = getattr(owner, name, None)
             if isinstance(value, nn.Module):

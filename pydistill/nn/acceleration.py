@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from pydistill.nn import _what_runs as what_runs
-from pydistill.ops import conv2d, instance_norm_relu_avg_pool
+from pydistill.ops.conv2d import conv2d
+from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 
 
 class InstanceNormReLUAvgPool(nn.Module):
@@ -46,7 +49,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last and x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        padding = cast(tuple[int, ...], self.padding)  # no string: `accelerate` leaves such layers alone
+        return conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 def accelerate(module: nn.Module) -> nn.Module:
@@ -109,7 +113,7 @@ def _blocks(layers: nn.Sequential) -> list[tuple[int, bool, bool]]:
 
 def _replace(layers: nn.Sequential, blocks: list[tuple[int, bool, bool]]) -> None:
     for i, relu, pool in blocks:
-        norm = layers[i]
+        norm = cast(nn.GroupNorm, layers[i])
         fused = InstanceNormReLUAvgPool(norm.num_channels, norm.eps, relu, pool)
         fused.weight, fused.bias = norm.weight, norm.bias
         fused.train(norm.training)
@@ -127,8 +131,9 @@ def _replace(layers: nn.Sequential, blocks: list[tuple[int, bool, bool]]) -> Non
 
 
 def _is_instance_norm(layer: nn.Module) -> bool:
-    plain = what_runs.why_not_plain(layer, nn.GroupNorm) is None
-    return plain and layer.num_groups == layer.num_channels and layer.affine
+    if not isinstance(layer, nn.GroupNorm) or what_runs.why_not_plain(layer, nn.GroupNorm) is not None:
+        return False
+    return layer.num_groups == layer.num_channels and layer.affine
 
 
 def _is_pool(layer: nn.Module | None) -> bool:
@@ -140,5 +145,5 @@ def _is_pool(layer: nn.Module | None) -> bool:
     return [_both(v) for v in (layer.kernel_size, layer.stride, layer.padding)] == [(2, 2), (2, 2), (0, 0)]
 
 
-def _both(value: int | tuple[int, int]) -> tuple[int, int]:
+def _both(value: int | tuple[int, int]) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)

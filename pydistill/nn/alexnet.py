@@ -29,10 +29,13 @@ class AlexNet(Student):
         ValueError: an unknown norm, or images too small; a forward input of another shape.
     """
 
+    features: nn.Sequential
+
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int] = 32, norm: str = "none"):
         super().__init__(channels, num_classes, image_size)
         self._require("norm", norm, _NORMS)
-        size, before = self.image_size, channels
+        size: tuple[int, ...] = self.image_size
+        before = channels
         layers: list[nn.Module] = []
         for i, (width, kernel, pool) in enumerate(_LAYERS):
             stride = 2 if i == 0 and is_large(self.image_size) else 1
@@ -53,5 +56,5 @@ class AlexNet(Student):
             accelerate(self)
 
     @property
-    def classifier(self) -> nn.Linear:
+    def classifier(self) -> nn.Linear:  # type: ignore[override]  # an attribute elsewhere
         return self.fc

@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class BNStatMatcher:
         self.layers = tuple(found)
         self.fused: dict[str, str] = {}
         self._model = model
-        self._names = {bn: name for name, bn in found.items()}
+        self._names: dict[nn.Module, str] = {bn: name for name, bn in found.items()}
         self._why: dict[str, str] = {}  # why nothing was fused, by layer
         self._weights = dict(zip(found.values(), weights, strict=True))
         self._options = (w_mean, w_var, kind, unbiased)
@@ -239,7 +239,7 @@ class BNStatMatcher:
         residual: Tensor | None = None,
         pool: tuple[int, int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        bn._check_input_dim(x)
+        cast(_BatchNorm, bn)._check_input_dim(x)
         _, _, kind, unbiased = self._options
         return statistics_forward(x, bn, relu, residual, pool, kind, unbiased)
 
@@ -258,7 +258,7 @@ class _Gather(what_runs.StandIn):
             statistics = kept[2]
         else:
             _, _, kind, unbiased = matcher._options
-            statistics = statistics_of(x, bn, kind, unbiased)
+            statistics = statistics_of(cast(Tensor, x), bn, kind, unbiased)
         matcher._add(bn, statistics)
 
 
@@ -328,7 +328,7 @@ class _Fused(_Replaced):
         tensors = [value for value in arguments if type(value) in (Tensor, nn.Parameter)]
         if len({id(tensor) for tensor in tensors}) < len(tensors):  # a forward might check for that
             return None
-        given = []
+        given: list[object] = []
         for value in arguments:
             if type(value) in (Tensor, nn.Parameter):
                 given.append(Tensor)

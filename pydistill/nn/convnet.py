@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from pydistill.nn.acceleration import accelerate
 from pydistill.nn.student import Student
 
 _ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "leakyrelu": lambda: nn.LeakyReLU(0.01), "sigmoid": nn.Sigmoid}
-_NORMS = {
+_NORMS: dict[str, Callable[[int, tuple[int, ...]], nn.Module] | None] = {
     "instance": lambda C, size: nn.GroupNorm(C, C),
     "group": lambda C, size: nn.GroupNorm(4, C),
     "batch": lambda C, size: nn.BatchNorm2d(C),
     "layer": lambda C, size: nn.LayerNorm([C, *size]),
     "none": None,
 }
-_POOLS = {"avg": lambda: nn.AvgPool2d(2), "max": lambda: nn.MaxPool2d(2), "none": None}
+_POOLS: dict[str, Callable[[], nn.Module] | None] = {
+    "avg": lambda: nn.AvgPool2d(2),
+    "max": lambda: nn.MaxPool2d(2),
+    "none": None,
+}
 
 
 class ConvNet(Student):
@@ -40,6 +46,8 @@ class ConvNet(Student):
         ValueError: an unknown name, or images too small for the depth; a forward input of another shape.
     """
 
+    features: nn.Sequential
+
     def __init__(
         self,
         channels: int,
@@ -54,21 +62,22 @@ class ConvNet(Student):
         super().__init__(channels, num_classes, image_size)
         for name, value, known in (("norm", norm, _NORMS), ("act", act, _ACTIVATIONS), ("pool", pool, _POOLS)):
             self._require(name, value, tuple(known))
-        for name, value in (("width", width), ("depth", depth)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name, count in (("width", width), ("depth", depth)):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
         self.width, self.depth = width, depth
-        size = self.image_size
+        size: tuple[int, ...] = self.image_size
+        make_norm, make_pool = _NORMS[norm], _POOLS[pool]
         layers: list[nn.Module] = []
         for block in range(depth):
             padding = 3 if channels == 1 and block == 0 else 1
             size = tuple(s + 2 * padding - 2 for s in size)
             layers.append(nn.Conv2d(channels if block == 0 else width, width, 3, padding=padding))
-            if _NORMS[norm]:
-                layers.append(_NORMS[norm](width, size))
+            if make_norm is not None:
+                layers.append(make_norm(width, size))
             layers.append(_ACTIVATIONS[act]())
-            if _POOLS[pool]:
-                layers.append(_POOLS[pool]())
+            if make_pool is not None:
+                layers.append(make_pool())
                 size = tuple(s // 2 for s in size)
             if min(size) < 1:
                 raise ValueError(f"depth: {depth} blocks leave nothing of a {self.image_size} image")

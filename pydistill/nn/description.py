@@ -11,7 +11,7 @@ from torch import nn
 __all__ = ["describe", "from_description", "is_untouched"]
 
 # fmt: off
-_LAYERS = {layer.__name__: layer for layer in (
+_LAYERS: dict[str, type[nn.Module]] = {layer.__name__: layer for layer in (
     nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.LocalResponseNorm,
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus,

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,8 @@ class _MaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dim() != 4 or not x.is_floating_point():
             return super().forward(x)
-        return max_pool2d(x, *(_side(value) for value in (self.kernel_size, self.stride, self.padding)))
+        sizes = tuple(_side(value) for value in (self.kernel_size, self.stride, self.padding))
+        return max_pool2d(x, *cast(tuple[int, int, int], sizes))
 
 
 POOLINGS = (nn.MaxPool2d, _MaxPool2d)
@@ -113,10 +114,10 @@ def pooling_of(module: nn.Module) -> tuple[int, int, int] | None:
     """Kernel, stride and padding of a max pooling that `pydistill.ops.max_pool2d` supports; None for other modules."""
     if what_runs.why_not_plain(module, *POOLINGS) is not None or module.ceil_mode or module.return_indices:
         return None
-    sizes = [_side(value) for value in (module.kernel_size, module.stride, module.padding, module.dilation)]
-    if None in sizes:
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    kernel, stride, padding, dilation = (_side(value) for value in sizes)
+    if kernel is None or stride is None or padding is None or dilation is None:
         return None
-    kernel, stride, padding, dilation = sizes
     fits = 1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= 2 * padding <= kernel and dilation == 1
     return (kernel, stride, padding) if fits else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.convnet import ConvNet
@@ -13,7 +13,7 @@ from pydistill.nn.vgg import VGG11
 from pydistill.nn.vit import ViT
 
 # the class, and the options it is built with
-_NETS = {
+_NETS: dict[str, tuple[type[Student], dict[str, Any]]] = {
     "convnet": (ConvNet, {}),
     "mlp": (MLP, {}),
     "alexnet": (AlexNet, {}),

@@ -50,6 +50,11 @@ class _Bottleneck(nn.Module):
 
 
 class _ResNet(nn.Module):
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         block: type[_BasicBlock] | type[_Bottleneck],

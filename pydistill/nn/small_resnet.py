@@ -32,6 +32,11 @@ class SmallResNet18(Student):
         ValueError: an unknown norm, or images too small; a forward input of another shape.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         channels: int,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +18,15 @@ class Student(nn.Module):
         ValueError: a size below 1; a forward input of another shape than ``channels`` and ``image_size`` say.
     """
 
+    features: Callable[[Tensor], Tensor]
+    classifier: nn.Linear
+    image_size: tuple[int, int]
+
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int]):
         super().__init__()
         self.channels = channels
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        both = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_size = cast(tuple[int, int], both)
         for name, value in (("channels", channels), ("num_classes", num_classes), ("image_size", min(self.image_size))):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -38,7 +46,7 @@ class Student(nn.Module):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
-    def _require_room(self, size: tuple[int, int], least: int = 1) -> None:
+    def _require_room(self, size: tuple[int, ...], least: int = 1) -> None:
         if min(size) < least:
             raise ValueError(f"image_size: too small for {type(self).__name__}, got {self.image_size}")
 

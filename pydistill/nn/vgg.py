@@ -29,10 +29,13 @@ class VGG11(Student):
         ValueError: an unknown norm, or images too small; a forward input of another shape.
     """
 
+    features: nn.Sequential
+
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int] = 32, norm: str = "instance"):
         super().__init__(channels, num_classes, image_size)
         self._require("norm", norm, _NORMS)
-        size, before = self.image_size, channels
+        size: tuple[int, ...] = self.image_size
+        before = channels
         layers: list[nn.Module] = []
         for widths in _VGG11:
             for width in widths:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -102,7 +104,7 @@ class ViT(Student):
         index = layer % len(self.blocks)
         for block in self.blocks[:index]:
             x = block(x)
-        q, k, _ = self.blocks[index].heads_of(x)
+        q, k, _ = cast(Block, self.blocks[index]).heads_of(x)
         return q, k
 
     def _tokens(self, x: Tensor) -> Tensor:

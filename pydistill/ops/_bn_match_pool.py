@@ -97,7 +97,7 @@ def _backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
     return grad_x, dim
 
 
-forward = Operator(
+forward: Operator = Operator(
     "bn_match_pool",
     tensors=3,
     fake=_forward_fake,
@@ -106,7 +106,7 @@ forward = Operator(
     vmap=batch_into_channels(lambda *args: forward.raw(*args), "pcc", "pspc"),
     kept=2,
 )
-backward = Operator(
+backward: Operator = Operator(
     "bn_match_pool_backward",
     tensors=7,
     fake=_backward_fake,

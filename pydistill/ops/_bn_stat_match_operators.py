@@ -11,7 +11,7 @@ The second derivatives are closed formulas in plain torch: correct to any order,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ def _sum(planes: Tensor) -> Tensor:
     return planes.sum((0, 2))  # [C]
 
 
+@overload
+def _wide(tensor: Tensor) -> Tensor: ...
+@overload
+def _wide(tensor: Tensor | None) -> Tensor | None: ...
 def _wide(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(compute_dtype(tensor))
 
@@ -79,7 +83,7 @@ class Operators:
     """The two operators of one library."""
 
     def __init__(self, library: str):
-        self.forward = Operator(
+        self.forward: Operator = Operator(
             "bn_stat_match",
             library=library,
             tensors=4,
@@ -89,7 +93,7 @@ class Operators:
             vmap=batch_into_channels(lambda *args: self.forward.raw(*args), "ppcc", "psc"),
             kept=1,
         )
-        self.backward = Operator(
+        self.backward: Operator = Operator(
             "bn_stat_match_backward",
             library=library,
             tensors=7,
@@ -128,7 +132,7 @@ def affine_gradients(
     return _sum(g * x), _sum(g)
 
 
-def forward_jvp(saved: tuple, options: tuple, *tangents: Tensor | None) -> tuple:
+def forward_jvp(saved: tuple, options: tuple, *tangents: Any) -> tuple:
     x, residual, scale, shift = (_wide(t) for t in saved[:4])
     x_t, residual_t, scale_t, shift_t = (_wide(t) for t in tangents[:4])
     M = _count(x)
@@ -142,7 +146,7 @@ def forward_jvp(saved: tuple, options: tuple, *tangents: Tensor | None) -> tuple
     return (y_t * _open(x, residual, scale, shift, *options)).to(saved[0].dtype), statistics_t, None
 
 
-def backward_vjp(saved: tuple, options: tuple, u: Tensor, w: Tensor) -> tuple:
+def backward_vjp(saved: tuple, options: tuple, u: Tensor, w: Tensor | None) -> tuple:
     """Along (u, w). The mean is a function of x: its part is included in that of x."""
     dtype = saved[2].dtype
     grad_y, grad_statistics, x, residual, scale, shift, mean = (_wide(t) for t in saved)
@@ -153,12 +157,12 @@ def backward_vjp(saved: tuple, options: tuple, u: Tensor, w: Tensor) -> tuple:
     if grad_y is None:
         return None, to_statistics, to_x.to(dtype), None, None, None, None
     gate = _open(x, residual, scale, shift, *options)
-    to_grad_y = (_column(scale) * u if residual is None else _column(scale) * u + w) * gate
+    to_grad_y = (_column(scale) * u if residual is None or w is None else _column(scale) * u + w) * gate
     to_scale = _sum(grad_y * gate * u)
     return to_grad_y.to(dtype), to_statistics, to_x.to(dtype), None, to_scale, None, None
 
 
-def backward_jvp(saved: tuple, options: tuple, *tangents: Tensor | None) -> tuple:
+def backward_jvp(saved: tuple, options: tuple, *tangents: Any) -> tuple:
     dtype = saved[2].dtype
     grad_y, grad_statistics, x, residual, scale, shift, mean = (_wide(t) for t in saved)
     grad_y_t, grad_statistics_t, x_t, _, scale_t, _, _ = (_wide(t) for t in tangents)

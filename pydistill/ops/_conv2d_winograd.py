@@ -28,7 +28,7 @@ def _vmap(*_: Any) -> Any:
 
 # (weight [K, C, taps, taps], turned) -> its `FrozenFilters.forward`, or `FrozenFilters.adjoint` if turned;
 # float32 or float64, taps of 3 or 5, any strides.
-conv2d_filters = Operator("conv2d_filters", tensors=1, fake=_filters_fake, vmap=_vmap, vjp=None, jvp=None)
+conv2d_filters: Operator = Operator("conv2d_filters", tensors=1, fake=_filters_fake, vmap=_vmap, vjp=None, jvp=None)
 
 # (x [N, C, H, W], grad [N, K, H, W], x_2, grad_2, taps) -> [K, C, taps, taps]: the gradient in w of
 # <grad, F.conv2d(x, w, padding=taps // 2)> + <grad_2, F.conv2d(x_2, w, padding=taps // 2)>, the second pair or None;

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ def _switched(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args, precision: Precision = "fp32", **options):
-        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
+        switches = (cudnn.conv, torch.backends.cuda.matmul)
         before = [switch.fp32_precision for switch in switches]
         try:
             for switch in switches:
@@ -147,7 +148,7 @@ def tangent(
         if i == 0:  # the images do not move
             z_t = net.convolve(i, x, along.weights[i])
         else:
-            z_t = net.convolve(i, net.side_by_side(inputs_t[-1], x), pairs[i])
+            z_t = net.convolve(i, net.side_by_side(inputs_t[-1], x), cast(Tensor, pairs[i]))
         planes_t.append(z_t)
         inputs_t.append(
             _block_jvp(z, net.scales[i], net.shifts[i], z_t, along.scales[i], along.shifts[i], *net.options)
@@ -172,7 +173,7 @@ def tangent(
         terms = [net.weight_gradient(i, x, z_bar_t)]
         if i:
             terms.append(net.weight_gradient(i, inputs_t.pop(), z_bar))
-            both = net.input_gradient(i, z_bar, pairs[i]).unflatten(1, (net.students, 2, -1))
+            both = net.input_gradient(i, z_bar, cast(Tensor, pairs[i])).unflatten(1, (net.students, 2, -1))
             y_bar, cross = (half.flatten(1, 2) for half in both.unbind(2))
         else:
             cross = net.input_gradient(i, z_bar, along.weights[i])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Operator:
         # autograd.Function.apply asks for it in every call, and computing it takes 20 microseconds
         forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
 
-        self.function = type(
+        kind = type(
             name,
             (torch.autograd.Function,),
             {
@@ -103,6 +103,7 @@ class Operator:
                 "jvp": staticmethod(forward_derivative),
             },
         )
+        self.function = cast(type[torch.autograd.Function], kind)
         torch_library.register_fake(qualified, fake)
         torch_library.register_autograd(qualified, backward, setup_context=setup_context)
         torch_library.register_vmap(qualified, vmap)

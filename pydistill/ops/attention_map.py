@@ -10,7 +10,7 @@ Differentiation raises the order and stays within the family, so the maps are di
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ AXES = ("spatial", "channel", "both")
 Axis = Literal["spatial", "channel", "both"]
 
 
+@overload
+def attention_map(
+    x: Tensor, p: float = ..., axis: Literal["spatial", "channel"] = ..., *, backend: str = ...
+) -> Tensor: ...
+@overload
+def attention_map(x: Tensor, p: float = ..., *, axis: Literal["both"], backend: str = ...) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_map(x: Tensor, p: float, axis: Literal["both"], *, backend: str = ...) -> tuple[Tensor, Tensor]: ...
 def attention_map(
     x: Tensor, p: float = 4.0, axis: Axis = "spatial", *, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -113,7 +121,7 @@ class _Operators:
     """The two operators of one library. In every formula, `saved` are the operator's tensors."""
 
     def __init__(self, library: str):
-        self.reduce = Operator(
+        self.reduce: Operator = Operator(
             "attention_map",
             library=library,
             tensors=2,
@@ -122,7 +130,7 @@ class _Operators:
             jvp=self._reduce_jvp,
             vmap=_batch_into_samples(lambda *args: self.reduce.raw(*args), 2),
         )
-        self.adjoint = Operator(
+        self.adjoint: Operator = Operator(
             "attention_map_adjoint",
             library=library,
             tensors=4,

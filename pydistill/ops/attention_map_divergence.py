@@ -98,7 +98,7 @@ def attention_map_divergence(
     common = q_s.dtype
     for tensor in (k_s, q_t, k_t):
         common = torch.promote_types(common, tensor.dtype)
-    tensors = tuple(tensor.to(common) for tensor in (q_s, k_s, q_t, k_t))
+    tensors = (q_s.to(common), k_s.to(common), q_t.to(common), k_t.to(common))
     if chosen == "reference":
         return reference.attention_map_divergence(*tensors, kind, T_s, T_t, beta, mask, reduction)
     if chosen == "triton" and (common == torch.float64 or max(q_s.shape[-1], q_t.shape[-1]) > 128):
@@ -228,7 +228,7 @@ def _as_heads(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor |
 
 def _gradients(q_s: Tensor, k_s: Tensor, with_q: bool, with_k: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised; those not asked for have no elements."""
-    return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((q_s, with_q), (k_s, with_k)))
+    return q_s.new_empty(q_s.shape if with_q else (0,)), k_s.new_empty(k_s.shape if with_k else (0,))
 
 
 def _forward_fake(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor | None, *options: Any) -> tuple:
@@ -246,7 +246,7 @@ def _backward_fake(
 
 def _scale(grad: Tensor, grad_q: Tensor, grad_k: Tensor, q_s: Tensor, k_s: Tensor) -> tuple[Tensor, Tensor]:
     """``q_s`` and ``k_s`` are arguments only so that autograd sees, and refuses, a second derivative in them."""
-    return tuple((grad * x).to(x.dtype) for x in (grad_q, grad_k))
+    return (grad * grad_q).to(grad_q.dtype), (grad * grad_k).to(grad_k.dtype)
 
 
 def _one_by_one(op: Callable[..., tuple], tensors: int) -> Any:
@@ -267,7 +267,7 @@ def _one_by_one(op: Callable[..., tuple], tensors: int) -> Any:
 
 
 torch_library.impl("pydistill::attention_map_divergence_scale", "CompositeExplicitAutograd", _scale)
-_scaled = Operator(
+_scaled: Operator = Operator(
     "attention_map_divergence_scale",
     tensors=5,
     fake=_scale,
@@ -282,7 +282,7 @@ class _Operators:
     """The operators of one library, "pydistill" or "pydistill_triton"."""
 
     def __init__(self, library: str):
-        self.forward = Operator(
+        self.forward: Operator = Operator(
             "attention_map_divergence",
             tensors=5,
             fake=_forward_fake,
@@ -293,7 +293,7 @@ class _Operators:
             differentiable="once",
             library=library,
         )
-        self.backward = Operator(
+        self.backward: Operator = Operator(
             "attention_map_divergence_backward",
             tensors=6,
             fake=_backward_fake,
@@ -328,7 +328,7 @@ def _scale_in_place(grad: Tensor, grad_q: Tensor, grad_k: Tensor) -> tuple[Tenso
     if torch.is_grad_enabled() or type(grad) is not Tensor:  # a second derivative may follow; a graph is being traced
         return None
     try:
-        return tuple(x.data.mul_(grad) for x in (grad_q, grad_k))
+        return grad_q.data.mul_(grad), grad_k.data.mul_(grad)
     except RuntimeError:  # under vmap, which cannot write many gradients in place of one
         return None
 

@@ -174,7 +174,7 @@ def _backward_jvp(saved: tuple, options: tuple, grad_t: Tensor, record_t: Tensor
     return _backward(grad_t, saved[1], *options)
 
 
-_forward = Operator(
+_forward: Operator = Operator(
     "augment",
     tensors=2,
     fake=_fake_forward,
@@ -182,7 +182,7 @@ _forward = Operator(
     jvp=_forward_jvp,
     vmap=_batch_into_rows(lambda *args: _forward.raw(*args), doubled_before=False, doubled_after=True),
 )
-_backward = Operator(
+_backward: Operator = Operator(
     "augment_backward",
     tensors=2,
     fake=_fake_backward,

@@ -6,6 +6,7 @@ A kernel leaves mean and variance; what is left from there to the loss are vecto
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -128,10 +129,19 @@ def bn_match_forward(
     """
     if backend == "reference":
         _check_forward(x, bn, residual, pool, kind, unbiased)
-        options = {"w_mean": w_mean, "w_var": w_var, "kind": kind, "unbiased": unbiased}
-        return reference.bn_match_forward(x, bn, relu=relu, residual=residual, pool=pool, **options)
+        return reference.bn_match_forward(
+            x,
+            bn,
+            relu=relu,
+            residual=residual,
+            pool=pool,
+            w_mean=w_mean,
+            w_var=w_var,
+            kind=kind,
+            unbiased=unbiased,
+        )
     y, statistics = statistics_forward(x, bn, relu, residual, pool, kind, unbiased, backend)
-    return y, _loss(statistics, bn.running_mean, bn.running_var, w_mean, w_var, kind)
+    return y, _loss(statistics, *_running(bn), w_mean, w_var, kind)
 
 
 def statistics_forward(
@@ -162,7 +172,7 @@ def statistics_forward(
 def statistics_of(x: Tensor, bn: nn.Module, kind: str, unbiased: bool) -> Tensor:
     """Means and variances ``[2, C]`` of what a frozen BatchNorm, of whatever forward, is given."""
     check_frozen(bn)
-    _check(x, bn.running_mean, bn.running_var, kind, unbiased)
+    _check(x, *_running(bn), kind, unbiased)
     ops = triton if choose_backend("bn_stat_match", "auto", x.device, BACKENDS) == "triton" else native
     _, statistics, _ = ops.forward(_as_planes(x), None, None, None, False)
     return _unbiased(statistics, x) if unbiased else statistics
@@ -187,7 +197,7 @@ def _check_forward(
     unbiased: bool,
 ) -> None:
     check_frozen(bn)
-    _check(x, bn.running_mean, bn.running_var, kind, unbiased)
+    _check(x, *_running(bn), kind, unbiased)
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual: expected a tensor or None, got {type(residual).__name__}")
@@ -227,13 +237,18 @@ def _as_planes(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], -1)
 
 
+def _running(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+
+
 def _affine(bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The frozen BatchNorm as ``scale x + shift``."""
-    scale = (bn.running_var.to(dtype) + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)
-    mean = bn.running_mean.to(dtype)
-    return scale, -mean * scale if bn.bias is None else torch.addcmul(bn.bias.to(dtype), mean, scale, value=-1)
+    mean, var = (each.to(dtype) for each in _running(bn))
+    weight, bias = cast("tuple[Tensor | None, Tensor | None]", (bn.weight, bn.bias))
+    scale = (var + cast(float, bn.eps)).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    return scale, -mean * scale if bias is None else torch.addcmul(bias.to(dtype), mean, scale, value=-1)
 
 
 def _unbiased(statistics: Tensor, x: Tensor) -> Tensor:
@@ -255,8 +270,8 @@ def summed_loss(
     """The weighted sum of `_loss` over layers, in as many operations as of one: on twenty layers of a few hundred
     numbers each takes longer than its arithmetic."""
     device, dtype = statistics[0].device, torch.float64
-    means = torch.cat([bn.running_mean.to(device) for bn in norms])
-    variances = torch.cat([bn.running_var.to(device) for bn in norms])
+    means = torch.cat([_running(bn)[0].to(device) for bn in norms])
+    variances = torch.cat([_running(bn)[1].to(device) for bn in norms])
     apart = torch.cat([each.to(device) for each in statistics], 1).to(dtype) - torch.stack([means, variances])
     sizes = [each.shape[1] for each in statistics]
     layer = torch.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))  # waits for no device

@@ -12,6 +12,7 @@ our own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 BACKENDS = ("reference",)  # torch's own convolutions on every device
 
-Pair = tuple[int, int]
+Pair = Sequence[int]
 
 
 def conv2d(
@@ -48,11 +49,12 @@ def conv2d(
         return F.conv2d(x, weight, bias, *geometry)
     if torch.is_autocast_enabled(x.device.type):  # casts inside the Function would be hidden from its derivatives
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, weight, bias))
+        x, weight = (t.to(dtype) if t.dtype == torch.float32 else t for t in (x, weight))
+        bias = bias.to(dtype) if bias is not None and bias.dtype == torch.float32 else bias
     return _Conv2d.apply(x, weight, bias, geometry)
 
 
-def _pair(value: int | Pair) -> Pair:
+def _pair(value: int | Pair) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -88,7 +90,7 @@ class _Conv2d(torch.autograd.Function):
         return *_Conv2dBackward.apply(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]), None
 
     @staticmethod
-    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor | None:
         x, weight = ctx.saved_tensors
         return _tangent(x, weight, x_t, weight_t, bias_t, ctx.geometry)
 

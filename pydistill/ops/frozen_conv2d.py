@@ -241,7 +241,7 @@ def _vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
     return _forward(grad, saved[2], saved[1], taps, taps - 1 - before), None, None
 
 
-_forward = Operator(
+_forward: Operator = Operator(
     "frozen_conv2d",
     tensors=3,
     fake=_fake,

@@ -112,7 +112,7 @@ def _batch_into_channels(op: Any, tensors: int, pattern: str) -> Any:
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         B = info.batch_size
-        folded = []
+        folded: list[Tensor | None] = []
         for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
             if arg is None:
                 folded.append(None)
@@ -183,7 +183,7 @@ class _Operators:
     """
 
     def __init__(self, library: str):
-        self.forward = Operator(
+        self.forward: Operator = Operator(
             "instance_norm_relu_avg_pool",
             library=library,
             tensors=3,
@@ -192,7 +192,7 @@ class _Operators:
             jvp=self._forward_jvp,
             vmap=_batch_into_channels(lambda *args: self.forward.raw(*args), 3, "i"),
         )
-        self.backward = Operator(
+        self.backward: Operator = Operator(
             "instance_norm_relu_avg_pool_backward",
             library=library,
             tensors=4,
@@ -201,7 +201,7 @@ class _Operators:
             jvp=self._backward_forward_jvp,
             vmap=_batch_into_channels(lambda *args: self.backward.raw(*args), 4, "icc"),
         )
-        self.jvp = Operator(
+        self.jvp: Operator = Operator(
             "instance_norm_relu_avg_pool_jvp",
             library=library,
             tensors=6,
@@ -210,7 +210,7 @@ class _Operators:
             jvp=None,
             vmap=_batch_into_channels(lambda *args: self.jvp.raw(*args), 6, "i"),
         )
-        self.backward_jvp = Operator(
+        self.backward_jvp: Operator = Operator(
             "instance_norm_relu_avg_pool_backward_jvp",
             library=library,
             tensors=8,

@@ -103,8 +103,9 @@ def kd_divergence(
             detach it (`pydistill.soft_cross_entropy` is the loss for learned labels).
         NotImplementedError: the backend cannot run here, or a third derivative is asked for.
     """
-    options = {"kind": kind, "T": T, "target_is": target_is, "ce_weight": ce_weight, "beta": beta, "gamma": gamma}
-    _check_options(**options, reduction=reduction)
+    _check_options(
+        kind=kind, T=T, target_is=target_is, ce_weight=ce_weight, beta=beta, gamma=gamma, reduction=reduction
+    )
     _check_tensors(student_logits, target, labels, weight, kind, ce_weight)
     chosen = choose_backend("kd_divergence", backend, student_logits.device, BACKENDS)
     student = student_logits
@@ -114,7 +115,18 @@ def kd_divergence(
         if kind != "ce":
             target = target.to(student.dtype)
         loss = reference.kd_divergence(
-            student, target, labels=labels, weight=weight, scale_T2=scale_T2, reduction=reduction, **options
+            student,
+            target,
+            kind=kind,
+            T=T,
+            target_is=target_is,
+            labels=labels,
+            ce_weight=ce_weight,
+            weight=weight,
+            scale_T2=scale_T2,
+            beta=beta,
+            gamma=gamma,
+            reduction=reduction,
         )
         return loss.to(student_logits.dtype)
 
@@ -124,11 +136,12 @@ def kd_divergence(
         )
     C = student.shape[-1]
     scale = (T**2 if scale_T2 else 1.0) / (C if reduction == "mean" else 1)
+    rows: Tensor | None = target
     if kind == "ce":
-        labels, target = target, None
+        labels, rows = target, None
     loss = (_triton if chosen == "triton" else _native).forward(
         student.reshape(-1, C),
-        None if target is None else target.reshape(-1, C),
+        None if rows is None else rows.reshape(-1, C),
         None if labels is None else labels.reshape(-1),
         *(KINDS.index(kind), target_is == "probs", float(T), float(scale), float(ce_weight), float(beta), float(gamma)),
         torch.is_grad_enabled() and student.requires_grad,
@@ -238,7 +251,7 @@ class _Operators:
     """The operators of one library, "pydistill" or "pydistill_triton"."""
 
     def __init__(self, library: str):
-        self.forward = Operator(
+        self.forward: Operator = Operator(
             "kd_divergence",
             tensors=3,
             fake=_forward_fake,
@@ -248,7 +261,7 @@ class _Operators:
             kept=1,
             library=library,
         )
-        self.backward = Operator(
+        self.backward: Operator = Operator(
             "kd_divergence_backward",
             tensors=4,
             fake=_backward_fake,
@@ -257,7 +270,7 @@ class _Operators:
             vmap=batch_into_rows(lambda *args: self.backward.raw(*args), 4),
             library=library,
         )
-        self.jvp = Operator(
+        self.jvp: Operator = Operator(
             "kd_divergence_jvp",
             tensors=4,
             fake=_jvp_fake,
@@ -266,7 +279,7 @@ class _Operators:
             vmap=batch_into_rows(lambda *args: self.jvp.raw(*args), 4),
             library=library,
         )
-        self.backward_jvp = Operator(
+        self.backward_jvp: Operator = Operator(
             "kd_divergence_backward_jvp",
             tensors=6,
             fake=_backward_jvp_fake,
@@ -280,9 +293,9 @@ class _Operators:
         if grad is None:  # no gradient reaches the loss
             return None, None, None
         *inputs, kept = saved
-        *options, keep = options
+        *rest, keep = options
         scaled = scale_kept(ctx, kept, grad) if keep else None
-        return self.backward(grad, *inputs, *options) if scaled is None else scaled, None, None
+        return self.backward(grad, *inputs, *rest) if scaled is None else scaled, None, None
 
     def _backward_vjp(self, saved: tuple, options: tuple, direction: Tensor) -> tuple:
         grad, *inputs = saved

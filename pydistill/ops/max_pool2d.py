@@ -118,7 +118,7 @@ def _batch_into_images(op: Any, tensors: int) -> Any:
     return rule
 
 
-_forward = Operator(
+_forward: Operator = Operator(
     "max_pool2d",
     tensors=1,
     fake=_forward_fake,
@@ -127,7 +127,7 @@ _forward = Operator(
     vmap=_batch_into_images(lambda *args: _forward.raw(*args), 1),
     kept=1,
 )
-gather = Operator(
+gather: Operator = Operator(
     "max_pool2d_gather",
     tensors=2,
     fake=_gather_fake,
@@ -135,7 +135,7 @@ gather = Operator(
     jvp=lambda saved, options, x_t, *rest: gather(x_t, saved[1], *options),
     vmap=_batch_into_images(lambda *args: gather.raw(*args), 2),
 )
-scatter = Operator(
+scatter: Operator = Operator(
     "max_pool2d_backward",
     tensors=2,
     fake=_backward_fake,

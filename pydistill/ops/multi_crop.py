@@ -242,6 +242,7 @@ def _backward_vjp(saved: tuple, options: tuple, to_images: Tensor | None, to_bas
     if with_images:
         return _forward(to_images, to_base if with_base else None, record, norm, *size, True), None, None
     if with_base:
+        assert to_base is not None
         return _forward(to_base.expand(images, *to_base.shape[1:]), None, record, norm, *size, True), None, None
     return torch.zeros_like(grad), None, None
 
@@ -250,7 +251,7 @@ def _backward_jvp(saved: tuple, options: tuple, grad_t: Tensor, *_: Any) -> tupl
     return _backward(grad_t, saved[1], saved[2], *options)
 
 
-_forward = Operator(
+_forward: Operator = Operator(
     "multi_crop",
     tensors=4,
     fake=_fake_forward,
@@ -259,7 +260,7 @@ _forward = Operator(
     vmap=_batch_forward,
     selective=True,
 )
-_backward = Operator(
+_backward: Operator = Operator(
     "multi_crop_backward",
     tensors=3,
     fake=_fake_backward,

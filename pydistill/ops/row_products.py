@@ -123,7 +123,7 @@ class _Operators:
     """The three operators of one library. In every formula, `saved` are the operator's tensors, `options` the rows."""
 
     def __init__(self, library: str):
-        self.forward = Operator(
+        self.forward: Operator = Operator(
             "row_products",
             library=library,
             tensors=2,
@@ -132,7 +132,7 @@ class _Operators:
             jvp=lambda saved, options, *direction: self.jvp(*saved, *direction, *options),
             vmap=_batch_into_vectors(lambda *args: self.forward.raw(*args), 2),
         )
-        self.backward = Operator(
+        self.backward: Operator = Operator(
             "row_products_backward",
             library=library,
             tensors=3,
@@ -141,7 +141,7 @@ class _Operators:
             jvp=self._backward_jvp,
             vmap=_batch_into_vectors(lambda *args: self.backward.raw(*args), 3),
         )
-        self.jvp = Operator(
+        self.jvp: Operator = Operator(
             "row_products_jvp",
             library=library,
             tensors=4,

@@ -119,8 +119,9 @@ def _empty_gradients(logits: Tensor, kind: int) -> tuple[Tensor, Tensor]:
 # In every formula below: `saved` are the operator's tensors, `options` is (kind,).
 
 
-def _direction(logits: Tensor, logits_t: Tensor, labels_t: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+def _direction(logits: Tensor, direction: tuple[Tensor, ...], kind: int) -> tuple[Tensor, Tensor]:
     """Hard labels' direction takes the shape [N, 0] however it comes: as the labels' or as their gradient's."""
+    logits_t, labels_t = direction
     return logits_t, logits.new_empty((logits.shape[0], 0)) if kind == HARD else labels_t
 
 
@@ -133,18 +134,18 @@ def _differentiable(grads: tuple, kind: int) -> tuple:
 
 
 def _forward_jvp(saved: tuple, options: tuple, *direction: Tensor) -> Tensor:
-    return _jvp(*saved, *_direction(saved[0], *direction, *options), *options)
+    return _jvp(*saved, *_direction(saved[0], direction, *options), *options)
 
 
 def _backward_vjp(saved: tuple, options: tuple, *direction: Tensor) -> tuple:
     grad, *inputs = saved
-    to_grad, *to_inputs = _backward_jvp(grad, None, *inputs, *_direction(inputs[0], *direction, *options), *options)
+    to_grad, *to_inputs = _backward_jvp(grad, None, *inputs, *_direction(inputs[0], direction, *options), *options)
     return to_grad, *_differentiable(to_inputs, *options)
 
 
 def _backward_forward_jvp(saved: tuple, options: tuple, grad_t: Tensor, *direction: Tensor) -> tuple:
     grad, *inputs = saved
-    return _backward_jvp(grad, grad_t, *inputs, *_direction(inputs[0], *direction, *options), *options)[1:]
+    return _backward_jvp(grad, grad_t, *inputs, *_direction(inputs[0], direction, *options), *options)[1:]
 
 
 def _jvp_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
@@ -154,7 +155,7 @@ def _jvp_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
     return *_differentiable(to_inputs, *options), *_differentiable(to_direction, *options)
 
 
-_forward = Operator(
+_forward: Operator = Operator(
     "soft_cross_entropy",
     tensors=2,
     fake=lambda logits, labels, kind: _empty_losses(logits),
@@ -162,7 +163,7 @@ _forward = Operator(
     jvp=_forward_jvp,
     vmap=batch_into_rows(lambda *args: _forward.raw(*args), 2),
 )
-_backward = Operator(
+_backward: Operator = Operator(
     "soft_cross_entropy_backward",
     tensors=3,
     fake=lambda grad, logits, labels, kind: _empty_gradients(logits, kind),
@@ -170,7 +171,7 @@ _backward = Operator(
     jvp=_backward_forward_jvp,
     vmap=batch_into_rows(lambda *args: _backward.raw(*args), 3),
 )
-_jvp = Operator(
+_jvp: Operator = Operator(
     "soft_cross_entropy_jvp",
     tensors=4,
     fake=lambda logits, labels, logits_t, labels_t, kind: _empty_losses(logits),
@@ -178,7 +179,7 @@ _jvp = Operator(
     jvp=None,
     vmap=batch_into_rows(lambda *args: _jvp.raw(*args), 4),
 )
-_backward_jvp = Operator(
+_backward_jvp: Operator = Operator(
     "soft_cross_entropy_backward_jvp",
     tensors=6,
     fake=lambda grad, grad_t, logits, labels, logits_t, labels_t, kind: (

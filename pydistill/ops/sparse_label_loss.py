@@ -90,11 +90,11 @@ def of_checked(
     indices: Tensor,
     values: Tensor,
     T: float,
-    tail: str = "smooth",
+    tail: Literal["smooth", "zeros", "renorm"] = "smooth",
     step: float | None = None,
-    kind: str = "kl",
+    kind: Literal["kl", "ce"] = "kl",
     scale_T2: bool = False,
-    reduction: str = "batchmean",
+    reduction: Literal["batchmean", "sum", "none"] = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
     """`sparse_label_loss` of arguments known to fit, such as a store's decoded labels: checks cost as much again."""
@@ -194,7 +194,7 @@ class _Operators:
     """The operators of one library, "pydistill" or "pydistill_triton"."""
 
     def __init__(self, library: str):
-        self.forward = Operator(
+        self.forward: Operator = Operator(
             "sparse_label_loss",
             tensors=3,
             fake=_forward_fake,
@@ -205,7 +205,7 @@ class _Operators:
             differentiable="once",
             library=library,
         )
-        self.backward = Operator(
+        self.backward: Operator = Operator(
             "sparse_label_loss_backward",
             tensors=4,
             fake=_backward_fake,
@@ -220,9 +220,9 @@ class _Operators:
         if grad is None:  # no gradient reaches the loss
             return None, None, None
         *inputs, kept = saved
-        *options, keep = options
+        *rest, keep = options
         scaled = scale_kept(ctx, kept, grad) if keep else None
-        return self.backward(grad, *inputs, *options) if scaled is None else scaled, None, None
+        return self.backward(grad, *inputs, *rest) if scaled is None else scaled, None, None
 
 
 def _triton_fill(form: str) -> Any:

@@ -41,7 +41,10 @@ class Cosines:
     def to(self, other: Cosines) -> Tensor:
         """``[len(self), len(other)]``."""
         found = self.unit @ other.unit.T
-        return found if self.factors is None else found.mul_(self.factors @ other.factors.T)
+        if self.factors is None:
+            return found
+        assert other.factors is not None
+        return found.mul_(self.factors @ other.factors.T)
 
     def sum(self) -> Tensor:
         """The sum of the unit vectors, ``[d]``, or of their Kronecker products, ``[C, 1 + d]``."""

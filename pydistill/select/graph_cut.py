@@ -45,12 +45,14 @@ def graph_cut_greedy(
     """
     if bins < 1 or (bins > 1 and bins * budget > len(embeddings)):
         raise ValueError(f"budget: expected 1..N in all for {len(embeddings)} embeddings, got {bins} bins of {budget}")
-    rows = [x if x is None else x.cpu() for x in (embeddings, factors)]
+    e, b = embeddings.cpu(), None if factors is None else factors.cpu()
     left = torch.arange(len(embeddings), device="cpu")
     picked = []
     for _ in range(bins):
-        here = rows if len(left) == len(embeddings) else [x if x is None else x[left] for x in rows]
-        picks = ops.graph_cut_greedy(here[0], budget, factors=here[1], lam=lam)
+        if len(left) < len(embeddings):
+            picks = ops.graph_cut_greedy(e[left], budget, factors=None if b is None else b[left], lam=lam)
+        else:
+            picks = ops.graph_cut_greedy(e, budget, factors=b, lam=lam)
         picked.append(left[picks])
         remains = torch.ones(len(left), dtype=torch.bool, device="cpu")
         remains[picks] = False

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -53,10 +53,12 @@ class _Given(NamedTuple):
         return [t.detach() for t in (self.theta, *directions, self.x, self.y, *self.buffers.values())]
 
     def double(self) -> _Given:
-        def wide(t: Tensor | None) -> Tensor | None:
-            return t if t is None or not t.is_floating_point() else t.double()
+        def wide(t: Tensor) -> Tensor:
+            return t.double() if t.is_floating_point() else t
 
-        return _Given(*map(wide, self[:4]), {name: wide(b) for name, b in self.buffers.items()})
+        direction = None if self.direction is None else wide(self.direction)
+        buffers = {name: wide(b) for name, b in self.buffers.items()}
+        return _Given(wide(self.theta), direction, wide(self.x), wide(self.y), buffers)
 
 
 class CompiledStudents(GenericStudents):
@@ -81,8 +83,8 @@ class CompiledStudents(GenericStudents):
                 for buffer, value in zip(own.values(), after, strict=True):
                     buffer.copy_(value)
             found.append((loss, grad, logits, unused))
-        losses, grads, logits, unused = zip(*found, strict=True)
-        return Descent(stacked(losses), stacked(grads), stacked(logits) if with_logits else None, unused)
+        losses, grads, outputs, all_unused = zip(*found, strict=True)
+        return Descent(stacked(losses), stacked(grads), stacked(outputs) if with_logits else None, all_unused)
 
     def adjoint(
         self,
@@ -106,7 +108,7 @@ class CompiledStudents(GenericStudents):
             slope, *parts = step(row.detach(), direction[e].detach(), x.detach(), y.detach(), *own.values())
             found.append((slope, *(part * scale[e] for part in parts)))
         joined = dict(zip(("slope", *wanted), (stacked(parts) for parts in zip(*found, strict=True)), strict=True))
-        return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
+        return Adjoint(joined["slope"], joined.get("curvature"), joined.get("images"), joined.get("labels"))
 
     def _step(self, kind: str, given: _Given, wanted: tuple[str, ...]) -> _Step:
         """The compiled graph for arguments like these."""
@@ -184,7 +186,7 @@ class CompiledStudents(GenericStudents):
                 return loss, grads
 
             parameters, along = (self._parts(t, lay_out) for t in (theta, direction))
-            _, (slope, grads) = torch.func.jvp(at, (parameters,), (along,))
+            slope, grads = torch.func.jvp(at, (parameters,), (along,))[1]
             parts = dict(zip(wanted, grads, strict=True))
             if "curvature" in parts:
                 parts["curvature"] = self._joined(parts["curvature"])
@@ -238,18 +240,22 @@ class CompiledStudents(GenericStudents):
     ) -> tuple[str, float, frozenset[str]]:
         """What in ``found`` is furthest from autograd's, its relative distance, and the unused parameters."""
         batch, rows = Batch(given.x.detach(), given.y.detach(), False), given.theta.detach()[None]
-        own, unused = {name: b.clone() for name, b in given.buffers.items()}, frozenset()
+        own = {name: b.clone() for name, b in given.buffers.items()}
+        unused: frozenset[str] = frozenset()
+        names: tuple[str, ...]
         if kind == "gradient":
-            truth = GenericStudents.gradient(self, rows, batch, own, None, with_logits=True)
+            descent = GenericStudents.gradient(self, rows, batch, own, None, with_logits=True)
+            assert descent.logits is not None
             names = ("losses", "grad", "logits", *own)
-            truths = [truth.losses[0], truth.grad[0], truth.logits[0], *own.values()]
-            unused = truth.unused[0]
+            truths = [descent.losses[0], descent.grad[0], descent.logits[0], *own.values()]
+            unused = descent.unused[0]
         else:
+            assert given.direction is not None
             direction, one = given.direction.detach()[None], given.theta.new_ones(1)
             options = {name: name in wanted for name in ("curvature", "images", "labels")}
-            truth = GenericStudents.adjoint(self, rows, direction, one, batch, own, None, **options)
+            adjoint = GenericStudents.adjoint(self, rows, direction, one, batch, own, None, **options)
             names = ("slope", *wanted)
-            truths = [getattr(truth, name)[0] for name in names]
+            truths = [getattr(adjoint, name)[0] for name in names]
         furthest, most = names[0], 0.0
         for name, value, true in zip(names, found, truths, strict=True):
             value, true = value.double(), true.double()
@@ -277,7 +283,8 @@ def _laid_out(memory_format: torch.memory_format, x: Tensor) -> Tensor:
 
 def _structure(net: nn.Module) -> tuple:
     """All that the module's forward can depend on besides its tensors' values."""
-    found, places = [], {}
+    found = []
+    places: dict[int, int] = {}
 
     def place(thing: Any) -> int:  # shared things have one place
         return places.setdefault(id(thing), len(places))
@@ -329,7 +336,7 @@ def _plain(value: Any) -> Any:
 
 def _global_draws() -> tuple:
     """The states of Python's and numpy's generators."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002
     return random.getstate(), name, keys.tobytes(), *rest
 
 

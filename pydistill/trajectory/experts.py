@@ -34,7 +34,7 @@ _IMAGES_AT_ONCE = 1024
 def data_crc32(images: Tensor, labels: Tensor) -> int:
     """The checksum by which a store recognises the images ``[N, C, H, W]`` and labels ``[N]`` of its experts."""
     pixels, classes = (tensor.cpu().contiguous().numpy() for tensor in (images, labels))
-    return zlib.crc32(classes, zlib.crc32(pixels))
+    return zlib.crc32(classes.data, zlib.crc32(pixels.data))
 
 
 def train_experts(
@@ -132,7 +132,11 @@ def train_experts(
             start[:1].to(images.device),
             images[two],
             labels[two],
-            **{"epochs": 1, "lr": lr, "batch_size": batch_size, "momentum": momentum, "check_finite": False},
+            epochs=1,
+            lr=lr,
+            batch_size=batch_size,
+            momentum=momentum,
+            check_finite=False,
             **_of_epoch(options, 0),
         )
     at_once = -(-_IMAGES_AT_ONCE // min(batch_size, len(images))) if trains_at_once(nets[0], images) else 1
@@ -167,8 +171,11 @@ def train_experts(
                         f"step {error.step}"
                     ) from None
                 theta = trained.theta
-                velocity = trained.velocity if momentum else velocity
+                if momentum:
+                    assert trained.velocity is not None
+                    velocity = trained.velocity
                 if on_epoch is not None:
+                    assert trained.train_accuracy is not None  # as it was asked for
                     losses, accuracies = trained.losses[0].tolist(), trained.train_accuracy[0].tolist()
                     for expert, loss, accuracy in zip(group, losses, accuracies, strict=True):
                         on_epoch({"expert": expert, "epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
@@ -194,7 +201,7 @@ def _of_epoch(options: dict[str, Any], epoch: int) -> dict[str, Any]:
 
 def _plain(name: str, value: Any) -> Any:
     try:
-        return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))
+        return json.loads(json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected what JSON can hold, to be recorded, got {type(value).__name__}") from error
 

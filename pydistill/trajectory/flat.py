@@ -10,7 +10,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +46,17 @@ class FlatModule:
         self._flat_param: nn.Parameter | None = None  # of a foreign ReparamModule
         self._called_with_theta = False
         self._aliases: dict[str, str] = {}
+        self.net: nn.Module
+        self.names: list[str]
+        self.shapes: list[torch.Size]
         if _is_reparametrised(net):
-            self._flat_param = net.flat_param
+            self._flat_param = flat_param = cast(nn.Parameter, net.flat_param)
             pieces = _pieces(net)
             if pieces is None:
                 self.net, self._called_with_theta = net, True
-                self.names, self.shapes = ["flat_param"], [net.flat_param.shape]
+                self.names, self.shapes = ["flat_param"], [flat_param.shape]
             else:
-                self.net = net.module
+                self.net = cast(nn.Module, net.module)
                 self.names, self.shapes, self._aliases = pieces
             trained = [True] * len(self.names)
         else:
@@ -147,7 +150,7 @@ def _pieces(net: nn.Module) -> tuple[list[str], list[torch.Size], dict[str, str]
     inner = getattr(net, "module", None)
     if not isinstance(inner, nn.Module) or "forward" in vars(inner) or has_hooks(net) or has_hooks(inner):
         return None
-    theta = net.flat_param.detach().clone()
+    theta = cast(Tensor, net.flat_param).detach().clone()
     storage = theta.untyped_storage().data_ptr()
     image, logits = (theta.new_zeros(1, 1, 1, 1) for _ in range(2))
     seen: dict[tuple[int, torch.Size], list[str]] = {}
@@ -157,7 +160,7 @@ def _pieces(net: nn.Module) -> tuple[list[str], list[torch.Size], dict[str, str]
             for path, module in inner.named_modules():
                 for leaf, value in vars(module).items():
                     if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == storage:
-                        at = (value.storage_offset(), value.shape)
+                        at = (int(value.storage_offset()), value.shape)
                         if value.is_contiguous():
                             seen.setdefault(at, []).append(f"{path}.{leaf}" if path else leaf)
         return logits

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pydistill.ops import conv2d, instance_norm_relu_avg_pool
+from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes, of_student
 
@@ -68,8 +69,9 @@ class GenericStudents:
 
     def _logits(self, theta: Tensor | dict[str, Tensor], x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         """theta as a vector, or what `FlatModule.unflatten` makes of it."""
-        call = self.flat if isinstance(theta, Tensor) else self.flat.at
-        return self._checked(lambda: call(theta, x, buffers=buffers), x)
+        if isinstance(theta, Tensor):
+            return self._checked(lambda: self.flat(theta, x, buffers=buffers), x)
+        return self._checked(lambda: self.flat.at(theta, x, buffers=buffers), x)
 
     def _checked(self, forward: Callable[[], Any], x: Tensor) -> Tensor:
         """The net's ``forward`` of x, as logits."""
@@ -110,14 +112,15 @@ class GenericStudents:
         *,
         with_logits: bool = False,
     ) -> Descent:
-        found, graphs = [], []
+        found: list[tuple[Tensor, Tensor, frozenset[str], Tensor]] = []
+        graphs: list[_Graph] = []
         for e, row in enumerate(theta):
             x, y = (t.detach() for t in of_student(batch, e))
-            measured = keep is not None and self._first_kept is None
-            if measured or (keep is not None and keep >= self._first_kept):
+            if keep is not None and (self._first_kept is None or keep >= self._first_kept):
+                measured = self._first_kept is None
                 with _saved_bytes(measured) as saved:
                     graph, loss, unused, logits = self._graph(row, x, y, buffers, *self._moving)
-                if measured:
+                if self._first_kept is None:
                     self._first_kept = max(0, self._steps - self._room // max(1, len(theta) * saved()))
                 if keep >= self._first_kept:
                     graphs.append(graph)
@@ -128,10 +131,11 @@ class GenericStudents:
                 logits = self._logits(named, x, buffers)
                 loss = self._loss(logits, y)
                 found.append((loss.detach(), *flat_gradient(loss, named), logits.detach()))
-        if graphs:
+        if keep is not None and graphs:
             self.graphs[keep] = graphs
-        losses, grads, unused, logits = zip(*found, strict=True)
-        return Descent(torch.stack(losses), torch.stack(grads), torch.stack(logits) if with_logits else None, unused)
+        losses, grads, all_unused, outputs = zip(*found, strict=True)
+        all_logits = torch.stack(outputs) if with_logits else None
+        return Descent(torch.stack(losses), torch.stack(grads), all_logits, all_unused)
 
     def _graph(
         self, theta: Tensor, x: Tensor, y: Tensor, buffers: dict[str, Tensor] | None, images: bool, labels: bool
@@ -149,7 +153,7 @@ class GenericStudents:
 
     def penalty_gradient(self, theta: Tensor, images: Tensor, buffers: dict[str, Tensor] | None) -> Tensor:
         """[E, P]: gradient of mean((||d sum(logits) / d images||_2 over channels - 1)^2); images [E, B, C, H, W]."""
-        found = []
+        found: list[Tensor] = []
         for row, x in zip(theta, images, strict=True):
             with torch.enable_grad():
                 row, x = row.detach().requires_grad_(), x.detach().requires_grad_()
@@ -179,21 +183,21 @@ class GenericStudents:
             if graphs is None:
                 graph, *_ = self._graph(row, *of_student(batch, e), buffers, images, labels)
             else:
-                graph, graphs[e] = graphs[e], None  # freed once it is differentiated
+                graph = graphs.pop(0)  # freed once it is differentiated
             wanted = {"curvature": graph.theta} if curvature else {}
             wanted |= {"images": graph.images} if images else {}
             wanted |= {"labels": graph.labels} if labels else {}
             if wanted and graph.grad.requires_grad:
-                parts = torch.autograd.grad(
+                derivatives = torch.autograd.grad(
                     graph.grad, list(wanted.values()), direction[e], allow_unused=True, materialize_grads=True
                 )
-                parts = [part * scale[e] for part in parts]  # not in place: they might be the direction itself
+                parts = [part * scale[e] for part in derivatives]  # not in place: they might be the direction itself
             else:  # a loss linear in theta: nothing depends on anything
                 parts = [torch.zeros_like(t) for t in wanted.values()]
             slope = torch.dot(graph.grad.detach(), direction[e])
             found.append({"slope": slope, **dict(zip(wanted, parts, strict=True))})
         joined = {name: stacked([f[name] for f in found]) for name in found[0]}
-        return Adjoint(**{name: joined.get(name) for name in Adjoint._fields})
+        return Adjoint(joined["slope"], joined.get("curvature"), joined.get("images"), joined.get("labels"))
 
 
 def flat_gradient(loss: Tensor, named: dict[str, Tensor], create_graph: bool = False) -> tuple[Tensor, frozenset[str]]:
@@ -256,7 +260,7 @@ def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     plain = type(input) is Tensor and input.dim() == 4 and input.device.type == "cpu" and min(input.shape) > 0
-    floats = all(t is not None and t.dtype == input.dtype for t in (weight, bias))
-    if plain and floats and num_groups == input.shape[1] and input.dtype in (torch.float32, torch.float64):
+    plain = plain and num_groups == input.shape[1] and input.dtype in (torch.float32, torch.float64)
+    if plain and weight is not None and bias is not None and weight.dtype == bias.dtype == input.dtype:
         return instance_norm_relu_avg_pool(input, weight, bias, eps=eps, relu=False, pool=False)
     return F.group_norm(input, num_groups, weight, bias, eps)

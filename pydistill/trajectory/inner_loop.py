@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import check_batches, check_generators, check_training_set
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
-from pydistill.trajectory.generic import flat_gradient
+from pydistill.trajectory.generic import GenericStudents, flat_gradient
 from pydistill.trajectory.optimizers import SGD, Adam, State
 from pydistill.trajectory.step import Adjoint, Batch, of_student
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
@@ -129,21 +129,21 @@ class InnerLoop:
         """All random draws of the steps, in the order of students that train one after the other."""
         N, device = images.shape[-4], images.device
         given = None if batches is None else check_batches(batches, batch_size, steps, N, device, self.num_students)
-        draws = hasattr(self.augment, "draw")
-        indices: list[list[Tensor | None]] = []
+        draw: Callable[..., Any] | None = getattr(self.augment, "draw", None)
+        indices: list[Sequence[Tensor | None]] = []
         records: list[list[Any]] = []
         for generator in self.generators:
-            own = given or _draw_batches(batch_size, steps, N, device, generator)
+            own: Sequence[Tensor | None] = given or _draw_batches(batch_size, steps, N, device, generator)
             indices.append(own)
-            if draws:
+            if draw is not None:
                 counts = [N if index is None else index.shape[-1] for index in own]
-                records.append([_own(self.augment.draw((n, *images.shape[-3:]), generator)) for n in counts])
+                records.append([_own(draw((n, *images.shape[-3:]), generator)) for n in counts])
         shared = given is not None or batch_size is None or self.num_students == 1
         return [
             Step(
                 k,
-                indices[0][k] if shared else torch.stack([own[k] for own in indices]),
-                [own[k] for own in records] if draws else None,
+                indices[0][k] if shared else torch.stack([cast(Tensor, own[k]) for own in indices]),
+                [own[k] for own in records] if draw is not None else None,
             )
             for k in range(steps)
         ]
@@ -171,8 +171,9 @@ class InnerLoop:
 
     def _shape_after(self, images: Tensor, labels: Tensor) -> Sequence[int]:
         """(C, H, W) of augmented images; an augmentation that does not state it gets its first batch now."""
-        if hasattr(self.augment, "shape_after"):
-            return self.augment.shape_after(images.shape[-4:])[-3:]
+        shape_after = getattr(self.augment, "shape_after", None)
+        if shape_after is not None:
+            return shape_after(images.shape[-4:])[-3:]
         step = self.steps[0]
         step.began = self._rng()
         with torch.no_grad():
@@ -267,6 +268,7 @@ class InnerLoop:
         """Add a batch's ``part`` to the rows that `batch` took; ``own``: total has [E] in front."""
         if total is None:
             return
+        assert part is not None  # where there is a total
         index = step.index
         if index is None:
             total += part
@@ -280,6 +282,7 @@ class InnerLoop:
 
     def run_full(self, theta0: Tensor, images: Tensor, labels: Tensor, lr: Tensor, wanted: tuple) -> list[Tensor]:
         """Plain autograd through every step after the warm-up."""
+        students = cast(GenericStudents, self.students)
         theta = theta0 if theta0.requires_grad else theta0.detach().requires_grad_()
         state, largest, kept = State(theta, ()), [], {}
         with torch.enable_grad():
@@ -291,7 +294,7 @@ class InnerLoop:
                 differentiable, found = k >= self.warmup, []
                 for e, row in enumerate(theta):
                     named = self.flat.unflatten(row)
-                    loss = self.loss_scale * self.students.loss(named, *of_student(batch, e))
+                    loss = self.loss_scale * students.loss(named, *of_student(batch, e))
                     found.append(flat_gradient(loss, named, create_graph=differentiable))
                 grads, unused = zip(*found, strict=True)
                 self.check_unused(self.steps[k], theta.detach(), unused)
@@ -348,7 +351,8 @@ class InnerLoop:
             step.buffers = {name: b.detach().clone() for name, b in buffers.items()}
         before = step.began or self._rng()
         yield
-        if not all(torch.equal(a, b) for a, b in zip(before, self._rng(), strict=True) if a is not None):
+        pairs = zip(before, self._rng(), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None):
             step.rng = before
 
     def replaying(self, step: Step) -> contextlib.AbstractContextManager[None]:
@@ -362,7 +366,7 @@ class InnerLoop:
                 cuda = self.device.type == "cuda"
                 stack.enter_context(torch.random.fork_rng([self.device] if cuda else []))
                 torch.set_rng_state(step.rng[0])
-                if cuda:
+                if step.rng[1] is not None:
                     torch.cuda.set_rng_state(step.rng[1], self.device)
             yield
 

@@ -26,6 +26,7 @@ class KeptStatistics:
 
     def buffers(self) -> dict[str, Tensor]:
         """The students', ``[E, ...]`` by the modules' names."""
+        assert self._students is not None  # after `split`
         return {name: torch.stack([own[name] for own in self._students]) for name in self._students[0]}
 
     def running(self) -> Tensor:

@@ -84,8 +84,7 @@ class _SGDSweep:
         self.w: Tensor | None = None
 
     def pull(self, k: int, adjoint: Tensor, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> Pulled:
-        carries = self.momentum and self.w is not None
-        self.w = adjoint + self.momentum * self.w if carries else adjoint
+        self.w = adjoint + self.momentum * self.w if self.momentum and self.w is not None else adjoint
         return Pulled(self.w, self.scale, None)
 
     def lr_of_start(self, moments: tuple[Tensor, ...]) -> Tensor | None:

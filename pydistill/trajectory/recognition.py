@@ -6,7 +6,7 @@ import collections
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +112,9 @@ def recognised(
         raise Unrecognised("it has other buffers than those of BatchNorm")
     try:
         shape = ConvNetShape(
-            *image,
+            *cast(tuple[int, int, int], tuple(image)),
             tuple(block.conv.out_channels for block in blocks),
-            blocks[0].conv.padding[0],
+            cast(int, blocks[0].conv.padding[0]),
             classifier.out_features,
             **kind,
         )
@@ -174,9 +174,10 @@ def _blocks(layers: list[nn.Module], own: _Names) -> list[_Block]:
         return rest.popleft() if rest and type(rest[0]) in types else None
 
     while rest:
-        i, conv = len(blocks), rest.popleft()
-        if type(conv) not in (nn.Conv2d, Conv2d):
-            raise Unrecognised(f"block {i} begins with {type(conv).__name__}, not Conv2d")
+        i, first = len(blocks), rest.popleft()
+        if type(first) not in (nn.Conv2d, Conv2d):
+            raise Unrecognised(f"block {i} begins with {type(first).__name__}, not Conv2d")
+        conv = cast(nn.Conv2d, first)
         settings = (conv.kernel_size, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
         padding = conv.padding if i == 0 else (1, 1)
         if settings != ((3, 3), (1, 1), (1, 1), 1, "zeros") or conv.padding != padding or padding[0] != padding[-1]:
@@ -187,8 +188,7 @@ def _blocks(layers: list[nn.Module], own: _Names) -> list[_Block]:
             kind |= _norm_kind(norm, conv.out_channels, own)
         except Unrecognised as reason:
             raise Unrecognised(f"block {i} has {norm}, {reason}") from None
-        fused = isinstance(norm, InstanceNormReLUAvgPool)
-        with_relu, with_pool = fused and norm.relu, fused and norm.pool
+        with_relu, with_pool = (norm.relu, norm.pool) if isinstance(norm, InstanceNormReLUAvgPool) else (False, False)
         if with_pool and not with_relu:
             raise Unrecognised(f"block {i} has {norm}, which pools before there is an activation")
         activation = None if with_relu else take(*_ACTIVATIONS)
@@ -242,9 +242,9 @@ def _check_unchanged(net: nn.Module, layers: list[nn.Module]) -> None:
         for name in _RUN:
             if name in vars(module):
                 raise Unrecognised(f"{kind} has a {name} set on the instance")
-    for kind in {type(layer) for layer in layers}:
-        if name := _replaced(kind):
-            raise Unrecognised(f"{kind.__name__}.{name} is not the class's own")
+    for cls in {type(layer) for layer in layers}:
+        if replaced := _replaced(cls):
+            raise Unrecognised(f"{cls.__name__}.{replaced} is not the class's own")
 
 
 def _replaced(kind: type) -> str | None:
@@ -265,7 +265,7 @@ def _check_forward(
 ) -> None:
     """``net``'s forward is ``classifier(flatten(features(x)))``, with its logits at ``output``."""
     kind = type(net)
-    if kind.forward is Student.forward and kind.embed is Student.embed and not _replaced(kind):
+    if kind.forward is Student.forward and getattr(kind, "embed", None) is Student.embed and not _replaced(kind):
         if isinstance(output, int):
             raise Unrecognised(f"output={output} takes an element of a tuple")
         return
@@ -374,7 +374,7 @@ class _Followed(Tensor):
 
     def view(self, *size: Any) -> _Followed:
         rows, *columns = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
-        features = self.run.net.classifier.in_features
+        features = self.run.classifier.in_features
         known = len(columns) == 1 and isinstance(columns[0], int)
         if not known or not (
             (rows is self.run.count and columns[0] in (-1, features))
@@ -383,7 +383,7 @@ class _Followed(Tensor):
             self.run.refuse("it runs view or reshape to other sizes than [N, features]")
         return self.run.flattened(self)
 
-    reshape = view
+    reshape = view  # type: ignore[assignment]
 
 
 class _Run:
@@ -391,8 +391,9 @@ class _Run:
 
     def __init__(self, net: nn.Module, device: torch.device, dtype: torch.dtype, image: Sequence[int]):
         self.net, self.device, self.dtype, self.count = net, device, dtype, _Unknown(self)
-        self.layers = [layer for layer in net.features if type(layer) is not nn.Identity]
-        self.awaited: list[nn.Module | str] = [*self.layers, "flatten", net.classifier]
+        self.features, self.classifier = cast(nn.Sequential, net.features), cast(nn.Linear, net.classifier)
+        self.layers = [layer for layer in self.features if type(layer) is not nn.Identity]
+        self.awaited: list[nn.Module | str] = [*self.layers, "flatten", self.classifier]
         self.refused: str | None = None
         self.context = self._context()
         self.current = _Followed.of(self, (self.count, *image))
@@ -404,7 +405,11 @@ class _Run:
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
         self.context = self._context()
-        aside = [(self.net.features, self.layers), *((layer, [layer]) for layer in [*self.layers, self.net.classifier])]
+        alone = [*self.layers, self.classifier]
+        aside: list[tuple[nn.Module, list[nn.Module]]] = [
+            (self.features, self.layers),
+            *((layer, [layer]) for layer in alone),
+        ]
         for module, made in aside:
             module.forward = lambda *args, _made=made, **kwargs: self.called(_made, *args, **kwargs)
         try:

@@ -38,6 +38,7 @@ def check_replay_buffers(paths: Sequence[Path], parameters: Parameters) -> tuple
         snapshots = len(buffer[0]) if snapshots is None else snapshots
         _check(path, buffer, parameters, snapshots)
         experts += len(buffer)
+    assert snapshots is not None  # for there is a file
     return experts, snapshots
 
 

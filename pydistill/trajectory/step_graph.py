@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -57,7 +57,7 @@ def _drop_zeros(graph: fx.Graph) -> None:
         elif node.target is aten.convolution.default and (node.args[0] in zero or node.args[1] in zero):
             if node.args[2] is None:
                 zero.add(node)
-        elif node.target is operator.getitem and _gives_zero(*node.args, zero):
+        elif node.target is operator.getitem and _gives_zero(node, zero):
             zero.add(node)
         elif node.target is aten.add.Tensor and not node.kwargs:
             for nothing, rest in (node.args, node.args[::-1]):
@@ -68,8 +68,9 @@ def _drop_zeros(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _gives_zero(of: fx.Node, which: int, zero: set[fx.Node]) -> bool:
-    if of.target is not aten.convolution_backward.default or not of.args[10][which]:
+def _gives_zero(item: fx.Node, zero: set[fx.Node]) -> bool:
+    of, which = cast(tuple[fx.Node, int], item.args)
+    if of.target is not aten.convolution_backward.default or not cast(Sequence[bool], of.args[10])[which]:
         return False
     grad, x, weight = (arg in zero for arg in of.args[:3])
     return grad or (which == 0 and weight) or (which == 1 and x)
@@ -117,7 +118,7 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
 
     def transformed(weight: fx.Node, turned: bool) -> fx.Node:
         while weight.target in _SAME:
-            weight = weight.args[0]
+            weight = cast(fx.Node, weight.args[0])
         if (weight, turned) not in filters:
             with graph.inserting_after(weight):
                 filters[weight, turned] = graph.call_function(conv2d_filters.raw, (weight, turned))
@@ -160,8 +161,10 @@ def _by_winograd(module: fx.GraphModule, direction: int | None) -> None:
                 of_bias = graph.call_function(aten.sum.dim_IntList, (grad, [0, 2, 3])) if mask[2] else None
             found = (convolved(grad, weight, True) if mask[0] else None, of_weight, of_bias)
             for user in list(node.users):
-                found[user.args[1]].meta = user.meta
-                user.replace_all_uses_with(found[user.args[1]])
+                new = found[user.args[1]]
+                assert new is not None
+                new.meta = user.meta
+                user.replace_all_uses_with(new)
                 graph.erase_node(user)
             if node in moving:
                 moving.update(new for new in found if new is not None)

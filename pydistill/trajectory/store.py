@@ -331,19 +331,28 @@ class ExpertStore(StoreFile):
             ValueError: a file is truncated, foreign or damaged, does not fit ``net``, or holds experts that cannot be
                 matched; says where.
         """
-        path, paths = Path(path), [Path(each) for each in paths]
-        if not paths:
+        path, files = Path(path), [Path(each) for each in paths]
+        if not files:
             raise ValueError("paths: expected a replay buffer or more, got none")
         check_replaceable(path, overwrite)
-        found, snapshots = check_replay_buffers(paths, _parameters_of(net))
-        sizes = {"experts": found, "epochs": snapshots - 1}
-        options = {"replay_buffers": [each.name for each in paths]} | ({} if zca is None else {"zca": zca})
+        found, snapshots = check_replay_buffers(files, _parameters_of(net))
+        options: dict[str, Any] = {"replay_buffers": [each.name for each in files]}
+        options |= {} if zca is None else {"zca": zca}
         with (
             replacing(path, "import") as partial,
-            cls.create(partial, net, **sizes, dtype=dtype, dataset=dataset, options=options, overwrite=True) as store,
+            cls.create(
+                partial,
+                net,
+                experts=found,
+                epochs=snapshots - 1,
+                dtype=dtype,
+                dataset=dataset,
+                options=options,
+                overwrite=True,
+            ) as store,
         ):
             first = 0
-            for each in paths:
+            for each in files:
                 for epoch, theta in enumerate(read_replay_buffer(each)):
                     store.append(range(first, first + len(theta)), epoch, theta)
                 first += len(theta)

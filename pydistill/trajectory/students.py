@@ -63,7 +63,7 @@ class ConvNetStudents:
         self.shape, self.label_kind, self.precision = shape, label_kind, precision
         self.largest_label = largest_label
         self.statistics = statistics  # of batch norms
-        self._running = statistics.running() if shape.norm == "running" else None
+        self._running = statistics.running() if statistics is not None and shape.norm == "running" else None
         self.workspace = Workspace()
         self.tapes: dict[int, Tensor] = {}
         self._first_kept, self._tapes_bytes = 0, 0
@@ -93,13 +93,19 @@ class ConvNetStudents:
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """[E, B, K]."""
-        options = {"precision": self.precision, "running": self._running, "workspace": self.workspace}
         with torch.no_grad():
-            return convnet_logits(self.shape, theta, images, **options)
+            return convnet_logits(
+                self.shape,
+                theta,
+                images,
+                precision=self.precision,
+                running=self._running,
+                workspace=self.workspace,
+            )
 
     def in_evaluation(self) -> ConvNetStudents:
         """The same students with their nets in evaluation mode."""
-        if self.shape.norm != "batch" or not self.statistics.tracked:
+        if self.shape.norm != "batch" or self.statistics is None or not self.statistics.tracked:
             return self
         shape = replace(self.shape, norm="running")
         return ConvNetStudents(shape, self.label_kind, self.largest_label, self.precision, self.statistics)
@@ -117,11 +123,13 @@ class ConvNetStudents:
         tape = None
         if keep is not None and keep >= self._first_kept:
             size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
-            if len(self._tape_memory()) >= size:  # an unknown augmentation may have made more images
-                tape = self.tapes[keep] = self._memory[:size]
-                self._memory = self._memory[size:]
+            memory = self._tape_memory()
+            if len(memory) >= size:  # an unknown augmentation may have made more images
+                tape = self.tapes[keep] = memory[:size]
+                self._memory = memory[size:]
         logits = self.logits(theta, batch.images) if with_logits else None
-        moving = self.shape.norm == "batch" and buffers is None and self.statistics.tracked
+        own = self.statistics if self.shape.norm == "batch" and buffers is None else None
+        moving = own is not None and own.tracked
         statistics = theta.new_empty(len(theta), 2, sum(self.shape.widths)) if moving else None
         with torch.no_grad():
             losses, grad = convnet_gradient(
@@ -136,8 +144,8 @@ class ConvNetStudents:
                 workspace=self.workspace,
                 tape=tape,
             )
-            if moving:
-                self.statistics.update(self.shape, statistics, batch.images.shape[-4])
+            if own is not None and statistics is not None:
+                own.update(self.shape, statistics, batch.images.shape[-4])
         return Descent(losses, grad, logits)
 
     def features(
@@ -149,18 +157,40 @@ class ConvNetStudents:
             self.plan("auto", 1, len(theta), images.shape[-4], theta, 0)
             if self._first_kept == 0:
                 tape = self.tapes[0] = self._tape_memory()[: self._tapes_bytes]
-        options = {"precision": self.precision, "running": self._running, "workspace": self.workspace, "tape": tape}
         with torch.no_grad():
-            return convnet_features(self.shape, theta, images, p=p, attended=attended, axis=axis, **options)
+            return convnet_features(
+                self.shape,
+                theta,
+                images,
+                p=p,
+                attended=attended,
+                axis=axis,
+                precision=self.precision,
+                running=self._running,
+                workspace=self.workspace,
+                tape=tape,
+            )
 
     def features_backward(
         self, theta: Tensor, images: Tensor, grads: Sequence[Tensor | None], p: float, attended: Sequence[int]
     ) -> Tensor:
         """[E, N, C, H, W], from the gradients in the results of `features`."""
-        options = {"precision": self.precision, "running": self._running, "workspace": self.workspace}
-        options["tape"] = self.tapes.get(0)
+        spatial, channel, embedding = grads
         with torch.no_grad():
-            return convnet_features_backward(self.shape, theta, images, *grads, p=p, attended=attended, **options)
+            return convnet_features_backward(
+                self.shape,
+                theta,
+                images,
+                spatial,
+                channel,
+                embedding,
+                p=p,
+                attended=attended,
+                precision=self.precision,
+                running=self._running,
+                workspace=self.workspace,
+                tape=self.tapes.get(0),
+            )
 
     def _tape_memory(self) -> Tensor:
         """What is left of it. Freshly mapped pages cost more than a small step's tape saves: they are handed on."""
@@ -207,7 +237,7 @@ class ConvNetStudents:
                     scale=scale,
                     running=self._running,
                     workspace=self.workspace,
-                    tape=self.tapes.pop(kept, None),
+                    tape=None if kept is None else self.tapes.pop(kept, None),
                 )
             )
         return found._replace(images=found.images if images else None, labels=found.labels if labels else None)
@@ -253,8 +283,9 @@ def choose_students(
             _log.debug("generic engine: %s; engine='compiled' compiles its steps, which 'auto' never does", reason)
     if precision == "tf32":
         raise ValueError("precision: 'tf32' is the student engine's; others do as torch.backends says")
+    element = None if output == "any" else output
     if engine == "compiled":
         if blocked is not None:
             raise ValueError(f"engine: expected another than 'compiled' here: {blocked}")
-        return CompiledStudents(flat, label_kind, output, largest_label, precision)
-    return GenericStudents(flat, label_kind, output, largest_label, precision)
+        return CompiledStudents(flat, label_kind, element, largest_label, precision)
+    return GenericStudents(flat, label_kind, element, largest_label, precision)

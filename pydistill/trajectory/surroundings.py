@@ -25,7 +25,9 @@ def _set_matmul_precision(value: str | None) -> None:
         torch.set_float32_matmul_precision(value)
 
 
-_CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+_CUDA: Any = torch.backends.cuda  # their attributes are made at run time
+_CUDNN: Any = torch.backends.cudnn
+_MKLDNN: Any = torch.backends.mkldnn
 
 # Pairs of getter and setter of a switch; all are process-wide.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def train_students(
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
     given = check_generators(generator, len(theta0))
-    image = images.shape[-3:]
+    image: Sequence[int] = images.shape[-3:]
     if augment is not None:
         # a net that takes images as they are says that the augmentation leaves their size
         known = engine == "generic" or is_recognised(flat, image, images.dtype, images.device, "any")
@@ -222,7 +222,7 @@ def train_students(
             )
     students = next((each for each in found if isinstance(each, GenericStudents)), found[0])
     together = isinstance(students, ConvNetStudents)
-    kept = students.statistics if together else None
+    kept = students.statistics if isinstance(students, ConvNetStudents) else None
     if kept is not None:
         kept.split(E)
     if len(given) < E:
@@ -345,6 +345,7 @@ class _Training:
                 record = {"students": rows, "epoch": epoch + 1, "theta": theta, "losses": self.means(losses[epoch])}
                 counted = right[epoch] / images.shape[-4] if self.train_accuracy else None
                 self.on_epoch(record | {"train_accuracy": counted})
+        assert velocity is not None  # after a step
         return velocity
 
     def _gradient(self, theta: Tensor, batch: Batch, plain: Batch, epoch: int) -> tuple[Descent, Tensor | None]:
@@ -371,7 +372,8 @@ class _Training:
             if epoch < len(self.smoothing.loss_decay):
                 found.grad.mul_(self.smoothing.loss_decay[epoch])
             if weight := self.smoothing.gradient_penalty:
-                penalty = self.students.penalty_gradient(theta, plain.images, self._spare_buffers())
+                students = cast(GenericStudents, self.students)
+                penalty = students.penalty_gradient(theta, plain.images, self._spare_buffers())
                 found.grad.add_(penalty, alpha=weight)
         if self.trained is not None:
             found.grad.mul_(self.trained)
@@ -381,9 +383,9 @@ class _Training:
         return {name: buffer.clone() for name, buffer in self.flat.net.named_buffers()}
 
     def _augmented(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        if hasattr(self.augment, "draw"):
-            return self.augment(x, self.augment.draw(x.shape, generator))
-        return self.augment(x)
+        assert self.augment is not None
+        draw = getattr(self.augment, "draw", None)
+        return self.augment(x) if draw is None else self.augment(x, draw(x.shape, generator))
 
     def _descend(
         self, theta: Tensor, grad: Tensor, velocity: Tensor | None, minus_rates: Tensor, moving: Tensor | None
@@ -403,6 +405,7 @@ class _Training:
     def test(self, theta: Tensor, right: Tensor) -> None:
         """Adds to ``right`` [E] how many of eval_data's images are classified correctly."""
         students = self.students.in_evaluation()
+        assert self.eval_data is not None
         for x, y in zip(*(tensor.split(EVAL_BATCH) for tensor in self.eval_data), strict=True):
             right += (students.logits(theta, x).argmax(-1) == y).sum(1)
             self._stepped(range(len(theta)))
@@ -430,20 +433,21 @@ def _forked(
     batch_size: int,
     images: Tensor,
     augment: Callable[..., Tensor] | None,
-) -> list[torch.Generator]:
+) -> list[torch.Generator | None]:
     """One per student, in the state that ``generator`` has once the students before it have drawn all they need.
 
     Drawing twice is cheap compared with the training, and keeps only a state where the draws may be large.
     """
     source = torch.default_generator if generator is None else generator
     N, image = images.shape[-4], images.shape[-3:]
-    forks = []
+    draw = getattr(augment, "draw", None)
+    forks: list[torch.Generator | None] = []
     for _ in range(E):
         forks.append(torch.Generator(source.device).set_state(source.get_state()))
         for _ in range(epochs):
             for index in _order(N, source).split(batch_size):
-                if hasattr(augment, "draw"):
-                    augment.draw(torch.Size((len(index), *image)), source)
+                if draw is not None:
+                    draw(torch.Size((len(index), *image)), source)
     return forks
 
 

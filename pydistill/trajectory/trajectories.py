@@ -32,7 +32,8 @@ class _InMemory:
 
     def __init__(self, trajectories: Tensor):
         self.trajectories = trajectories
-        self.shape = tuple(trajectories.shape)
+        experts, states, numel = trajectories.shape
+        self.shape = (experts, states, numel)
         self.completed = [self.shape[1] - 1] * self.shape[0]
 
     def segment(self, expert: int, epoch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def as_trajectories(experts: Tensor | Trajectories, net: nn.Module, epochs: int)
         experts.check_fits(net)
     if len(experts.shape) != 3 or experts.shape[2] != numel or not experts.shape[0]:
         raise ValueError(f"experts: expected [E, epochs + 1, {numel}] for this net, got {list(experts.shape)}")
-    found = _InMemory(experts) if isinstance(experts, Tensor) else experts
+    found: Trajectories = _InMemory(experts) if isinstance(experts, Tensor) else experts
     if (least := min(found.completed)) < epochs:
         raise ValueError(f"experts: expected at least {epochs} epochs of each, got {least}")
     return found

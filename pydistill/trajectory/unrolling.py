@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,64 @@ from pydistill.trajectory.students import ConvNetStudents, Engine
 Mode = Literal["exact", "first_order", "full"]
 
 
+@overload
+def unroll(
+    net: nn.Module,
+    theta0: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor | float,
+    *,
+    steps: int,
+    batch_size: int | None = ...,
+    batches: Sequence[Tensor] | None = ...,
+    generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+    augment: Callable[..., Tensor] | None = ...,
+    label_kind: LabelKind = ...,
+    loss_scale: float = ...,
+    optimizer: Literal["sgd"] | Adam = ...,
+    momentum: float = ...,
+    weight_decay: float = ...,
+    warmup: int = ...,
+    at: None = ...,
+    mode: Mode = ...,
+    output: int | None = ...,
+    store: Literal["device", "host"] = ...,
+    store_every: int = ...,
+    check_finite: bool = ...,
+    engine: Engine = ...,
+    precision: Precision = ...,
+    memory: Literal["auto"] | int = ...,
+) -> Tensor: ...
+@overload
+def unroll(
+    net: nn.Module,
+    theta0: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor | float,
+    *,
+    steps: int,
+    batch_size: int | None = ...,
+    batches: Sequence[Tensor] | None = ...,
+    generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+    augment: Callable[..., Tensor] | None = ...,
+    label_kind: LabelKind = ...,
+    loss_scale: float = ...,
+    optimizer: Literal["sgd"] | Adam = ...,
+    momentum: float = ...,
+    weight_decay: float = ...,
+    warmup: int = ...,
+    at: Sequence[int],
+    mode: Mode = ...,
+    output: int | None = ...,
+    store: Literal["device", "host"] = ...,
+    store_every: int = ...,
+    check_finite: bool = ...,
+    engine: Engine = ...,
+    precision: Precision = ...,
+    memory: Literal["auto"] | int = ...,
+) -> tuple[Tensor, ...]: ...
 def unroll(
     net: nn.Module,
     theta0: Tensor,
@@ -232,7 +290,7 @@ class _Trajectory:
         row, beside = divmod(k - self.loop.warmup, self.every)
         if k == self.loop.warmup:
             self.first_moments = state.moments
-        if self.as_they_come:
+        if isinstance(self.theta, list):
             self.theta.append(state.theta if k else state.theta.clone())  # the first is the caller's
         elif beside == 0:
             self.theta[row] = state.theta
@@ -285,7 +343,7 @@ class _Unroll(torch.autograd.Function):
         state = State(theta0.detach(), ())
         for k, step in enumerate(steps):
             recorded = differentiable and k >= loop.warmup
-            if recorded:
+            if trajectory is not None and recorded:
                 trajectory.keep(k, state)
             with loop.recording(step) if recorded else contextlib.nullcontext():
                 grad = loop.gradient(state.theta, step, images, labels, replay=False, keep=recorded)
@@ -294,7 +352,8 @@ class _Unroll(torch.autograd.Function):
                 magnitudes.append(largest_of(state.theta[None])[0])
             if k + 1 in options.wanted:
                 out[k + 1] = state.theta
-        if all_kept and loop.check_finite and not state.theta.isfinite().all():  # a non-finite element stays so
+        # a non-finite element stays so
+        if trajectory is not None and all_kept and loop.check_finite and not state.theta.isfinite().all():
             thetas = (*trajectory.theta[1:], state.theta)
             magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in thetas]
         if trajectory is not None:

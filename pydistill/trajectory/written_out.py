@@ -63,6 +63,8 @@ def _batch_norm(
 ) -> Tensor:
     wide, shape = _wide(x), (-1, *(1,) * (x.dim() - 2))
     if not training:
+        assert running_mean is not None
+        assert running_var is not None
         y = (wide - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
         return _affine(y, weight, bias).to(x.dtype)
     dims = (0, *range(2, x.dim()))
@@ -72,7 +74,7 @@ def _batch_norm(
     mean = wide.mean(dims, keepdim=True)
     centred = wide - mean
     var = centred.square().mean(dims, keepdim=True)
-    if running_mean is not None:
+    if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.detach().flatten().to(running_mean.dtype), momentum)
             running_var.lerp_(var.detach().flatten().to(running_var.dtype) * (count / (count - 1)), momentum)

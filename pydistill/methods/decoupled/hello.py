@@ -98,9 +98,9 @@ class HeLlO(Method):
 
     def __post_init__(self) -> None:
         counts = ("ipc", "teachers", "rank", "head_rank", "fit_epochs", "student_epochs", "batch_size", "students")
-        counts += ("encoder_width", "teacher_epochs")
+        more = ("encoder_width", "teacher_epochs")
         weights = ("ce_weight", "beta", "image_steps", "encoder_epochs", "seed")
-        check_numbers(self, **dict.fromkeys(counts, 1), **dict.fromkeys(weights, 0), lr=0.0)
+        check_numbers(self, **dict.fromkeys((*counts, *more), 1), **dict.fromkeys(weights, 0), lr=0.0)
 
     def job(self, inputs: DatasetInputs, device: torch.device) -> HeLlOJob:
         return HeLlOJob(self, inputs, device)
@@ -195,7 +195,8 @@ def shrink_proof(config: HeLlO, encoder: nn.Module, images: Tensor) -> Tensor:
     x = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], 0.01)
     for _ in range(config.image_steps):
-        (x.grad,) = torch.autograd.grad(feature_distance(encoder, x, tuple(s // 2 for s in x.shape[2:])), x)
+        half = (x.shape[2] // 2, x.shape[3] // 2)
+        (x.grad,) = torch.autograd.grad(feature_distance(encoder, x, half), x)
         optimizer.step()
     return x.detach()
 

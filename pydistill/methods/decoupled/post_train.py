@@ -140,6 +140,7 @@ def post_train(
     crops = views.crops(side)
 
     def soft(epoch: int) -> Iterator[tuple[int, Any]]:
+        assert store is not None
         for index in store.batches(epoch):
             labels = store.read(epoch, index).to(device)
             x = crops(images, replayed(labels))
@@ -153,8 +154,13 @@ def post_train(
 
     net.train()
     train(
-        *(net, optimizer, hard if store is None else soft),
-        **{"epochs": views.epochs, "steps": -(-count // views.batch_size), "state": state, "on_epoch": on_epoch},
+        net,
+        optimizer,
+        hard if store is None else soft,
+        epochs=views.epochs,
+        steps=-(-count // views.batch_size),
+        state=state,
+        on_epoch=on_epoch,
     )
     return net.eval()
 
@@ -165,7 +171,7 @@ class PostTrainJob(Job):
     title, made = "post-train", ("results.json",)
 
     def __init__(self, config: PostTrain, inputs: PostTrainInputs, device: torch.device):
-        check_numbers(inputs, error=OptionError, students=1)
+        check_numbers(inputs, OptionError, students=1)
         self.config, self.inputs, self.device = config, inputs, device
         self.results: dict[str, Any] = {"accuracy": []}
         self.distilled = DistilledSet.load(inputs.images)
@@ -176,7 +182,7 @@ class PostTrainJob(Job):
             raise ValueError(f"{inputs.images}: expected {wanted}")
         self.data = load_images(dataset, inputs.root, self.distilled.images.shape[2])
         self.test_images = self.distilled.normalise(self.data.test_images, self.data).to(device)
-        self.options = {"num_classes": self.data.num_classes, "device": device}
+        self.options: dict[str, Any] = {"num_classes": self.data.num_classes, "device": device}
         self.soft = None if inputs.hard else self.store
         new_student(config, self.distilled, self.views, self.soft, **self.options)  # refuses what does not fit
 

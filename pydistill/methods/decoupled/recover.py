@@ -76,7 +76,7 @@ class Recover(Method):
     inputs: ClassVar[type[Inputs]] = RecoverInputs
     shared: ClassVar[bool] = True
     starts_real: ClassVar[bool] = False
-    start: ClassVar[str] = "random"
+    start = "random"  # no field, except in methods that start from real images
 
     ipc: int = 10
     """Images per class."""
@@ -358,10 +358,10 @@ def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> 
     if not config.starts_real:
         return
     count = config.per_class(first.num_classes, len(teachers))[1]
-    wanted = [first.num_classes, count, *first.shape]
-    if real is None or list(real.shape) != wanted:
+    shape = [first.num_classes, count, *first.shape]
+    if real is None or list(real.shape) != shape:
         got = "none" if real is None else list(real.shape)
-        raise ValueError(f"real: expected the images {wanted} from which {config.name} starts, got {got}")
+        raise ValueError(f"real: expected the images {shape} from which {config.name} starts, got {got}")
 
 
 class RecoverJob(Job):
@@ -370,7 +370,7 @@ class RecoverJob(Job):
     title, made = "recover", ("distilled.safetensors",)
 
     def __init__(self, config: Recover, inputs: RecoverInputs, device: torch.device):
-        check_numbers(inputs, error=OptionError, checkpoint_every=1)
+        check_numbers(inputs, OptionError, checkpoint_every=1)
         self.config, self.inputs, self.results = config, inputs, {}
         self.teachers = [Teacher.load(path, device, network=inputs.network) for path in files_of(inputs.teacher)]
         about, self.real = self.teachers[0].config, None
@@ -399,8 +399,12 @@ class RecoverJob(Job):
             advance((record["iteration"] - 1) % every + 1, f"loss {record['loss']:.4f}")
 
         recover(
-            *(config, teachers, run.folder),
-            **{"real": self.real, "rank": rank, "world": size},
+            config,
+            teachers,
+            run.folder,
+            real=self.real,
+            rank=rank,
+            world=size,
             checkpoint_every=every,
             before_checkpoint=before_checkpoint,
             on_step=lambda _: run.stop(),

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -160,10 +160,12 @@ def relabel(
         check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
     images = distilled.images.to(device)
-    nets, classifier = [freeze(teacher.net) for teacher in teachers], None
+    networks = [freeze(teacher.net) for teacher in teachers]
+    nets: Sequence[Callable[[Tensor], Tensor]] = networks
+    classifier = None
     if config.format == "features8":
-        heads = [last_linear(net, images[:1]) for net in nets]
-        nets, classifier = [_Features(net, head) for net, head in zip(nets, heads, strict=True)], _mean_of(heads)
+        heads = [last_linear(net, images[:1]) for net in networks]
+        nets, classifier = [_Features(net, head) for net, head in zip(networks, heads, strict=True)], _mean_of(heads)
 
     def ask(x: Tensor) -> Tensor:
         """The mean logits; for "features8", the features of all teachers."""
@@ -175,7 +177,8 @@ def relabel(
         check_store(store, config, distilled)
         others = store.metadata.get("teachers_crc32", (crc := _crc32(teachers))) != crc  # older stores do not say
         if classifier is not None:
-            others |= not all(map(torch.equal, store.classifier, [each.cpu() for each in classifier]))
+            kept = cast(tuple[Tensor, Tensor], store.classifier)
+            others |= not all(map(torch.equal, kept, [each.cpu() for each in classifier]))
         if others:
             store.close()
             raise ValueError(f"{path}: expected labels of these teachers, got those of others")
@@ -239,7 +242,8 @@ class _Features:
     """A network up to its last layer."""
 
     def __init__(self, net: nn.Module, head: nn.Linear):
-        self.net, self.found = net, []
+        self.net = net
+        self.found: list[Tensor] = []
         head.register_forward_pre_hook(lambda module, inputs: self.found.append(inputs[0]))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -249,7 +253,9 @@ class _Features:
 
 def _mean_of(heads: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
     """One layer that gives the mean of several from their inputs, side by side."""
-    biases = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+    biases: list[Tensor] = [
+        head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads
+    ]
     return torch.cat([head.weight for head in heads], 1) / len(heads), torch.stack(biases).mean(0)
 
 

@@ -46,7 +46,7 @@ SetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagen
 _FOLDERS = {"tiny-imagenet": 64, "imagenet-1k": 224}  # sets read as image folders, and their image size
 _KIND = "teacher"
 _BUILT_OF = ("network", "channels", "image_size", "width", "depth")  # of a teacher's config
-_IMAGENET = {
+_IMAGENET: dict[str, Any] = {
     "name": "imagenet-1k",
     "image_size": 224,
     "class_names": [f"class {number}" for number in range(1000)],
@@ -202,7 +202,7 @@ class Teacher:
         """
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {"mean": self.mean, "std": self.std}
-        about = {"class_names": list(self.class_names)}
+        about: dict[str, Any] = {"class_names": list(self.class_names)}
         if not self._is_built():
             about["custom"] = {"layers": describe(self.net), "network": network, "class": type(self.net).__qualname__}
         write_safetensors(path, tensors, _KIND, self.config, **about)
@@ -267,10 +267,12 @@ def _given(network: nn.Module | Callable[[], nn.Module] | str) -> nn.Module:
         if not name:
             raise ValueError(f"network: expected 'package.module:function', got {network!r}")
         try:
-            network = getattr(importlib.import_module(module), name)
+            made = getattr(importlib.import_module(module), name)
         except (AttributeError, ImportError) as error:
             raise ValueError(f"network: expected 'package.module:function', got {network!r} ({error})") from error
-    net = network if isinstance(network, nn.Module) else network()
+    else:
+        made = network
+    net = made if isinstance(made, nn.Module) else made()
     if not isinstance(net, nn.Module):
         raise TypeError(f"network: expected a module or a function that makes one, got {type(net).__name__}")
     return net
@@ -378,6 +380,7 @@ class SqueezeJob(Job):
         return (*(() if self.inputs.weights is not None else (self.train,)), self.keep)
 
     def train(self, run: Run) -> None:
+        assert self.data is not None  # where there are no weights
         with run.epochs("squeeze", self.config.epochs) as (state, on_epoch):
             self.teacher = squeeze(self.config, self.data, state=state, on_epoch=on_epoch)
 

@@ -9,7 +9,8 @@ and 20000 iterations: ``power=1.0, net_norm="batch", batch_real=64, iterations=2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,20 +65,24 @@ class DataDAM(DM):
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         if self.net_norm == "batch":
-            net = _with_batch_norm(net, dataset.num_classes).to(state["images"])
+            net = _with_batch_norm(cast(ConvNet, net), dataset.num_classes).to(state["images"])
         return super().step(state, dataset, net, experts)
 
     def distance(self, net: nn.Module, theta: Tensor, pairs: Pairs, num_classes: int) -> Tensor:
         workspace = Workspace()
-        options = {"p": self.power, "axis": self.axis, "layers": self._layers(net), "workspace": workspace}
+        layers = self._layers(net)
+        found = partial(features, net, theta, p=self.power, axis=self.axis, layers=layers, workspace=workspace)
         with torch.no_grad():
-            real = features(net, theta, pairs.real, precision=self.precision, **options)
-        synthetic = features(net, theta, pairs.synthetic, **options)
+            real = found(pairs.real, precision=self.precision)
+        synthetic = found(pairs.synthetic)
         labels = (pairs.labels_real.to(theta.device), pairs.labels_synthetic.to(theta.device))
         embedding = class_mean_match(real.embedding, synthetic.embedding, *labels, num_classes=num_classes)
         attention = match_maps(
-            *(real.spatial + real.channel, synthetic.spatial + synthetic.channel, *labels),
-            **{"norm": self.norm, "num_classes": num_classes},
+            real.spatial + real.channel,
+            synthetic.spatial + synthetic.channel,
+            *labels,
+            norm=self.norm,
+            num_classes=num_classes,
         )
         return self.scale * (attention + self.task_balance * embedding)
 

@@ -8,6 +8,7 @@ images, and the network is trained on the synthetic images for some epochs. No e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -104,9 +105,10 @@ class DC(ClassPairs):
         classes = self.own_classes(dataset)
         images = state["images"].detach().requires_grad_()
         pairs = self.pairs(classes, images, dataset, state.iteration, turn)
-        options = {"classes": classes, "precision": self.precision, "workspace": workspace}
+        gradients = partial(class_gradients, net, theta, classes=classes, precision=self.precision, workspace=workspace)
         with torch.no_grad():
-            target = class_gradients(net, theta, pairs.real, pairs.labels_real, **options)
-        grads = class_gradients(net, theta, pairs.synthetic, pairs.labels_synthetic, **options)
+            target = gradients(pairs.real, pairs.labels_real)
+        grads = gradients(pairs.synthetic, pairs.labels_synthetic)
         loss = gradient_match(grads_real=target, grads_syn=grads, kind=self.distance, shapes=FlatModule(net).shapes)
-        return tuple(sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)]))
+        distance, grad = sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)])
+        return distance, grad

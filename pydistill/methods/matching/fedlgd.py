@@ -12,7 +12,7 @@ the same bits if the arithmetic is the same (torch's matrix products depend on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from pydistill.matching import class_mean_match, gradient_match, mmd
 from pydistill.methods.config import Config
 from pydistill.methods.outer import State, fresh_parameters
 from pydistill.methods.ranks import sum_over_ranks, world
+from pydistill.nn.student import Student
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule
 
@@ -40,7 +41,7 @@ class _WithFeatures(nn.Module):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net = net
+        self.net = cast(Student, net)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.net.embed(x)

@@ -89,8 +89,8 @@ class KRRST(Method):
 
     def __post_init__(self) -> None:
         counts = ("images", "iterations", "batch_real", "pool", "online_steps", "target_epochs", "students")
-        counts += ("width", "depth", "probe_images")
-        check_numbers(self, **dict.fromkeys(counts, 1), pretrain_steps=0, lr=0.0, lr_net=0.0, lam=0, seed=0)
+        more = ("width", "depth", "probe_images")
+        check_numbers(self, **dict.fromkeys((*counts, *more), 1), pretrain_steps=0, lr=0.0, lr_net=0.0, lam=0, seed=0)
 
     def job(self, inputs: KRRSTInputs, device: torch.device) -> KRRSTJob:
         return KRRSTJob(self, inputs, device)
@@ -272,7 +272,7 @@ class KRRSTJob(Job):
     made = ("distilled.safetensors",)
 
     def __init__(self, config: KRRST, inputs: KRRSTInputs, device: torch.device):
-        check_numbers(inputs, error=OptionError, checkpoint_every=1)
+        check_numbers(inputs, OptionError, checkpoint_every=1)
         self.config, self.inputs, self.device, self.data = config, inputs, device, inputs.load(device)
         self.title, self.results = self.data.name, {}
         check_batch(self.data.train_images)

@@ -39,6 +39,8 @@ class Encoder(Student):
         ValueError: images too small for the depth; a forward input of another shape.
     """
 
+    features: nn.Sequential
+
     def __init__(self, channels: int, outputs: int, width: int = 32, depth: int = 3, image_size: int = 32):
         super().__init__(channels, outputs, image_size)
         layers: list[nn.Module] = []

@@ -212,8 +212,17 @@ def fit(
         rising = min(1.0, (at + 1 / steps) / warmup_epochs) if warmup_epochs else 1.0
         return highest * rising * half_cosine(max(0.0, at - warmup_epochs), max(1, epochs - warmup_epochs))
 
-    options = {"epochs": epochs, "steps": steps, "rate": rate, "state": state, "on_epoch": on_epoch}
-    train(net, optimizer, batches, state_name="adam", **options)
+    train(
+        net,
+        optimizer,
+        batches,
+        epochs=epochs,
+        steps=steps,
+        rate=rate,
+        state=state,
+        state_name="adam",
+        on_epoch=on_epoch,
+    )
 
 
 class UNIPJob(Job):

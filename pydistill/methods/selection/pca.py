@@ -90,8 +90,12 @@ def combine(config: PCA, dataset: Dataset, teacher: Student, *, lr: float = 0.01
         generator = seeded_generator(config.seed, Stream.COMBINED, label)
         drawn = members[stay[torch.randperm(len(stay), generator=generator, device="cpu")[:need].to(stay.device)]]
         patches, _ = best_crops(
-            *(teacher, dataset.train_images[drawn], dataset.train_labels[drawn]),
-            **{"crops": config.crops, "least_area": config.least_area, "factor": config.factor},
+            teacher,
+            dataset.train_images[drawn],
+            dataset.train_labels[drawn],
+            crops=config.crops,
+            least_area=config.least_area,
+            factor=config.factor,
             generator=generator,
         )
         made.append(mosaic(patches, config.factor))

@@ -18,6 +18,7 @@ from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, OptionE
 from pydistill.methods.picture import write_picture
 from pydistill.methods.settings import convnet, setting_of
 from pydistill.nn.student import Student
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory.train import EVAL_BATCH
 
@@ -107,10 +108,14 @@ class Picking(Method):
         raise NotImplementedError
 
     def distilled(
-        self, dataset: Dataset, images: Tensor, labels: Tensor, lr: float, label_kind: str = "hard"
+        self, dataset: Dataset, images: Tensor, labels: Tensor, lr: float, label_kind: LabelKind = "hard"
     ) -> DistilledSet:
         """The set, with a record of what made it."""
-        settings = {"method": self.name, "dataset": dataset.name, "class_names": list(dataset.class_names)}
+        settings: dict[str, Any] = {
+            "method": self.name,
+            "dataset": dataset.name,
+            "class_names": list(dataset.class_names),
+        }
         settings |= {**asdict(self), "flip_batch": False}
         images, labels = images.detach().cpu(), labels.detach().cpu()
         return DistilledSet(images, labels, lr, dataset.mean, dataset.std, settings, label_kind, dataset.zca)
@@ -157,7 +162,7 @@ class PickJob(Job):
     made = ("images.png", "distilled.safetensors")
 
     def __init__(self, config: Picking, inputs: PickInputs, device: torch.device):
-        check_numbers(inputs, error=OptionError, students=0, student_epochs=1, lr_student=0.0)
+        check_numbers(inputs, OptionError, students=0, student_epochs=1, lr_student=0.0)
         self.config, self.inputs, self.device, self.dataset = config, inputs, device, inputs.load(device)
         self.title, self.results = self.dataset.name, {}
         self.dataset.sample(config.ipc)  # refuses more than there are

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,10 +157,12 @@ class Matching(Config):
             torch.stack([segment.theta0 for segment in mine]),
             torch.stack([segment.target for segment in mine]),
             wanted["images"],
-            torch.stack([segment.labels for segment in mine]) if own else labels,
+            torch.stack([cast(Tensor, segment.labels) for segment in mine]) if own else labels,
             wanted["lr"] * wanted["lr"].new_tensor([segment.lr_scale for segment in mine]),
             steps=self.syn_steps,
-            targets={t: torch.stack([s.between[t] for s in mine]) for t in mine[0].between or {}},
+            targets={
+                t: torch.stack([cast(dict[int, Tensor], s.between)[t] for s in mine]) for t in mine[0].between or {}
+            },
             batch_size=self.batch_syn,
             generator=[segment.generator for segment in mine],
             augment=self.augmentation(),
@@ -171,8 +173,8 @@ class Matching(Config):
             reduction="none",
         )
         counts = self.counts(losses.detach())
-        grads = torch.autograd.grad((losses * counts).sum() / self.segments, list(wanted.values()))
-        sums = sum_over_ranks([losses.detach().sum(), counts.sum(), *grads])
+        own_grads = torch.autograd.grad((losses * counts).sum() / self.segments, list(wanted.values()))
+        sums = sum_over_ranks([losses.detach().sum(), counts.sum(), *own_grads])
         loss, counted, *grads = sums
         found = dict(zip(wanted, grads, strict=True))
         if counted:

@@ -102,8 +102,8 @@ class RaTBPTT(Config):
         for number in range(rank, self.segments, ranks):
             wanted = {name: state[name].detach().requires_grad_() for name in names}
             loss = self._student_loss(number, state, wanted, dataset, net)
-            grads = torch.autograd.grad(loss / self.segments, list(wanted.values()))
-            sums = [a + b for a, b in zip(sums, [loss.detach() / self.segments, *grads], strict=True)]
+            parts = torch.autograd.grad(loss / self.segments, list(wanted.values()))
+            sums = [a + b for a, b in zip(sums, [loss.detach() / self.segments, *parts], strict=True)]
         loss, *grads = sum_over_ranks(sums)
         norm = grads[0].norm()
         if "norm" not in state.tensors:
