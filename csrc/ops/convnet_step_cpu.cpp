@@ -185,12 +185,12 @@ void take_labels(ConvNetStep& step, const Tensor& labels, int64_t kind, const Te
 
 void take_tape(ConvNetStep& step, const std::optional<Tensor>& tape, ConvNetStep::Tape use) {
   if (!tape) return;
+  step.tape_use = use;
   const int64_t size = kernel(step).sizes(step).tape * step.E * step.N;
   check(tape->scalar_type() == ScalarType::Byte && tape->is_contiguous() && tape->numel() >= size,
         "tape: expected uint8 [", size, "]");
   step.tape = const_cast<void*>(tape->const_data_ptr());
   check(reinterpret_cast<uintptr_t>(step.tape) % 64 == 0, "tape: expected 64-byte alignment");
-  step.tape_use = use;
 }
 
 void run(ConvNetStep& step, Tensor& workspace) {

@@ -28,7 +28,7 @@ class _Moved(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{module.__name__} is {new} now; the old name goes with 1.0", DeprecationWarning, stacklevel=2)
         found = vars(importlib.import_module(new))
         vars(module).update({name: value for name, value in found.items() if not name.startswith("__")})
 

@@ -49,7 +49,7 @@ class OptionError(ValueError):
 
 def check_numbers(options: Any, error: Callable[[str, str], ValueError] | None = None, /, **least: float) -> None:
     """ValueError for a field below its least value or not finite; a least value of 0.0 requires a positive number.
-    And for any field declared as a bool or a ``Literal`` that holds something else.
+    And for any field declared as bool or as a ``Literal`` written out that holds something else.
 
     Args:
         options: has the fields.

@@ -293,7 +293,8 @@ def convnet_features(
     if chosen == "reference":
         return reference.convnet_features(shape, theta, images, p, attended, axis, running)
     refuse_cuda(chosen)
-    memory = _memory(workspace, shape, "features", theta, images, precision)
+    kept: Form = "features" if tape is None else "features_backward"  # what a backward pass needs is kept, too
+    memory = _memory(workspace, shape, kept, theta, images, precision)
     options = (running, shape.eps, shape.slope, precision == "bf16", p, mask)
     wanted = (axis != "channel", axis != "spatial")
     return _OPS.convnet_step_features(

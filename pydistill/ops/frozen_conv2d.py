@@ -82,8 +82,9 @@ def frozen_conv2d(
 
     Args:
         x: ``[N, C, H, W]``, C, H, W >= 1; float32, float64, bfloat16 or float16, any strides; channels-last is read
-            as it is, other layouts are copied first. Arithmetic is in float32 (float64 for float64); for bfloat16 the
-            products, between float32 transforms, are exact ones of 16-bit integers, twice as many in the same time.
+            as it is, other layouts, and float16, are copied first. Arithmetic is in float32 (float64 for float64); for
+            bfloat16 the products, between float32 transforms, are exact ones of 16-bit integers, twice as many in the
+            same time.
         filters: of `frozen_filters`, for the dtype of x; or the weight itself, which is then transformed in every
             call.
         stride: 1 or 2 for 3x3 taps, 2 for 7x7; by default that of the filters, for a weight 1 or, for 7x7 taps, 2.

@@ -40,4 +40,4 @@ def attention_map_divergence(
         log_mix = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
         terms = beta * t * (log_t - log_mix) + (1 - beta) * s * (log_s - log_mix)
     loss = terms.sum(-1)
-    return loss if reduction == "none" else loss.mean() if reduction == "batchmean" else loss.sum()
+    return {"none": loss, "sum": loss.sum(), "batchmean": loss.mean()}[reduction]

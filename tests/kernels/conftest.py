@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In the interpreter's process, the part of the tests that `triton_checks.check_in_the_interpreter` asks for."""
     if part := os.environ.get("PYDISTILL_INTERPRETED"):
-        items[:] = [item for number, item in enumerate(items) if (number % 8 == 0) == (part == "sample")]
+        items[:] = [item for number, item in enumerate(items) if (number % 7 == 0) == (part == "sample")]
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_masks(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_keys_wide_heads_and_options(kind: str) -> None:
     compare(problem((2, 3), 5, 40, 8, 6, shared=True), torch.float32, kind=kind)
-    compare(problem((1,), 33, 35, 100, 128), torch.float32, kind=kind, tau_s=3.0, tau_t=2.0, beta=0.2)
+    compare(problem((1,), 33, 35, 100, 128), torch.float32, kind=kind, T_s=3.0, T_t=2.0, beta=0.2)
     transposed = [x.mT.contiguous().mT for x in problem((2,), 9, 10, 8, 6)]
     compare(transposed, torch.float32, kind=kind)
 

@@ -33,7 +33,7 @@ architectures = pytest.mark.parametrize(
 
 
 def check_in_the_interpreter(operator: str, part: str) -> None:
-    """The tests of ``interpreted_OPERATOR.py`` pass: every eighth of them, or the rest."""
+    """The tests of ``interpreted_OPERATOR.py`` pass: every seventh of them, or the rest."""
     file = Path(__file__).with_name(f"interpreted_{operator}.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYDISTILL_INTERPRETED": part}

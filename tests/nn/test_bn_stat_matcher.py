@@ -256,7 +256,7 @@ def test_moving_the_model_afterwards():
             ValueError,
             "kind: expected 'norm' or 'sq', got 'l1'",
             lambda: residual_net().eval(),
-            {"reduction": "l1"},
+            {"kind": "l1"},
         ),
     ],
 )

@@ -108,3 +108,9 @@ def test_the_blocks_add_what_they_skip():
 def test_names_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         ResNet18(**options)
+
+
+def test_torchscript():
+    net = ResNet18(5, stem="cifar", width=4).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.jit.script(net)(x), net(x))

@@ -94,7 +94,7 @@ def case(name, lead, N, M, d_s, d_t, *, keys="own", layout="dense", scale=1.0, m
 
 CASES = [
     *(case(f"{kind} {red}", (2, 3), 7, 11, 5, 9, kind=kind, reduction=red)
-      for kind in KINDS for red in ("mean", "none")),
+      for kind in KINDS for red in ("batchmean", "none")),
     *(case(f"{kind} own temperatures", (4,), 13, 17, 8, 3, kind=kind, T_s=0.7, T_t=1.3, reduction="sum")
       for kind in KINDS),
     case("jsd beta", (2,), 9, 10, 6, 6, kind="jsd", beta=0.1),

@@ -324,7 +324,7 @@ X, MEAN, VAR = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
         (
             ValueError,
             "kind: expected 'norm' or 'sq', got 'mean'",
-            lambda: bn_stat_match(X, MEAN, VAR, reduction="mean"),
+            lambda: bn_stat_match(X, MEAN, VAR, kind="mean"),
         ),
         (NotImplementedError, "backend='cuda' cannot run on cpu", lambda: bn_stat_match(X, MEAN, VAR, backend="cuda")),
         (ValueError, "bn: expected a BatchNorm in evaluation mode", lambda: bn_match_forward(X, nn.BatchNorm2d(3))),

@@ -191,7 +191,7 @@ def test_second_derivative_beside_other_terms(kind):
     leaves = (logits,) if kind == "hard" else (logits, labels)
 
     def second(f):
-        loss = f(logits, labels, kind=kind).square() + sum((x**3).sum() for x in leaves)
+        loss = f(logits, labels, label_kind=kind).square() + sum((x**3).sum() for x in leaves)
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 

@@ -154,7 +154,7 @@ def relabel(
 
     Raises:
         ValueError: a teacher of other classes or images than the set's, one whose last layer is not an ``nn.Linear``
-            with the format "features8", or a store of other images or options.
+            with the format "features8", or a store of other images, options or teachers.
     """
     for teacher in teachers:
         check_fit(distilled, teacher.num_classes, teacher.shape)
@@ -276,11 +276,13 @@ def _metadata(config: Relabel, distilled: DistilledSet) -> dict[str, Any]:
 
 
 def _crc32(teachers: Sequence[Teacher]) -> int:
-    """Of all parameters and buffers."""
+    """Of all parameters and buffers, with their names and shapes."""
     found = 0
     for teacher in teachers:
-        for tensor in teacher.net.state_dict().values():
-            found = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), found)
+        for name, value in teacher.net.state_dict().items():
+            if isinstance(value, Tensor):  # and nothing else that a module keeps there
+                found = zlib.crc32(f"{name} {list(value.shape)}".encode(), found)
+                found = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data, found)
     return found
 
 
