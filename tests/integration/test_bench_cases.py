@@ -25,7 +25,7 @@ from bench.registry import CASES
 from pydistill import matching
 from tests.integration.results import rows_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.exhaustive]
 
 
 def test_datadam_as_published_is_green(tmp_path: Path) -> None:

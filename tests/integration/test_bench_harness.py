@@ -48,6 +48,7 @@ def test_unroll_step_is_green_and_its_rows_are_complete(tmp_path: Path) -> None:
     assert json.loads(rows[0]["config"])["steps"] == 3
 
 
+@pytest.mark.exhaustive
 def test_networks_within_shares_of_the_loops_memory(tmp_path: Path) -> None:
     """Without the compiled engine's provider, which takes a minute to compile."""
     providers = ["generic-half", "generic-eighth"]
@@ -56,12 +57,14 @@ def test_networks_within_shares_of_the_loops_memory(tmp_path: Path) -> None:
     assert found == {"eager-plain", *providers}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["unroll_step_networks", "unroll_step_large", "mtt_step"])
 def test_other_steps_are_green(name: str, tmp_path: Path) -> None:
     assert run.main([name, "--quick", "--providers", "exact", "--out", str(tmp_path)]) == 0
     assert {row["provider"] for row in rows_in(tmp_path / f"{name}.csv")} == {"eager-plain", "exact"}
 
 
+@pytest.mark.exhaustive
 def test_unroll_memory_is_measured_in_subprocesses(tmp_path: Path) -> None:
     assert run.main(["unroll_memory", "--quick", "--providers", "exact", "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "unroll_memory.csv")
@@ -171,6 +174,7 @@ def on_the_cpu(name: str, providers: list[str]) -> Case:
     return replace(case, quick=case.quick | {"device": "cpu"})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "providers"),
     [("gpu_block", ["pydistill", "copy"]), ("gpu_step", ["layers"]), ("gpu_memory", ["layers"])],
@@ -186,6 +190,7 @@ def test_gpu_cases_are_green_on_the_cpu(name: str, providers: list[str], tmp_pat
     assert json.loads(rows[0]["config"])["dtype"] == "named in mode"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
 def test_gpu_step_gates_see_a_wrong_tangent(precision: str, tmp_path: Path) -> None:
     def wrong(problem: gpu.Step) -> gpu.Tensors:

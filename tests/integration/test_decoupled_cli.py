@@ -147,6 +147,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(made, tmp_path, step):
     assert (out / whole.name).read_bytes() == before
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_make_the_bytes_of_one(made, tmp_path):
     ranks = {
         "recover": ("--method", "sre2l", "--teacher", made["teacher"], *RECOVER),

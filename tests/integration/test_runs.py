@@ -195,6 +195,7 @@ def steps(folder, *names):
     return [tuple(record[name] for name in names) for record in records(folder)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("function", ["append_line", "write_safetensors"])
 def test_squeeze_and_post_train_log_an_epoch_once(function, made, tmp_path, monkeypatch):
     from pydistill.methods import runs

@@ -144,6 +144,7 @@ def losses_in(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.with_name(f"{path.name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.exhaustive
 def test_experts_killed_at_any_moment_and_resumed_are_bitwise_the_unbroken_ones(experts, tmp_path):
     path, rng = tmp_path / "experts.store", random.Random(0)
     for _ in range(4):

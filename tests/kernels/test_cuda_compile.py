@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.kernels import ARCHITECTURES, FORMS, KERNELS, SCALARS, Resources, compile_kernels, find_nvcc
+from tests.matrices import sample
 
 OPERATORS = tuple(sorted(header.stem for header in KERNELS.glob("*.cuh")))
 THREADS = {
@@ -16,7 +17,7 @@ THREADS = {
 }  # at least, on a multiprocessor at once
 
 
-@pytest.fixture(scope="module", params=OPERATORS)
+@pytest.fixture(scope="module", params=sample(OPERATORS, ["soft_cross_entropy"]))
 def compiled(request: pytest.FixtureRequest) -> tuple[str, list[Resources]]:
     if not find_nvcc():
         pytest.skip("nvcc is not on PATH, so the CUDA kernels are not compiled")

@@ -88,6 +88,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
+@pytest.mark.exhaustive
 def test_kernels_are_clean(library: Path) -> None:
     result = run(EXERCISE, str(library))
     assert result.returncode == 0, result.stderr
