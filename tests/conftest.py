@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-# pytest-xdist's workers share the processor, as do the processes that their tests start
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+# pytest-xdist's workers share the processor, and so do the processes that their tests start. The process that starts the
+# workers sets nothing: they would have it from there.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import torch  # noqa: E402
 
