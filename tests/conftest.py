@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# pytest-xdist's workers share the processor, and so do the processes that their tests start. The process that starts the
-# workers sets nothing: they would have it from there.
+# pytest-xdist's workers share the processor, and so do the processes that their tests start. The process that starts
+# the workers sets nothing: they would inherit it.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
-import torch  # noqa: E402
+import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # for bench; last, so that pydistill is the installed one
 
