@@ -11,6 +11,8 @@ import pytest
 
 from bench.kernels import build_host_launch
 
+pytestmark = pytest.mark.exhaustive  # to build the library with sanitizers takes half a minute
+
 REPOSITORY = Path(__file__).parents[2]
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
@@ -88,7 +90,6 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
-@pytest.mark.exhaustive
 def test_kernels_are_clean(library: Path) -> None:
     result = run(EXERCISE, str(library))
     assert result.returncode == 0, result.stderr
