@@ -49,9 +49,12 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
+# read once, at the import, for torch.compile does not look into the module
+_baseline = _host.isa() == "base" and platform.machine() in ("x86_64", "AMD64")
+
+
 def unavailable_step(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
     """Why a step of the student engine in this dtype and precision cannot run on this machine, or None if it can."""
-    baseline = device.type == "cpu" and _host.isa() == "base" and platform.machine() in ("x86_64", "AMD64")
-    if baseline and (dtype == torch.float64 or precision == "bf16"):
+    if _baseline and device.type == "cpu" and (dtype == torch.float64 or precision == "bf16"):
         return "at the baseline instruction set (no AVX2, or PYDISTILL_ISA=base) the student engine has float32 alone"
     return None

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -31,4 +33,6 @@ def renamed(**names: str) -> Callable[[Function], Function]:
 
 def warn(message: str, depth: int = 1) -> None:
     """For whoever called the function that calls this, or is ``depth`` calls above it."""
+    if torch.compiler.is_dynamo_compiling():  # which follows no warning
+        return
     warnings.warn(f"{message}; the old name goes with 1.0", DeprecationWarning, stacklevel=2 + depth)

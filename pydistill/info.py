@@ -81,7 +81,7 @@ def main() -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
-    print("\nstudent engine: 3x3 convolutions, GroupNorm(C, C), ReLU, AvgPool2d(2) and a linear classifier;")
+    print("\nstudent engine: ConvNets of 3x3 convolutions, a norm, an activation, a pool and a linear classifier;")
     print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why;")
     print("    engine='compiled' compiles their steps (minutes), which 'auto' never does")
     for op, table in operators.items():

@@ -378,7 +378,7 @@ class SoftLabelStore(LabelReader):
             wrong |= (values < 0).any(1) | ((values.sum(1) - 1).abs() > 1e-2)
         if layout.group:
             packed = linear8.pack(values.numpy(), layout.group)
-            lines = torch.from_numpy(packed)[:, : layout.label_bytes - layout.codes].view(torch.float16)
+            lines = torch.from_numpy(packed)[:, : layout.label_bytes - layout.codes].contiguous().view(torch.float16)
             wrong |= ~lines.isfinite().all(1)
         else:
             dense = values.to(DTYPES[self.format])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.distilling import DistillInputs, DistillJob
-from pydistill.methods.method import Method
+from pydistill.methods.method import Method, check_choices
 from pydistill.trajectory import Trajectories
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Config(Method):
     seed: int = field(default=0, kw_only=True)  # of all random draws
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -26,6 +26,7 @@ __all__ = [
     "Job",
     "Method",
     "OptionError",
+    "check_choices",
     "check_dataset",
     "check_numbers",
     "device_of",
@@ -56,12 +57,7 @@ def check_numbers(options: Any, error: Callable[[str, str], ValueError] | None =
         error: made from the field's name and what is wrong; `OptionError` for the inputs of a run.
         least: by field; an int is itself allowed.
     """
-    for f in fields(options):
-        choices = _choices(f.type)
-        value = getattr(options, f.name)
-        if choices and not any(type(value) is type(each) and value == each for each in choices):
-            reason = f"expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}"
-            raise ValueError(f"{f.name}: {reason}") if error is None else error(f.name, reason)
+    check_choices(options, error)
     for name, low in least.items():
         value = getattr(options, name)
         positive = isinstance(low, float)
@@ -74,6 +70,15 @@ def check_numbers(options: Any, error: Callable[[str, str], ValueError] | None =
             wanted = "a positive finite number" if positive else f"{number}at least {low}"
             reason = f"expected {wanted}, got {value}"
             raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
+
+
+def check_choices(options: Any, error: Callable[[str, str], ValueError] | None = None, /) -> None:
+    """ValueError for a field declared as bool or as a ``Literal`` written out that holds something else."""
+    for f in fields(options):
+        choices, value = _choices(f.type), getattr(options, f.name)
+        if choices and not any(type(value) is type(each) and value == each for each in choices):
+            reason = f"expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}"
+            raise ValueError(f"{f.name}: {reason}") if error is None else error(f.name, reason)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

@@ -328,3 +328,13 @@ def test_shards_that_do_not_fit_are_named(path, tmp_path):
         SoftLabelStore.merge([first], damaged)
     assert not path.exists()
     assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def test_an_odd_number_of_features(tmp_path):
+    weight, features = torch.randn(12, 5), torch.randn(6, 5)
+    sizes = {"num_images": 6, "num_classes": 12, "epochs": 1, "format": "features8", "classifier": (weight, None)}
+    with SoftLabelStore.create(tmp_path / "labels.store", **sizes) as store:
+        store.write(0, range(6), features)
+    with SoftLabelStore(tmp_path / "labels.store") as store:
+        found = store.read(0, range(6)).densify(1.0)
+    torch.testing.assert_close(found, (features @ weight.T).softmax(1), rtol=0, atol=0.02)

@@ -477,3 +477,8 @@ def test_imported_experts_are_matched_on_images_like_those_that_they_saw(dataset
         check(None)
     with pytest.raises(ValueError, match=rf"images as these are, {are} \(zca={whitened}\), got .* zca={not whitened}"):
         check(not whitened)
+
+
+def test_switches_and_choices_are_checked():
+    with pytest.raises(ValueError, match="zca: expected True or False, got 'no'"):
+        DC(zca="no")

@@ -41,6 +41,13 @@ def test_former_names_of_arguments_warn_and_do_the_same(name):
         function(*args, **{former: value, present: value})
 
 
+def test_former_names_compile():
+    compiled = torch.compile(
+        lambda a: pydistill.soft_cross_entropy(a, HARD, kind="hard"), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(X), pydistill.soft_cross_entropy(X, HARD))
+
+
 def test_the_mean_over_rows_is_batchmean():
     with pytest.warns(DeprecationWarning, match="reduction 'mean' is called 'batchmean' now") as caught:
         found = pydistill.attention_map_divergence(*MAPS, reduction="mean")
