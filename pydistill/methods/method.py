@@ -77,7 +77,8 @@ def check_choices(options: Any, error: Callable[[str, str], ValueError] | None =
     for f in fields(options):
         choices, value = _choices(f.type), getattr(options, f.name)
         if choices and not any(type(value) is type(each) and value == each for each in choices):
-            reason = f"expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}"
+            expected = "True or False" if choices == (True, False) else f"one of {', '.join(map(str, choices))}"
+            reason = f"expected {expected}, got {value!r}"
             raise ValueError(f"{f.name}: {reason}") if error is None else error(f.name, reason)
 
 

@@ -52,9 +52,6 @@ class DataDAM(DM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("norm", ("l2", "l1", "none")), ("net_norm", ("instance", "batch"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.power > 0:
             raise ValueError(f"power: expected a number above zero, got {self.power}")
 

@@ -38,11 +38,6 @@ class ClassPairs(Config):
     lr_net: float = 0.01  # of students on the result
     start: Literal["noise", "real"] = "real"  # what the synthetic images are at first
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.start not in ("noise", "real"):
-            raise ValueError(f"start: expected one of noise, real, got {self.start!r}")
-
     def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
         if world()[1] > dataset.num_classes:
             raise ValueError(f"{self.name}: expected a class for each of {world()[1]} ranks, got {dataset.num_classes}")
