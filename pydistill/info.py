@@ -66,8 +66,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "CPU instruction set": _host.isa(),
         "CPU threads": torch.get_num_threads(),
-        "student engine": _library.unavailable_step(torch.device("cpu"), torch.float64, "fp32")
-        or "float32, float64 and bf16",
+        "student engine": _library.unavailable_steps(torch.device("cpu")) or "float32, float64 and bf16",
         "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors at the speed of float32"),
         "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "scalar.h"
+
 namespace pydistill {
 
 // Each includes those before it. avx512_bf16: sums of products of pairs, of bf16 and of 16-bit integers (VNNI); amx:
@@ -72,6 +74,11 @@ inline Isa isa() {
 template <class Kernel, std::size_t N>
 Kernel* best_of(Kernel* const (&kernels)[N], Isa last = static_cast<Isa>(N - 1)) {
   return kernels[std::min(static_cast<std::size_t>(isa()), static_cast<std::size_t>(last))];
+}
+// Kernels in float64 end at AVX2.
+template <class Kernel, std::size_t N>
+Kernel* best_of(Kernel* const (&kernels)[N], Scalar scalar) {
+  return best_of(kernels, scalar == Scalar::f64 ? Isa::avx2 : static_cast<Isa>(N - 1));
 }
 
 }  // namespace pydistill

@@ -113,10 +113,8 @@ void run_samples(const AttentionMap& call, int64_t begin, int64_t end, void* scr
 
 // `scratch` holds `inner` values plus 64 bytes, 64-byte aligned.
 void PYDISTILL_KERNEL(const AttentionMap& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.scalar == Scalar::f64) run_samples<double, double>(call, begin, end, scratch);
-  if (call.scalar == Scalar::f32) run_samples<float, float>(call, begin, end, scratch);
-  if (call.scalar == Scalar::bf16) run_samples<float, Bf16>(call, begin, end, scratch);
-  if (call.scalar == Scalar::f16) run_samples<float, F16>(call, begin, end, scratch);
+  with_types(call.scalar, [&](auto t, auto s)
+                              PYDISTILL_LAMBDA { run_samples<decltype(t), decltype(s)>(call, begin, end, scratch); });
 }
 
 }  // namespace pydistill

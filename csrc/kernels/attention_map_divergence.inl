@@ -361,8 +361,8 @@ void run_tasks(const Call& call, int64_t begin, int64_t end, T* scratch) {
 }  // namespace
 
 void PYDISTILL_KERNEL(const AttentionMapDivergence& call, int64_t begin, int64_t end, void* scratch) {
-  call.scalar == Scalar::f64 ? run_tasks(call, begin, end, static_cast<double*>(scratch))
-                             : run_tasks(call, begin, end, static_cast<float*>(scratch));
+  with_number(call.scalar,
+              [&](auto t) PYDISTILL_LAMBDA { run_tasks(call, begin, end, static_cast<decltype(t)*>(scratch)); });
 }
 
 }  // namespace pydistill

@@ -299,10 +299,10 @@ void run_images(const Call& call, int64_t begin, int64_t end, void* scratch) {
 
 // begin and end count results, or images for the backward.
 void PYDISTILL_KERNEL(const Augment& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.scalar == Scalar::f64)
-    call.C == 1 ? run_images<double, 1>(call, begin, end, scratch) : run_images<double, 4>(call, begin, end, scratch);
-  else
-    call.C == 1 ? run_images<float, 1>(call, begin, end, scratch) : run_images<float, 4>(call, begin, end, scratch);
+  with_number(call.scalar, [&](auto t) PYDISTILL_LAMBDA {
+    using T = decltype(t);
+    call.C == 1 ? run_images<T, 1>(call, begin, end, scratch) : run_images<T, 4>(call, begin, end, scratch);
+  });
 }
 
 }  // namespace pydistill

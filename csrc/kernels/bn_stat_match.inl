@@ -304,15 +304,13 @@ void PYDISTILL_KERNEL(const BnStatMatch& call, int64_t begin, int64_t end) {
     const int64_t first = unit % panels * kPanel, index = unit / panels;
     const int64_t last = first + kPanel < call.C ? first + kPanel : call.C;
     if (call.pass == Call::Pass::merge) {
-      call.scalar == Scalar::f64 ? merge_panel<double>(call, first, last) : merge_panel<float>(call, first, last);
+      with_number(call.scalar, [&](auto t) PYDISTILL_LAMBDA { merge_panel<decltype(t)>(call, first, last); });
       continue;
     }
     const int64_t position = index % of_sample * call.tile, behind = position + call.tile;
     const Tile tile{index / of_sample, position, behind < call.P ? behind : call.P, first, last};
-    if (call.scalar == Scalar::f32) run_unit<float, float>(call, tile, index);
-    if (call.scalar == Scalar::f64) run_unit<double, double>(call, tile, index);
-    if (call.scalar == Scalar::bf16) run_unit<float, Bf16>(call, tile, index);
-    if (call.scalar == Scalar::f16) run_unit<float, F16>(call, tile, index);
+    with_types(call.scalar,
+               [&](auto t, auto s) PYDISTILL_LAMBDA { run_unit<decltype(t), decltype(s)>(call, tile, index); });
   }
 }
 

@@ -53,11 +53,10 @@ void run(const Conv2dFilters& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void PYDISTILL_KERNEL(const Conv2dFilters& call, int64_t begin, int64_t end) {
-  if (call.scalar == Scalar::f64) {
-    call.taps == 3 ? run<double, 3>(call, begin, end) : run<double, 5>(call, begin, end);
-  } else {
-    call.taps == 3 ? run<float, 3>(call, begin, end) : run<float, 5>(call, begin, end);
-  }
+  with_number(call.scalar, [&](auto t) PYDISTILL_LAMBDA {
+    using T = decltype(t);
+    call.taps == 3 ? run<T, 3>(call, begin, end) : run<T, 5>(call, begin, end);
+  });
 }
 
 }  // namespace pydistill

@@ -173,13 +173,11 @@ class WeightGrad {
 }  // namespace
 
 void PYDISTILL_KERNEL(const Conv2dWeightGrad& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.scalar == Scalar::f64) {
-    if (call.taps == 3) WeightGrad<double, 3>(call, scratch).run(begin, end);
-    if (call.taps == 5) WeightGrad<double, 5>(call, scratch).run(begin, end);
-  } else {
-    if (call.taps == 3) WeightGrad<float, 3>(call, scratch).run(begin, end);
-    if (call.taps == 5) WeightGrad<float, 5>(call, scratch).run(begin, end);
-  }
+  with_number(call.scalar, [&](auto t) PYDISTILL_LAMBDA {
+    using T = decltype(t);
+    if (call.taps == 3) WeightGrad<T, 3>(call, scratch).run(begin, end);
+    if (call.taps == 5) WeightGrad<T, 5>(call, scratch).run(begin, end);
+  });
 }
 
 }  // namespace pydistill

@@ -78,7 +78,7 @@ class Slot : protected SlotFirst<T, A> {
     const LayerLayout& at = layout.layer[l];
     const Panels<T> panels = {conv, nullptr, nullptr, nullptr, panel(tape, g, at.pooled, group, at.OH * at.OW)};
     if (step.form != Step::Form::features || !attends(l)) {
-      run_panel<T, Form::forward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels);
+      run_panel<T, Form::forward, true>(at.H, at.W, T(step.eps), affine(at, group, false), true, panels);
       return;
     }
     const Step::Features& to = step.features;
@@ -86,8 +86,8 @@ class Slot : protected SlotFirst<T, A> {
     attention.power = T(to.power);
     attention.spatial = to.spatial != nullptr ? work.attention : nullptr;
     if (group == 0) fill(work.attention, at.H * at.W);
-    run_panel<T, Form::forward, true, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels,
-                                                  &attention);
+    run_panel<T, Form::forward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), true, panels,
+                                            &attention);
     if (to.channel != nullptr) {
       T* const out = static_cast<T*>(to.channel) + channel_offset(l, g) + group * L;
       for (int i = 0; i < L && group * L + i < step.layer[l].out; ++i) out[i] = attention.channel[i];
@@ -103,7 +103,7 @@ class Slot : protected SlotFirst<T, A> {
     const LayerLayout& at = layout.layer[l];
     const Panels<T> panels = {x, nullptr, panel(tape, g, at.grad_pooled, group, at.OH * at.OW), nullptr, nullptr};
     if (step.form != Step::Form::features_backward || !attends(l))
-      return run_panel<T, Form::backward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels);
+      return run_panel<T, Form::backward, true>(at.H, at.W, T(step.eps), affine(at, group, false), true, panels);
     const Step::Features& from = step.features;
     Attention<T> attention;
     attention.power = T(from.power);
@@ -113,8 +113,8 @@ class Slot : protected SlotFirst<T, A> {
       const T* const grad = static_cast<const T*>(from.channel_grad) + channel_offset(l, g) + group * L;
       for (int i = 0; i < L && group * L + i < step.layer[l].out; ++i) attention.grad_channel[i] = grad[i];
     }
-    return run_panel<T, Form::backward, true, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), panels,
-                                                          &attention);
+    return run_panel<T, Form::backward, true, true>(at.H, at.W, T(step.eps), affine(at, group, false), true, panels,
+                                                    &attention);
   }
 
   // Visits the chunk's embeddings, or their gradients, as visit(image of all students', feature, value in the tape).
@@ -394,9 +394,9 @@ class Slot : protected SlotFirst<T, A> {
         first_product(filters, group, panels, x);
         first_product(filters_t, group, panels, x_t);
         for (int64_t v = 0; v < panels; ++v)
-          run_panel<T, Form::jvp, true, true>(top.H, top.W, T(step.eps), affine(top, group + v, true),
-                                              {x + v * stride, x_t + v * stride, nullptr, nullptr,
-                                               panel(tape_t, g, top.pooled, group + v, top.OH * top.OW)});
+          run_panel<T, Form::jvp, true>(top.H, top.W, T(step.eps), affine(top, group + v, true), true,
+                                        {x + v * stride, x_t + v * stride, nullptr, nullptr,
+                                         panel(tape_t, g, top.pooled, group + v, top.OH * top.OW)});
       });
     }
     for (int64_t l = 1; l < layout.depth; ++l) {
@@ -409,9 +409,9 @@ class Slot : protected SlotFirst<T, A> {
         for (int64_t group = 0; group < at.out_groups; ++group) {
           V* conv_t = panel(tape_t, g, at.conv, group, at.H * at.W);
           transform_output(at, g, group, conv_t);
-          run_panel<T, Form::jvp, true, true>(at.H, at.W, T(step.eps), affine(at, group, true),
-                                              {panel(tape, g, at.conv, group, at.H * at.W), conv_t, nullptr, nullptr,
-                                               panel(tape_t, g, at.pooled, group, at.OH * at.OW)});
+          run_panel<T, Form::jvp, true>(at.H, at.W, T(step.eps), affine(at, group, true), true,
+                                        {panel(tape, g, at.conv, group, at.H * at.W), conv_t, nullptr, nullptr,
+                                         panel(tape_t, g, at.pooled, group, at.OH * at.OW)});
         }
     }
     head_tangent();
@@ -453,8 +453,8 @@ class Slot : protected SlotFirst<T, A> {
           copy(panel(tape, g, at.conv, group, at.H * at.W), work.x, at.H * at.W);
           copy(panel(tape_t, g, at.conv, group, at.H * at.W), work.x_t, at.H * at.W);
           add_norm(at, group,
-                   run_panel<T, Form::backward_jvp, true, true>(
-                       at.H, at.W, T(step.eps), affine(at, group, true),
+                   run_panel<T, Form::backward_jvp, true>(
+                       at.H, at.W, T(step.eps), affine(at, group, true), true,
                        {work.x, work.x_t, panel(tape, g, at.grad_pooled, group, at.OH * at.OW),
                         panel(tape_t, g, at.grad_pooled, group, at.OH * at.OW), work.y}));
           transform_grad(at, work.x, g, group, work.grad_t);
@@ -478,8 +478,8 @@ class Slot : protected SlotFirst<T, A> {
         }
         for (int64_t v = 0; v < panels; ++v)
           add_norm(top, group + v,
-                   run_panel<T, Form::backward_jvp, true, true>(
-                       top.H, top.W, T(step.eps), affine(top, group + v, true),
+                   run_panel<T, Form::backward_jvp, true>(
+                       top.H, top.W, T(step.eps), affine(top, group + v, true), true,
                        {x + v * stride, x_t + v * stride, panel(tape, g, top.grad_pooled, group + v, top.OH * top.OW),
                         panel(tape_t, g, top.grad_pooled, group + v, top.OH * top.OW), work.y}));
         join_panels(x, panels, work.rows_t);

@@ -114,13 +114,6 @@ struct ConvNetStep {
   void *exchange = nullptr, *batch_tape = nullptr, *batch_tape_t = nullptr;
 };
 
-// x86-64 without AVX2, processors older than 2013, has steps in float32 alone: the rest is not worth its compilation.
-#if defined(__x86_64__) && !defined(__AVX2__)
-#define PYDISTILL_ALL_STEPS 0
-#else
-#define PYDISTILL_ALL_STEPS 1
-#endif
-
 // Bytes of the working memory that a step needs.
 struct ConvNetStepSizes {
   int64_t filters;   // per student and set

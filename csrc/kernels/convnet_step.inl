@@ -11,19 +11,18 @@
 namespace pydistill {
 namespace {
 
-// Calls visit with the types that a step is computed in.
+// Calls visit with the types that a step is computed in: each file has one kind of them.
 template <class Visit>
 PYDISTILL_INLINE auto with_types([[maybe_unused]] const Step& step, Visit visit) {
 #if defined(PYDISTILL_FLOAT64)
   return visit(double(), Native<double, false>());
+#elif defined(PYDISTILL_ROUNDED)
+  return visit(float(), Native<float, true>());
 #elif defined(__AMX_BF16__)
   return visit(float(), Amx());
 #elif defined(__AVX512BF16__)
   return visit(float(), Bf16Pairs());
 #else
-#if PYDISTILL_ALL_STEPS
-  if (step.bf16) return visit(float(), Native<float, true>());
-#endif
   return visit(float(), Native<float, false>());
 #endif
 }

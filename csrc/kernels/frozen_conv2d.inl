@@ -202,9 +202,8 @@ void run(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
 }  // namespace
 
 void PYDISTILL_KERNEL(const FrozenConv2d& call, int64_t begin, int64_t end, void* scratch) {
-#if !defined(__AVX512F__)
-  if (call.scalar == Scalar::f64) return run<double, double, double>(call, begin, end, scratch);
-#endif
+  if constexpr (kFloat64)
+    if (call.scalar == Scalar::f64) return run<double, double, double>(call, begin, end, scratch);
 #if !defined(__AVX512BF16__)  // which has nothing for float32 that AVX-512 lacks
   if (call.scalar == Scalar::f32) return run<float, float, float>(call, begin, end, scratch);
 #endif

@@ -4,7 +4,7 @@
 namespace pydistill {
 namespace {
 
-template <class T, Form FORM, bool RELU, bool POOL>
+template <class T, Form FORM, bool POOL>
 void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lanes, void* scratch) {
   constexpr bool TANGENT = FORM == Form::jvp || FORM == Form::backward_jvp;
   constexpr bool BACKWARD = FORM == Form::backward || FORM == Form::backward_jvp;
@@ -29,7 +29,7 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
     else
       panel.grad_y_t = nullptr;
   }
-  const AffineGradient<T> grad = run_panel<T, FORM, RELU, POOL>(H, W, T(call.eps), affine, panel);
+  const AffineGradient<T> grad = run_panel<T, FORM, POOL>(H, W, T(call.eps), affine, call.relu, panel);
   if constexpr (BACKWARD) {
     unpack<T>(call.scalar, panel.x, n, c, lanes, H, W, call.grad_x);
     store_channels<T>(grad.g, call.grad_weight, n * call.C + c, lanes);
@@ -40,12 +40,8 @@ void run_unit(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lan
 
 template <class T, Form FORM>
 void run_form(const InstanceNormReluAvgPool& call, int64_t n, int64_t c, int lanes, void* scratch) {
-  if (call.relu)
-    call.pool ? run_unit<T, FORM, true, true>(call, n, c, lanes, scratch)
-              : run_unit<T, FORM, true, false>(call, n, c, lanes, scratch);
-  else
-    call.pool ? run_unit<T, FORM, false, true>(call, n, c, lanes, scratch)
-              : run_unit<T, FORM, false, false>(call, n, c, lanes, scratch);
+  call.pool ? run_unit<T, FORM, true>(call, n, c, lanes, scratch)
+            : run_unit<T, FORM, false>(call, n, c, lanes, scratch);
 }
 
 template <class T>
@@ -75,8 +71,7 @@ void run_units(const InstanceNormReluAvgPool& call, int64_t begin, int64_t end, 
 }  // namespace
 
 void PYDISTILL_KERNEL(const InstanceNormReluAvgPool& call, int64_t begin, int64_t end, void* scratch) {
-  call.scalar == Scalar::f64 ? run_units<double>(call, begin, end, scratch)
-                             : run_units<float>(call, begin, end, scratch);
+  with_number(call.scalar, [&](auto t) PYDISTILL_LAMBDA { run_units<decltype(t)>(call, begin, end, scratch); });
 }
 
 }  // namespace pydistill

@@ -72,12 +72,12 @@ PYDISTILL_INLINE void for_dropped(int64_t H, int64_t W, Visit visit) {
   }
 }
 
-template <class T, Form FORM, bool RELU, bool POOL, bool ATTENTION = false>
-__attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T eps, const Affine<T>& affine,
+template <class T, Form FORM, bool POOL, bool ATTENTION = false>
+__attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T eps, const Affine<T>& affine, bool relu,
                                                       const Panels<T>& panels,
                                                       [[maybe_unused]] Attention<T>* attention = nullptr) {
   using V = Wide<T>;
-  static_assert(!ATTENTION || (RELU && (FORM == Form::forward || FORM == Form::backward)));
+  static_assert(!ATTENTION || FORM == Form::forward || FORM == Form::backward);
   constexpr bool TANGENT = FORM == Form::jvp || FORM == Form::backward_jvp;
   constexpr bool BACKWARD = FORM == Form::backward || FORM == Form::backward_jvp;
   const int64_t OH = POOL ? H / 2 : H, OW = POOL ? W / 2 : W;
@@ -122,7 +122,8 @@ __attribute__((noinline)) AffineGradient<T> run_panel(int64_t H, int64_t W, T ep
   const auto normalised_t = [&](int64_t i, V h) PYDISTILL_LAMBDA { return r * (panel.x_t[i] - rest_t - h * slope); };
 
   // h and the activation's argument are computed alike in every form, so that all agree on which units are on.
-  const auto through = [&](V h, V value) PYDISTILL_LAMBDA { return RELU ? where_on(h * g + b, value) : value; };
+  const V floor = zero + (relu ? T(0) : T(__builtin_nanf("")));  // nothing is below a NaN
+  const auto through = [&](V h, V value) PYDISTILL_LAMBDA { return where_on(h * g + b, value, floor); };
 
   if constexpr (!BACKWARD) {
     const auto activation = [&](int64_t i) PYDISTILL_LAMBDA {

@@ -352,10 +352,7 @@ void run(const MaxPool2d& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void PYDISTILL_KERNEL(const MaxPool2d& call, int64_t begin, int64_t end) {
-  if (call.scalar == Scalar::f64) run<double, double>(call, begin, end);
-  if (call.scalar == Scalar::f32) run<float, float>(call, begin, end);
-  if (call.scalar == Scalar::bf16) run<float, Bf16>(call, begin, end);
-  if (call.scalar == Scalar::f16) run<float, F16>(call, begin, end);
+  with_types(call.scalar, [&](auto t, auto s) PYDISTILL_LAMBDA { run<decltype(t), decltype(s)>(call, begin, end); });
 }
 
 }  // namespace pydistill

@@ -432,16 +432,8 @@ void run(const Call& call, int64_t begin, int64_t end, void* scratch) {
 
 // Rows [begin, end) of all channels' planes of the results, one after the other, or of the images in the backward.
 void PYDISTILL_KERNEL(const MultiCrop& call, int64_t begin, int64_t end, void* scratch) {
-  switch (call.scalar) {
-    case Scalar::f32:
-      return run<float, float>(call, begin, end, scratch);
-    case Scalar::f64:
-      return run<double, double>(call, begin, end, scratch);
-    case Scalar::bf16:
-      return run<Bf16, float>(call, begin, end, scratch);
-    case Scalar::f16:
-      return run<F16, float>(call, begin, end, scratch);
-  }
+  with_types(call.scalar,
+             [&](auto t, auto s) PYDISTILL_LAMBDA { run<decltype(s), decltype(t)>(call, begin, end, scratch); });
 }
 
 }  // namespace pydistill

@@ -96,9 +96,9 @@ void run_row(const Call& call, int64_t n, T* scratch) {
 }  // namespace
 
 void PYDISTILL_KERNEL(const SoftCrossEntropy& call, int64_t begin, int64_t end, void* scratch) {
-  for (int64_t n = begin; n < end; ++n)
-    call.scalar == Scalar::f64 ? run_row(call, n, static_cast<double*>(scratch))
-                               : run_row(call, n, static_cast<float*>(scratch));
+  with_number(call.scalar, [&](auto t) PYDISTILL_LAMBDA {
+    for (int64_t n = begin; n < end; ++n) run_row(call, n, static_cast<decltype(t)*>(scratch));
+  });
 }
 
 }  // namespace pydistill

@@ -18,7 +18,7 @@ namespace {
 
 void run(const AttentionMap& call) {
   static constexpr AttentionMapKernel* kernels[] = {attention_map_base, attention_map_avx2, attention_map_avx512};
-  AttentionMapKernel* const kernel = best_of(kernels);
+  AttentionMapKernel* const kernel = best_of(kernels, call.scalar);
   const int64_t size = std::max<int64_t>(1, call.outer * call.inner);
   torch::stable::parallel_for(0, call.N, std::max<int64_t>(1, 32768 / size), [&](int64_t begin, int64_t end) {
     kernel(call, begin, end, scratch((call.inner + 16) * sizeof(double)));

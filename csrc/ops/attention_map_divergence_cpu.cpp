@@ -68,7 +68,7 @@ Call describe(const Tensor& q_s, const Tensor& k_s, const Tensor& q_t, const Ten
 void run_pass(const Call& call, int64_t grain) {
   static constexpr AttentionMapDivergenceKernel* kernels[] = {
       attention_map_divergence_base, attention_map_divergence_avx2, attention_map_divergence_avx512};
-  AttentionMapDivergenceKernel* const kernel = best_of(kernels);
+  AttentionMapDivergenceKernel* const kernel = best_of(kernels, call.scalar);
   torch::stable::parallel_for(0, call.tasks(), grain, [&](int64_t begin, int64_t end) {
     kernel(call, begin, end, scratch(attention_scratch_bytes(call)));
   });

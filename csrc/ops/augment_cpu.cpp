@@ -23,7 +23,7 @@ int64_t scratch_bytes(const Augment& call) {
 struct Cpu {
   static void run(const Augment& call, const Tensor&) {
     static constexpr AugmentKernel* kernels[] = {augment_base, augment_avx2, augment_avx512};
-    AugmentKernel* const kernel = best_of(kernels);
+    AugmentKernel* const kernel = best_of(kernels, call.scalar);
     const int64_t rows = call.form == Augment::Form::forward ? call.copies * call.N : call.N;
     const int64_t grain = std::max<int64_t>(1, 8192 / (call.C * call.H * call.W));  // images worth a thread's while
     torch::stable::parallel_for(

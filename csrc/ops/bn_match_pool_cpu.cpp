@@ -81,13 +81,13 @@ class BnMatchPool {
   static constexpr int64_t kBandBytes = 192 << 10;  // together with x, in the second-level cache
 
   const int64_t element, image_row, band;  // bytes, bytes, rows
-  BnStatMatchKernel* const bn_kernel = [] {
+  BnStatMatchKernel* const bn_kernel = [this] {
     static constexpr BnStatMatchKernel* kernels[] = {bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512};
-    return best_of(kernels);
+    return best_of(kernels, pool.scalar);
   }();
-  MaxPool2dKernel* const pool_kernel = [] {
+  MaxPool2dKernel* const pool_kernel = [this] {
     static constexpr MaxPool2dKernel* kernels[] = {max_pool2d_base, max_pool2d_avx2, max_pool2d_avx512};
-    return best_of(kernels);
+    return best_of(kernels, pool.scalar);
   }();
 
   int64_t panels() const { return (bn.C + BnStatMatch::kPanel - 1) / BnStatMatch::kPanel; }

@@ -21,7 +21,7 @@ struct Cpu {
 
   static void run(const BnStatMatch& call, const Tensor&) {
     static constexpr BnStatMatchKernel* kernels[] = {bn_stat_match_base, bn_stat_match_avx2, bn_stat_match_avx512};
-    BnStatMatchKernel* const kernel = best_of(kernels);
+    BnStatMatchKernel* const kernel = best_of(kernels, call.scalar);
     const int64_t panels = (call.C + BnStatMatch::kPanel - 1) / BnStatMatch::kPanel;
     const bool merge = call.pass == BnStatMatch::Pass::merge;
     const int64_t units = merge ? panels : panels * call.tiles();

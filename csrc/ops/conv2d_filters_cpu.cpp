@@ -36,7 +36,7 @@ Tensor conv2d_filters(const Tensor& weight, bool turned) {
   on_large_pages(out);
   call.out = out.mutable_data_ptr();
   static constexpr Conv2dFiltersKernel* kernels[] = {conv2d_filters_base, conv2d_filters_avx2, conv2d_filters_avx512};
-  Conv2dFiltersKernel* const kernel = best_of(kernels);
+  Conv2dFiltersKernel* const kernel = best_of(kernels, call.scalar);
   torch::stable::parallel_for(0, call.units(), 16, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   return out;
 }

@@ -60,7 +60,7 @@ Tensor conv2d_weight_grad(const Tensor& x, const Tensor& grad, const std::option
   call.sums = const_cast<void*>(sums.const_data_ptr());
   static constexpr Conv2dWeightGradKernel* kernels[] = {conv2d_weight_grad_base, conv2d_weight_grad_avx2,
                                                         conv2d_weight_grad_avx512};
-  Conv2dWeightGradKernel* const kernel = best_of(kernels);
+  Conv2dWeightGradKernel* const kernel = best_of(kernels, call.scalar);
   torch::stable::parallel_for(
       0, call.units(), 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end, scratch(call.scratch_bytes())); });
   if (call.slots > 1) {

@@ -12,19 +12,23 @@
 namespace pydistill {
 
 extern const ConvNetStepKernel convnet_step_base, convnet_step_avx2, convnet_step_avx512, convnet_step_avx512_bf16,
-    convnet_step_amx, convnet_step_float64;
+    convnet_step_amx, convnet_step_float64, convnet_step_rounded;
 
 namespace {
 
 using Form = ConvNetStep::Form;
 
 const ConvNetStepKernel& kernel(const ConvNetStep& step) {
-  static constexpr const ConvNetStepKernel* kernels[] = {&convnet_step_base, &convnet_step_avx2, &convnet_step_avx512,
+#if defined(__x86_64__)  // without AVX2, on processors older than 2013, steps are not worth their compilation
+  constexpr const ConvNetStepKernel* base = nullptr;
+  check(isa() != Isa::base, "convnet_step: needs AVX2");
+#else
+  constexpr const ConvNetStepKernel* base = &convnet_step_base;
+#endif
+  static constexpr const ConvNetStepKernel* kernels[] = {base, &convnet_step_avx2, &convnet_step_avx512,
                                                          &convnet_step_avx512_bf16, &convnet_step_amx};
-  const bool float64 = step.scalar == Scalar::f64;
-  check(PYDISTILL_ALL_STEPS || isa() != Isa::base || !(float64 || step.bf16),
-        "convnet_step: float64 and bf16 need AVX2");
-  if (float64) return convnet_step_float64;
+  if (step.scalar == Scalar::f64) return convnet_step_float64;
+  if (step.bf16 && isa() < Isa::avx512_bf16) return convnet_step_rounded;
   return *best_of(kernels, step.bf16 ? Isa::amx : Isa::avx512);  // the last two are compiled for bf16 alone
 }
 

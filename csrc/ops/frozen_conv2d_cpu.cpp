@@ -75,7 +75,7 @@ Tensor frozen_conv2d(const Tensor& x, const Tensor& filters, const Tensor& adjoi
   }
   static constexpr FrozenConv2dKernel* kernels[] = {frozen_conv2d_base, frozen_conv2d_avx2, frozen_conv2d_avx512,
                                                     frozen_conv2d_avx512_bf16};
-  // float64 is not compiled beyond AVX2, and the last is for pairs alone
+  // float64 ends at AVX2, and the last is for pairs alone
   const Isa last = call.paired() ? Isa::avx512_bf16 : call.scalar == Scalar::f64 ? Isa::avx2 : Isa::avx512;
   FrozenConv2dKernel* const kernel = best_of(kernels, last);
   torch::stable::parallel_for(

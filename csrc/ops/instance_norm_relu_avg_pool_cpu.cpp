@@ -17,7 +17,7 @@ struct Cpu {
   static void run(const InstanceNormReluAvgPool& call, const Tensor&) {
     static constexpr Kernel* kernels[] = {instance_norm_relu_avg_pool_base, instance_norm_relu_avg_pool_avx2,
                                           instance_norm_relu_avg_pool_avx512};
-    Kernel* const kernel = best_of(kernels);
+    Kernel* const kernel = best_of(kernels, call.scalar);
     const int64_t lanes = call.scalar == Scalar::f64 ? 8 : 16;
     const int64_t units = call.N * ((call.C + lanes - 1) / lanes);  // of one sample and `lanes` channels each
     const int64_t plane = call.H * call.W;

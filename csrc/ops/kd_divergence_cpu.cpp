@@ -23,7 +23,7 @@ using Kind = Call::Kind;
 
 void run(const Call& call) {
   static constexpr KdDivergenceKernel* kernels[] = {kd_divergence_base, kd_divergence_avx2, kd_divergence_avx512};
-  KdDivergenceKernel* const kernel = best_of(kernels);
+  KdDivergenceKernel* const kernel = best_of(kernels, call.scalar);
   const int64_t grain = std::max<int64_t>(1, 4096 / call.C);  // rows that are worth a thread's while
   torch::stable::parallel_for(0, call.N, grain, [&](int64_t begin, int64_t end) {
     kernel(call, begin, end, scratch(10 * call.C * (call.scalar == Scalar::f64 ? sizeof(double) : sizeof(float))));

@@ -16,7 +16,7 @@ using Pass = MaxPool2d::Pass;
 
 void run(const MaxPool2d& call) {
   static constexpr MaxPool2dKernel* kernels[] = {max_pool2d_base, max_pool2d_avx2, max_pool2d_avx512};
-  MaxPool2dKernel* const kernel = best_of(kernels);
+  MaxPool2dKernel* const kernel = best_of(kernels, call.scalar);
   const int64_t elements = call.C * (call.pass == Pass::scatter ? call.W : call.columns());  // of a unit
   const int64_t grain = std::max<int64_t>(1, 32768 / elements);                              // worth a thread's while
   torch::stable::parallel_for(0, call.units(), grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });

@@ -49,7 +49,7 @@ struct BySource {
 struct Cpu {
   static void run(MultiCrop& call, const Tensor&) {
     static constexpr MultiCropKernel* kernels[] = {multi_crop_base, multi_crop_avx2, multi_crop_avx512};
-    MultiCropKernel* const kernel = best_of(kernels);
+    MultiCropKernel* const kernel = best_of(kernels, call.scalar);
     const auto go = [&](int64_t rows, int64_t width) {
       const int64_t grain = std::max<int64_t>(1, 16384 / width);  // rows worth a thread's while
       torch::stable::parallel_for(

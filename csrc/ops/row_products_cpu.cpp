@@ -96,7 +96,7 @@ class Run {
 
   void run() {
     static constexpr RowProductsKernel* kernels[] = {row_products_base, row_products_avx2, row_products_avx512};
-    RowProductsKernel* const kernel = best_of(kernels);
+    RowProductsKernel* const kernel = best_of(kernels, call_.scalar);
     if (call_.units == 0) return;
     const int64_t length = std::max<int64_t>(1, like_.sizes()[1] / call_.units);
     const int64_t grain = std::max<int64_t>(1, 16384 / length);  // rows that are worth a thread's while

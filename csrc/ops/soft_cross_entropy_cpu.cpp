@@ -17,7 +17,7 @@ struct Cpu {
   static void run(const SoftCrossEntropy& call, const Tensor&) {
     static constexpr SoftCrossEntropyKernel* kernels[] = {soft_cross_entropy_base, soft_cross_entropy_avx2,
                                                           soft_cross_entropy_avx512};
-    SoftCrossEntropyKernel* const kernel = best_of(kernels);
+    SoftCrossEntropyKernel* const kernel = best_of(kernels, call.scalar);
     const int64_t grain = std::max<int64_t>(1, 4096 / call.K);  // rows that are worth a thread's while
     torch::stable::parallel_for(0, call.N, grain, [&](int64_t begin, int64_t end) {
       kernel(call, begin, end, scratch(5 * call.K * sizeof(double)));  // at most five rows

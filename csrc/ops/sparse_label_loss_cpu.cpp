@@ -21,7 +21,7 @@ using Call = SparseLabelLoss;
 void run(const Call& call) {
   static constexpr SparseLabelLossKernel* kernels[] = {sparse_label_loss_base, sparse_label_loss_avx2,
                                                        sparse_label_loss_avx512};
-  SparseLabelLossKernel* const kernel = best_of(kernels);
+  SparseLabelLossKernel* const kernel = best_of(kernels, call.scalar);
   const int64_t grain = std::max<int64_t>(1, 4096 / call.C);  // rows that are worth a thread's while
   torch::stable::parallel_for(0, call.N, grain, [&](int64_t begin, int64_t end) {
     kernel(call, begin, end, scratch(4 * call.C * (call.scalar == Scalar::f64 ? sizeof(double) : sizeof(float))));

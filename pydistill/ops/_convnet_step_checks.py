@@ -96,7 +96,7 @@ def _check_all(
             shapes = f"{list(expected)} or {[E, *expected]}"
             raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
     chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
-    if chosen != "reference" and (missing := _library.unavailable_step(theta.device, theta.dtype, precision)):
+    if chosen != "reference" and (missing := _library.unavailable_steps(theta.device)):
         raise NotImplementedError(f"convnet_step: {missing}")
     if chosen == "reference" and precision != "fp32":
         raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")

@@ -88,7 +88,7 @@ def recognised(
         raise Unrecognised(f"the student engine's CUDA kernels cannot run: {missing}")
     if dtype not in (torch.float32, torch.float64):
         raise Unrecognised(f"the student engine computes in float32 and float64, not {dtype}")
-    if missing := _library.unavailable_step(device, dtype, "fp32"):
+    if missing := _library.unavailable_steps(device):
         raise Unrecognised(missing)
     features, classifier = net._modules.get("features"), net._modules.get("classifier")
     if type(features) is not nn.Sequential or type(classifier) is not nn.Linear:

@@ -271,8 +271,8 @@ def choose_students(
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
         try:
-            if blocked or (blocked_here := _library.unavailable_step(images.device, images.dtype, precision)):
-                raise Unrecognised(blocked or blocked_here)
+            if blocked is not None:
+                raise Unrecognised(blocked)
             shape = recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
             _log.debug("student engine: %s", shape)
             kept = KeptStatistics(flat.net) if shape.norm in ("batch", "running") else None

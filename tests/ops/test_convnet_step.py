@@ -244,15 +244,12 @@ def test_bf16_of_every_shape(name):
 
 ISA_SCRIPT = """
 import torch
-from pydistill import _host, _library
+from pydistill import _host
 from tests.ops.test_convnet_step import SHAPES, problem
 from pydistill.ops import convnet_gradient, convnet_tangent
 found = []
 for name in ("usual", "odd sizes, padded channels"):
     for dtype, precision in ((torch.float64, "fp32"), (torch.float32, "fp32"), (torch.float32, "bf16")):
-        if _library.unavailable_step(torch.device("cpu"), dtype, precision):
-            found += [torch.zeros(0)] * 5
-            continue
         theta, direction, images, labels = problem(SHAPES[name], 11, E=2, dtype=dtype)
         found += convnet_gradient(SHAPES[name], theta, images, labels, precision=precision)
         found += convnet_tangent(SHAPES[name], theta, direction, images, labels, precision=precision)[:3]
@@ -263,7 +260,8 @@ torch.save([_host.isa(), *found], sys.argv[1])
 
 def test_instruction_sets_agree(tmp_path):
     """Each that this machine has; bf16 on matrix tiles or in pairs against bf16 emulated by rounding."""
-    names = ("base", "avx2", "avx512", "avx512_bf16", "amx")
+    names = ("avx2", "avx512", "avx512_bf16", "amx")
+    assert _host.isa() in names, "no instruction set beyond the baseline, which has no steps on x86"
     results = {}
     for isa in names[: names.index(_host.isa()) + 1]:
         path = tmp_path / isa
@@ -271,15 +269,12 @@ def test_instruction_sets_agree(tmp_path):
         subprocess.run([sys.executable, "-c", ISA_SCRIPT, str(path)], check=True, env=env, timeout=300)
         name, *results[isa] = torch.load(path)
         assert name == isa
-    assert "avx2" in results, "no instruction set beyond the baseline to compare"
     avx2 = results.pop("avx2")
-    for isa, found in {**results, "avx2": avx2}.items():  # the baseline has float32 alone
-        assert [t.numel() > 0 for t in found] == [isa != "base" or i // 5 % 3 == 1 for i in range(30)]
     for isa, found in results.items():
         for i, (a, b) in enumerate(zip(found, avx2, strict=True)):
             # five results each of float64, float32 and bf16, where other roundings turn a few units
             bound = (1e-12, 2e-3, 2e-2)[i // 5 % 3]
-            assert not a.numel() or relative(a, b) < bound, (isa, i)
+            assert relative(a, b) < bound, (isa, i)
 
 
 def test_non_finite_input_shows():

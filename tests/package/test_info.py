@@ -1,5 +1,7 @@
 """The import, the report, and the behaviour of the compiled libraries."""
 
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -113,3 +115,30 @@ def test_engine_names_what_runs_a_net():
     net.features[2] = torch.nn.PReLU()
     wanted = "generic: block 0 has PReLU where a norm or an activation was expected; engine='compiled' would compile it"
     assert engine(net, (3, 16, 16)) == wanted
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere the baseline is all there is")
+def test_the_baseline_has_no_steps_and_says_so():
+    code = """
+import torch, pydistill
+from pydistill.info import collect, engine
+net = pydistill.nn.ConvNet(1, 2, width=4, depth=1, image_size=8)
+print(collect()["student engine"])
+print(engine(net, (1, 8, 8)))
+theta0 = torch.cat([p.detach().flatten() for p in net.parameters()])[None]
+images, labels = torch.ones(2, 1, 8, 8), torch.tensor([0, 1])
+print(pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1).isfinite().all().item())
+for engine in (lambda: pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1, engine="student"),
+               lambda: pydistill.ops.convnet_logits(pydistill.trajectory.convnet_shape(net, (1, 8, 8)), theta0, images)):
+    try:
+        engine()
+    except (ValueError, NotImplementedError) as error:
+        print(error)
+"""
+    env = {**os.environ, "PYDISTILL_ISA": "base"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    why = "the student engine needs AVX2, and the instruction set here is the baseline"
+    says, named, runs, *refusals = result.stdout.splitlines()
+    assert (says, runs) == (why, "True"), result.stderr
+    assert named.startswith(f"generic: {why}")
+    assert refusals == [f"engine: expected a net that the student engine can run, but {why}", why]

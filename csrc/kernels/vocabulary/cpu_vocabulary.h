@@ -9,8 +9,10 @@
 // instruction set, and a symbol shared between those files could be linked from the wrong one.
 #pragma once
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__x86_64__)
+#include <emmintrin.h>  // SSE2; the other takes half a second in each of the baseline's files
 #endif
 
 #include <cstdint>
@@ -158,12 +160,13 @@ PYDISTILL_WIDE_OPERATOR(*)
 PYDISTILL_WIDE_OPERATOR(/)
 #undef PYDISTILL_WIDE_OPERATOR
 
-// `value` where `argument` is above zero or NaN, zero elsewhere: what a ReLU lets through, as in torch.
+// `value` where `argument` is above zero or NaN, zero elsewhere: what a ReLU lets through, as in torch. All of it if
+// `floor` is NaN.
 template <class T>
-PYDISTILL_INLINE Wide<T> where_on(Wide<T> argument, Wide<T> value) {
+PYDISTILL_INLINE Wide<T> where_on(Wide<T> argument, Wide<T> value, Wide<T> floor = {}) {
   for (int i = 0; i < Wide<T>::parts; ++i) {
     const Register<T> zero{};
-    value.part[i] = argument.part[i] <= zero ? zero : value.part[i];
+    value.part[i] = argument.part[i] <= floor.part[i] ? zero : value.part[i];
   }
   return value;
 }
@@ -274,6 +277,29 @@ struct Bf16 {
   uint16_t bits;
 };
 using F16 = _Float16;
+
+// Calls visit with a number of the type that is computed in, float64 or float32; with_types also with one of the type
+// that is stored. Kernels in float64, which gradients are tested in, end at AVX2, as best_of knows: there with AVX-512
+// they would be half of the compilation.
+#if defined(__AVX512F__)
+constexpr bool kFloat64 = false;
+#else
+constexpr bool kFloat64 = true;
+#endif
+template <class Visit>
+PYDISTILL_INLINE void with_number(Scalar scalar, Visit visit) {
+  if constexpr (kFloat64)
+    if (scalar == Scalar::f64) return visit(double());
+  visit(float());
+}
+template <class Visit>
+PYDISTILL_INLINE void with_types(Scalar scalar, Visit visit) {
+  if constexpr (kFloat64)
+    if (scalar == Scalar::f64) return visit(double(), double());
+  if (scalar == Scalar::f32) visit(float(), float());
+  if (scalar == Scalar::bf16) visit(float(), Bf16());
+  if (scalar == Scalar::f16) visit(float(), F16());
+}
 
 PYDISTILL_INLINE float widen(float v) { return v; }
 PYDISTILL_INLINE double widen(double v) { return v; }
