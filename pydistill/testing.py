@@ -76,6 +76,7 @@ def assert_close(name: str, actual: Tensor, truth: Tensor, plain: Tensor | None 
     eps = torch.finfo(actual.dtype).eps
     actual, truth = actual.detach().double(), truth.detach().double()
     assert torch.isfinite(actual).all(), f"{name}: not finite"
+    assert plain is None or not plain.isnan().any(), f"{name}: the reference's is NaN in this precision"
     scale = truth.abs().max().item()
     bound = rtol * scale
     if plain is not None:

@@ -5,6 +5,7 @@ results = run(HeLlO.preset("digits"), out="runs/hello")
 """
 
 import importlib
+import pkgutil
 import sys
 
 from pydistill.methods._moved import FINDER, MOVED
@@ -49,13 +50,26 @@ def __getattr__(name: str) -> object:
 if FINDER not in sys.meta_path:
     sys.meta_path.append(FINDER)
 
-_METHODS: tuple[type[Method], ...] = (
+# in the order of the help; methods of other files in the rooms follow
+_FIRST: tuple[type[Method], ...] = (
     *(MTT, TESLA, FTD, AST, DATM, FYI, RaTBPTT),
     *(DC, DSA, DM, DataDAM, ATOM, FYIDM, FYIDSA, FedLGD, KRRST, HeLlO),
     *(Squeeze, SRe2L, CDA, DWA, INFER, RandomImages, Relabel, PostTrain),
     *(DQ, PCA, UNIP),
 )
-METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
+
+
+def _all_methods() -> dict[str, type[Method]]:
+    found = {method.name: method for method in _FIRST}
+    for file in pkgutil.walk_packages(__path__, f"{__name__}."):
+        for value in vars(importlib.import_module(file.name)).values():
+            own = isinstance(value, type) and issubclass(value, Method) and value.__module__ == file.name
+            if own and "name" in vars(value) and found.setdefault(value.name, value) is not value:
+                raise ImportError(f"{file.name}: expected a method with a name of its own, got {value.name!r} again")
+    return found
+
+
+METHODS: dict[str, type[Method]] = _all_methods()
 
 # methods that recover images from a squeezed network, and real images as the baseline
 DECOUPLED: dict[str, type[Recover]] = {name: m for name, m in METHODS.items() if issubclass(m, Recover)}

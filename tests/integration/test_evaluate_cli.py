@@ -221,10 +221,8 @@ def test_every_data_set_has_settings_and_every_method_presets_that_they_fit():
 
 DISTILLING = {name: method for name, method in METHODS.items() if issubclass(method, Config)}
 
-# The least gain of each method on digits over random real images, with reduced network, iterations and students.
-MARGINS = {"mtt": 0.1, "tesla": 0.1, "ftd": 0.1, "ast": 0.05, "datm": 0.1, "fyi": 0.05, "rat_bptt": 0.05}
-MARGINS |= {"dc": 0.05, "dsa": 0.05}
-MARGINS |= {"fedlgd": 0.1} | dict.fromkeys(("dm", "datadam", "atom", "fyi_dm", "fyi_dsa"), 0.05)
+# The gain on digits over random real images, with reduced network, iterations and students, is at least 0.05; of these:
+MARGINS = dict.fromkeys(("mtt", "tesla", "ftd", "datm", "fedlgd"), 0.1)
 
 
 @pytest.mark.parametrize("method", sample(DISTILLING, ("mtt", "tesla", "dc", "dm")))
@@ -236,5 +234,5 @@ def test_distilled_digits_beat_random_ones(tmp_path, capsys, method):
     main(["distill", method, "--out", str(tmp_path / "run"), *shorter])
     accuracies = {r["set"]: torch.tensor(r["accuracies"]).mean() for r in records(tmp_path / "run", "evaluate")}
     assert accuracies.keys() == {"random", "distilled"}
-    assert accuracies["distilled"] > accuracies["random"] + MARGINS[method]
+    assert accuracies["distilled"] > accuracies["random"] + MARGINS.get(method, 0.05)
     assert "whole set" not in capsys.readouterr().out

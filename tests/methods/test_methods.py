@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from pydistill.methods import (
     TESLA,
     Config,
     DataDAM,
+    FedLGD,
     RaTBPTT,
     State,
     distill,
@@ -40,6 +41,7 @@ from pydistill.trajectory import GSAM, Adam, ExpertStore, FlatModule, Smoothing,
 from pydistill.trajectory.flat import perturb_towards
 from tests.bars import make_net
 
+DISTILLING = {name: method for name, method in METHODS.items() if issubclass(method, Config)}
 SMALL = {"ipc": 2, "iterations": 4, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "batch_syn": 4}
 SMALL |= {"lr_img": 10.0, "lr_lr": 1e-4, "lr_teacher": 0.05, "seed": 5}
 CONFIGS = {
@@ -58,6 +60,12 @@ CONFIGS = {
     "atom": ATOM(ipc=2, iterations=4, batch_real=5, last_layer=True, seed=5),
     "fyi_dm": FYIDM(ipc=2, iterations=4, batch_real=5, seed=5),
     "fyi_dsa": FYIDSA(ipc=2, iterations=4, outer_loop=2, batch_real=5, lr_img=1.0, augment="scale", seed=5),
+}
+# a new one is tried as its defaults are
+CONFIGS |= {
+    method.name: method(**{f.name: SMALL[f.name] for f in fields(method) if f.name in SMALL})
+    for method in DISTILLING.values()
+    if method not in map(type, CONFIGS.values()) and method is not FedLGD  # whose own test this is, too
 }
 
 
@@ -142,9 +150,6 @@ def test_wrong_options_are_named(options, message):
         DATM(**SMALL, first_max_start_epoch=3)
     with pytest.raises(ValueError, match="total: expected at least the window of 9, got 3"):
         RaTBPTT(window=9, total=3)
-
-
-DISTILLING = {name: method for name, method in METHODS.items() if issubclass(method, Config)}
 
 
 @pytest.mark.parametrize("method", DISTILLING.values(), ids=DISTILLING)

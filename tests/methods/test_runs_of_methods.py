@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pydistill import methods
 from pydistill.cli import main
 from pydistill.methods import (
     DM,
@@ -43,6 +44,20 @@ def test_every_method_keeps_the_contract(method):
     assert issubclass(method.inputs, Inputs)
     # an option is a hyper-parameter or an input, never both
     assert not {f.name for f in fields(method)} & {f.name for f in fields(method.inputs)}
+
+
+def test_a_file_in_a_room_is_a_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods.matching, "__path__", [*methods.matching.__path__, str(tmp_path)])
+    code = "from pydistill.methods.matching.dm import DM\nclass New(DM):\n    name = {!r}"
+    (tmp_path / "new_method.py").write_text(code.format("new"))
+    assert list(methods._all_methods())[: len(METHODS)] == list(METHODS)
+    assert methods._all_methods()["new"].__name__ == "New"
+    (tmp_path / "taken.py").write_text(code.format("dm"))
+    with pytest.raises(ImportError, match=r"matching\.taken: expected a method with a name of its own, got 'dm' again"):
+        methods._all_methods()
+    for name in ("new_method", "taken"):
+        del sys.modules[f"pydistill.methods.matching.{name}"]
+        delattr(methods.matching, name)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -1,9 +1,5 @@
 """The attention maps against their definition: cases under `check_op`, any order, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -123,9 +119,7 @@ def test_maps_of_half_precision_hold_what_it_could_not():
 
 PRINT_BITS = """
 import torch
-from pydistill import _host
 from pydistill.ops import attention_map
-print(_host.isa())
 x = torch.randn(3, 37, 9, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
 for memory_format in (torch.contiguous_format, torch.channels_last):
     maps = attention_map(x.to(memory_format=memory_format), 4.0, "both")
@@ -134,19 +128,8 @@ for memory_format in (torch.contiguous_format, torch.channels_last):
 """
 
 
-def test_equal_bits_over_instruction_sets():
-    seen = {}
-    for isa in ("base", "avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", PRINT_BITS], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
-        )
-        if run.returncode and "PYDISTILL_ISA" in run.stderr:
-            continue  # this processor does not have it
-        assert run.returncode == 0, run.stderr
-        used, *bits = run.stdout.splitlines()
-        seen[used] = bits
-    assert "base" in seen
-    assert all(bits == seen["base"] for bits in seen.values())
+def test_equal_bits_over_instruction_sets(same_in_every_isa):
+    same_in_every_isa(PRINT_BITS)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,5 @@
 """The siamese augmentation against its definition: a table of cases under `check_op`, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -206,10 +202,8 @@ def test_direct_calls_have_gradients():
 
 
 ISA_SCRIPT = """
-import sys, torch, hashlib
-sys.path.insert(0, sys.argv[1])
-from test_augment import GROUPS, record_of
-from pydistill import _host
+import torch, hashlib
+from tests.ops.test_augment import GROUPS, record_of
 from pydistill.ops import augment_images
 generator = torch.Generator().manual_seed(0)
 digest = hashlib.sha256()
@@ -222,27 +216,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             (grad,) = torch.autograd.grad(out, images, torch.randn(out.shape, generator=generator).to(dtype))
             for t in (out, grad):
                 digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
-print(_host.isa(), digest.hexdigest())
+print(digest.hexdigest())
 """
 
 
-def test_instruction_sets_agree_bitwise():
-    digests = {}
-    for isa in ("base", "avx2", "avx512"):
-        result = subprocess.run(
-            [sys.executable, "-c", ISA_SCRIPT, os.path.dirname(__file__)],
-            env={**os.environ, "PYDISTILL_ISA": isa},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        if "does not have it" in result.stderr:
-            continue
-        assert result.returncode == 0, result.stderr
-        name, digests[isa] = result.stdout.split()
-        assert name == isa
-    assert "base" in digests
-    assert len(set(digests.values())) == 1, digests
+def test_instruction_sets_agree_bitwise(same_in_every_isa):
+    same_in_every_isa(ISA_SCRIPT)
 
 
 X, R = torch.randn(2, 3, 4, 4), record_of(2, 4, 4)

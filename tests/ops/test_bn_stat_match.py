@@ -1,9 +1,5 @@
 """The match of BatchNorm statistics against its definition: tables of cases under `check_op`, layouts, and messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -293,19 +289,8 @@ print(digest.hexdigest())
 """
 
 
-def test_equal_bits_in_every_instruction_set():
-    from pydistill import _host
-
-    order = ["base", "avx2", "avx512"]
-    present = order[: order.index(min(_host.isa(), "avx512")) + 1] if _host.isa() != "amx" else order
-    digests = set()
-    for isa in present:
-        run = subprocess.run(
-            [sys.executable, "-c", PROBE], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        digests.add(run.stdout)
-    assert len(digests) == 1
+def test_equal_bits_in_every_instruction_set(same_in_every_isa):
+    same_in_every_isa(PROBE)
 
 
 X, MEAN, VAR = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)

@@ -1,10 +1,5 @@
 """The kernel of the greedy graph cut picks what its definition does; see tests/select for the selections."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -94,10 +89,8 @@ def test_direct_calls_are_guarded():
 
 PICKS = """
 import torch
-from pydistill import _host
 from tests.ops.test_graph_cut_greedy import samples
 from pydistill.ops import graph_cut_greedy
-print(_host.isa())
 for classes in (0, 7):
     x, b = samples(3000, 50, classes)
     for threads in (1, 2, 3):
@@ -106,21 +99,6 @@ for classes in (0, 7):
 """
 
 
-def test_instruction_sets_and_threads_pick_alike():
-    outputs = {}
-    for isa in ("base", "avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", PICKS],
-            env=os.environ | {"PYDISTILL_ISA": isa, "PYTHONPATH": str(Path(__file__).parents[2])},
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode and "this processor does not have it" in run.stderr:
-            continue
-        assert run.returncode == 0, run.stderr
-        name, *outputs[isa] = run.stdout.splitlines()
-        assert name == isa
-    assert "base" in outputs
-    first = outputs["base"]
-    assert all(found == first for found in outputs.values())
+def test_instruction_sets_and_threads_pick_alike(same_in_every_isa):
+    first = same_in_every_isa(PICKS).splitlines()
     assert first[0] == first[1] == first[2] != first[3] == first[4] == first[5]

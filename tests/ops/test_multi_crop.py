@@ -1,9 +1,5 @@
 """Crops of a batch against their definition: a table of cases under `check_op`, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -255,10 +251,8 @@ def test_direct_calls_have_gradients():
 
 
 ISA_SCRIPT = """
-import sys, torch, hashlib
-sys.path.insert(0, sys.argv[1])
-from test_multi_crop import record_of
-from pydistill import _host
+import torch, hashlib
+from tests.ops.test_multi_crop import record_of
 from pydistill.ops import multi_crop
 generator = torch.Generator().manual_seed(0)
 digest = hashlib.sha256()
@@ -272,27 +266,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             weights = torch.randn(result.shape, generator=generator).to(dtype)
             for t in (result, *torch.autograd.grad(result, (images, base), weights)):
                 digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
-print(_host.isa(), digest.hexdigest())
+print(digest.hexdigest())
 """
 
 
-def test_instruction_sets_agree_bitwise():
-    digests = {}
-    for isa in ("base", "avx2", "avx512"):
-        result = subprocess.run(
-            [sys.executable, "-c", ISA_SCRIPT, os.path.dirname(__file__)],
-            env={**os.environ, "PYDISTILL_ISA": isa},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        if "does not have it" in result.stderr:
-            continue
-        assert result.returncode == 0, result.stderr
-        name, digests[isa] = result.stdout.split()
-        assert name == isa
-    assert "base" in digests
-    assert len(set(digests.values())) == 1, digests
+def test_instruction_sets_agree_bitwise(same_in_every_isa):
+    same_in_every_isa(ISA_SCRIPT)
 
 
 X, R, U = torch.randn(2, 3, 4, 4), record_of(2, 2, (4, 4), (3, 3)), torch.randn(1, 3, 4, 4)

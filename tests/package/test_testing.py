@@ -75,6 +75,15 @@ def test_a_faulty_operator_fails(op, check):
         check_op(op, cube, [CASE], checks=[check])
 
 
+def test_a_reference_that_overflows_is_named():
+    def sigmoid(x):
+        return x.exp() / (x.exp() + 1)
+
+    large = Case("large", lambda dtype: (torch.tensor([12.0], dtype=dtype),), dtypes=(torch.float16,))
+    with pytest.raises(AssertionError, match="float16 output: the reference's is NaN in this precision"):
+        check_op(lambda x: sigmoid(x.double()).to(x.dtype), sigmoid, [large], checks=["values"])
+
+
 def test_a_lost_value_is_found_within_tolerance():
     truth = torch.tensor([1.0, 1e-3])
     with pytest.raises(AssertionError, match="1 values are zero and should not be"):
