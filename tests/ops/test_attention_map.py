@@ -1,9 +1,5 @@
 """The attention maps against their definition: cases under `check_op`, any order, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -134,19 +130,8 @@ for memory_format in (torch.contiguous_format, torch.channels_last):
 """
 
 
-def test_equal_bits_over_instruction_sets():
-    seen = {}
-    for isa in ("base", "avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", PRINT_BITS], env=os.environ | {"PYDISTILL_ISA": isa}, capture_output=True, text=True
-        )
-        if run.returncode and "PYDISTILL_ISA" in run.stderr:
-            continue  # this processor does not have it
-        assert run.returncode == 0, run.stderr
-        used, *bits = run.stdout.splitlines()
-        seen[used] = bits
-    assert "base" in seen
-    assert all(bits == seen["base"] for bits in seen.values())
+def test_equal_bits_over_instruction_sets(same_with_every_isa):
+    same_with_every_isa(PRINT_BITS)
 
 
 @pytest.mark.parametrize(

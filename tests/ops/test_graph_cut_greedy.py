@@ -1,8 +1,5 @@
 """The kernel of the greedy graph cut picks what its definition does; see tests/select for the selections."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,21 +103,6 @@ for classes in (0, 7):
 """
 
 
-def test_instruction_sets_and_threads_pick_alike():
-    outputs = {}
-    for isa in ("base", "avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", PICKS],
-            env=os.environ | {"PYDISTILL_ISA": isa, "PYTHONPATH": str(Path(__file__).parents[2])},
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode and "this processor does not have it" in run.stderr:
-            continue
-        assert run.returncode == 0, run.stderr
-        name, *outputs[isa] = run.stdout.splitlines()
-        assert name == isa
-    assert "base" in outputs
-    first = outputs["base"]
-    assert all(found == first for found in outputs.values())
-    assert first[0] == first[1] == first[2] != first[3] == first[4] == first[5]
+def test_instruction_sets_and_threads_pick_alike(same_with_every_isa):
+    found = same_with_every_isa(PICKS, PYTHONPATH=str(Path(__file__).parents[2])).splitlines()
+    assert found[0] == found[1] == found[2] != found[3] == found[4] == found[5]

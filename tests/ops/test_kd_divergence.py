@@ -1,9 +1,5 @@
 """The divergence between student and teacher against its definition and torch's, under `check_op`; and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -276,18 +272,8 @@ print(_host.isa(), digest.hexdigest())
 """
 
 
-def test_instruction_sets_agree_bitwise():
-    digests = {}
-    for isa in ("base", "avx2", "avx512"):
-        command, environment = [sys.executable, "-c", ISA_SCRIPT], {**os.environ, "PYDISTILL_ISA": isa}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        if "does not have it" in result.stderr:
-            continue
-        assert result.returncode == 0, result.stderr
-        name, digests[isa] = result.stdout.split()
-        assert name == isa
-    assert "base" in digests
-    assert len(set(digests.values())) == 1, digests
+def test_instruction_sets_agree_bitwise(same_with_every_isa):
+    same_with_every_isa(ISA_SCRIPT)
 
 
 X, Z, L = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, 2])

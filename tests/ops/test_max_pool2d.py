@@ -1,14 +1,10 @@
 """Max pooling against torch's: cases under `check_op`, equal bits, ties and non-finite values, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pydistill import _host, reference
+from pydistill import reference
 from pydistill.ops import max_pool2d
 from pydistill.testing import CHECKS, Case, check_op
 
@@ -216,23 +212,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         picked = torch.ops.pydistill.max_pool2d_gather(back, which, *sizes)
         for t in (y, which, back, picked):
             digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
-print(digest.hexdigest())
+print(pydistill._host.isa(), digest.hexdigest())
 """
 
 
-def test_instruction_sets_give_equal_bits():
-    order = ["base", "avx2", "avx512"]
-    digests = set()
-    for isa in order[: order.index(min(_host.isa(), "avx512")) + 1] if _host.isa() != "amx" else order:
-        run = subprocess.run(
-            [sys.executable, "-c", PROBE],
-            env=os.environ | {"PYDISTILL_ISA": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        digests.add(run.stdout)
-    assert len(digests) == 1
+def test_instruction_sets_give_equal_bits(same_with_every_isa):
+    same_with_every_isa(PROBE)
 
 
 X = torch.ones(1, 3, 4, 4)

@@ -1,8 +1,6 @@
 """Crops of a batch against their definition: a table of cases under `check_op`, and the messages."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -276,23 +274,8 @@ print(_host.isa(), digest.hexdigest())
 """
 
 
-def test_instruction_sets_agree_bitwise():
-    digests = {}
-    for isa in ("base", "avx2", "avx512"):
-        result = subprocess.run(
-            [sys.executable, "-c", ISA_SCRIPT, os.path.dirname(__file__)],
-            env={**os.environ, "PYDISTILL_ISA": isa},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        if "does not have it" in result.stderr:
-            continue
-        assert result.returncode == 0, result.stderr
-        name, digests[isa] = result.stdout.split()
-        assert name == isa
-    assert "base" in digests
-    assert len(set(digests.values())) == 1, digests
+def test_instruction_sets_agree_bitwise(same_with_every_isa):
+    same_with_every_isa(ISA_SCRIPT, os.path.dirname(__file__))
 
 
 X, R, U = torch.randn(2, 3, 4, 4), record_of(2, 2, (4, 4), (3, 3)), torch.randn(1, 3, 4, 4)

@@ -1,9 +1,5 @@
 """The rows' scalar products against their definition: cases under `check_op`, any order, and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -131,19 +127,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 """
 
 
-def test_instruction_sets_agree_bitwise():
-    outputs = {}
-    for isa in ("base", "avx2", "avx512"):
-        environment = os.environ | {"PYDISTILL_ISA": isa, "PYTHONHASHSEED": "0"}
-        run = subprocess.run([sys.executable, "-c", PRINT_BITS], env=environment, capture_output=True, text=True)
-        if run.returncode and "this processor does not have it" in run.stderr:
-            continue
-        assert run.returncode == 0, run.stderr
-        name, outputs[isa] = run.stdout.split("\n", 1)
-        assert name == isa
-    if len(outputs) < 2:
-        pytest.skip("this processor has one instruction set")
-    assert len(set(outputs.values())) == 1
+def test_instruction_sets_agree_bitwise(same_with_every_isa):
+    same_with_every_isa(PRINT_BITS, PYTHONHASHSEED="0")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,5 @@
 """The loss on the stored form of soft labels against the densified one, under `check_op`; and the messages."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -188,18 +184,8 @@ print(_host.isa(), digest.hexdigest())
 """
 
 
-def test_instruction_sets_agree_bitwise():
-    digests = {}
-    for isa in ("base", "avx2", "avx512"):
-        command, environment = [sys.executable, "-c", ISA_SCRIPT], {**os.environ, "PYDISTILL_ISA": isa}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        if "does not have it" in result.stderr:
-            continue
-        assert result.returncode == 0, result.stderr
-        name, digests[isa] = result.stdout.split()
-        assert name == isa
-    assert "base" in digests
-    assert len(set(digests.values())) == 1, digests
+def test_instruction_sets_agree_bitwise(same_with_every_isa):
+    same_with_every_isa(ISA_SCRIPT)
 
 
 X, INDEX, V = torch.randn(2, 4), torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0.5, 0.25], [0.5, 0.5]])
