@@ -1,6 +1,6 @@
 """The siamese augmentation against its definition: a table of cases under `check_op`, and the messages."""
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from pydistill import reference
 from pydistill.ops import augment_images
 from pydistill.ops.augment import COLUMNS, IDENTITY
 from pydistill.testing import CHECKS, Case, assert_close, check_op
+from tests.ops.layouts import laid_out
 
 OPS = torch.ops.pydistill
 GROUPS = {
@@ -62,13 +63,7 @@ def raw_calls(images, *, record, flip_batch=False, align_corners=True):
 def batch(shape, layout="dense"):
     def make(dtype):
         images = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
-        if layout == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
-        if layout == "slice":
-            wide = images.new_zeros([2 * size + 1 for size in shape])
-            images = wide[(slice(1, None, 2),) * 4].copy_(images)
-        if layout == "expanded":
-            images = images[:1].expand(shape)
+        images = laid_out(images, layout)
         return (images,)
 
     return make
@@ -205,8 +200,8 @@ def test_direct_calls_have_gradients():
 
 ISA_SCRIPT = """
 import sys, torch, hashlib
-sys.path.insert(0, sys.argv[1])
-from test_augment import GROUPS, record_of
+sys.path.append(sys.argv[1])
+from tests.ops.test_augment import GROUPS, record_of
 from pydistill import _host
 from pydistill.ops import augment_images
 generator = torch.Generator().manual_seed(0)
@@ -225,7 +220,7 @@ print(_host.isa(), digest.hexdigest())
 
 
 def test_instruction_sets_agree_bitwise(same_with_every_isa):
-    same_with_every_isa(ISA_SCRIPT, os.path.dirname(__file__))
+    same_with_every_isa(ISA_SCRIPT, str(Path(__file__).parents[2]))
 
 
 X, R = torch.randn(2, 3, 4, 4), record_of(2, 4, 4)

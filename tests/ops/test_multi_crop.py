@@ -1,6 +1,6 @@
 """Crops of a batch against their definition: a table of cases under `check_op`, and the messages."""
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from pydistill import reference
 from pydistill.ops import multi_crop
 from pydistill.ops.multi_crop import COLUMNS
 from pydistill.testing import CHECKS, Case, check_op
+from tests.ops.layouts import laid_out
 
 OPS = torch.ops.pydistill
 
@@ -68,13 +69,7 @@ def batch(shape, layout="dense", base=False):
     def make(dtype):
         generator = torch.Generator().manual_seed(sum(shape))
         images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        if layout == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
-        if layout == "slice":
-            wide = images.new_zeros([2 * size + 1 for size in shape])
-            images = wide[(slice(1, None, 2),) * 4].copy_(images)
-        if layout == "expanded":
-            images = images[:1].expand(shape)
+        images = laid_out(images, layout)
         if not base:
             return (images,)
         return images, torch.randn(1, *shape[1:], generator=generator, dtype=torch.float64).to(dtype)
@@ -254,8 +249,8 @@ def test_direct_calls_have_gradients():
 
 ISA_SCRIPT = """
 import sys, torch, hashlib
-sys.path.insert(0, sys.argv[1])
-from test_multi_crop import record_of
+sys.path.append(sys.argv[1])
+from tests.ops.test_multi_crop import record_of
 from pydistill import _host
 from pydistill.ops import multi_crop
 generator = torch.Generator().manual_seed(0)
@@ -275,7 +270,7 @@ print(_host.isa(), digest.hexdigest())
 
 
 def test_instruction_sets_agree_bitwise(same_with_every_isa):
-    same_with_every_isa(ISA_SCRIPT, os.path.dirname(__file__))
+    same_with_every_isa(ISA_SCRIPT, str(Path(__file__).parents[2]))
 
 
 X, R, U = torch.randn(2, 3, 4, 4), record_of(2, 2, (4, 4), (3, 3)), torch.randn(1, 3, 4, 4)
