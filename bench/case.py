@@ -111,6 +111,30 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value - truth).norm() / truth.norm())
 
 
+def gate_float64(
+    case: Case, problem: Any, truths: Sequence[Tensor], where: str = "", bound: float = 1e-10
+) -> Iterator[Check]:
+    """What the providers that compute in float32 make of a small problem in float64; ``where`` begins each line."""
+    for name, entry in case.providers.items():
+        if entry.precision == "fp32":
+            for what, value, truth in zip(_names(truths), entry.prepare(problem)(), truths, strict=True):
+                yield Check(name, f"float64 {where}{what}, relative error", relative_error(value, truth), bound)
+
+
+def check_float32(
+    case: Case, outputs: dict[str, Any], truths: Sequence[Tensor], floor: float, where: str = ""
+) -> Iterator[Check]:
+    """The outputs that are timed: ``floor``, or twice the baseline's own distance from float64."""
+    for i, (what, truth) in enumerate(zip(_names(truths), truths, strict=True)):
+        bound = max(floor, 2 * relative_error(outputs[case.baseline][i], truth))
+        for name, values in outputs.items():
+            yield Check(name, f"float32 {where}{what}, relative error", relative_error(values[i], truth), bound)
+
+
+def _names(values: Sequence[Tensor]) -> Sequence[str]:
+    return getattr(values, "_fields", [f"output {i}" for i in range(len(values))])
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), 0))
 

@@ -11,7 +11,6 @@ Exit status: that of `bench.run`; 1 if a test fails; 2 if there is no CUDA devic
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import subprocess
@@ -19,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -430,20 +428,7 @@ def device_tests() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="case", help=f"any of {', '.join(CASES)}; all without a name")
-    parser.add_argument("--repeats", type=int, help="rounds; each case has its own number of them")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
-    parser.add_argument("--providers", help="only these beside the baseline, separated by commas")
-    parser.add_argument("--out", type=Path, help="folder of the CSV files (bench/results; a partial run needs another)")
-    options = parser.parse_args(arguments)
-    unknown = set(options.names) - set(CASES)
-    if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    if options.repeats is not None and options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    if options.out is None and (options.quick or options.providers):
-        parser.error("a partial run must not replace the results: name a folder with --out")
+    _, options = run.parsed("bench.gpu", __doc__.splitlines()[0], CASES, arguments)
     if not torch.cuda.is_available():
         print(f"bench.gpu: no CUDA device is visible to torch {torch.__version__}, so nothing was run", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,21 +255,29 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changes else "")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="case", help=f"any of {', '.join(CASES)}; all without a name")
+def parsed(
+    program: str, about: str, cases: Collection[str], arguments: Sequence[str] | None
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The options of a program that measures these cases."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
+    parser.add_argument("names", nargs="*", metavar="case", help=f"any of {', '.join(cases)}; all without a name")
     parser.add_argument("--repeats", type=int, help="rounds; each case has its own number of them")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     parser.add_argument("--providers", help="only these beside the baseline, separated by commas")
-    parser.add_argument("--out", type=Path, help="folder of the CSV files (bench/results; a quick run needs another)")
+    parser.add_argument("--out", type=Path, help="folder of the CSV files (bench/results; a partial run needs another)")
     options = parser.parse_args(arguments)
-    unknown = set(options.names) - set(CASES)
+    unknown = set(options.names) - set(cases)
     if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
     if options.out is None and (options.quick or options.providers):
         parser.error("a partial run must not replace the results: name a folder with --out")
+    return parser, options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser, options = parsed("bench.run", __doc__, CASES, arguments)
     cases = [CASES[name] for name in options.names or CASES]
     if options.providers:
         names = options.providers.split(",")

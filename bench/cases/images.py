@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import ours
-from ..case import Case, Check, Config, Entry, Medians, Point, relative_error
+from ..case import Case, Check, Config, Entry, Medians, Point, check_float32, gate_float64
 from ..peers import augment, block, multi_crop
 
 
@@ -27,10 +27,7 @@ def _block_gate(case: Case, config: Config) -> Iterator[Check]:
         for layout in block.LAYOUTS:
             problem = block.make_block(config["gate"], layout, mode, torch.float64)
             truths = block.eager_block(problem)()
-            for name, entry in case.providers.items():
-                for i, (value, truth) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
-                    what = f"float64 {mode}, {layout}, output {i}, relative error"
-                    yield Check(name, what, relative_error(value, truth), 1e-10)
+            yield from gate_float64(case, problem, truths, f"{mode}, {layout}, ")
 
 
 def _block_check(case: Case, point: Point, problem: block.Block, outputs: dict[str, Any]) -> Iterator[Check]:
@@ -40,11 +37,7 @@ def _block_check(case: Case, point: Point, problem: block.Block, outputs: dict[s
     ReLU's other side: an error of order one each, different in every correct implementation.
     """
     truths = block.eager_block(problem.double())()
-    for i, truth in enumerate(truths):
-        bound = max(1e-3, 2 * relative_error(outputs[case.baseline][i], truth))
-        for name, values in outputs.items():
-            error = relative_error(values[i], truth)
-            yield Check(name, f"float32 {point.mode}, {point.x}, output {i}, relative error", error, bound)
+    yield from check_float32(case, outputs, truths, 1e-3, f"{point.mode}, {point.x}, ")
 
 
 INSTANCE_NORM_RELU_AVG_POOL = Case(
@@ -78,19 +71,13 @@ def _augment_gate(case: Case, config: Config) -> Iterator[Check]:
     """Float64, an odd size, both outputs to 1e-10."""
     problem = augment.make_augmentation(config["gate"], augment.MODES[1], torch.float64)
     truths = augment.eager_augment(problem)()
-    for name, entry in case.providers.items():
-        for i, (value, truth) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
-            yield Check(name, f"float64 output {i}, relative error", relative_error(value, truth), 1e-10)
+    yield from gate_float64(case, problem, truths)
 
 
 def _augment_check(case: Case, point: Point, problem: augment.Augmentation, outputs: dict[str, Any]) -> Iterator[Check]:
     """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
     truths = augment.eager_augment(problem.double())()
-    for i, truth in enumerate(truths):
-        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
-        for name, values in outputs.items():
-            error = relative_error(values[i], truth)
-            yield Check(name, f"float32 {point.mode}, output {i}, relative error", error, bound)
+    yield from check_float32(case, outputs, truths, 1e-5, f"{point.mode}, ")
 
 
 def _augment_must_show(medians: Medians, config: Config) -> Iterator[Check]:
@@ -140,19 +127,13 @@ def _multi_crop_gate(case: Case, config: Config) -> Iterator[Check]:
     for crops in multi_crop.CROPS:
         problem = multi_crop.make_crops(*config["gate"], crops, multi_crop.MODES[1], torch.float64)
         truths = multi_crop.crops_of(problem)()
-        for name, entry in case.providers.items():
-            for i, (value, truth) in enumerate(zip(entry.prepare(problem)(), truths, strict=True)):
-                yield Check(name, f"float64 {crops}, output {i}, relative error", relative_error(value, truth), 1e-10)
+        yield from gate_float64(case, problem, truths, f"{crops}, ")
 
 
 def _multi_crop_check(case: Case, point: Point, problem: multi_crop.Crops, outputs: dict[str, Any]) -> Iterator[Check]:
     """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
     truths = multi_crop.crops_of(problem.double())()
-    for i, truth in enumerate(truths):
-        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
-        for name, values in outputs.items():
-            error = relative_error(values[i], truth)
-            yield Check(name, f"float32 {point.mode}, {point.x}, output {i}, relative error", error, bound)
+    yield from check_float32(case, outputs, truths, 1e-5, f"{point.mode}, {point.x}, ")
 
 
 def _multi_crop_must_show(medians: Medians, config: Config) -> Iterator[Check]:

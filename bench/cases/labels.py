@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from .. import ours
-from ..case import Case, Check, Config, Entry, Medians, Point, relative_error
+from ..case import Case, Check, Config, Entry, Medians, Point, check_float32, gate_float64, relative_error
 from ..peers import label_losses, stored_labels
 
 
@@ -163,9 +163,7 @@ def _label_losses_gate(loss: label_losses.Loss, case: Case, config: Config) -> I
     """Float64, an odd size, loss and gradient to 1e-10."""
     problem = label_losses.make_logits(config["gate"], T=3.0, dtype=torch.float64)
     truths = label_losses.prepare(problem, loss)()
-    for name, entry in case.providers.items():
-        for what, value, truth in zip(label_losses.Solved._fields, entry.prepare(problem)(), truths, strict=True):
-            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+    yield from gate_float64(case, problem, truths)
 
 
 def _label_losses_check(
@@ -177,10 +175,7 @@ def _label_losses_check(
 ) -> Iterator[Check]:
     """Against plain torch in float64: 1e-6 in L2, or twice plain torch's own fp32 error."""
     truths = label_losses.prepare(problem.double(), loss)()
-    for i, (what, truth) in enumerate(zip(label_losses.Solved._fields, truths, strict=True)):
-        bound = max(1e-6, 2 * relative_error(outputs[case.baseline][i], truth))
-        for name, output in outputs.items():
-            yield Check(name, f"float32 {what}, T={point.x}, relative error", relative_error(output[i], truth), bound)
+    yield from check_float32(case, outputs, truths, 1e-6, f"T={point.x}, ")
 
 
 def _label_losses_must_show(bounds: dict[str, float], medians: Medians, config: Config) -> Iterator[Check]:

@@ -20,7 +20,9 @@ from ..case import (
     Entry,
     Medians,
     Point,
+    check_float32,
     cosine,
+    gate_float64,
     relative_error,
     step_must_show,
 )
@@ -35,12 +37,7 @@ def _gradient_gate(case: Case, config: Config) -> Iterator[Check]:
     """Float64, small: to 1e-10."""
     problem = gradient_matching.make_matching(config["gate"]).double()
     truths = gradient_matching.prepare_eager(problem)()
-    for name, entry in case.providers.items():
-        if entry.precision == "fp32":
-            for what, value, truth in zip(
-                gradient_matching.Matched._fields, entry.prepare(problem)(), truths, strict=True
-            ):
-                yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+    yield from gate_float64(case, problem, truths)
 
 
 def _gradient_check(
@@ -92,11 +89,7 @@ def _distribution_gate(maps: bool, case: Case, config: Config) -> Iterator[Check
     """Float64, small, an odd size: the loss and the images' gradient to 1e-10."""
     problem = distribution.make_images({**config, **config["gate"]}, torch.float64)
     truth = distribution.truth(problem, maps=maps)
-    for name, entry in case.providers.items():
-        if entry.precision != "fp32":
-            continue
-        for what, value, true in zip(distribution.Matched._fields, entry.prepare(problem)(), truth, strict=True):
-            yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-10)
+    yield from gate_float64(case, problem, truth)
 
 
 def _distribution_check(
@@ -197,9 +190,7 @@ def _mmd_gate(case: Case, config: Config) -> Iterator[Check]:
     """Float64, few rows: the loss and both gradients to 1e-10."""
     problem = distribution.make_rows({"rows": 7, "features": 5}, dtype=torch.float64)
     truth = distribution.autograd_mmd(problem, distribution.cube)()
-    for name, entry in case.providers.items():
-        for what, value, true in zip(distribution.Discrepancy._fields, entry.prepare(problem)(), truth, strict=True):
-            yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-10)
+    yield from gate_float64(case, problem, truth)
 
 
 def _mmd_check(
@@ -215,10 +206,7 @@ def _mmd_check(
     """
     exact = partial(distribution.by_cdist, by_product=False)
     truth = distribution.autograd_mmd(problem.double(), exact)()
-    for i, (what, true) in enumerate(zip(distribution.Discrepancy._fields, truth, strict=True)):
-        bound = max(1e-4, 2 * relative_error(outputs[case.baseline][i], true))
-        for name, output in outputs.items():
-            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
+    yield from check_float32(case, outputs, truth, 1e-4)
 
 
 MMD = Case(
@@ -273,9 +261,6 @@ MMD_MEMORY = replace(
 )
 
 
-_DIVERGENCE_OUTPUTS = ("loss", "grad_q", "grad_k")
-
-
 def _divergence_points(case: Case, config: Config) -> list[Point]:
     return [
         Point(shape[2], partial(_divergence_problem, config, shape[2]), tuple(case.providers))
@@ -292,9 +277,7 @@ def _divergence_gate(case: Case, config: Config) -> Iterator[Check]:
     """Float64, an odd size, loss and gradients to 1e-10."""
     problem = attention_maps.make_maps(config["gate"], dtype=torch.float64)
     truths = attention_maps.prepare(problem)()
-    for name, entry in case.providers.items():
-        for what, value, truth in zip(_DIVERGENCE_OUTPUTS, entry.prepare(problem)(), truths, strict=True):
-            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+    yield from gate_float64(case, problem, truths)
 
 
 def _divergence_check(
@@ -302,11 +285,7 @@ def _divergence_check(
 ) -> Iterator[Check]:
     """Against plain torch in float64: 1e-5, or twice plain torch's own fp32 error."""
     truths = attention_maps.prepare(problem.double())()
-    for i, (what, truth) in enumerate(zip(_DIVERGENCE_OUTPUTS, truths, strict=True)):
-        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], truth))
-        for name, values in outputs.items():
-            error = relative_error(values[i], truth)
-            yield Check(name, f"float32 {what}, {point.x} tokens, relative error", error, bound)
+    yield from check_float32(case, outputs, truths, 1e-5, f"{point.x} tokens, ")
 
 
 def _divergence_must_show(medians: Medians, config: Config) -> Iterator[Check]:
@@ -373,9 +352,7 @@ def _krr_gate(case: Case, config: Config) -> Iterator[Check]:
     """Float64, few rows: the loss and both gradients to 1e-8, the accuracy left by a condition of 1e6."""
     problem = kernel_ridge.make_features(config["gate"], dtype=torch.float64)
     truth = kernel_ridge.prepare(problem)()
-    for name, entry in case.providers.items():
-        for what, value, true in zip(kernel_ridge.Ridge._fields, entry.prepare(problem)(), truth, strict=True):
-            yield Check(name, f"float64 {what}, relative error", relative_error(value, true), 1e-8)
+    yield from gate_float64(case, problem, truth, bound=1e-8)
 
 
 def _krr_check(
@@ -383,10 +360,7 @@ def _krr_check(
 ) -> Iterator[Check]:
     """At the timed size and precision: 1e-5, or twice the baseline's own distance from float64."""
     truth = kernel_ridge.prepare(problem.double())()
-    for i, (what, true) in enumerate(zip(kernel_ridge.Ridge._fields, truth, strict=True)):
-        bound = max(1e-5, 2 * relative_error(outputs[case.baseline][i], true))
-        for name, output in outputs.items():
-            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], true), bound)
+    yield from check_float32(case, outputs, truth, 1e-5)
 
 
 def _krr_memory_must_show(medians: Medians, config: Config) -> Iterator[Check]:

@@ -19,7 +19,8 @@ from ..case import (
     Entry,
     Medians,
     Point,
-    relative_error,
+    check_float32,
+    gate_float64,
     step_must_show,
 )
 from ..peers import segments, training
@@ -34,9 +35,7 @@ def _training_gate(case: Case, config: Config) -> Iterator[Check]:
     """Float64, small, in batches, so that a student's order of the images counts: to 1e-10."""
     problem = training.make_training(config["gate"]).double()
     truths = training.prepare_eager(problem)()
-    for name, entry in case.providers.items():
-        for what, value, truth in zip(training.Trained._fields, entry.prepare(problem)(), truths, strict=True):
-            yield Check(name, f"float64 {what}, relative error", relative_error(value, truth), 1e-10)
+    yield from gate_float64(case, problem, truths)
 
 
 def _training_check(
@@ -44,10 +43,7 @@ def _training_check(
 ) -> Iterator[Check]:
     """At the timed size and precision: 5e-3, or twice the baseline's own distance from float64."""
     truths = training.prepare_eager(problem.double())()
-    for i, (what, truth) in enumerate(zip(training.Trained._fields, truths, strict=True)):
-        bound = max(5e-3, 2 * relative_error(outputs[case.baseline][i], truth))
-        for name, output in outputs.items():
-            yield Check(name, f"float32 {what}, relative error", relative_error(output[i], truth), bound)
+    yield from check_float32(case, outputs, truths, 5e-3)
 
 
 TRAIN_STUDENTS = Case(

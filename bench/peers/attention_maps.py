@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,15 @@ from torch import Tensor
 
 Shape = tuple[int, int, int, int]  # B, H, N, d
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Thunk = Callable[[], tuple[Tensor, Tensor, Tensor]]
+
+
+class Diverged(NamedTuple):
+    loss: Tensor
+    grad_q: Tensor
+    grad_k: Tensor
+
+
+Thunk = Callable[[], Diverged]
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,10 @@ def once(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
 def prepare(problem: Maps, divergence: Divergence = unip) -> Thunk:
     """The loss and its gradients in the student's queries and keys."""
 
-    def run() -> tuple[Tensor, Tensor, Tensor]:
+    def run() -> Diverged:
         leaves = [x.detach().requires_grad_() for x in (problem.q_s, problem.k_s)]
         loss = divergence(*leaves, problem.q_t, problem.k_t)
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
+        return Diverged(loss.detach(), *torch.autograd.grad(loss, leaves))
 
     return run
 

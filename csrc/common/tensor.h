@@ -82,6 +82,13 @@ inline Tensor empty_image(const Tensor& x, int64_t N, int64_t C, int64_t H, int6
                               is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// The same, contiguous whatever the layout of x.
+inline Tensor empty_planes(const Tensor& x, int64_t N, int64_t C, int64_t H, int64_t W) {
+  const int64_t shape[] = {N, C, H, W};
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), x.scalar_type(), std::nullopt,
+                              x.device());
+}
+
 // An output in the CPU's memory that is yet to be written. Activations are larger than what malloc keeps, so each has
 // fresh pages, which cost several times as much as the kernel.
 inline Tensor& on_large_pages(Tensor& planes) {

@@ -4,6 +4,7 @@
 
 #include "augment.h"
 #include "vocabulary/cpu_vocabulary.h"
+#include "vocabulary/sum_in_pairs.h"
 
 namespace pydistill {
 namespace {
@@ -67,18 +68,6 @@ struct Memory {
     return taken;
   }
 };
-
-template <class T, class Term>
-PYDISTILL_INLINE T sum(int64_t count, Term term) {
-  T part[16] = {};
-  int64_t k = 0;
-  for (; k + 16 <= count; k += 16)
-    for (int i = 0; i < 16; ++i) part[i] += term(k + i);
-  for (int i = 0; k < count; ++k, ++i) part[i] += term(k);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
-}
 
 template <class S, class T>
 void load_planes_of(const Map& map, int64_t n, int64_t C, int64_t H, int64_t W, T* planes) {

@@ -49,9 +49,7 @@ struct AugmentOps {
   }
 
   static Tensor run(Augment& call, const Tensor& from, int64_t rows) {
-    const int64_t shape[] = {rows, call.C, call.H, call.W};
-    Tensor to = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), from.scalar_type(),
-                                     std::nullopt, from.device());
+    Tensor to = empty_planes(from, rows, call.C, call.H, call.W);
     call.to = map_of(to);
     call.to.data = to.mutable_data_ptr();
     Backend::run(call, from);

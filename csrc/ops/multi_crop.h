@@ -85,9 +85,7 @@ struct MultiCropOps {
   }
 
   static Tensor run(MultiCrop& call, const Tensor& from, int64_t rows, int64_t height, int64_t width) {
-    const int64_t shape[] = {rows, call.C, height, width};
-    Tensor to = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), from.scalar_type(),
-                                     std::nullopt, from.device());
+    Tensor to = empty_planes(from, rows, call.C, height, width);
     call.to = map_of(to);
     call.to.data = to.mutable_data_ptr();
     Backend::run(call, from);

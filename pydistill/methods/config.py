@@ -13,6 +13,7 @@ from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.distilling import DistillInputs, DistillJob
 from pydistill.methods.method import Method, check_choices
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import Trajectories
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class Config(Method):
         if not self.needs_experts:
             return None
         raise NotImplementedError
+
+    def first_images(self, dataset: Dataset, start: Literal["real", "noise"]) -> tuple[Tensor, Tensor]:
+        """Real images of each class or noise of their shape, and their labels: what a distillation begins with."""
+        generator = seeded_generator(self.seed, Stream.SYNTHETIC)
+        images, labels = dataset.sample(self.ipc, generator)
+        if start == "noise":
+            images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
+        return images, labels
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
         """The state before the first iteration."""

@@ -1,4 +1,4 @@
-"""Shared by the losses of rows of logits: vmap, kept gradients, checks of class numbers."""
+"""Shared by operators on independent rows, samples or vectors: vmap, kept gradients, checks of class numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def batch_into_rows(op: Callable[..., Any], tensors: int) -> Any:
-    """The vmap rule: rows are independent, so a batch dimension becomes more rows."""
+    """The vmap rule: the first dimension is of independent rows, so a batch dimension becomes more rows."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         B = info.batch_size
@@ -23,10 +23,10 @@ def batch_into_rows(op: Callable[..., Any], tensors: int) -> Any:
                 arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
             folded.append(arg)
         out = op(*folded, *args[tensors:])
-        N = folded[0].shape[0] // B
         if isinstance(out, Tensor):
-            return out.unflatten(0, (B, N)), 0
-        return tuple(o.unflatten(0, (B, N)) for o in out), tuple(0 for _ in out)
+            return out.unflatten(0, (B, out.shape[0] // B)), 0
+        # not -1: an output may have no elements
+        return tuple(o.unflatten(0, (B, o.shape[0] // B)) for o in out), tuple(0 for _ in out)
 
     return rule
 

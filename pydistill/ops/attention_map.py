@@ -18,6 +18,7 @@ from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
+from pydistill.ops._rows import batch_into_rows
 
 BACKENDS = ("reference", "cpu", "triton")
 AXES = ("spatial", "channel", "both")
@@ -98,25 +99,6 @@ def _adjoint_fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _batch_into_samples(op: Any, tensors: int) -> Any:
-    """The vmap rule: samples are independent, so a batch dimension becomes more samples."""
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        B, folded = info.batch_size, []
-        for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
-            if arg is not None:
-                arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
-                arg = arg.reshape(B * arg.shape[1], *arg.shape[2:])
-            folded.append(arg)
-        out = op(*folded, *args[tensors:])
-        if isinstance(out, Tensor):
-            return out.unflatten(0, (B, -1)), 0
-        # not -1: an output may have no elements
-        return tuple(o.unflatten(0, (B, o.shape[0] // B)) for o in out), (0, 0)
-
-    return rule
-
-
 class _Operators:
     """The two operators of one library. In every formula, `saved` are the operator's tensors."""
 
@@ -128,7 +110,7 @@ class _Operators:
             fake=_reduce_fake,
             vjp=self._reduce_vjp,
             jvp=self._reduce_jvp,
-            vmap=_batch_into_samples(lambda *args: self.reduce.raw(*args), 2),
+            vmap=batch_into_rows(lambda *args: self.reduce.raw(*args), 2),
         )
         self.adjoint: Operator = Operator(
             "attention_map_adjoint",
@@ -137,7 +119,7 @@ class _Operators:
             fake=_adjoint_fake,
             vjp=self._adjoint_vjp,
             jvp=self._adjoint_jvp,
-            vmap=_batch_into_samples(lambda *args: self.adjoint.raw(*args), 4),
+            vmap=batch_into_rows(lambda *args: self.adjoint.raw(*args), 4),
         )
 
     def _reduce_vjp(self, saved: tuple, options: tuple, grad_spatial: Tensor, grad_channel: Tensor) -> tuple:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._records import check_constant, check_images
 
 BACKENDS = ("reference", "cpu", "cuda")
 # a record's columns and the value at which each leaves an image as it is; the order of Column in csrc/kernels/augment.h
@@ -26,7 +26,6 @@ IDENTITY = {
     **{"scale_x": 1.0, "scale_y": 1.0, "angle": 0.0},
 }
 COLUMNS = tuple(IDENTITY)
-MAX_SIZE = 16384
 
 
 def augment_images(
@@ -95,27 +94,14 @@ def augment_images(
 
 
 def _check(images: Tensor, record: Tensor, flip_batch: bool) -> None:
-    for name, tensor in (("images", images), ("record", record)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if images.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"images: expected float32, float64, bfloat16 or float16, got {images.dtype}")
-    if record.dtype != torch.float32:
-        raise TypeError(f"record: expected float32, got {record.dtype}")
-    if images.dim() != 4 or 0 in images.shape[1:] or max(images.shape[2:]) > MAX_SIZE:
-        raise ValueError(
-            f"images: expected [B, C, H, W] with C >= 1 and sides of 1 to {MAX_SIZE}, got shape {list(images.shape)}"
-        )
+    check_images(images, record, "[B, C, H, W]")
     expected = [len(images) * (2 if flip_batch else 1), len(COLUMNS)]
     if list(record.shape) != expected:
         raise ValueError(
             f"record: expected shape {expected} for images {list(images.shape)} and flip_batch={flip_batch}, "
             f"got {list(record.shape)}"
         )
-    if record.device != images.device:
-        raise ValueError(f"record: expected device {images.device} as images, got {record.device}")
-    if record.requires_grad:
-        raise ValueError("record: expected a constant, got a tensor that requires a gradient; there is none")
+    check_constant(record, images)
 
 
 def _batch_into_rows(op: Any, doubled_before: bool, doubled_after: bool) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._rows import batch_into_rows
 
 BACKENDS = ("reference", "cpu")
 
@@ -101,30 +102,13 @@ def _forward_jvp(saved: tuple, options: tuple, x_t: Tensor, *rest: Any) -> tuple
     return gather(x_t, _forward(x, *options)[1], *options), None
 
 
-def _batch_into_images(op: Any, tensors: int) -> Any:
-    """The vmap rule: images are independent, so a batch dimension becomes more of them."""
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        B = info.batch_size
-        folded = (
-            (arg.expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)).flatten(0, 1)
-            for arg, dim in zip(args[:tensors], in_dims, strict=False)
-        )
-        found = op(*folded, *args[tensors:])
-        if isinstance(found, Tensor):
-            return found.unflatten(0, (B, -1)), 0
-        return tuple(out.unflatten(0, (B, -1)) for out in found), (0, 0)
-
-    return rule
-
-
 _forward: Operator = Operator(
     "max_pool2d",
     tensors=1,
     fake=_forward_fake,
     vjp=_forward_vjp,
     jvp=_forward_jvp,
-    vmap=_batch_into_images(lambda *args: _forward.raw(*args), 1),
+    vmap=batch_into_rows(lambda *args: _forward.raw(*args), 1),
     kept=1,
 )
 gather: Operator = Operator(
@@ -133,7 +117,7 @@ gather: Operator = Operator(
     fake=_gather_fake,
     vjp=lambda saved, options, grad: (scatter(grad, saved[1], *saved[0].shape[2:], *options), None),
     jvp=lambda saved, options, x_t, *rest: gather(x_t, saved[1], *options),
-    vmap=_batch_into_images(lambda *args: gather.raw(*args), 2),
+    vmap=batch_into_rows(lambda *args: gather.raw(*args), 2),
 )
 scatter: Operator = Operator(
     "max_pool2d_backward",
@@ -141,5 +125,5 @@ scatter: Operator = Operator(
     fake=_backward_fake,
     vjp=lambda saved, options, grad: (gather(grad, saved[1], *options[2:]), None),
     jvp=lambda saved, options, grad_t, *rest: scatter(grad_t, saved[1], *options),
-    vmap=_batch_into_images(lambda *args: scatter.raw(*args), 2),
+    vmap=batch_into_rows(lambda *args: scatter.raw(*args), 2),
 )

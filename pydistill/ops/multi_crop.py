@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._records import MAX_SIZE, check_constant, check_images
 from pydistill.reference.multi_crop import COLUMNS  # the order of Column in csrc/kernels/multi_crop.h
 
 BACKENDS = ("reference", "cpu", "cuda")
-MAX_SIZE, MAX_PARTS = 16384, 4
+MAX_PARTS = 4
 
 
 def multi_crop(
@@ -97,25 +98,12 @@ def multi_crop(
 
 
 def _check(images: Tensor, record: Tensor, base: Tensor | None) -> None:
-    for name, tensor in (("images", images), ("record", record), ("base", base)):
-        if not isinstance(tensor, Tensor) and not (name == "base" and base is None):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if images.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"images: expected float32, float64, bfloat16 or float16, got {images.dtype}")
-    if record.dtype != torch.float32:
-        raise TypeError(f"record: expected float32, got {record.dtype}")
-    if images.dim() != 4 or 0 in images.shape[1:] or max(images.shape[2:]) > MAX_SIZE:
-        raise ValueError(
-            f"images: expected [N, C, H, W] with C >= 1 and sides of 1 to {MAX_SIZE}, got shape {list(images.shape)}"
-        )
+    check_images(images, record, "[N, C, H, W]", **({} if base is None else {"base": base}))
     if record.dim() != 3 or not 1 <= record.shape[1] <= MAX_PARTS or record.shape[2] != len(COLUMNS):
         raise ValueError(
             f"record: expected shape [B, P, {len(COLUMNS)}] with P of 1 to {MAX_PARTS}, got {list(record.shape)}"
         )
-    if record.device != images.device:
-        raise ValueError(f"record: expected device {images.device} as images, got {record.device}")
-    if record.requires_grad:
-        raise ValueError("record: expected a constant, got a tensor that requires a gradient; there is none")
+    check_constant(record, images)
     if base is None:
         return
     if base.dtype != images.dtype:

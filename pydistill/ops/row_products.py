@@ -23,6 +23,7 @@ from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
+from pydistill.ops._rows import batch_into_rows
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -101,24 +102,6 @@ def _backward_fake(grad: Tensor, a: Tensor, b: Tensor, rows: list[int]) -> tuple
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
-def _batch_into_vectors(op: Any, tensors: int) -> Any:
-    """The vmap rule: vectors are independent, so a batch dimension becomes more of them."""
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        B = info.batch_size
-        folded = []
-        for arg, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
-            arg = arg.unsqueeze(0).expand(B, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            folded.append(arg.reshape(B * arg.shape[1], *arg.shape[2:]))
-        out = op(*folded, *args[tensors:])
-        K = folded[0].shape[0] // B
-        if isinstance(out, Tensor):
-            return out.unflatten(0, (B, K)), 0
-        return tuple(o.unflatten(0, (B, K)) for o in out), tuple(0 for _ in out)
-
-    return rule
-
-
 class _Operators:
     """The three operators of one library. In every formula, `saved` are the operator's tensors, `options` the rows."""
 
@@ -130,7 +113,7 @@ class _Operators:
             fake=_products_fake,
             vjp=lambda saved, options, grad: self.backward(grad, *saved, *options),
             jvp=lambda saved, options, *direction: self.jvp(*saved, *direction, *options),
-            vmap=_batch_into_vectors(lambda *args: self.forward.raw(*args), 2),
+            vmap=batch_into_rows(lambda *args: self.forward.raw(*args), 2),
         )
         self.backward: Operator = Operator(
             "row_products_backward",
@@ -139,7 +122,7 @@ class _Operators:
             fake=_backward_fake,
             vjp=self._backward_vjp,
             jvp=self._backward_jvp,
-            vmap=_batch_into_vectors(lambda *args: self.backward.raw(*args), 3),
+            vmap=batch_into_rows(lambda *args: self.backward.raw(*args), 3),
         )
         self.jvp: Operator = Operator(
             "row_products_jvp",
@@ -148,7 +131,7 @@ class _Operators:
             fake=_products_fake,
             vjp=self._jvp_vjp,
             jvp=self._jvp_jvp,
-            vmap=_batch_into_vectors(lambda *args: self.jvp.raw(*args), 4),
+            vmap=batch_into_rows(lambda *args: self.jvp.raw(*args), 4),
         )
 
     def _backward_vjp(self, saved: tuple, options: tuple, *direction: Tensor) -> tuple:

@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pydistill import _library
 from pydistill.ops.attention_map import Axis
 from pydistill.ops.convnet_step import (
     ConvNetShape,

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pydistill.divergence import contrastive, contrastive_ce
+from tests.repeats import check_from_run_to_run
 
 SCALE = 1 / 0.07
 
@@ -159,16 +160,7 @@ def test_equal_bits_from_run_to_run():
         loss = contrastive_ce(q, k, **options)
         return loss, *torch.autograd.grad(loss, (q, k))
 
-    first = run()
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for a, b in zip(run(), first, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
-    finally:
-        torch.set_num_threads(threads)
+    check_from_run_to_run(run)
 
 
 def test_nothing_of_the_size_of_all_pairs_is_kept():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,31 @@ OUTPUTS = {
 }
 
 Tensors = dict[str, Tensor]
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, relu: bool = True, pool: bool = True
+) -> Tensor:
+    """The definition, with the public function's options."""
+    return reference(x, weight, bias, eps, relu, pool)
+
+
+def raw_calls(
+    ops: Any, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, relu: bool = True, pool: bool = True
+) -> list:
+    """The four registered operators of a library, ``torch.ops.NAME``, with the arguments of one case."""
+    options = (eps, relu, pool)
+    x_t, weight_t, bias_t = (torch.randn_like(t, requires_grad=True) for t in (x, weight, bias))
+    grad = torch.randn_like(plain(x.detach(), weight, bias, eps=eps, relu=relu, pool=pool)).detach()
+    inputs, direction = (x, weight, bias), (x_t, weight_t, bias_t)
+    still = [t.detach() for t in (grad, *inputs, *direction)]  # the last operator has no derivative to ask for
+    return [
+        (ops.instance_norm_relu_avg_pool.default, (*inputs, *options)),
+        (ops.instance_norm_relu_avg_pool_backward.default, (grad.clone().requires_grad_(), *inputs, *options)),
+        (ops.instance_norm_relu_avg_pool_jvp.default, (*inputs, *direction, *options)),
+        (ops.instance_norm_relu_avg_pool_backward_jvp.default, (still[0], None, *still[1:], *options)),
+        (ops.instance_norm_relu_avg_pool_backward_jvp.default, (still[0], still[0], *still[1:], *options)),
+    ]
 
 
 def truth(form: str, given: Tensors, relu: bool, pool: bool) -> Tensors:
@@ -69,6 +95,21 @@ def problem(shape: tuple[int, ...], relu: bool, pool: bool, dtype: torch.dtype) 
         if activation.abs().min() > 1e-5:
             return given
     raise AssertionError("no seed keeps the activations away from 0")
+
+
+def at_the_edge() -> Tensors:
+    """Activations within rounding of 0, and directions in which the result is 1 where the ReLU is open, 0 elsewhere."""
+    random = torch.Generator().manual_seed(0)
+    half = torch.randint(-2, 3, (2, 5, 4, 8), generator=random).double()
+    return {
+        "x": torch.cat([half, -half], 2),  # the mean is 0, and so are many activations
+        "weight": torch.ones(5).double(),
+        "bias": torch.zeros(5).double(),
+        "grad_y": torch.ones(2, 5, 8, 8).double(),
+        "x_t": torch.zeros(2, 5, 8, 8).double(),
+        "weight_t": torch.zeros(5).double(),
+        "bias_t": torch.ones(5).double(),
+    }
 
 
 @functools.cache

@@ -17,10 +17,13 @@ from block_problem import (
     INPUTS,
     OUTPUTS,
     Tensors,
+    at_the_edge,
     bits,
     guarded_like,
     laid_out,
+    plain,
     problem,
+    raw_calls,
     solution,
     student,
     truth,
@@ -138,17 +141,7 @@ def test_planes_far_from_zero_keep_their_digits() -> None:
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_the_relu_opens_alike_in_every_form(dtype: torch.dtype) -> None:
     """A forward that is 0 exactly where its gradients are, also for activations within rounding of 0."""
-    random = torch.Generator().manual_seed(0)
-    half = torch.randint(-2, 3, (2, 5, 4, 8), generator=random).double()
-    given = {
-        "x": torch.cat([half, -half], 2),  # the mean is 0, and so are many activations
-        "weight": torch.ones(5).double(),
-        "bias": torch.zeros(5).double(),
-        "grad_y": torch.ones(2, 5, 8, 8).double(),
-        "x_t": torch.zeros(2, 5, 8, 8).double(),
-        "weight_t": torch.zeros(5).double(),
-        "bias_t": torch.ones(5).double(),  # y_t is then 1 where the ReLU is open, and so are its contributions
-    }
+    given = at_the_edge()
     y = run("forward", given, "nchw", dtype, True, False)["y"]
     y_t = run("jvp", given, "nchw", dtype, True, False)["y"]
     both = run("backward_jvp", given, "channels_last", dtype, True, False)["y"]
@@ -238,35 +231,14 @@ def images(shape: tuple[int, ...], layout: str = "nchw"):
     return make
 
 
-def plain(
-    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, relu: bool = True, pool: bool = True
-) -> Tensor:
-    return reference.instance_norm_relu_avg_pool(x, weight, bias, eps, relu, pool)
-
-
-def raw_calls(x: Tensor, weight: Tensor, bias: Tensor) -> list:
-    """The four registered operators with the arguments of one case."""
-    options = (1e-5, True, True)
-    inputs = (x, weight, bias)
-    direction = tuple(torch.randn_like(t, requires_grad=True) for t in inputs)
-    grad = torch.randn_like(plain(x.detach(), weight, bias)).detach()
-    still = [t.detach() for t in (grad, *inputs, *direction)]  # the last operator has no derivative to ask for
-    return [
-        (OPS.instance_norm_relu_avg_pool.default, (*inputs, *options)),
-        (OPS.instance_norm_relu_avg_pool_backward.default, (grad.clone().requires_grad_(), *inputs, *options)),
-        (OPS.instance_norm_relu_avg_pool_jvp.default, (*inputs, *direction, *options)),
-        (OPS.instance_norm_relu_avg_pool_backward_jvp.default, (still[0], None, *still[1:], *options)),
-        (OPS.instance_norm_relu_avg_pool_backward_jvp.default, (still[0], still[0], *still[1:], *options)),
-    ]
-
-
 triton_op = functools.partial(pydistill.instance_norm_relu_avg_pool, backend="triton")
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_the_matrix_of_properties(check: str) -> None:
-    check_op(triton_op, plain, [Case("small", images((1, 2, 4, 5)))], raw_calls=raw_calls, checks=[check])
+    calls = functools.partial(raw_calls, OPS)
+    check_op(triton_op, plain, [Case("small", images((1, 2, 4, 5)))], raw_calls=calls, checks=[check])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from block_problem import (
     OUTPUTS,
     Tensors,
     assert_close,
+    at_the_edge,
     bits,
     guarded_like,
     laid_out,
@@ -140,17 +141,7 @@ def test_all_forms_sum_in_one_order(host: HostMachine) -> None:
 @pytest.mark.parametrize("dtype", SECTOR, ids=str)
 def test_the_relu_opens_alike_in_every_form(host: HostMachine, dtype: torch.dtype) -> None:
     """A forward that is 0 exactly where its gradients are, also for activations within rounding of 0."""
-    random = torch.Generator().manual_seed(0)
-    half = torch.randint(-2, 3, (2, 5, 4, 8), generator=random).double()
-    given = {
-        "x": torch.cat([half, -half], 2),  # the mean is 0, and so are many activations
-        "weight": torch.ones(5).double(),
-        "bias": torch.zeros(5).double(),
-        "grad_y": torch.ones(2, 5, 8, 8).double(),
-        "x_t": torch.zeros(2, 5, 8, 8).double(),
-        "weight_t": torch.zeros(5).double(),
-        "bias_t": torch.ones(5).double(),  # y_t is then 1 where the ReLU is open, and so are its contributions
-    }
+    given = at_the_edge()
     y = run(host, "forward", given, "nchw", dtype, True, False)[0]["y"]
     y_t = run(host, "jvp", given, "nchw", dtype, True, False)[0]["y"]
     both = run(host, "backward_jvp", given, "channels_last", dtype, True, False)[0]["y"]

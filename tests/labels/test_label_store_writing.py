@@ -11,6 +11,7 @@ import torch
 
 from pydistill import _atomic
 from pydistill.labels import SoftLabelStore
+from tests.interrupted import Disk, KilledError
 from tests.labels.stores import BATCH, ENTRY, EPOCHS, C, N, batches, create, fill, flip, logits, records, row_at
 
 BLOCK = 64 + 192  # bytes: images, and rows of 4 + 9 + 5 bytes, to the next multiple of 64
@@ -138,33 +139,6 @@ def test_one_writer_at_a_time_and_any_readers(filled):
             assert torch.equal(other.read(1, [3]).rows, reader.read(1, [3]).rows)
 
 
-class KilledError(Exception):
-    pass
-
-
-class Disk:
-    """Passes a number of bytes of the writes, in order, to the file, and is then interrupted."""
-
-    def __init__(self, monkeypatch, left):
-        self.left, self.log = left, []
-        write, sync = SoftLabelStore._write, SoftLabelStore._sync
-
-        def limited(store, at, data):
-            self.log.append((at, len(data)))
-            write(store, at, data[: self.left])
-            sync(store)
-            if len(data) > self.left:
-                raise KilledError
-            self.left -= len(data)
-
-        def logged(store):
-            self.log.append("sync")
-            sync(store)
-
-        monkeypatch.setattr(SoftLabelStore, "_write", limited)
-        monkeypatch.setattr(SoftLabelStore, "_sync", logged)
-
-
 @pytest.mark.parametrize("left", [0, 1, 31, 64, 65, 150, BLOCK, *range(BLOCK + 1, BLOCK + ENTRY, 4), BLOCK + ENTRY])
 @pytest.mark.parametrize("block", [1, 3])
 def test_a_write_cut_off_anywhere_is_wholly_there_or_not_at_all(path, filled, monkeypatch, left, block):
@@ -177,7 +151,7 @@ def test_a_write_cut_off_anywhere_is_wholly_there_or_not_at_all(path, filled, mo
             store.write(1, ids, logits(1, ids), records(1, ids))
         ids = order[block]
         with monkeypatch.context() as patch:
-            Disk(patch, left)
+            Disk(patch, SoftLabelStore, left)
             try:
                 store.write(1, ids, logits(1, ids), records(1, ids))
                 assert left == BLOCK + ENTRY
@@ -197,7 +171,7 @@ def test_what_a_longer_write_left_behind_is_no_part_of_a_shorter_one(path, monke
     """A batch cut off before its entry, then a run in another order, whose last block is at that place."""
     with create(path, num_images=10) as store:
         with monkeypatch.context() as patch:
-            Disk(patch, 200)
+            Disk(patch, SoftLabelStore, 200)
             ids = np.arange(8)
             with pytest.raises(KilledError):
                 store.write(0, ids, logits(0, ids), records(0, ids))
@@ -212,7 +186,7 @@ def test_what_a_longer_write_left_behind_is_no_part_of_a_shorter_one(path, monke
 def test_the_entry_is_written_once_its_block_is_on_the_disk(path, monkeypatch):
     ids = np.arange(BATCH)
     with create(path) as store:
-        disk = Disk(monkeypatch, 1 << 30)
+        disk = Disk(monkeypatch, SoftLabelStore, 1 << 30)
         store.write(0, ids, logits(0, ids), records(0, ids))
         assert disk.log == [(store._blocks_at, BLOCK), "sync", (store._table_at, ENTRY), "sync"]
 

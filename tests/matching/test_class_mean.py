@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pydistill.matching import check_classes, class_mean_match, class_means
+from tests.repeats import check_from_run_to_run
 
 REAL = torch.tensor([2, 0, 0, 3, 2, 2, 0, 2])  # class 1 has no rows on either side
 SYN = torch.tensor([3, 0, 2, 2, 3])
@@ -105,16 +106,7 @@ def test_equal_bits_from_run_to_run():
         loss = class_mean_match(*f, *labels, num_classes=10)
         return loss, *torch.autograd.grad(loss, f)
 
-    first = run()
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for a, b in zip(run(), first, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
-    finally:
-        torch.set_num_threads(threads)
+    check_from_run_to_run(run)
 
 
 F_REAL, F_SYN = torch.randn(8, 3), torch.randn(5, 3)

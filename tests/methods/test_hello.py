@@ -18,6 +18,7 @@ from pydistill.methods.decoupled.hello import (
     stored_labels,
     views,
 )
+from tests.integration.commands import refused
 
 
 def test_the_easiest_images_of_each_class_are_chosen():
@@ -109,7 +110,5 @@ def test_resumed_it_ends_in_the_same_bytes(finished, tmp_path, monkeypatch, caps
     for path in finished.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
     capsys.readouterr()
-    with pytest.raises(SystemExit) as refused:
-        main(["distill", "hello", "--ipc", "5000"])
-    assert refused.value.code == 1
-    assert "--ipc: expected at most 139, the images of the smallest class, got 5000" in capsys.readouterr().err
+    message = "--ipc: expected at most 139, the images of the smallest class, got 5000"
+    assert message in refused(capsys, "distill", "hello", "--ipc", "5000")

@@ -11,6 +11,7 @@ from pydistill.cli import main
 from pydistill.methods.matching.krr_st import KRRST, Pool, initial, krr_st, target_features
 from pydistill.methods.networks.self_supervised import Encoder, barlow_twins, barlow_twins_loss
 from pydistill.seeding import Stream, seeded_generator, seeded_net
+from tests.integration.commands import refused
 
 TINY = KRRST(images=6, iterations=8, batch_real=8, pool=2, online_steps=3, width=4, depth=2, pretrain_steps=3, lr=0.01)
 
@@ -141,7 +142,4 @@ def test_resumed_it_ends_in_the_same_bytes(finished, tmp_path, monkeypatch, caps
         (["distill", "krr_st", "--images", "5000"], "--images: expected at most 1433, got 5000"),
         (["distill", "krr_st", "--checkpoint-every", "0"], "--checkpoint-every: expected at least 1, got 0"),
     ):
-        with pytest.raises(SystemExit) as refused:
-            main(arguments)
-        assert refused.value.code == 1
-        assert message in capsys.readouterr().err
+        assert message in refused(capsys, *arguments)

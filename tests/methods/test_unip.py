@@ -15,6 +15,7 @@ from pydistill.evaluate import linear_probe
 from pydistill.methods.networks.unip import UNIP, choose_layer, distill_attention, fit
 from pydistill.nn import ViT
 from pydistill.seeding import Stream, seeded_generator, seeded_net
+from tests.integration.commands import refused
 
 OPTIMISATION = {"batch_size": 5, "lr": 0.01, "weight_decay": 0.1, "warmup_epochs": 1, "seed": 3}
 
@@ -197,7 +198,4 @@ def test_resumed_it_ends_in_the_same_bytes(finished, tmp_path, monkeypatch, caps
         (["distill", "unip", "--resume", "--out", str(tmp_path / "none")], "found no file"),
         (["distill", "unip", "--dataset", "cifar"], "--dataset: expected one of digits"),
     ):
-        with pytest.raises(SystemExit) as refused:
-            main(arguments)
-        assert refused.value.code == 1
-        assert message in capsys.readouterr().err
+        assert message in refused(capsys, *arguments)

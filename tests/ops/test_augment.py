@@ -7,6 +7,7 @@ from pydistill import reference
 from pydistill.ops import augment_images
 from pydistill.ops.augment import COLUMNS, IDENTITY
 from pydistill.testing import CHECKS, Case, assert_close, check_op
+from tests.ops.layouts import laid_out
 
 OPS = torch.ops.pydistill
 GROUPS = {
@@ -60,13 +61,7 @@ def raw_calls(images, *, record, flip_batch=False, align_corners=True):
 def batch(shape, layout="dense"):
     def make(dtype):
         images = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
-        if layout == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
-        if layout == "slice":
-            wide = images.new_zeros([2 * size + 1 for size in shape])
-            images = wide[(slice(1, None, 2),) * 4].copy_(images)
-        if layout == "expanded":
-            images = images[:1].expand(shape)
+        images = laid_out(images, layout)
         return (images,)
 
     return make

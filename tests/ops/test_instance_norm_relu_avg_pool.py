@@ -1,5 +1,6 @@
 """The ConvNet block against its definition: a table of cases under `check_op`, and the messages for bad input."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,30 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pydistill import instance_norm_relu_avg_pool, reference
+from pydistill import instance_norm_relu_avg_pool
 from pydistill.testing import CHECKS, Case, check_op
+from tests.kernels.block_problem import plain, raw_calls
 
 OPS = torch.ops.pydistill
-
-
-def plain(x, weight, bias, *, eps=1e-5, relu=True, pool=True):
-    return reference.instance_norm_relu_avg_pool(x, weight, bias, eps, relu, pool)
-
-
-def raw_calls(x, weight, bias, *, eps=1e-5, relu=True, pool=True):
-    """The four registered operators with the arguments of one case."""
-    options = (eps, relu, pool)
-    x_t, weight_t, bias_t = (torch.randn_like(t, requires_grad=True) for t in (x, weight, bias))
-    grad = torch.randn_like(plain(x.detach(), weight, bias, eps=eps, relu=relu, pool=pool)).detach()
-    inputs, direction = (x, weight, bias), (x_t, weight_t, bias_t)
-    still = [t.detach() for t in (grad, *inputs, *direction)]  # the last operator has no derivative to ask for
-    return [
-        (OPS.instance_norm_relu_avg_pool.default, (*inputs, *options)),
-        (OPS.instance_norm_relu_avg_pool_backward.default, (grad.clone().requires_grad_(), *inputs, *options)),
-        (OPS.instance_norm_relu_avg_pool_jvp.default, (*inputs, *direction, *options)),
-        (OPS.instance_norm_relu_avg_pool_backward_jvp.default, (still[0], None, *still[1:], *options)),
-        (OPS.instance_norm_relu_avg_pool_backward_jvp.default, (still[0], still[0], *still[1:], *options)),
-    ]
 
 
 def images(shape, layout="nchw"):
@@ -88,7 +70,7 @@ CASES = [
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matrix(case, check):
-    check_op(instance_norm_relu_avg_pool, plain, [case], raw_calls=raw_calls, checks=[check])
+    check_op(instance_norm_relu_avg_pool, plain, [case], raw_calls=functools.partial(raw_calls, OPS), checks=[check])
 
 
 def test_layout_follows_the_input():

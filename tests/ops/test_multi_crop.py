@@ -7,6 +7,7 @@ from pydistill import reference
 from pydistill.ops import multi_crop
 from pydistill.ops.multi_crop import COLUMNS
 from pydistill.testing import CHECKS, Case, check_op
+from tests.ops.layouts import laid_out
 
 OPS = torch.ops.pydistill
 
@@ -66,13 +67,7 @@ def batch(shape, layout="dense", base=False):
     def make(dtype):
         generator = torch.Generator().manual_seed(sum(shape))
         images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        if layout == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
-        if layout == "slice":
-            wide = images.new_zeros([2 * size + 1 for size in shape])
-            images = wide[(slice(1, None, 2),) * 4].copy_(images)
-        if layout == "expanded":
-            images = images[:1].expand(shape)
+        images = laid_out(images, layout)
         if not base:
             return (images,)
         return images, torch.randn(1, *shape[1:], generator=generator, dtype=torch.float64).to(dtype)

@@ -122,16 +122,18 @@ def test_the_baseline_has_no_steps_and_says_so():
     code = """
 import torch, pydistill
 from pydistill.info import collect, engine
+from pydistill.ops import ConvNetShape
 net = pydistill.nn.ConvNet(1, 2, width=4, depth=1, image_size=8)
 print(collect()["student engine"])
 print(engine(net, (1, 8, 8)))
 theta0 = torch.cat([p.detach().flatten() for p in net.parameters()])[None]
 images, labels = torch.ones(2, 1, 8, 8), torch.tensor([0, 1])
 print(pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1).isfinite().all().item())
-for engine in (lambda: pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1, engine="student"),
-               lambda: pydistill.ops.convnet_logits(pydistill.trajectory.convnet_shape(net, (1, 8, 8)), theta0, images)):
+shape = ConvNetShape(channels=1, height=8, width_px=8, widths=(4,), first_padding=1, classes=2)
+for steps in (lambda: pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1, engine="student"),
+              lambda: pydistill.ops.convnet_logits(shape, theta0, images)):
     try:
-        engine()
+        steps()
     except (ValueError, NotImplementedError) as error:
         print(error)
 """
@@ -141,4 +143,4 @@ for engine in (lambda: pydistill.unroll(net, theta0, images, labels, lr=0.1, ste
     says, named, runs, *refusals = result.stdout.splitlines()
     assert (says, runs) == (why, "True"), result.stderr
     assert named.startswith(f"generic: {why}")
-    assert refusals == [f"engine: expected a net that the student engine can run, but {why}", why]
+    assert refusals == [f"engine: expected a net that the student engine can run, but {why}", f"convnet_step: {why}"]

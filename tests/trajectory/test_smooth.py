@@ -12,26 +12,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 import pydistill
 from pydistill.nn import ConvNet
 from pydistill.trajectory import GSAM, FlatModule, Smoothing
-
-E, N, K = 3, 11, 4
-
-
-class Noise:
-    def draw(self, shape, generator):
-        return 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def __call__(self, images, record):
-        return images + record
-
-
-class WithBatchNorm(nn.Module):
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(5 * 6 * 6, K)
-
-    def forward(self, x):
-        return self.head(self.dropout(F.relu(self.norm(self.conv(x))).flatten(1)))
+from tests.trajectory.students import E, K, N, Noise, WithBatchNorm, generators
 
 
 def problem(net=None):
@@ -40,10 +21,6 @@ def problem(net=None):
     start = FlatModule(net).parameters()
     theta0 = start + 0.1 * torch.randn(E, len(start), dtype=torch.float64)
     return net, theta0, torch.randn(N, 2, 8, 8, dtype=torch.float64), torch.randint(K, (N,))
-
-
-def generators():
-    return [torch.Generator().manual_seed(1 + e) for e in range(E)]
 
 
 def literal_loop(net, theta, images, labels, *, epochs, lr, batch_size, generator, **options):

@@ -12,6 +12,7 @@ from torch import nn
 
 from pydistill import ExpertStore, _atomic
 from pydistill.trajectory import as_trajectories
+from tests.interrupted import Disk, KilledError
 from tests.trajectory.stores import EPOCHS, NUMEL, E, create, fill, make_net, trajectories, vectors
 
 
@@ -274,34 +275,6 @@ def test_the_state_of_the_last_epoch_comes_back(path):
         assert torch.equal(store.row(3, 3), rows[3, 3].bfloat16().float())
 
 
-class KilledError(Exception):
-    pass
-
-
-class Disk:
-    """Passes a number of bytes of the writes, in order, to the file, and is then interrupted."""
-
-    def __init__(self, monkeypatch, left):
-        self.left, self.log = left, []
-        write, sync = ExpertStore._write, ExpertStore._sync
-
-        def limited(store, at, data):
-            data = bytes(data)
-            self.log.append((at, len(data)))
-            write(store, at, data[: self.left])
-            sync(store)
-            if len(data) > self.left:
-                raise KilledError
-            self.left -= len(data)
-
-        def logged(store):
-            self.log.append("sync")
-            sync(store)
-
-        monkeypatch.setattr(ExpertStore, "_write", limited)
-        monkeypatch.setattr(ExpertStore, "_sync", logged)
-
-
 APPENDED = 3 * (4 + 2 * 4) * NUMEL + 3 * 20  # bytes: rows, states and entries of three experts
 
 
@@ -320,7 +293,7 @@ def test_an_append_cut_off_anywhere_is_wholly_there_or_not_at_all(path, monkeypa
     with ExpertStore(whole, writable=True) as store:
         store.append(group, epoch, theta, vectors(store, theta))
     with ExpertStore(path, writable=True) as store, monkeypatch.context() as patch:
-        Disk(patch, left)
+        Disk(patch, ExpertStore, left)
         if left < APPENDED:
             with pytest.raises(KilledError):
                 store.append(group, epoch, theta, vectors(store, theta))
@@ -341,7 +314,7 @@ def test_an_append_cut_off_anywhere_is_wholly_there_or_not_at_all(path, monkeypa
 def test_entries_are_written_once_their_rows_are_on_the_disk(path, monkeypatch):
     theta = trajectories()[:, 0]
     with create(path, state=["velocity"]) as store:
-        disk = Disk(monkeypatch, 1 << 30)
+        disk = Disk(monkeypatch, ExpertStore, 1 << 30)
         store.append(range(2), 0, theta[:2], {"velocity": theta[:2]})
         rows = [(at(expert, 0), 4 * NUMEL) for expert in range(2) for at in (store._row_at, store._state_at)]
         assert disk.log == [*rows, "sync", (store._table_at, 40), "sync"]
@@ -353,7 +326,7 @@ def test_entries_of_a_cut_off_append_never_stand_for_the_rows_of_another(path, m
     with create(path) as store:
         for left, group in ((3 * 4 * NUMEL + 2 * 20, range(3)), (20 + 8, range(1, 2))):
             with monkeypatch.context() as patch:
-                Disk(patch, left)
+                Disk(patch, ExpertStore, left)
                 with pytest.raises(KilledError):
                     store.append(group, 0, rows[group.start : group.stop])
     with ExpertStore(path, writable=True) as store:

@@ -6,35 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import pydistill
 from pydistill.nn import ConvNet
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.train import DivergedError
+from tests.trajectory.students import E, K, N, Noise, WithBatchNorm, generators
 
-E, N, K, M = 3, 11, 4, 13
-
-
-class Noise:
-    """Draws as large as its images."""
-
-    def draw(self, shape, generator):
-        return 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def __call__(self, images, record):
-        return images + record.to(images.dtype)
-
-
-class WithBatchNorm(nn.Module):
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(5 * 6 * 6, K)
-
-    def forward(self, x):
-        return self.head(self.dropout(F.relu(self.norm(self.conv(x))).flatten(1)))
+M = 13
 
 
 def convnet():
@@ -53,10 +33,6 @@ def problem(dtype=torch.float64, label_kind="hard", own=(), net=None):
     if label_kind != "hard":
         labels = torch.randn(*shape, K, dtype=torch.float64).to(dtype)
     return net, theta0, images, labels.softmax(-1) if label_kind == "probs" else labels
-
-
-def generators(seed=1):
-    return [torch.Generator().manual_seed(seed + e) for e in range(E)]
 
 
 def factor_of(schedule, epoch, epochs):

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu_vocabulary.h"
+#include "sum_in_pairs.h"
 
 namespace pydistill {
 namespace {
@@ -46,24 +47,6 @@ void store_row(Scalar scalar, const T* from, int64_t n, int64_t K, void* rows) {
     if (scalar == Scalar::bf16) store_row_of<Bf16>(from, n, K, rows);
     if (scalar == Scalar::f16) store_row_of<F16>(from, n, K, rows);
   }
-}
-
-template <class T>
-PYDISTILL_INLINE T sum_in_pairs(T (&part)[16]) {
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
-}
-
-// In sixteen partial sums, which are then added in pairs.
-template <class T, class Term>
-PYDISTILL_INLINE T sum(int64_t K, Term term) {
-  T part[16] = {};
-  int64_t k = 0;
-  for (; k + 16 <= K; k += 16)
-    for (int i = 0; i < 16; ++i) part[i] += term(k + i);
-  for (int i = 0; k < K; ++k, ++i) part[i] += term(k);
-  return sum_in_pairs(part);
 }
 
 // The largest of x; NaN is ignored. The result does not depend on the order.

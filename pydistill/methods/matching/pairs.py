@@ -43,10 +43,7 @@ class ClassPairs(Config):
             raise ValueError(f"{self.name}: expected a class for each of {world()[1]} ranks, got {dataset.num_classes}")
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        generator = seeded_generator(self.seed, Stream.SYNTHETIC)
-        images, labels = dataset.sample(self.ipc, generator)
-        if self.start == "noise":
-            images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
+        images, labels = self.first_images(dataset, self.start)
         return State({"images": images, "labels": labels, "lr": images.new_tensor(self.lr_net)})
 
     def own_classes(self, dataset: Dataset) -> list[int]:

@@ -86,10 +86,7 @@ class RaTBPTT(Config):
             raise ValueError(f"classes: expected at most the {dataset.num_classes} there are, got {self.classes}")
 
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
-        generator = seeded_generator(self.seed, Stream.SYNTHETIC)
-        images, labels = dataset.sample(self.ipc, generator)
-        if self.start == "noise":
-            images = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
+        images, labels = self.first_images(dataset, self.start)
         if self.learn_labels:
             labels = F.one_hot(labels, dataset.num_classes).to(images.dtype)
         lr = torch.tensor(self.lr_eval, dtype=images.dtype, device=images.device)
