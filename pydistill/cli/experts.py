@@ -125,8 +125,9 @@ class Experts:
 
     def _train(self, console: rich.console.Console, stop: Stop) -> None:
         assert self.dataset is not None  # it is resolved
+        device = device_of(self.device)
         dataset = load(self.dataset, self.root, image_size=self.image_size)
-        dataset = (dataset.whitened() if self.zca else dataset).to(device_of(self.device))
+        dataset = (dataset.whitened() if self.zca else dataset).to(device)
         shape = dataset.channels, dataset.num_classes, dataset.image_size
         make_net = partial(make, self.net, *shape, width=self.width, depth=self.depth, norm=self.norm)
         began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")

@@ -190,8 +190,21 @@ def check_dataset(name: str, names: Any = DatasetName) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """The device by torch's name; "auto" is cuda if available."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device by torch's name; "auto" is cuda if available. `OptionError` for one that torch does not have here."""
+    kind = "cuda" if torch.cuda.is_available() else _accelerator()
+    if name == "auto":
+        return torch.device(kind if kind == "cuda" else "cpu")
+    count = torch.accelerator.device_count() if kind else 0
+    there = ["cpu", *([kind] if kind else []), *(f"{kind}:{number}" for number in range(count))]
+    if name not in there:
+        raise OptionError("device", f"expected auto or {' or '.join(there)}, which torch has here, got {name!r}")
+    return torch.device(name)
+
+
+def _accelerator() -> str | None:
+    """The kind of accelerator that torch was built for and finds."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None else found.type
 
 
 class Job:
