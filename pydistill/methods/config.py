@@ -13,7 +13,8 @@ from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.distilling import DistillInputs, DistillJob
 from pydistill.methods.method import Method, check_choices
-from pydistill.trajectory import Trajectories
+from pydistill.trajectory import FlatModule, Trajectories
+from pydistill.trajectory.students import choose_students
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,6 +85,10 @@ class Config(Method):
     def augmentation(self) -> DiffAugment | None:
         """The augmentation of the students' batches, here and when the result is tested."""
         return DiffAugment(self.augment) if self.augment else None
+
+    def check_precision(self, dataset: Dataset, net: nn.Module) -> None:
+        """ValueError if ``net`` cannot be run in this precision on the data set's device."""
+        choose_students("auto", FlatModule(net), dataset.train_images[:1], "hard", None, 0, self.precision)
 
     def check_start(self, dataset: Dataset, net: nn.Module) -> None:
         """ValueError for what does not fit, as far as can be seen before there are experts."""

@@ -120,6 +120,7 @@ class DistillJob(Job):
         self.title = self.dataset.name
         self.net = seeded_net(self.make_net, config.seed, device=device)
         self.dataset.sample(config.ipc)  # refuses more than there are
+        config.check_precision(self.dataset, self.net)
         config.check_start(self.dataset, self.net)
         self.experts = None if inputs.experts is None else self._ready_experts(Path(inputs.experts))
         self.state: State | None = None

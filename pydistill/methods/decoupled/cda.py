@@ -22,6 +22,7 @@ class CDA(Recover):
     name: ClassVar[str] = "cda"
     about: ClassVar[str] = "SRe2L with crops that begin with the whole image"
     paper: ClassVar[str] = "Yin and Shen, 2023"
+    shares: ClassVar[tuple[str, ...]] = ("crop", "milestone")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"iterations": 200, "jitter": 2, "crop": 0.5, "flip": 0.0},
         "fashion-mnist": {"iterations": 300, "jitter": 2, "crop": 0.25},

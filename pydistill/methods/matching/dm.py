@@ -42,6 +42,10 @@ class DM(ClassPairs):
     iterations: int = 20000  # networks
     augment: str = field(default=PHOTOGRAPHS, kw_only=True)  # of a class's real and synthetic images alike
 
+    def check_precision(self, dataset: Dataset, net: nn.Module) -> None:
+        if self.precision == "tf32":
+            raise ValueError("precision: expected 'fp32' or 'bf16' for features, got 'tf32'")
+
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         images = state["images"].detach().requires_grad_()
         classes = self.own_classes(dataset)
