@@ -32,7 +32,7 @@ class Config(Method):
 
     inputs: ClassVar[type[DistillInputs]] = DistillInputs
     shared: ClassVar[bool] = True
-    free: ClassVar[tuple[str, ...]] = ("iterations", "root", "device", "checkpoint_every")
+    free: ClassVar[tuple[str, ...]] = ("iterations",)
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
     needs_experts: ClassVar[bool] = False
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts that may be zero

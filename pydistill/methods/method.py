@@ -6,7 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -32,6 +32,7 @@ __all__ = [
     "device_of",
 ]
 
+HOW = ("root", "device", "checkpoint_every")
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 
 
@@ -110,7 +111,7 @@ class Method:
     inputs: ClassVar[type[Inputs]]
     resumable: ClassVar[bool] = True
     shared: ClassVar[bool] = False  # whether the ranks of torchrun share the work
-    free: ClassVar[tuple[str, ...]] = ()  # options that may differ when a run is resumed
+    free: ClassVar[tuple[str, ...]] = ()  # what of the result may differ when a run is resumed
     state_kind: ClassVar[str] = "training state"  # how the files of a training in progress describe themselves
 
     @classmethod
@@ -150,6 +151,18 @@ class Inputs:
         if "device" in given:
             given["device"] = str(given["device"])
         return cls(**given)
+
+    def how(self) -> dict[str, Any]:
+        """How a run is done and not what it makes, as JSON values: kept with it, and free when it is resumed."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name in HOW}
+        return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in found.items()}
+
+    def resumed(self, kept: dict[str, Any]) -> Self:
+        """These inputs with the device and the folder of data of the run that is resumed, where none are given."""
+        found = {"device": kept.get("device") if self.device == "auto" else None}
+        if getattr(self, "root", "") is None:
+            found["root"] = kept.get("root") and Path(kept["root"])
+        return replace(self, **{name: value for name, value in found.items() if value is not None})
 
     def stored(self) -> dict[str, Any]:
         """The inputs as JSON values by their names in the files; without paths, which may change."""
