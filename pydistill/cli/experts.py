@@ -61,7 +61,7 @@ class Experts:
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64. Also of vit."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the stored parameters; experts train in fp32."""
-    replay_buffers: Annotated[tuple[Path, ...], tyro.conf.arg(name="import")] = ()
+    replay_buffers: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="import")] = None
     """replay_buffer_*.pt of other code, to convert instead of training; --net and --norm say of which network, and no
     data set is read."""
 
@@ -114,6 +114,8 @@ class Experts:
     def run(self, console: rich.console.Console, stop: Stop) -> None:
         if not self.out.parent.is_dir() or self.out.is_dir():
             raise ValueError(f"--out: expected a file in a folder that is there, got {self.out}")
+        if self.replay_buffers == ():
+            raise ValueError("--import: expected a replay buffer at least, got none")
         if self.no_zca and not self.replay_buffers:
             raise ValueError("--no-zca: expected with --import only; nothing is whitened without --zca")
         lock = self.out.with_name(f".{self.out.name}.lock")

@@ -86,7 +86,7 @@ def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) 
     about: dict[str, Any] = {}
     if name == "squeeze":
         about["dataset"] = value_of(argv, "--dataset") or "digits"
-    elif (path := value_of(argv, made[name][0])) is not None:
+    elif path := value_of(argv, made[name][0]):
         about = read_safetensors(path, made[name][1])[1]["config"]
     dataset = about.get("dataset", "")
     if method is Relabel:
@@ -113,7 +113,7 @@ def _presets(method: type[Method], argv: list[str]) -> tuple[Method, Inputs]:
 
 def _options_to_resume(name: str, argv: list[str]) -> dict[str, Any]:
     out = value_of(argv, "--out")
-    if out is None:
+    if not out:
         raise OptionError("resume", "expected --out with the folder of the run to go on with")
     return options_in(Path(out), name)
 
@@ -207,11 +207,11 @@ def _how_to_go_on(words: str, run: Run) -> str:
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """The last value of ``flag`` in ``argv``, before the actual parsing."""
+    """The last value of ``flag`` in ``argv``, before the actual parsing, which refuses a flag without one."""
     found = None
     for i, part in enumerate(argv):
         if part.startswith(f"{flag}="):
             found = part.removeprefix(f"{flag}=")
-        elif part == flag and i + 1 < len(argv):
+        elif part == flag and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
             found = argv[i + 1]
     return found

@@ -89,3 +89,23 @@ def test_squeeze_without_momentum(tmp_path):
     out = tmp_path / "out"
     main(["squeeze", "--width=4", "--depth=2", "--image-size=8", "--epochs=1", "--momentum=0", f"--out={out}"])
     assert (out / "teacher.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("recover --teacher --out OUT", "--teacher: expected the file of a squeezed network at least, got none"),
+        ("relabel --images --out OUT", "Missing value for argument '--images'"),
+        ("post-train --images --labels --out OUT", "Missing value for argument '--images'"),
+        ("squeeze --dataset --out OUT", "Missing value for argument '--dataset'"),
+        ("squeeze --method --out OUT", "Missing value for argument '--method'"),
+        ("distill --ipc --out OUT", "Missing value for argument '--ipc'"),
+        ("distill --resume --out --seed", "--resume: expected --out with the folder of the run to go on with"),
+        ("distill --resume --out=", "--resume: expected --out with the folder of the run to go on with"),
+        ("experts --out OUT --import", "--import: expected a replay buffer at least, got none"),
+    ],
+)
+def test_an_option_without_its_value(capsys, tmp_path, arguments, message):
+    found = complaint(capsys, *arguments.replace("OUT", str(tmp_path / "out")).split())
+    assert message in found
+    assert list(tmp_path.iterdir()) == []
