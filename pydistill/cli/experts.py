@@ -36,12 +36,11 @@ class Experts:
     """Train experts into one file, for pydistill distill --experts, or make the file from replay buffers.
 
     Options at None take the data set's preset. If interrupted at any moment, the same command continues the file and
-    ends with the same bytes as an uninterrupted run; the file of another training is refused. --out receives the
-    experts, and --out with .jsonl appended the loss and accuracy of each epoch.
+    ends with the same bytes as an uninterrupted run; the file of another training is refused.
     """
 
     out: Path
-    """The file to write."""
+    """The file that receives the experts; the loss and accuracy of each epoch go into the same name with .jsonl."""
     overwrite: bool = False
     """Start afresh, whatever is at --out."""
     dataset: DatasetName | None = None
@@ -54,7 +53,7 @@ class Experts:
     net: NetName = "convnet"
     """The experts' architecture."""
     norm: Literal["instance", "batch", "group", "layer", "none"] | None = None
-    """Its normalisation; by default the method repositories', which is instance in the ConvNet."""
+    """Normalisation of the experts' network; by default the method repositories', which is instance in the ConvNet."""
     width: int | None = None
     """Channels of the ConvNet; 128 in the papers. Also of mlp and vit."""
     depth: int | None = None

@@ -38,12 +38,19 @@ class Config(Method):
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts that may be zero
     student_lr: ClassVar[str] = ""  # field with the learning rate of students on the result, which must be positive
 
-    ipc: int = 1  # synthetic images per class
-    iterations: int = 5000  # outer steps
-    augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
-    zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
-    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)  # of the students' convolutions
-    seed: int = field(default=0, kw_only=True)  # of all random draws
+    ipc: int = 1
+    """Synthetic images per class."""
+    iterations: int = 5000
+    """Outer steps."""
+    augment: str = field(default="", kw_only=True)
+    """Differentiable siamese augmentation of the students' batches: color, crop, cutout, flip, scale, rotate, joined
+    by _."""
+    zca: bool = field(default=False, kw_only=True)
+    """Distil ZCA-whitened images."""
+    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)
+    """Precision of the students' convolutions: fp32, bf16, or on a GPU tf32 (methods that train students)."""
+    seed: int = field(default=0, kw_only=True)
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         check_choices(self)

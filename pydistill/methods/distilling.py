@@ -50,13 +50,13 @@ class DistillInputs(DatasetInputs):
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
 
     experts: Path | None = None
-    """A file of pydistill experts to use, instead of training them in this run."""
+    """A file of pydistill experts to match, instead of training them in this run."""
     num_experts: int = 100
-    """Number of experts to train."""
+    """Number of experts to train, for methods that match trajectories."""
     train_epochs: int = 50
-    """Epochs of each expert."""
+    """Epochs of each expert, for methods that match trajectories."""
     lr_expert: float = 0.01
-    """Learning rate of the experts."""
+    """Learning rate of the experts, for methods that match trajectories."""
     batch_train: int = 256
     """Real images per SGD step, of experts and of students."""
 

@@ -37,9 +37,9 @@ class CDA(Recover):
     flip: float = 0.5
     """Probability of mirroring a batch."""
     schedule: Literal["step", "linear", "cosine"] = "cosine"
-    """How the least share falls."""
+    """How the least share of the area that a crop shows falls from 1 to crop."""
     milestone: float = 1.0
-    """The share of the iterations in which it falls."""
+    """The share of the iterations in which the least share of a crop falls."""
 
     def lowest_crop(self, iteration: int) -> float:
         return crop_schedule(self.schedule, iteration, self.iterations, self.milestone, self.crop)

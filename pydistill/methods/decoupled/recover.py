@@ -91,9 +91,9 @@ class Recover(Method):
     r_bn: float = 0.01
     """Weight of the BatchNorm statistics."""
     first: float = 10.0
-    """Factor on their weight in the first layer."""
+    """Factor on the weight of the BatchNorm statistics in the first layer."""
     r_var: float = 1.0
-    """Weight of the variances in them."""
+    """Weight of the variances among the BatchNorm statistics, where means have 1."""
     crop: float = 1.0
     """The least share of the area that a crop shows, one crop for the whole batch; 1: no crops."""
     flip: float = 0.0
