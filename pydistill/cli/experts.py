@@ -154,6 +154,7 @@ class Experts:
         console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {self.out}")
 
     def _import(self, console: rich.console.Console) -> None:
+        assert self.replay_buffers  # or there is nothing to import
         defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
         if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)

@@ -109,7 +109,9 @@ def collate_soft_labels(batch: Sequence[tuple[Any, SoftLabels]]) -> tuple[Any, S
 
 
 def _joint(labels: Sequence[SoftLabels], **_: Any) -> SoftLabels:
-    parts = {name: torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows", "places")}
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows", "places")
+    }
     return replace(labels[0], **parts)
 
 

@@ -76,8 +76,8 @@ class Run:
         folder.check_given(self._given(), free)  # before any other check
         job = self.method.job(self.inputs, self.device)
         self._options = job.stored()
-        kept = {**self._options, **self.inputs.how()}
-        folder.check_same(kept, free)
+        record = {**self._options, **self.inputs.how()}
+        folder.check_same(record, free)
         self.stop()
         with folder.held():
             self._done = {path: self._epoch(path) for path in sorted(self.folder.glob("*-state.safetensors"))}
@@ -87,7 +87,7 @@ class Run:
                 stands = lambda record: job.stands(self, record)  # noqa: E731
                 lines = {path: kept_lines(path, stands) for path in self.folder.glob("metrics*.jsonl")}
             # All checks have passed: from here on the folder holds a run that can be resumed.
-            folder.begin(kept if self.method.resumable else None)
+            folder.begin(record if self.method.resumable else None)
             self.begun = self.method.resumable
             for path, kept in lines.items():
                 write_atomic(path, kept)
