@@ -70,7 +70,7 @@ class Evaluate:
     """Where to write the accuracies of all students as JSON."""
 
     def run(self, console: rich.console.Console, stop: Stop) -> None:
-        distilled = _distilled(self)
+        device, distilled = device_of(self.device), _distilled(self)
         config = {}
         kinds = {"dataset": str, "width": int, "depth": int, "student_epochs": int, "augment": str, "flip_batch": bool}
         for key, kind in kinds.items():
@@ -85,11 +85,10 @@ class Evaluate:
         if self.json and not self.json.parent.is_dir():
             raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {self.json}")
         size = distilled.images.shape[2] if name in ("digits", "image-folder") else None
-        dataset = load(name, self.root, image_size=size).to(device_of(self.device))
+        dataset = load(name, self.root, image_size=size).to(device)
         if self.zca:
             white = dataset.whitened()
             distilled = replace(distilled, mean=white.mean, std=white.std, zca=white.zca)
-        device = dataset.test_images.device
         _check_fits(self.file, distilled, dataset)
         test_images = distilled.normalise(dataset.test_images, dataset)
         options = {

@@ -36,12 +36,11 @@ class Experts:
     """Train experts into one file, for pydistill distill --experts, or make the file from replay buffers.
 
     Options at None take the data set's preset. If interrupted at any moment, the same command continues the file and
-    ends with the same bytes as an uninterrupted run; the file of another training is refused. --out receives the
-    experts, and --out with .jsonl appended the loss and accuracy of each epoch.
+    ends with the same bytes as an uninterrupted run; the file of another training is refused.
     """
 
     out: Path
-    """The file to write."""
+    """The file that receives the experts; the loss and accuracy of each epoch go into the same name with .jsonl."""
     overwrite: bool = False
     """Start afresh, whatever is at --out."""
     dataset: DatasetName | None = None
@@ -54,14 +53,14 @@ class Experts:
     net: NetName = "convnet"
     """The experts' architecture."""
     norm: Literal["instance", "batch", "group", "layer", "none"] | None = None
-    """Its normalisation; by default the method repositories', which is instance in the ConvNet."""
+    """Normalisation of the experts' network; by default the method repositories', which is instance in the ConvNet."""
     width: int | None = None
     """Channels of the ConvNet; 128 in the papers. Also of mlp and vit."""
     depth: int | None = None
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64. Also of vit."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the stored parameters; experts train in fp32."""
-    replay_buffers: Annotated[tuple[Path, ...], tyro.conf.arg(name="import")] = ()
+    replay_buffers: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="import")] = None
     """replay_buffer_*.pt of other code, to convert instead of training; --net and --norm say of which network, and no
     data set is read."""
 
@@ -114,6 +113,8 @@ class Experts:
     def run(self, console: rich.console.Console, stop: Stop) -> None:
         if not self.out.parent.is_dir() or self.out.is_dir():
             raise ValueError(f"--out: expected a file in a folder that is there, got {self.out}")
+        if self.replay_buffers == ():
+            raise ValueError("--import: expected a replay buffer at least, got none")
         if self.no_zca and not self.replay_buffers:
             raise ValueError("--no-zca: expected with --import only; nothing is whitened without --zca")
         lock = self.out.with_name(f".{self.out.name}.lock")
@@ -125,8 +126,9 @@ class Experts:
 
     def _train(self, console: rich.console.Console, stop: Stop) -> None:
         assert self.dataset is not None  # it is resolved
+        device = device_of(self.device)
         dataset = load(self.dataset, self.root, image_size=self.image_size)
-        dataset = (dataset.whitened() if self.zca else dataset).to(device_of(self.device))
+        dataset = (dataset.whitened() if self.zca else dataset).to(device)
         shape = dataset.channels, dataset.num_classes, dataset.image_size
         make_net = partial(make, self.net, *shape, width=self.width, depth=self.depth, norm=self.norm)
         began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")
@@ -152,6 +154,7 @@ class Experts:
         console.print(f"{len(store)} experts trained for {store.epochs} epochs in {seconds:.0f} s: {self.out}")
 
     def _import(self, console: rich.console.Console) -> None:
+        assert self.replay_buffers  # or there is nothing to import
         defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
         if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)

@@ -31,13 +31,13 @@ _FOLDERS = {"squeeze": "teacher", "recover": "recovered", "relabel": "labels", "
 @dataclass(frozen=True)
 class _New:
     out: Path | None = None
-    """Folder for the results, new or empty; a new one under runs/ by default."""
+    """Folder that receives all results, new or empty; a new one under runs/ by default."""
 
 
 @dataclass(frozen=True)
 class _Place(_New):
     resume: bool = False
-    """Continue the run in --out, with the same options."""
+    """Continue the run in --out, where it was cut off; what is not given is as it was."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class _Step(_Place):
     """Whose presets to use: by default sre2l's, and for labels those of the method that made the images. squeeze and
     post-train are the same for all methods; random takes real images as they are, as a baseline."""
     out: Path | None = None
-    """Folder for the results, new or empty."""
+    """Folder that receives the teacher.safetensors of squeeze, the distilled.safetensors of recover, the labels.store
+    of relabel or the student.safetensors of post-train; new or empty."""
+    resume: bool = False
+    """Continue the run in --out, where it was cut off; the other options have to be given again."""
 
 
 def distill(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
@@ -86,7 +89,7 @@ def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) 
     about: dict[str, Any] = {}
     if name == "squeeze":
         about["dataset"] = value_of(argv, "--dataset") or "digits"
-    elif (path := value_of(argv, made[name][0])) is not None:
+    elif path := value_of(argv, made[name][0]):
         about = read_safetensors(path, made[name][1])[1]["config"]
     dataset = about.get("dataset", "")
     if method is Relabel:
@@ -113,7 +116,7 @@ def _presets(method: type[Method], argv: list[str]) -> tuple[Method, Inputs]:
 
 def _options_to_resume(name: str, argv: list[str]) -> dict[str, Any]:
     out = value_of(argv, "--out")
-    if out is None:
+    if not out:
         raise OptionError("resume", "expected --out with the folder of the run to go on with")
     return options_in(Path(out), name)
 
@@ -140,7 +143,7 @@ def _run(
     place: _New | None = None,
 ) -> None:
     place = place or (_Place() if default.resumable else _New())
-    config, given, place = _parsed(words, {"config": default, "inputs": inputs, "place": place}, argv)
+    given, place, config = _parsed(words, {"run": inputs, "folder": place, "method": default}, argv)
     resume = getattr(place, "resume", False)
     out = place.out
     if resume and out is None:
@@ -176,14 +179,15 @@ def _run(
         console.print(f"{figures}{time.monotonic() - began:.0f} s; {files} {verb} in {out}")
 
 
-def _parsed(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, Any, Any]:
-    default = parts["config"]
+def _parsed(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
+    """What ``argv`` makes of the parts; their names are titles of the help, in this order."""
+    default = parts["method"]
     types = [(name, tyro.conf.OmitArgPrefixes[type(part)]) for name, part in parts.items()]  # type: ignore[misc]  # made here
     command = make_dataclass("Command", types)
     command.__doc__ = f"{default.about}.\n\n{_description(default)}"
     config = (tyro.conf.FlagCreatePairsOff,)
     found = tyro.cli(command, args=argv, prog=f"pydistill {words}", default=command(**parts), config=config)
-    return found.config, found.inputs, found.place
+    return tuple(getattr(found, name) for name in parts)
 
 
 def _description(default: Method) -> str:
@@ -207,11 +211,11 @@ def _how_to_go_on(words: str, run: Run) -> str:
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """The last value of ``flag`` in ``argv``, before the actual parsing."""
+    """The last value of ``flag`` in ``argv``, before the actual parsing, which refuses a flag without one."""
     found = None
     for i, part in enumerate(argv):
         if part.startswith(f"{flag}="):
             found = part.removeprefix(f"{flag}=")
-        elif part == flag and i + 1 < len(argv):
+        elif part == flag and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
             found = argv[i + 1]
     return found

@@ -10,11 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pydistill.labels.soft_labels import SoftLabels
 from pydistill.labels.store import SoftLabelStore
 
 __all__ = ["SoftLabelDataset", "StoredBatches", "collate_soft_labels"]
+
+
+class _Batch(tuple):
+    """Images and labels that are collated already."""
 
 
 class SoftLabelDataset(Dataset):
@@ -23,15 +28,16 @@ class SoftLabelDataset(Dataset):
     ::
 
         data = SoftLabelDataset(images, store)
-        loader = DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels, num_workers=2)
+        loader = DataLoader(data, batch_sampler=StoredBatches(data), num_workers=2)
         for epoch in range(epochs):
             data.set_epoch(epoch)
             for images, labels in loader:
                 images = multi_crop(images, labels.crops(), 224)
                 loss = labels.loss(student(images))
 
-    Workers may be forked, spawned and persistent: the epoch is in shared memory. Call `set_epoch` between iterations
-    of the loader, not during one; `SoftLabels` says which epoch it is of.
+    A loader needs no ``collate_fn``, and may shuffle and drop the last batch where images were not mixed (see
+    `StoredBatches`). Workers may be forked, spawned and persistent: the epoch is in shared memory. Call `set_epoch`
+    between iterations of the loader, not during one; `SoftLabels` says which epoch it is of.
 
     Args:
         images: a tensor ``[num_images, ...]``, or a map-style data set whose items are an image, or a tuple that
@@ -76,14 +82,14 @@ class SoftLabelDataset(Dataset):
         """The image and a `SoftLabels` of one row."""
         return None if self.images is None else self.images[index], self._read([index])
 
-    def __getitems__(self, indices: list[int]) -> tuple[Any, SoftLabels]:
-        """A whole batch, which torch's loader asks for if available."""
+    def __getitems__(self, indices: list[int]) -> list[_Batch]:
+        """A whole batch in a list of one, which torch's loader asks for if available and gives to its collate_fn."""
         labels = self._read(indices)
         if self.images is None:
-            return None, labels
+            return [_Batch((None, labels))]
         if isinstance(self.images, Tensor):
-            return self.images[labels.images], labels
-        return default_collate([self.images[index] for index in indices]), labels
+            return [_Batch((self.images[labels.images], labels))]
+        return [_Batch((default_collate([self.images[index] for index in indices]), labels))]
 
     def _read(self, indices: list[int]) -> SoftLabels:
         epoch, images = self.epoch, np.asarray(indices)
@@ -91,13 +97,27 @@ class SoftLabelDataset(Dataset):
         return replace(self.store.read(epoch, images), places=places)
 
 
-def collate_soft_labels(batch: tuple[Any, SoftLabels] | list[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:
-    """The ``collate_fn`` of a loader over a `SoftLabelDataset`: the images and their joint `SoftLabels`."""
-    if isinstance(batch, tuple):
-        return batch
+def collate_soft_labels(batch: Sequence[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:
+    """A ``collate_fn`` for items of a `SoftLabelDataset`: the images and their joint `SoftLabels`.
+
+    A loader's own does the same, unless items have no images and are taken one by one.
+    """
+    if isinstance(batch[0], _Batch):
+        return batch[0][0], batch[0][1]
     images, labels = zip(*batch, strict=True)
-    parts = {name: torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows", "places")}
-    return None if images[0] is None else default_collate(list(images)), replace(labels[0], **parts)
+    return None if images[0] is None else default_collate(list(images)), _joint(labels)
+
+
+def _joint(labels: Sequence[SoftLabels], **_: Any) -> SoftLabels:
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows", "places")
+    }
+    return replace(labels[0], **parts)
+
+
+# torch's own collate_fn looks types up there
+default_collate_fn_map[_Batch] = lambda batch, **_: collate_soft_labels(batch)
+default_collate_fn_map[SoftLabels] = _joint
 
 
 class StoredBatches(Sampler[list[int]]):

@@ -8,6 +8,7 @@ that starts at the embeddings of the classes' names, all fitted to weak teachers
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._renamed import renamed
 from pydistill.data import read_safetensors, write_safetensors
 from pydistill.labels.lora import add_lora, lora_logits
 
@@ -33,11 +35,11 @@ class Projector(nn.Module):
     Args:
         encoder: images to features ``[B, d]``; copied, and frozen except for the factors.
         class_embeddings: ``[C, d]``, of the classes' names by CLIP's text tower, or anything else that points towards
-            the class; rows are normalised and multiplied by ``temperature``.
+            the class; rows are normalised and multiplied by ``T``.
         rank: of the encoder's factors; 0: none.
         head_rank: of the head's factors.
         teachers: M.
-        temperature: length of the head's rows. Features are normalised too, so initially logits are at most this.
+        T: length of the head's rows. Features are normalised too, so initially logits are at most this.
 
     Raises:
         ValueError: embeddings that are not a matrix or not finite, a rank or a count that is too small.
@@ -45,6 +47,7 @@ class Projector(nn.Module):
 
     W: Tensor
 
+    @renamed(temperature="T")
     def __init__(
         self,
         encoder: nn.Module,
@@ -53,7 +56,7 @@ class Projector(nn.Module):
         rank: int = 8,
         head_rank: int = 128,
         teachers: int = 1,
-        temperature: float = 10.0,
+        T: float = 10.0,
     ):
         super().__init__()
         if class_embeddings.dim() != 2 or not class_embeddings.isfinite().all():
@@ -61,12 +64,12 @@ class Projector(nn.Module):
         for name, value, least in (("rank", rank, 0), ("head_rank", head_rank, 1), ("teachers", teachers, 1)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if temperature <= 0:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        self.config = {"rank": rank, "head_rank": head_rank, "teachers": teachers, "temperature": temperature}
+        if not 0 < T < math.inf:
+            raise ValueError(f"T: expected a positive finite number, got {T}")
+        self.config = {"rank": rank, "head_rank": head_rank, "teachers": teachers, "temperature": T}
         self.encoder = add_lora(encoder, rank) if rank else copy.deepcopy(encoder).requires_grad_(False).eval()
         C, d = class_embeddings.shape
-        self.register_buffer("W", temperature * F.normalize(class_embeddings.detach(), dim=1))
+        self.register_buffer("W", T * F.normalize(class_embeddings.detach(), dim=1))
         self.A = nn.Parameter(
             torch.randn(teachers, head_rank, d, dtype=torch.float32, device="cpu").to(self.W) / d**0.5
         )
@@ -134,10 +137,10 @@ class Projector(nn.Module):
             ValueError: the file is damaged or of another kind, or its factors are of another encoder.
         """
         tensors, header = read_safetensors(path, _KIND)
-        names = ("rank", "head_rank", "teachers", "temperature")
+        names = {"rank": "rank", "head_rank": "head_rank", "teachers": "teachers", "T": "temperature"}
         parameter = next(encoder.parameters())
         W = tensors.pop("W").to(parameter)
-        found = cls(encoder, W, **{name: header["config"][name] for name in names})
+        found = cls(encoder, W, **{name: header["config"][kept] for name, kept in names.items()})
         found.W.copy_(W)
         own = found.factors()
         if own.keys() != tensors.keys() or any(own[name].shape != t.shape for name, t in tensors.items()):

@@ -53,7 +53,7 @@ def attention_match(
         norm: what each map is divided by: its "l2" or "l1" norm, or "none".
         axis: maps over "spatial" positions, over "channel"s, or "both", added up.
         num_classes: K. When None, it is one more than the largest label, which synchronises with the device once;
-            nothing else does.
+            nothing else does. ``torch.compile(fullgraph=True)`` needs it.
         reduction: "sum" over layers and classes, "mean" over the classes that the labels name (summed over layers), or
             "none": ``[layers, K]``, with both axes ``[2 * layers, K]``, spatial ones first.
         backend: see `pydistill.ops.attention_map`.

@@ -39,7 +39,7 @@ def class_mean_match(
         labels_real: int64 ``[B]`` class numbers.
         labels_syn: int64 ``[b]`` class numbers.
         num_classes: K. When None, it is one more than the largest label, which synchronises with the device once;
-            nothing else does.
+            nothing else does. ``torch.compile(fullgraph=True)`` needs it.
         reduction: "sum" over the classes, "mean" over those that the labels name, or "none".
         backend: "auto" or "reference": it is plain torch on every device.
 
@@ -115,6 +115,8 @@ def check_classes(labels_real: Tensor, labels_syn: Tensor, num_classes: int | No
     if not any(labels.numel() for labels in sides.values()):
         raise ValueError("labels_real, labels_syn: expected rows of at least one class, got none")
     if num_classes is None:
+        if torch.compiler.is_dynamo_compiling():  # whose fullgraph=True raises with these words
+            torch._dynamo.graph_break("num_classes: expected the number of classes in a whole graph, got None")
         num_classes = 1 + max(int(labels.max()) for labels in sides.values() if labels.numel())
         if num_classes < 1:
             raise ValueError(f"labels_real, labels_syn: expected class numbers of at least 0, got {num_classes - 1}")

@@ -111,7 +111,7 @@ def krr_loss(
 
     The gradients of those inputs that need one are computed along with the loss, slice by slice of the real rows:
     neither K_rs nor the predictions are ever whole. First derivatives only: ``create_graph=True`` and ``torch.func``
-    raise. Under ``torch.compile`` it stays outside the graph.
+    raise. Under ``torch.compile`` it stays outside the graph, so ``fullgraph=True`` raises.
 
     The system is factored in the dtype of the features (bfloat16, float16: in float32). Where that fails, or a squared
     pivot comes below ``n eps`` times the largest diagonal element (n rows, eps of the dtype), all is computed in
@@ -154,7 +154,10 @@ def krr_loss(
     plan = _Plan(form, float(lam), trace_detach, bias, scale, chunk or _REAL_ROWS, needs)
     found: list[KRRInfo] = []
     # not as a decorator, which would import the whole compiler with this module
-    apply = torch.compiler.disable(_apply) if torch.compiler.is_dynamo_compiling() else _apply
+    apply = _apply
+    if torch.compiler.is_dynamo_compiling():  # whose fullgraph=True raises with these words
+        torch._dynamo.graph_break("krr_loss: expected to stay outside the graph, got fullgraph=True")
+        apply = torch.compiler.disable(_apply)
     loss = apply(*inputs.values(), plan, found)
     return (loss, found[0]) if return_info else loss
 

@@ -14,7 +14,8 @@ from pydistill.data import Dataset
 from pydistill.methods.distilling import DistillInputs, DistillJob
 from pydistill.methods.method import Method, check_choices
 from pydistill.seeding import Stream, seeded_generator
-from pydistill.trajectory import Trajectories
+from pydistill.trajectory import FlatModule, Trajectories
+from pydistill.trajectory.students import choose_students
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,18 +33,25 @@ class Config(Method):
 
     inputs: ClassVar[type[DistillInputs]] = DistillInputs
     shared: ClassVar[bool] = True
-    free: ClassVar[tuple[str, ...]] = ("iterations", "root", "device", "checkpoint_every")
+    free: ClassVar[tuple[str, ...]] = ("iterations",)
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
     needs_experts: ClassVar[bool] = False
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts that may be zero
     student_lr: ClassVar[str] = ""  # field with the learning rate of students on the result, which must be positive
 
-    ipc: int = 1  # synthetic images per class
-    iterations: int = 5000  # outer steps
-    augment: str = field(default="", kw_only=True)  # differentiable siamese augmentation: operations joined by "_"
-    zca: bool = field(default=False, kw_only=True)  # distil ZCA-whitened images
-    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)  # of the students' convolutions
-    seed: int = field(default=0, kw_only=True)  # of all random draws
+    ipc: int = 1
+    """Synthetic images per class."""
+    iterations: int = 5000
+    """Outer steps."""
+    augment: str = field(default="", kw_only=True)
+    """Differentiable siamese augmentation of the students' batches: color, crop, cutout, flip, scale, rotate, joined
+    by _."""
+    zca: bool = field(default=False, kw_only=True)
+    """Distil ZCA-whitened images."""
+    precision: Literal["fp32", "tf32", "bf16"] = field(default="fp32", kw_only=True)
+    """Precision of the students' convolutions: fp32, bf16, or on a GPU tf32 (methods that train students)."""
+    seed: int = field(default=0, kw_only=True)
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -85,6 +93,10 @@ class Config(Method):
     def augmentation(self) -> DiffAugment | None:
         """The augmentation of the students' batches, here and when the result is tested."""
         return DiffAugment(self.augment) if self.augment else None
+
+    def check_precision(self, dataset: Dataset, net: nn.Module) -> None:
+        """ValueError if ``net`` cannot be run in this precision on the data set's device."""
+        choose_students("auto", FlatModule(net), dataset.train_images[:1], "hard", None, 0, self.precision)
 
     def check_start(self, dataset: Dataset, net: nn.Module) -> None:
         """ValueError for what does not fit, as far as can be seen before there are experts."""

@@ -50,13 +50,13 @@ class DistillInputs(DatasetInputs):
     """Blocks of the ConvNet: 3 for images of 28 or 32 pixels, 4 for 64."""
 
     experts: Path | None = None
-    """A file of pydistill experts to use, instead of training them in this run."""
+    """A file of pydistill experts to match, instead of training them in this run."""
     num_experts: int = 100
-    """Number of experts to train."""
+    """Number of experts to train, for methods that match trajectories."""
     train_epochs: int = 50
-    """Epochs of each expert."""
+    """Epochs of each expert, for methods that match trajectories."""
     lr_expert: float = 0.01
-    """Learning rate of the experts."""
+    """Learning rate of the experts, for methods that match trajectories."""
     batch_train: int = 256
     """Real images per SGD step, of experts and of students."""
 
@@ -120,6 +120,7 @@ class DistillJob(Job):
         self.title = self.dataset.name
         self.net = seeded_net(self.make_net, config.seed, device=device)
         self.dataset.sample(config.ipc)  # refuses more than there are
+        config.check_precision(self.dataset, self.net)
         config.check_start(self.dataset, self.net)
         self.experts = None if inputs.experts is None else self._ready_experts(Path(inputs.experts))
         self.state: State | None = None

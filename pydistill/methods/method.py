@@ -6,7 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -32,6 +32,7 @@ __all__ = [
     "device_of",
 ]
 
+HOW = ("root", "device", "checkpoint_every")
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 
 
@@ -110,7 +111,7 @@ class Method:
     inputs: ClassVar[type[Inputs]]
     resumable: ClassVar[bool] = True
     shared: ClassVar[bool] = False  # whether the ranks of torchrun share the work
-    free: ClassVar[tuple[str, ...]] = ()  # options that may differ when a run is resumed
+    free: ClassVar[tuple[str, ...]] = ()  # what of the result may differ when a run is resumed
     state_kind: ClassVar[str] = "training state"  # how the files of a training in progress describe themselves
 
     @classmethod
@@ -151,6 +152,18 @@ class Inputs:
             given["device"] = str(given["device"])
         return cls(**given)
 
+    def how(self) -> dict[str, Any]:
+        """How a run is done and not what it makes, as JSON values: kept with it, and free when it is resumed."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name in HOW}
+        return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in found.items()}
+
+    def resumed(self, kept: dict[str, Any]) -> Self:
+        """These inputs with the device and the folder of data of the run that is resumed, where none are given."""
+        found = {"device": kept.get("device") if self.device == "auto" else None}
+        if getattr(self, "root", "") is None:
+            found["root"] = kept.get("root") and Path(kept["root"])
+        return replace(self, **{name: value for name, value in found.items() if value is not None})
+
     def stored(self) -> dict[str, Any]:
         """The inputs as JSON values by their names in the files; without paths, which may change."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -190,8 +203,21 @@ def check_dataset(name: str, names: Any = DatasetName) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """The device by torch's name; "auto" is cuda if available."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device by torch's name; "auto" is cuda if available. `OptionError` for one that torch does not have here."""
+    kind = "cuda" if torch.cuda.is_available() else _accelerator()
+    if name == "auto":
+        return torch.device(kind if kind == "cuda" else "cpu")
+    count = torch.accelerator.device_count() if kind else 0
+    there = ["cpu", *([kind] if kind else []), *(f"{kind}:{number}" for number in range(count))]
+    if name not in there:
+        raise OptionError("device", f"expected auto or {' or '.join(there)}, which torch has here, got {name!r}")
+    return torch.device(name)
+
+
+def _accelerator() -> str | None:
+    """The kind of accelerator that torch was built for and finds."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None else found.type
 
 
 class Job:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pydistill.data import read_safetensors, write_atomic, write_safetensors
-from pydistill.methods.folder import Folder, append_line, as_json, kept_lines
-from pydistill.methods.method import Inputs, Job, Method, OptionError, device_of
+from pydistill.methods.folder import Folder, append_line, as_json, kept_lines, options_in
+from pydistill.methods.method import HOW, Inputs, Job, Method, OptionError, device_of
 from pydistill.methods.ranks import joined, wait_for_ranks, world
 
 __all__ = ["Interrupted", "Progress", "Run", "run"]
@@ -56,8 +56,9 @@ class Run:
     ):
         if resume and not method.resumable:
             raise OptionError("resume", f"expected none, {method.name} starts anew")
-        self.method, self.inputs, self.folder, self.resume = method, inputs, Path(out), resume
-        self.device, self.begun, self.first = device_of(inputs.device), resume, True
+        self.method, self.folder, self.resume = method, Path(out), resume
+        self.inputs = inputs.resumed(options_in(self.folder, method.name)) if resume else inputs
+        self.device, self.begun, self.first = device_of(self.inputs.device), resume, True
         self._on_progress, self._tell, self._stop = on_progress, tell, stop
 
     def go(self) -> Job:
@@ -71,10 +72,12 @@ class Run:
             raise ValueError(f"{self.method.name}: expected one process, whose work no others share, got {world()[1]}")
         resume = self.resume if self.method.resumable else None
         folder = Folder(self.folder, self.method.name, resume=resume, first=self.first)
-        folder.check_given(self._given(), self.method.free)  # before any other check
+        free = (*self.method.free, *HOW)
+        folder.check_given(self._given(), free)  # before any other check
         job = self.method.job(self.inputs, self.device)
         self._options = job.stored()
-        folder.check_same(self._options, self.method.free)
+        record = {**self._options, **self.inputs.how()}
+        folder.check_same(record, free)
         self.stop()
         with folder.held():
             self._done = {path: self._epoch(path) for path in sorted(self.folder.glob("*-state.safetensors"))}
@@ -84,7 +87,7 @@ class Run:
                 stands = lambda record: job.stands(self, record)  # noqa: E731
                 lines = {path: kept_lines(path, stands) for path in self.folder.glob("metrics*.jsonl")}
             # All checks have passed: from here on the folder holds a run that can be resumed.
-            folder.begin(self._options if self.method.resumable else None)
+            folder.begin(record if self.method.resumable else None)
             self.begun = self.method.resumable
             for path, kept in lines.items():
                 write_atomic(path, kept)
@@ -210,7 +213,8 @@ def run(
     Args:
         method: its hyper-parameters, such as ``HeLlO.preset("digits")``.
         out: the folder, new or empty; with ``resume`` that of the run.
-        resume: continue the run in ``out``, whose options are the same.
+        resume: continue the run in ``out``, whose options are the same; ``device`` and ``root`` may be others, and are
+            the run's if not given.
         on_progress: called with a `Progress` as the work proceeds.
         tell: called now and then with a line of text.
         stop: called after each step; once it returns True, the run writes a checkpoint and raises `Interrupted`.

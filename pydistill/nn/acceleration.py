@@ -61,6 +61,9 @@ def accelerate(module: nn.Module) -> nn.Module:
     such a block runs in channels-last on the CPU and gives its output in NCHW. Parameters stay the same objects under
     the same ``state_dict`` keys in the same order; outputs and gradients are the same up to rounding.
 
+    What has the operators already stays as it is: networks that went through here before, and `pydistill.nn.ConvNet`
+    with instance norm, which makes itself of them.
+
     Left alone are layers and Sequentials that are no longer torch's own (subclasses with another forward, methods set
     on an instance, compiled ones), and Sequentials that a method of ``module`` or of its parts takes apart (loops over,
     indexes), since it would see different values between the layers. So would code outside ``module`` that does that:
@@ -86,9 +89,13 @@ def accelerate(module: nn.Module) -> nn.Module:
         else:
             stretches.append((layers, _blocks(layers)))
     if not any(blocks for _, blocks in stretches):
+        if any(isinstance(layer, InstanceNormReLUAvgPool) for layer in module.modules()):
+            return module
+        norms = dict.fromkeys(repr(layer) for layer in module.modules() if "Norm" in type(layer).__name__)
+        more = [f"its norms are {', '.join(norms)}" if norms else "it has no norms", *left]
         raise ValueError(
             "module: found no GroupNorm(C, C) in an nn.Sequential to replace; expected a ConvNet of blocks "
-            "Conv2d, GroupNorm(C, C), ReLU, AvgPool2d(2)" + "".join(f"; {why}" for why in left)
+            f"Conv2d, GroupNorm(C, C), ReLU, AvgPool2d(2); {'; '.join(more)}"
         )
     for layers, blocks in stretches:
         _replace(layers, blocks)

@@ -41,6 +41,11 @@ class _KeepingConv2d(nn.Conv2d):
         return {k: v for k, v in self.__dict__.items() if k != "_made"}  # large, and quickly recomputed
 
 
+def _is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on and rounds this tensor for a convolution: float64 stays as it is."""
+    return torch.is_autocast_enabled("cpu") and tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
 class FrozenConv2d(_KeepingConv2d):
     """An ``nn.Conv2d`` of constant weights on `pydistill.ops.frozen_conv2d`.
 
@@ -69,10 +74,11 @@ class FrozenConv2d(_KeepingConv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        weight, halved = self.weight.dtype, _is_cast(x) and _is_cast(self.weight)
+        if not halved and x.dtype != weight:
+            raise ValueError(f"x: expected {weight} as the weight, got {x.dtype}")
+        if halved:
             x = x.to(torch.get_autocast_dtype("cpu"))
-        elif not torch.is_autocast_enabled("cpu") and x.dtype != self.weight.dtype:
-            raise ValueError(f"x: expected {self.weight.dtype} as the weight, got {x.dtype}")
         y = frozen_conv2d(x, self.filters(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
@@ -82,7 +88,7 @@ class _OtherConv2d(_KeepingConv2d):
     in half precision, torch's takes many times as long as in float32, which is then used between the two roundings."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or not (_is_cast(x) and _is_cast(self.weight)):
             return super().forward(x)
         half = torch.get_autocast_dtype("cpu")
         if not _has_convolution(half):

@@ -79,3 +79,20 @@ def test_a_full_disk_is_an_error_in_a_line(capsys, monkeypatch):
             full.close()
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "pydistill: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("words", sorted(c.words for group in COMMANDS.values() for c in group if c.words != "bench"))
+def test_each_option_has_a_text_that_stands_alone(capsys, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    shown = capsys.readouterr().out
+    options = [i for i, line in enumerate(shown.splitlines()) if re.match("[│ ] --[a-z]", line)]
+    lines = [line.strip("│ ") for line in shown.splitlines()]
+    assert options
+    for i in options:
+        text = [*re.split(" {2,}", lines[i], maxsplit=1), lines[i + 1]][1]
+        assert text[0].isupper() or text.startswith(("replay_buffer_", "package.module", "convnet")), lines[i]
+        assert not text.startswith(("Its ", "Their ")), lines[i]
+    titles = re.findall("(run|folder|method) options", shown)
+    assert titles in ([], ["run", "folder", "method"])

@@ -66,6 +66,28 @@ def test_other_data_sets_and_samplers_serve_as_well(store):
     assert (int(number), len(label), label.images.tolist()) == (3, 1, [3])
 
 
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+@pytest.mark.parametrize("images", [IMAGES, list(IMAGES), None], ids=["tensor", "list", "none"])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_plain_loader_needs_no_collate_fn(store, images, drop_last, workers):
+    data = SoftLabelDataset(images, store)
+    loader = DataLoader(data, batch_size=4, shuffle=True, drop_last=drop_last, **workers)
+    for epoch in (1, 0):
+        data.set_epoch(epoch)
+        seen = []
+        for found, labels in loader:
+            assert torch.equal(labels.rows, store.read(epoch, labels.images.numpy()).rows)
+            assert found is None if images is None else torch.equal(found, IMAGES[labels.images])
+            seen += labels.images.tolist()
+        assert len(seen) == len(set(seen)) == (N // 4 * 4 if drop_last else N)
+
+
+def test_items_one_by_one_need_none_either(store):
+    data = PerItem(IMAGES, store)
+    for images, labels in DataLoader(data, batch_size=4):
+        assert torch.equal(images, IMAGES[labels.images])
+
+
 @pytest.mark.parametrize("kind", [SoftLabelDataset, PerItem])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_labels_come_without_images_too(store, kind, workers):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pydistill.matching import check_classes, class_mean_match, class_means
+from pydistill.matching import attention_match, check_classes, class_mean_match, class_means
 from tests.repeats import check_from_run_to_run
 
 REAL = torch.tensor([2, 0, 0, 3, 2, 2, 0, 2])  # class 1 has no rows on either side
@@ -73,6 +73,17 @@ def test_where_labels_are_not_looked_at_a_missing_class_is_nan():
     found = torch.func.vmap(loss)(torch.stack([SYN, lacking]))
     torch.testing.assert_close(found[0], literal(f_real, f_syn).sum())
     assert found[1].isnan()
+
+
+@pytest.mark.parametrize("loss", [class_mean_match, lambda x, y, *labels: attention_match([x], [y], *labels)])
+def test_a_whole_graph_asks_for_the_number_of_classes(loss):
+    side = [4, 4] if loss is not class_mean_match else []
+    inputs = torch.randn(6, 5, *side), torch.randn(4, 5, *side), torch.arange(6) % 2, torch.arange(4) % 2
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="num_classes: expected the number of classes in a whole graph, got None"):
+        torch.compile(loss, fullgraph=True, backend="eager")(*inputs)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(loss, backend="eager")(*inputs), loss(*inputs))
 
 
 def test_func_and_compile():

@@ -173,6 +173,9 @@ def test_under_compile_it_stays_outside_the_graph():
     compiled = with_gradients(torch.compile(twice, backend="aot_eager"), inputs)
     for value, truth in zip(compiled, with_gradients(twice, inputs), strict=True):
         torch.testing.assert_close(value, truth)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="krr_loss: expected to stay outside the graph, got fullgraph=True"):
+        torch.compile(twice, fullgraph=True, backend="aot_eager")(*inputs)
 
 
 def test_strided_inputs_and_equal_bits_from_run_to_run():

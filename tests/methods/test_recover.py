@@ -238,7 +238,7 @@ def test_recovery_refuses_what_does_not_fit(teacher, data, tmp_path):
     ("options", "message"),
     [
         ({"ipc": 0}, "ipc: expected at least 1, got 0"),
-        ({"crop": 1.5}, "crop: expected at most 1, got 1.5"),
+        ({"crop": 1.5}, "crop: expected a share above 0 and at most 1, got 1.5"),
         ({"lr": math.nan}, "lr: expected a finite number of at least 0, got nan"),
     ],
 )

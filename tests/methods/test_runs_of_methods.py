@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from pydistill.cli import main
 from pydistill.methods import (
     DM,
     DQ,
+    KRRST,
     METHODS,
     UNIP,
     HeLlO,
@@ -67,6 +68,31 @@ def test_a_data_set_without_presets_is_refused_and_has_the_defaults(method):
     with pytest.raises(ValueError, match=rf"preset: expected {method.name}'s for one of digits, .*, got 'svhn'"):
         method.preset("svhn", **ipc)
     assert method.nearest_preset("svhn", **ipc) == method(**ipc)
+
+
+@pytest.mark.parametrize("method", [TINY_UNIP, HeLlO(ipc=1), KRRST(), Squeeze(), DM(ipc=1)], ids=lambda m: m.name)
+def test_a_resumed_run_has_the_device_and_the_folder_of_data(tmp_path, method):
+    """Where none are given; others may be given."""
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+
+    class Stopped(type(method)):
+        def job(self, inputs, device):
+            seen.append((inputs.root, str(device), inputs.device))
+            job = super().job(replace(inputs, root=None), device)
+            job.phases = lambda: (lambda run: run.stop(),)
+            return job
+
+    seen, calls = [], iter(range(10))
+    stopped = Stopped(**{f.name: getattr(method, f.name) for f in fields(method)})
+    options = {"out": tmp_path / "run", "stop": lambda: next(calls) % 2 == 1}  # asked before and in the phase
+    given = {"root": folder, "device": "cpu"}
+    for resume, more in ((False, given), (True, {}), (True, {"root": elsewhere}), (True, {})):
+        with pytest.raises(Interrupted):
+            run(stopped, **options, resume=resume, **more)
+    assert seen == [(folder, "cpu", "cpu")] * 2 + [(elsewhere, "cpu", "cpu")] * 2
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["root"], kept["device"]) == (str(elsewhere), "cpu")
 
 
 def test_a_run_leaves_what_the_command_leaves(tmp_path):

@@ -109,6 +109,30 @@ def test_autocast_casts_as_torch_does():
     torch.testing.assert_close(found.float(), truth.float(), rtol=2e-2, atol=2e-2)
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("weight", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [(32, 32, 3, 1, 1), (32, 32, 3, 2, 1), (3, 32, 7, 2, 3), (8, 8, 3, 1, 1)])
+def test_dtypes_under_autocast_are_the_plain_module_s(weight, layer):
+    """Autocast casts every input but float64, to its own dtype; what does not fit the weight is refused."""
+    net = nn.Conv2d(*layer).to(weight).requires_grad_(False)
+    frozen = freeze(net)
+    for half in (torch.bfloat16, torch.float16):
+        for given in DTYPES:
+            x = torch.randn(1, layer[0], 8, 8, dtype=given)
+            with torch.autocast("cpu", half):
+                if (given == torch.float64) != (weight == torch.float64):
+                    with pytest.raises((ValueError, RuntimeError)):
+                        net(x)
+                    with pytest.raises((ValueError, RuntimeError)):
+                        frozen(x)
+                    continue
+                found, truth = frozen(x), net(x)
+            assert found.dtype == truth.dtype, (half, given)
+            torch.testing.assert_close(found.float(), truth.float(), rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_library", [True, False])
 def test_other_convolutions_under_autocast(dtype, with_library, monkeypatch):

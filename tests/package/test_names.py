@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import pydistill
 from pydistill import matching
-from pydistill.labels import SoftLabelStore
+from pydistill.labels import Projector, SoftLabelStore
 from pydistill.methods.networks.unip import distill_attention
 
 X, HARD = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
@@ -117,3 +118,12 @@ def test_no_function_hides_its_module():
             continue
         importlib.import_module(found.name)
         assert isinstance(getattr(importlib.import_module(package), name), ModuleType), found.name
+
+
+def test_the_projectors_temperature():
+    encoder, rows = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.randn(2, 3)
+    with pytest.warns(DeprecationWarning, match=r"the argument temperature is called T now"):
+        old = Projector(encoder, rows, temperature=4.0)
+    torch.testing.assert_close(old.W, Projector(encoder, rows, T=4.0).W)
+    with pytest.raises(ValueError, match="T: expected a positive finite number, got 0"):
+        Projector(encoder, rows, T=0)

@@ -89,9 +89,22 @@ def test_accelerate_takes_partial_blocks_and_leaves_others():
     torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("act", ["relu", "leakyrelu"])
+def test_accelerate_leaves_what_has_the_operators_already(act):
+    net = ConvNet(3, 4, width=8, depth=2, image_size=8, act=act)
+    before = [type(m) for m in net.modules()]
+    assert accelerate(accelerate(net)) is net
+    assert [type(m) for m in net.modules()] == before
+    theirs = TheirConvNet()
+    before = [type(m) for m in accelerate(theirs).modules()]
+    assert [type(m) for m in accelerate(theirs).modules()] == before
+
+
 def test_accelerate_refuses():
-    with pytest.raises(ValueError, match=r"found no GroupNorm\(C, C\)"):
+    with pytest.raises(ValueError, match=r"found no GroupNorm\(C, C\).*it has no norms"):
         accelerate(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match=r"found no GroupNorm\(C, C\).*its norms are BatchNorm2d\(8, "):
+        accelerate(ConvNet(3, 4, width=8, depth=2, image_size=8, norm="batch"))
     with pytest.raises(TypeError, match=r"module: expected an nn\.Module, got int"):
         accelerate(3)
     hooked = TheirConvNet()

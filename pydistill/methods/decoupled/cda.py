@@ -22,6 +22,7 @@ class CDA(Recover):
     name: ClassVar[str] = "cda"
     about: ClassVar[str] = "SRe2L with crops that begin with the whole image"
     paper: ClassVar[str] = "Yin and Shen, 2023"
+    shares: ClassVar[tuple[str, ...]] = ("crop", "milestone")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"iterations": 200, "jitter": 2, "crop": 0.5, "flip": 0.0},
         "fashion-mnist": {"iterations": 300, "jitter": 2, "crop": 0.25},
@@ -36,9 +37,9 @@ class CDA(Recover):
     flip: float = 0.5
     """Probability of mirroring a batch."""
     schedule: Literal["step", "linear", "cosine"] = "cosine"
-    """How the least share falls."""
+    """How the least share of the area that a crop shows falls from 1 to crop."""
     milestone: float = 1.0
-    """The share of the iterations in which it falls."""
+    """The share of the iterations in which the least share of a crop falls."""
 
     def lowest_crop(self, iteration: int) -> float:
         return crop_schedule(self.schedule, iteration, self.iterations, self.milestone, self.crop)

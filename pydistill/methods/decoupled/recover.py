@@ -32,6 +32,7 @@ from pydistill.methods.method import Inputs, Job, Method, OptionError, check_num
 from pydistill.methods.picture import write_picture
 from pydistill.methods.training import half_cosine
 from pydistill.nn import BNStatMatcher, freeze
+from pydistill.ops.multi_crop import MAX_SIZE
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.select import representatives
 
@@ -76,6 +77,7 @@ class Recover(Method):
     inputs: ClassVar[type[Inputs]] = RecoverInputs
     shared: ClassVar[bool] = True
     starts_real: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ("crop",)
     start = "random"  # no field, except in methods that start from real images
 
     ipc: int = 10
@@ -89,9 +91,9 @@ class Recover(Method):
     r_bn: float = 0.01
     """Weight of the BatchNorm statistics."""
     first: float = 10.0
-    """Factor on their weight in the first layer."""
+    """Factor on the weight of the BatchNorm statistics in the first layer."""
     r_var: float = 1.0
-    """Weight of the variances in them."""
+    """Weight of the variances among the BatchNorm statistics, where means have 1."""
     crop: float = 1.0
     """The least share of the area that a crop shows, one crop for the whole batch; 1: no crops."""
     flip: float = 0.0
@@ -107,9 +109,13 @@ class Recover(Method):
     def __post_init__(self) -> None:
         numbers = [f.name for f in fields(self) if type(getattr(self, f.name)) in (int, float)]
         check_numbers(self, **dict.fromkeys(numbers, 0) | {"ipc": 1, "batch_size": 1})
-        for name in ("crop", "flip"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}: expected at most 1, got {getattr(self, name)}")
+        if self.flip > 1:
+            raise ValueError(f"flip: expected at most 1, got {self.flip}")
+        for name in self.shares:
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share above 0 and at most 1, got {getattr(self, name)}")
+        if self.jitter > MAX_SIZE:
+            raise ValueError(f"jitter: expected at most {MAX_SIZE} pixels, got {self.jitter}")
 
     def per_class(self, num_classes: int, num_teachers: int) -> tuple[int, int]:
         """How many images of a class are made, and from how many real ones where the method starts from those."""

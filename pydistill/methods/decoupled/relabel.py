@@ -71,11 +71,11 @@ class Relabel(Method):
     mix: Literal["cutmix", "mixup", "none"] = "cutmix"
     """How an image is mixed with another of its batch."""
     alpha: float = 1.0
-    """The share of each is drawn from Beta(alpha, alpha)."""
+    """The share of each of two mixed images is drawn from Beta(alpha, alpha)."""
     static: bool = False
     """Mix labels of the whole images (INFER) instead of running the teachers on each view."""
     temperature: float = 20.0
-    """T, by which the student's and the teachers' logits are divided."""
+    """Temperature T, by which the student's and the teachers' logits are divided."""
     format: Literal["fp32", "fp16", "bf16", "logits8", "features8", "topk", "topk8"] = "fp16"
     """How a label is stored: all logits in 32, 16 or 8 bits, the teachers' features in 8 bits and their last layers
     once, or the largest k probabilities; the error of the student's gradients is measured and shown."""

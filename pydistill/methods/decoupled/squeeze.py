@@ -309,7 +309,11 @@ def squeeze(
     side = dataset.image_size
     crop = MultiCrop(side, scale=(config.crop, 1.0), flip=config.flip)
     optimizer = torch.optim.SGD(
-        teacher.net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+        teacher.net.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
     )
 
     def batches(epoch: int) -> Iterator[tuple[int, Any]]:
@@ -364,6 +368,8 @@ class SqueezeJob(Job):
 
     def __init__(self, config: Squeeze, inputs: SqueezeInputs, device: torch.device):
         self.config, self.inputs, self.results = config, inputs, {}
+        if inputs.weights is None and inputs.weights_key is not None:
+            raise OptionError("weights_key", f"expected with --weights only, got {inputs.weights_key!r}")
         imagenet = inputs.weights is not None and inputs.dataset == "imagenet-1k"
         self.data = None if imagenet else load_images(inputs.dataset, inputs.root, inputs.image_size).to(device)
         if inputs.weights is not None:

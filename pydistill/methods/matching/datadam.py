@@ -41,14 +41,22 @@ class DataDAM(DM):
     }
     axis: ClassVar[Literal["spatial", "both"]] = "spatial"  # of the attention
 
-    iterations: int = 8000  # networks
-    batch_real: int = 128  # real images of each class, or all there are
-    power: float = 4.0  # of the attention: p
-    norm: Literal["l2", "l1", "none"] = "l2"  # what a map is divided by
-    last_layer: bool = False  # match the last activation's attention, too
-    scale: float = 100.0  # weight of the attention
-    task_balance: float = 0.01  # times scale: weight of the mean embeddings
-    net_norm: Literal["instance", "batch"] = "instance"  # of the networks
+    iterations: int = 8000
+    """Iterations, each with a new network."""
+    batch_real: int = 128
+    """Real images of each class in an iteration, or all there are if fewer."""
+    power: float = 4.0
+    """Power p of the activations in the attention maps."""
+    norm: Literal["l2", "l1", "none"] = "l2"
+    """The norm that an attention map is divided by."""
+    last_layer: bool = False
+    """Match the last activation's attention, too."""
+    scale: float = 100.0
+    """Weight of the attention's distance."""
+    task_balance: float = 0.01
+    """Weight of the mean embeddings' distance, multiplied by scale."""
+    net_norm: Literal["instance", "batch"] = "instance"
+    """Normalisation of the networks that are drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

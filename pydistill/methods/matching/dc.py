@@ -55,16 +55,26 @@ class DC(ClassPairs):
         "tiny-imagenet": rows(),
     }
 
-    iterations: int = 1000  # networks
-    outer_loop: int = 1  # times that the images of every class are moved in an iteration
-    inner_loop: int = 1  # epochs on the synthetic images after each of these
-    batch_real: int = 256  # real images of each class, or all there are
-    batch_syn: int = 256  # synthetic images in a step of the network
-    lr_img: float = 0.1  # outer learning rate of the images
-    momentum: float = 0.5  # of their update, and of the network's
-    lr_net: float = 0.01  # of the network; of students on the result, too
-    start: Literal["noise", "real"] = "noise"  # what the synthetic images are at first
-    distance: Literal["row_cos", "cos", "mse"] = "row_cos"  # of two gradients: `gradient_match`'s kind
+    iterations: int = 1000
+    """Iterations, each with a new network."""
+    outer_loop: int = 1
+    """Times that the images of every class are moved in an iteration."""
+    inner_loop: int = 1
+    """Epochs of the network on the synthetic images after each move of the images."""
+    batch_real: int = 256
+    """Real images of each class in an iteration, or all there are if fewer."""
+    batch_syn: int = 256
+    """Synthetic images in a step of the network."""
+    lr_img: float = 0.1
+    """Outer learning rate of the images."""
+    momentum: float = 0.5
+    """Momentum of the images' update, and of the network's."""
+    lr_net: float = 0.01
+    """Learning rate of the network, and of students on the result."""
+    start: Literal["noise", "real"] = "noise"
+    """What the synthetic images are at first: noise, or real images."""
+    distance: Literal["row_cos", "cos", "mse"] = "row_cos"
+    """Distance of two gradients: row_cos sums over the rows of each weight, cos and mse take all as one vector."""
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(state["images"])

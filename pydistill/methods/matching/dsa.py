@@ -26,5 +26,7 @@ class DSA(DC):
         "digits": {ipc: row | _DIGITS for ipc, row in DC.presets["digits"].items()},
     }
 
-    augment: str = field(default=PHOTOGRAPHS, kw_only=True)  # of a class's real and synthetic images alike
-    start: Literal["noise", "real"] = "real"  # what the synthetic images are at first
+    augment: str = field(default=PHOTOGRAPHS, kw_only=True)
+    """Differentiable siamese augmentation of a class's real and synthetic images alike: operations joined by _."""
+    start: Literal["noise", "real"] = "real"
+    """What the synthetic images are at first: noise, or real images."""

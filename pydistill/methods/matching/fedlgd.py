@@ -65,28 +65,46 @@ class FedLGD(Config):
         },
     }
 
-    clients: int = 5  # clients that the real images are spread over
-    split: Literal["dirichlet", "class"] = "dirichlet"  # how: shares of each class, or whole classes
-    alpha: float = 0.5  # of the Dirichlet distribution of the shares; small: more heterogeneous
-    local_steps: int = 100  # of a client's images, in a round
-    batch_real: int = 256  # real images of a class in each of them, at most
-    lr_local: float = 1.0  # of a client's images
-    pull: float = 0.1  # weight of the distance between a client's and the server's mean features
-    train_steps: int = 20  # of a client's model, in a round
-    lr_model: float = 0.01  # of its SGD, and of students on the result
-    regulariser: Literal["supcon", "mmd"] = "supcon"  # of local and server features, in a client's training
-    weight: float = 0.1  # of the regulariser
-    temperature: float = 0.07  # of supcon
-    restart: int | None = None  # rounds after which the global model is reset; None: never
-    server_steps: int = 500  # of the server's images, in a round
-    lr_server: float = 0.1  # of the server's images
-    momentum: float = 0.5  # of the images, within a round
+    clients: int = 5
+    """Clients that the real images are spread over."""
+    split: Literal["dirichlet", "class"] = "dirichlet"
+    """How real images are spread over the clients: shares of each class, or whole classes."""
+    alpha: float = 0.5
+    """Parameter of the Dirichlet distribution of the shares; the smaller, the more heterogeneous."""
+    local_steps: int = 100
+    """Steps of a client's images, in a round."""
+    batch_real: int = 256
+    """Real images of a class in a step of a client's images, at most."""
+    lr_local: float = 1.0
+    """Learning rate of a client's images."""
+    pull: float = 0.1
+    """Weight of the distance between a client's and the server's mean features."""
+    train_steps: int = 20
+    """Steps of a client's model, in a round."""
+    lr_model: float = 0.01
+    """Learning rate of SGD on a client's model, and of students on the result."""
+    regulariser: Literal["supcon", "mmd"] = "supcon"
+    """What holds local and server features together in a client's training."""
+    weight: float = 0.1
+    """Weight of the regulariser."""
+    temperature: float = 0.07
+    """Temperature of the regulariser supcon."""
+    restart: int | None = None
+    """Rounds after which the global model is reset; never by default."""
+    server_steps: int = 500
+    """Steps of the server's images, in a round."""
+    lr_server: float = 0.1
+    """Learning rate of the server's images."""
+    momentum: float = 0.5
+    """Momentum of the images' updates, within a round."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field, known in (("split", ("dirichlet", "class")), ("regulariser", ("supcon", "mmd"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
+        if self.precision != "fp32":
+            raise ValueError(f"precision: expected 'fp32', in which all models train, got {self.precision!r}")
         if not self.alpha > 0 or not self.temperature > 0:
             raise ValueError(f"alpha, temperature: expected positive numbers, got {self.alpha}, {self.temperature}")
 

@@ -32,11 +32,16 @@ class ClassPairs(Config):
 
     student_lr: ClassVar[str] = "lr_net"
 
-    batch_real: int = 256  # real images of each class, or all there are
-    lr_img: float = 1.0  # outer learning rate of the images
-    momentum: float = 0.5  # of their update
-    lr_net: float = 0.01  # of students on the result
-    start: Literal["noise", "real"] = "real"  # what the synthetic images are at first
+    batch_real: int = 256
+    """Real images of each class in an iteration, or all there are if fewer."""
+    lr_img: float = 1.0
+    """Outer learning rate of the images."""
+    momentum: float = 0.5
+    """Momentum of the images' update."""
+    lr_net: float = 0.01
+    """Learning rate of students on the result."""
+    start: Literal["noise", "real"] = "real"
+    """What the synthetic images are at first: noise, or real images."""
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
         if world()[1] > dataset.num_classes:

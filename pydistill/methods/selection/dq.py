@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill.data import Dataset, DistilledSet
+from pydistill.methods.method import check_numbers
 from pydistill.methods.selection.picking import Picking, class_members, embed
 from pydistill.nn.student import Student
 from pydistill.seeding import Stream, seeded_generator
@@ -59,6 +60,10 @@ class DQ(Picking):
     """Side of a patch in pixels."""
     fill: Literal["mean", "bilinear"] = "bilinear"
     """How dropped patches are filled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, lam=0)
 
     def pick(self, dataset: Dataset, teacher: Student, **options: Any) -> DistilledSet:
         return quantize(self, dataset, teacher, **options)

@@ -66,9 +66,9 @@ class Picking(Method):
     teacher_epochs: int = field(default=50, kw_only=True)
     """Passes of the judging network over the training images."""
     teacher_lr: float = field(default=0.01, kw_only=True)
-    """Its learning rate."""
+    """Learning rate of the judging network."""
     teacher_batch: int = field(default=256, kw_only=True)
-    """Its images per step."""
+    """Images per step of the judging network."""
     augment: str = field(default="", kw_only=True)
     """Differentiable siamese augmentation of the students' batches, operations joined by _."""
     seed: int = field(default=0, kw_only=True)

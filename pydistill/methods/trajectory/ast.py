@@ -44,13 +44,20 @@ class AST(Matching):
         "cifar100": {1: _row(20, 3, 20, 1000.0, 1e-5, zca=True), 10: _row(20, 3, 25, 1000.0, 1e-5, zca=True)},
     }
 
-    student_momentum: float = 0.9  # of the students' SGD
-    match_between: bool = True  # match the expert's epochs on the way, too
-    balance_loss: bool = True  # weight the students' loss by where they start
-    perturb: float = 1.0  # how far students start from the expert, as a share of each weight
-    representative: bool = True  # start from the real images nearest to the centres of their class
-    gradient_penalty: float = 2.0  # of the experts; 0 omits it, so that experts can be trained at once
-    clip_norm: float | None = None  # largest norm of an expert's gradient
+    student_momentum: float = 0.9
+    """Momentum of the students' SGD."""
+    match_between: bool = True
+    """Match the expert's epochs on the way, too."""
+    balance_loss: bool = True
+    """Weight a student's loss by the epoch where it starts."""
+    perturb: float = 1.0
+    """How far students start from the expert, as a share of each weight."""
+    representative: bool = True
+    """Start from the real images nearest to the centres of their class."""
+    gradient_penalty: float = 2.0
+    """Weight of the penalty on the gradients of the experts; 0 omits it, so that experts can be trained at once."""
+    clip_norm: float | None = None
+    """Largest norm of an expert's gradient; no limit by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

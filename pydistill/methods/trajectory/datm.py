@@ -55,11 +55,16 @@ class DATM(Matching):
         },
     }
 
-    lr_label: float = 5.0  # outer learning rate of the labels' logits
-    momentum_label: float = 0.9  # of their update
-    threshold: float = 1.0  # segments with a larger loss are skipped
-    first_max_start_epoch: int | None = None  # max_start_epoch at the beginning; None: it does not grow
-    expansion: int = 1000  # iterations until it is reached
+    lr_label: float = 5.0
+    """Outer learning rate of the labels' logits."""
+    momentum_label: float = 0.9
+    """Momentum of the labels' outer update."""
+    threshold: float = 1.0
+    """Segments with a larger loss are skipped."""
+    first_max_start_epoch: int | None = None
+    """The value of max_start_epoch at the beginning, from where it grows; by default it does not grow."""
+    expansion: int = 1000
+    """Iterations until max_start_epoch has grown to its value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

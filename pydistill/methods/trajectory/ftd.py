@@ -46,9 +46,12 @@ class FTD(Matching):
         },
     }
 
-    ema_decay: float = 0.999  # of the average of the images
-    rho: float = 0.01  # GSAM's radius, of the experts
-    alpha: float = 0.4  # GSAM's weight of the component off the flat direction
+    ema_decay: float = 0.999
+    """Decay of the moving average of the images, which is the result."""
+    rho: float = 0.01
+    """Radius of GSAM, by which the experts are trained."""
+    alpha: float = 0.4
+    """GSAM's weight of the component off the flat direction, for the experts."""
 
     def expert_options(self, epochs: int) -> dict[str, Any]:
         return {"sharpness": GSAM(self.rho, self.alpha, adaptive=True)}

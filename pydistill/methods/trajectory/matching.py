@@ -65,18 +65,31 @@ class Matching(Config):
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed", "min_start_epoch")
     student_lr: ClassVar[str] = "lr_teacher"
 
-    syn_steps: int = 50  # inner steps on synthetic images
-    expert_epochs: int = 2  # how far ahead of the start the target lies
-    max_start_epoch: int = 2  # starts are drawn from epochs min_start_epoch .. max_start_epoch - 1
-    min_start_epoch: int = 0  # see max_start_epoch
-    batch_syn: int | None = None  # synthetic images per inner step, all of them by default
-    lr_img: float = 100.0  # outer learning rate of the images
-    lr_lr: float = 1e-7  # outer learning rate of the students' learning rate
-    lr_teacher: float = 0.01  # initial learning rate of students; it is kept at or above a hundredth of this
-    momentum: float = 0.5  # of both outer updates
-    student_momentum: float = 0.0  # of the students' SGD
-    segments: int = 1  # segments of experts in an outer step, whose gradients are averaged
-    mode: Literal["exact", "first_order", "full"] = "exact"  # how trajectory_match differentiates
+    syn_steps: int = 50
+    """Inner steps of a student on synthetic images."""
+    expert_epochs: int = 2
+    """Epochs of the expert that a student's steps are to cover: how far ahead of the start the target lies."""
+    max_start_epoch: int = 2
+    """A student starts at one of the expert's epochs from min_start_epoch to max_start_epoch - 1."""
+    min_start_epoch: int = 0
+    """The earliest of the expert's epochs at which a student starts."""
+    batch_syn: int | None = None
+    """Synthetic images per inner step, all of them by default."""
+    lr_img: float = 100.0
+    """Outer learning rate of the images."""
+    lr_lr: float = 1e-7
+    """Outer learning rate of the students' learning rate, which is learnt."""
+    lr_teacher: float = 0.01
+    """Initial learning rate of the students; what is learnt of it stays at a hundredth of this or above."""
+    momentum: float = 0.5
+    """Momentum of the outer updates, of the images and of the learning rate."""
+    student_momentum: float = 0.0
+    """Momentum of the students' SGD."""
+    segments: int = 1
+    """Students that follow a segment of an expert in an outer step; their gradients are averaged."""
+    mode: Literal["exact", "first_order", "full"] = "exact"
+    """How the gradient is taken: exact with little memory, first_order leaves out second derivatives, full keeps
+    every step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,19 +58,32 @@ class RaTBPTT(Config):
         "tiny-imagenet": {10: _row(100, 300, lr_img=3e-4, classes=50, learn_labels=True, batch_real=1000)},
     }
 
-    window: int = 60  # steps that are differentiated
-    total: int = 200  # most steps of a student; the window begins at one of the first total - window + 1
-    lr_inner: float = 1e-3  # of the students' Adam
-    lr_img: float = 1e-3  # of the images' Adam (and the labels')
-    batch_real: int = 5000  # real images that a student is tested on
-    batch_per_class: int = 1  # synthetic images of a class in each step
-    classes: int | None = None  # classes in each step, all by default
-    learn_labels: bool = False  # learn the labels, too
-    clip: float = 2.0  # largest gradient norm, relative to its moving average
-    clip_decay: float = 0.9  # of that average
-    start: Literal["noise", "real"] = "noise"  # what the synthetic images are at first
-    segments: int = 1  # students in an iteration, whose gradients are averaged
-    lr_eval: float = 0.01  # for SGD students on the result
+    window: int = 60
+    """Steps of a student's training that are differentiated."""
+    total: int = 200
+    """Most steps of a student; the window begins at one of the first total - window + 1."""
+    lr_inner: float = 1e-3
+    """Learning rate of the students' Adam."""
+    lr_img: float = 1e-3
+    """Outer learning rate of Adam on the images, and on the labels if they are learnt."""
+    batch_real: int = 5000
+    """Real images that a student is tested on in an iteration."""
+    batch_per_class: int = 1
+    """Synthetic images of a class in each step."""
+    classes: int | None = None
+    """Classes in each step, all by default."""
+    learn_labels: bool = False
+    """Learn the labels, too."""
+    clip: float = 2.0
+    """Largest norm of the images' gradient, relative to its moving average."""
+    clip_decay: float = 0.9
+    """Decay of the moving average of the gradient's norm."""
+    start: Literal["noise", "real"] = "noise"
+    """What the synthetic images are at first: noise, or real images."""
+    segments: int = 1
+    """Students in an iteration, whose gradients are averaged."""
+    lr_eval: float = 0.01
+    """Learning rate of SGD students on the result."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

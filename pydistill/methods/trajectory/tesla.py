@@ -33,9 +33,13 @@ class TESLA(Matching):
         "imagenet": {1: _row(10, 3, 10, 1e4, 1e-4, batch_syn=100, soft_labels=True)},
     }
 
-    mode: Literal["exact", "first_order", "full"] = "first_order"  # how trajectory_match differentiates
-    soft_labels: bool = False  # use the matched expert's probabilities, recomputed in each iteration
-    bug_compatible: bool = False  # halve the images' gradient, as the published code does
+    mode: Literal["exact", "first_order", "full"] = "first_order"
+    """How the gradient is taken: exact with little memory, first_order leaves out second derivatives, full keeps
+    every step."""
+    soft_labels: bool = False
+    """Use the matched expert's probabilities as labels, recomputed in each iteration."""
+    bug_compatible: bool = False
+    """Halve the images' gradient, as the published code does."""
 
     def segment(self, number: int, state: State, net: nn.Module, experts: Any) -> Segment:
         found = super().segment(number, state, net, experts)
