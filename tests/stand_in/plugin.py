@@ -1,0 +1,24 @@
+"""``pytest -p stand_in.plugin`` from the folder of the tests: the devices are there before anything else is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2]))  # last, so that pydistill is the installed one
+
+import torch
+
+from tests.stand_in import building, devices
+
+devices.load(building.devices_library())
+torch.ops.load_library(str(building.foreign_library()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _devices() -> Iterator[None]:
+    with devices.devices():
+        yield
