@@ -121,11 +121,7 @@ CASES: dict[str, tuple] = {
     "conv2d": (derivatives(lambda x, w: F.conv2d(x, w, padding=1)), X, W),
     "conv2d, dilated": (derivatives(lambda x, w: F.conv2d(x, w, dilation=2)), X, W),
     "conv2d, depthwise": (derivatives(lambda x, w: F.conv2d(x, w, groups=3)), X, seeded(3, 1, 3, 3)),
-    "conv2d, channels last": (
-        derivatives(lambda x, w: F.conv2d(x.contiguous(memory_format=torch.channels_last), w)),
-        X,
-        W,
-    ),
+    "conv2d, channels last": (lambda x, w: F.conv2d(x.contiguous(memory_format=torch.channels_last), w), X, W),
     "norms": (norms, X),
     "pools": (derivatives(lambda x: F.avg_pool2d(F.interpolate(x, scale_factor=2, mode="nearest"), 2)), X),
     "max pool": (lambda x: F.max_pool2d(x, 2), X),

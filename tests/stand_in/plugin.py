@@ -1,4 +1,4 @@
-"""``pytest -p stand_in.plugin`` from the folder of the tests: the devices are there before anything else is imported."""
+"""``pytest -p stand_in.plugin``, from the folder of the tests: the devices are there before anything is imported."""
 
 from __future__ import annotations
 
