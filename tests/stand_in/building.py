@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+SOURCES = REPOSITORY / "csrc"
 BUILT = REPOSITORY / "build" / "stand_in"  # not under version control
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
@@ -25,6 +26,18 @@ def devices_library() -> Path:
     folder = HERE / "device"
     # operator libraries look by this name for torch's CUDA part
     return _made("libstand_in.so", [folder / "stand_in.cpp"], folder.glob("*.h"), ["-Wl,-soname,libtorch_cuda.so"])
+
+
+def operators_library() -> Path:
+    """The package's CUDA operators: what nvcc compiles otherwise, on the host machine of ``cuda_vocabulary.h``."""
+    headers = (path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cuh"))
+    # the target as in CMakeLists.txt; as on a GPU, a product and a sum are one rounding only where a kernel says so
+    target = ("-ffp-contract=off", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    return _made("lib_C_cuda.so", cuda_sources(), headers, target)
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((SOURCES / "ops").glob("*_cuda.cu"))
 
 
 def foreign_library() -> Path:
@@ -45,7 +58,7 @@ def _made(name: str, sources: Sequence[Path], headers: Iterable[Path] = (), opti
             objects = [folder / f"{source.stem}.o" for source in sources]
             for source, made in zip(sources, objects, strict=True):
                 # .cu files as well, which nvcc compiles otherwise
-                _run("g++", *FLAGS, "-c", "-x", "c++", str(source), "-o", str(made))
+                _run("g++", *FLAGS, *options, "-c", "-x", "c++", str(source), "-o", str(made))
             unfinished = folder / "unfinished"
             _run("g++", "-shared", *map(str, objects), *LINKS, *options, "-o", str(unfinished))
             unfinished.rename(library)

@@ -1,7 +1,11 @@
-"""``pytest -p stand_in.plugin``, from the folder of the tests: the devices are there before anything is imported."""
+"""``pytest -p stand_in.plugin``, from the folder of the tests: the devices are there before anything is imported.
+
+PYDISTILL_KERNELS says which kernels of the package they have.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +16,11 @@ sys.path.append(str(Path(__file__).parents[2]))  # last, so that pydistill is th
 
 import torch
 
-from tests.stand_in import building, devices
+from tests.stand_in import building, devices, kernels
 
 devices.load(building.devices_library())
 torch.ops.load_library(str(building.foreign_library()))
+kernels.KERNELS[os.environ.get("PYDISTILL_KERNELS", "emulated")]()
 
 
 @pytest.fixture(autouse=True, scope="session")

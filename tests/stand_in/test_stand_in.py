@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,15 @@ parts = pytest.mark.parametrize("part", ["not exhaustive", pytest.param("exhaust
 
 
 @parts
-@pytest.mark.parametrize("file", ["values", "counts"])
-def test_on_devices(file: str, part: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "kernels"), [("values", "emulated"), ("counts", "emulated"), ("operators", "emulated")]
+)
+def test_on_devices(file: str, kernels: str, part: str) -> None:
     path = Path(__file__).with_name(f"on_devices_{file}.py")
     command = [sys.executable, "-m", "pytest", "-p", "stand_in.plugin", "-p", "no:cacheprovider", "-m", part, str(path)]
-    run = subprocess.run(command, cwd=path.parents[1], capture_output=True, text=True)
+    environment = os.environ | {"PYDISTILL_KERNELS": kernels}
+    if kernels == "emulated":
+        environment["TRITON_INTERPRET"] = "1"
+    run = subprocess.run(command, cwd=path.parents[1], env=environment, capture_output=True, text=True)
     nothing = "exhaustive" in part and run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
     assert run.returncode == 0 or nothing, run.stdout + run.stderr

@@ -69,6 +69,12 @@ void empty_cache() {
   for (Usage& used : usage) used.reserved = used.allocated;
 }
 
+// For what launches without asking for the stream.
+void launch(int64_t device) {
+  void* stream = nullptr;
+  aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream);
+}
+
 // Lets the kernel of the CPU answer for an operator, in place of one for the devices: quicker, and the same to whoever
 // asks about dispatch, devices and waits.
 void borrow(const std::string& name) {
@@ -93,6 +99,7 @@ TORCH_LIBRARY(stand_in, library) {
   library.def("memory(int device) -> int[]", &memory);
   library.def("reset_peak(int device) -> ()", &reset_peak);
   library.def("empty_cache() -> ()", &empty_cache);
+  library.def("launch(int device) -> ()", &launch);
   library.def("borrow(str name) -> ()", &borrow);
   library.def("default_generator(int device) -> Generator?",
               [](int64_t device) { return default_generator(static_cast<DeviceIndex>(device)); });
