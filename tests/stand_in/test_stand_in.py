@@ -18,10 +18,11 @@ pytestmark = pytest.mark.skipif(
 parts = pytest.mark.parametrize("part", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
 
 
+FILES = {"values": "emulated", "counts": "emulated", "operators": "emulated", "trajectory": "borrowed"}
+
+
 @parts
-@pytest.mark.parametrize(
-    ("file", "kernels"), [("values", "emulated"), ("counts", "emulated"), ("operators", "emulated")]
-)
+@pytest.mark.parametrize(("file", "kernels"), FILES.items(), ids=FILES)
 def test_on_devices(file: str, kernels: str, part: str) -> None:
     path = Path(__file__).with_name(f"on_devices_{file}.py")
     command = [sys.executable, "-m", "pytest", "-p", "stand_in.plugin", "-p", "no:cacheprovider", "-m", part, str(path)]
