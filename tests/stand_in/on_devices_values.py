@@ -182,6 +182,8 @@ def test_random_numbers_are_the_devices() -> None:
     given = torch.randn(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     assert all(map(torch.equal, first, again))
     assert torch.equal(given, torch.randn(3, device="cuda"))
+    assert not torch.equal(given.cpu(), torch.randn(3, generator=torch.Generator().manual_seed(1)))
+    assert torch.Generator("cuda").manual_seed(7).initial_seed() == 7
     assert torch.equal(state, torch.get_rng_state())
     other = torch.cuda.get_rng_state("cuda:1")
     torch.randn(3, device="cuda:1")
