@@ -71,7 +71,7 @@ class CUDAGraph:
         self._generators.append(generator)
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global", **_: Any) -> None:
-        torch.ops.stand_in.begin_capture()
+        torch.ops.stand_in.begin_capture(capture_error_mode == "global")
         self._register_generators(True)
         counts.captures += 1
         self._device = torch.cuda.current_device()

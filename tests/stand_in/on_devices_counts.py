@@ -5,6 +5,7 @@ Not collected by itself: `test_stand_in.py` runs this file in a process of its o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,25 @@ def test_what_is_illegal_while_a_graph_is_captured(function: Callable[[Tensor], 
     with pytest.raises(RuntimeError, match=message):
         captured(lambda: function(x))
     assert x.sum().item() == 3  # nothing is capturing any more
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("global", True), ("thread_local", False)])
+def test_captures_and_other_threads(mode: str, refused: bool) -> None:
+    x, found = torch.ones(3, device="cuda"), []
+
+    def other() -> None:
+        try:
+            found.append((x + torch.zeros(3, device="cuda")).tolist())
+        except RuntimeError as error:
+            found.append(str(error))
+
+    def step() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    captured(step, capture_error_mode=mode)
+    assert ("capturing" in found[0]) == refused
 
 
 def on_another_stream(x: Tensor, function: Callable[[Tensor], Tensor] = torch.neg) -> None:

@@ -40,6 +40,7 @@ ENCODER = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
 THETA, X, Y = FlatModule(NET).parameters(), randn(6, 3, 8, 8), torch.arange(6) % 4
 BIG, ROWS, SOFT = randn(4, 3, 16, 16), randn(20, 4), randn(6, 4)
 MIXED = augment.MultiCrop(8, mix="mixup").draw(BIG.shape, torch.Generator().manual_seed(1))
+AUGMENT = augment.DiffAugment("color_crop_cutout_flip_scale_rotate")
 CROPS = augment.MultiCrop(8, mix="cutmix", roll=2, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
@@ -116,7 +117,7 @@ CALLS: dict[str, Callable[[To], Any]] = {
     "mix_labels": lambda to: augment.mix_labels(to(Y[:4]), to(MIXED), 8, num_classes=4),
     "BNStatMatcher": matched,
     "freeze": convolved,
-    "accelerate": lambda to: differentiated(to, lambda x: accelerate(to(NET))(x)),
+    "accelerate": lambda to: differentiated(to, lambda x: accelerate(plain(to))(x)),
     "LoRALinear": lambda to: differentiated(to, lambda x: lora(to)(x), ROWS),
     "kmeans": lambda to: select.kmeans(to(ROWS), 3),
     "sample_scores": lambda to: list(select.sample_scores(to(SOFT), to(Y)).values()),
@@ -127,6 +128,11 @@ CALLS: dict[str, Callable[[To], Any]] = {
     "facility_location": lambda to: select.facility_location_greedy(to(ROWS), 3),
     "ZCA": lambda to: pydistill.whitening.ZCA.fit(to(BIG))(to(BIG)),
 }
+
+
+def plain(to: To) -> nn.Module:
+    torch.manual_seed(4)
+    return to(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4), nn.ReLU(), nn.AvgPool2d(2)))
 
 
 def lora(to: To) -> nn.Module:
@@ -142,7 +148,10 @@ CASES = [(name, device) for name in CALLS for device in ("cuda:0", "cuda:1")]
 
 
 @pytest.mark.parametrize(("name", "device"), sample(CASES, [c for i, c in enumerate(CASES) if i % 4 in (0, 3)]))
-def test_results_are_those_of_the_cpu(name: str, device: str) -> None:
+def test_results_are_those_of_the_cpu(name: str, device: str, request: pytest.FixtureRequest) -> None:
+    if name.startswith("class_gradients") and device == "cuda:1":
+        reason = "graphs are captured on the stream of another device"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     found = []
     for place in ("cpu", device):
         torch.manual_seed(0)
@@ -165,6 +174,19 @@ def test_stored_labels_are_decoded_for_the_device(format: str, tmp_path: Path) -
         want = labels.loss(student)
         got = labels.to("cuda").loss(student.cuda())
     assert torch.isclose(got.cpu(), want, rtol=1e-5)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="decoded to pageable memory; pin_memory does nothing")
+def test_pinned_labels_are_copied_without_waiting(tmp_path: Path) -> None:
+    options = {"num_images": 6, "num_classes": 10, "epochs": 1, "batch_size": 6}
+    student = randn(6, 10).cuda()
+    with SoftLabelStore.create(tmp_path / "labels.store", **options) as store:
+        store.write(0, torch.arange(6), randn(6, 10))
+    with SoftLabelStore.open(tmp_path / "labels.store") as store:
+        for _ in range(2):
+            with counts() as c:
+                store.read(0, torch.arange(6)).pin_memory().to("cuda").loss(student)
+    assert c.waits == [], c
 
 
 def test_evaluation(dataset: Dataset) -> None:

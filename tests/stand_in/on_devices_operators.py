@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pydistill import _library
 from pydistill.ops import (
     attention_map,
     attention_map_divergence,
@@ -228,3 +229,22 @@ def test_attention_maps_of_large_images() -> None:
     x = torch.zeros(1, device="cuda").expand(1, 128, 256, 256).requires_grad_()
     with triton_left_out():
         attention_map(x, 4.0, "both")[0].sum().backward()
+
+
+NO_TRITON = ("soft_cross_entropy, hard", "soft_cross_entropy, logits", "augment_images", "multi_crop")
+
+
+@pytest.mark.parametrize("why", ["built without", "AMD"])
+@pytest.mark.parametrize("name", USES)
+def test_machines_without_the_cuda_operators(
+    name: str, why: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if "cuda" in USES[name].backends and (why == "built without" or name in NO_TRITON):
+        reason = "auto takes CUDA's kernel, which is not there, or there is none of Triton's"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=NotImplementedError, reason=reason))
+    monkeypatch.setattr(_library, "_cuda_error", "pydistill was built without _C_cuda")
+    if why == "AMD":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    want = derivatives(USES[name], "cpu", torch.float32, "cpu")
+    for got, here in zip(derivatives(USES[name], "cuda:0", torch.float32, "auto"), want, strict=True):
+        torch.testing.assert_close(got.cpu(), here, rtol=1e-4, atol=1e-5)

@@ -27,3 +27,9 @@ kernels.KERNELS[os.environ.get("PYDISTILL_KERNELS", "emulated")]()
 def _devices() -> Iterator[None]:
     with devices.devices():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _captured_on_the_first_device_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps one stream for all captures that are given none, of the device that was current at the first."""
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", torch.cuda.Stream("cuda:0"))

@@ -18,7 +18,11 @@ pytestmark = pytest.mark.skipif(
 parts = pytest.mark.parametrize("part", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
 
 
-FILES = {"values": "emulated", "counts": "emulated", "operators": "emulated", "trajectory": "borrowed"}
+FILES = {
+    **dict.fromkeys(("values", "counts", "operators"), "emulated"),
+    # their subject is what is called, where and how often
+    **dict.fromkeys(("library", "trajectory", "waits", "methods"), "borrowed"),
+}
 
 
 @parts

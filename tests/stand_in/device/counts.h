@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace stand_in {
@@ -34,6 +35,10 @@ struct Counts {
 struct Capture {
   DeviceIndex device;
   c10::StreamId stream;
+  std::thread::id thread;
+  bool everywhere;  // whether other threads are bound, too
+
+  bool binds_this_thread() const { return everywhere || thread == std::this_thread::get_id(); }
 };
 
 // Autograd's device threads count as well.
@@ -46,7 +51,7 @@ inline bool paused = false;  // while a graph is replayed, which counts as one c
 inline void note_wait(const std::string& reason) {
   const std::lock_guard lock(counting);
   if (paused) return;
-  TORCH_CHECK(!capture, "operation not permitted when stream is capturing: ", reason);
+  TORCH_CHECK(!capture || !capture->binds_this_thread(), "operation not permitted when stream is capturing: ", reason);
   TORCH_CHECK(!waits_are_forbidden, "the host waits for the device: ", reason);
   counts.waits.push_back(reason);
 }
@@ -55,7 +60,7 @@ inline void note_wait(const std::string& reason) {
 // the graph, without a word.
 inline void check_place(DeviceIndex device, const std::string& what) {
   const std::lock_guard lock(counting);
-  if (!capture || paused) return;
+  if (!capture || paused || capture->thread != std::this_thread::get_id()) return;
   TORCH_CHECK(device == capture->device, "not captured: ", what, " on cuda:", int{device},
               ", while a stream of cuda:", int{capture->device}, " is capturing");
   TORCH_CHECK(current_stream[device] == capture->stream, "not captured: ", what,

@@ -34,11 +34,11 @@ bool pause(bool pausing) {
   return std::exchange(paused, pausing);
 }
 
-void begin_capture() {
+void begin_capture(bool everywhere) {
   const std::lock_guard lock(counting);
   TORCH_CHECK(!capture, "a stream is capturing already");
   TORCH_CHECK(current_stream[current_device] != 0, "CUDA graphs must be captured on a non-default stream");
-  capture = Capture{current_device, current_stream[current_device]};
+  capture = Capture{current_device, current_stream[current_device], std::this_thread::get_id(), everywhere};
 }
 
 void end_capture() {
@@ -91,7 +91,7 @@ TORCH_LIBRARY(stand_in, library) {
   library.def("numbers() -> int[]", &numbers);
   library.def("forbid_waits(bool forbidden) -> bool", &forbid_waits);
   library.def("pause(bool pausing) -> bool", &pause);
-  library.def("begin_capture() -> ()", &begin_capture);
+  library.def("begin_capture(bool everywhere) -> ()", &begin_capture);
   library.def("end_capture() -> ()", &end_capture);
   library.def("register_generator(Generator? generator, bool registered) -> ()", &register_generator);
   library.def("is_capturing() -> bool",
