@@ -111,22 +111,34 @@ def files(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
-def assert_same_files(there: Path, here: Path) -> None:
+def assert_same_files(there: Path, here: Path, values: bool = True) -> None:
     found, wanted = files(there), files(here)
     assert found.keys() == wanted.keys()
     for name, tensors in wanted.items():
         assert found[name].keys() == tensors.keys()
         for key, tensor in tensors.items():
+            assert found[name][key].shape == tensor.shape
+            assert found[name][key].isfinite().all() or not tensor.isfinite().all()
+            if not values:
+                continue
             spread = tensor.float().std().nan_to_num().item() if tensor.numel() > 1 else 1.0
             torch.testing.assert_close(found[name][key], tensor, rtol=2e-2, atol=2e-2 * spread + 1e-5, equal_nan=True)
 
 
+# images are picked by what a trained network says of them, and rounding changes ranks
+PICKING = ("hello", "dq", "pca")
+DRAWN = ("rat_bptt", "dc", "dsa", "dm", "datadam", "atom", "fyi_dm", "fyi_dsa", "fedlgd")
+
+
 @pytest.mark.parametrize("name", sample(RUNS, FIRST))
-def test_runs(name: str, tmp_path: Path) -> None:
+def test_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if name in DRAWN:
+        reason = "a seed's students are drawn by the device's generator, where the network is on the device"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
     method, inputs = RUNS[name]
     for device in ("cpu", "cuda"):
         run(METHODS[name](**method), out=tmp_path / device, device=device, **inputs)
-    assert_same_files(tmp_path / "cuda", tmp_path / "cpu")
+    assert_same_files(tmp_path / "cuda", tmp_path / "cpu", values=name not in PICKING)
 
 
 @pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=pytest.mark.exhaustive)])
