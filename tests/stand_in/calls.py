@@ -1,0 +1,173 @@
+"""Calls of the package whose cost on a GPU is counted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pydistill
+from pydistill.augment import DiffAugment
+from pydistill.methods import DWA, Relabel, Squeeze, SRe2L, run
+from pydistill.nn import ConvNet
+from pydistill.trajectory import train_students
+from pydistill.trajectory.experts import train_experts
+from tests.bars import make_dataset, make_net
+from tests.methods.test_methods import CONFIGS
+from tests.stand_in.counts import Counts, counts
+
+AUGMENT = DiffAugment("color_crop_cutout_flip_scale_rotate")
+NET = {"network": "convnet", "width": 4, "depth": 2}
+
+
+def second(call: Callable[[], Any]) -> Counts:
+    """What the second of two equal calls costs."""
+    for _ in range(2):
+        with counts() as c:
+            call()
+    return c
+
+
+def difference(call: Callable[[int], Any], few: int, many: int) -> Counts:
+    """What ``many - few`` steps more cost, after the first calls."""
+    call(few)
+    with counts() as less:
+        call(few)
+    with counts() as more:
+        call(many)
+    numbers = ("launches", "copies", "allocations", "captures", "replays")
+    found = Counts(**{name: getattr(more, name) - getattr(less, name) for name in numbers})
+    left = list(less.waits)
+    found.waits = [wait for wait in more.waits if wait not in left or left.remove(wait)]
+    found.places = more.places - less.places
+    return found
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def unrolled(match: bool = False, students: int = 1, **options: Any) -> Callable[[], Counts]:
+    def count() -> Counts:
+        net = ConvNet(2, 3, width=4, depth=2, image_size=8).cuda()
+        P = sum(p.numel() for p in net.parameters())
+        theta0 = (0.3 * drawn(students, P)).squeeze(0).cuda()
+        images, labels = drawn(6, 2, 8, 8).cuda().requires_grad_(), torch.arange(6, device="cuda") % 3
+        lr, target = torch.tensor(0.05, device="cuda", requires_grad=True), theta0 + 0.1
+
+        def call() -> None:
+            given = {"steps": 3, "generator": torch.Generator().manual_seed(1), **options}
+            if match:
+                loss = pydistill.trajectory_match(net, theta0, target, images, labels, lr, **given)
+            else:
+                loss = pydistill.unroll(net, theta0, images, labels, lr, **given).square().sum()
+            torch.autograd.grad(loss, [images, lr])
+
+        return second(call)
+
+    return count
+
+
+def trained(**options: Any) -> Callable[[], Counts]:
+    """Three steps more of an epoch."""
+
+    def call(steps: int) -> None:
+        net = ConvNet(2, 3, width=4, depth=2, image_size=8).cuda()
+        theta0 = torch.cat([p.detach().flatten() for p in net.parameters()])[None]
+        images, labels = drawn(2 * steps, 2, 8, 8).cuda(), torch.arange(2 * steps, device="cuda") % 3
+        generator = torch.Generator().manual_seed(1)
+        train_students(net, theta0, images, labels, epochs=1, lr=0.1, batch_size=2, generator=generator, **options)
+
+    return lambda: difference(call, 2, 5)
+
+
+@cache
+def experts() -> Tensor:
+    data = make_dataset()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"num_experts": 2, "epochs": 3, "lr": 0.05, "batch_size": 10, "seed": 3}
+        images, labels = data.train_images, data.train_labels
+        return train_experts(make_net, images, labels, Path(folder) / "experts.store", **options).tensor()
+
+
+def outer_step(name: str) -> Callable[[], Counts]:
+    def count() -> Counts:
+        config, data, net = CONFIGS[name], make_dataset().to(torch.device("cuda")), make_net().cuda()
+        given = config.check(data, net, experts())
+        state = config.initial(data, net, given)
+
+        def call() -> None:
+            config.step(state, data, net, given)
+            state.iteration += 1
+
+        return second(call)
+
+    return count
+
+
+@cache
+def squeezed() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    run(Squeeze(**NET, epochs=1, lr=0.05), out=folder / "teacher", image_size=8, device="cuda")
+    teacher = folder / "teacher" / "teacher.safetensors"
+    run(SRe2L(ipc=1, iterations=1), out=folder / "images", teacher=teacher, device="cuda")
+    return folder
+
+
+def recovered(config: SRe2L) -> Callable[[], Counts]:
+    """Three iterations more."""
+
+    def call(iterations: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = squeezed() / "teacher" / "teacher.safetensors"
+            run(replace(config, iterations=iterations), out=Path(folder) / "out", teacher=teacher, device="cuda")
+
+    return lambda: difference(call, 2, 5)
+
+
+def relabelled() -> Counts:
+    """Three epochs more of one batch."""
+
+    def call(epochs: int) -> None:
+        made = squeezed()
+        files = {"images": made / "images" / "distilled.safetensors", "teacher": made / "teacher/teacher.safetensors"}
+        with tempfile.TemporaryDirectory() as folder:
+            run(Relabel(epochs=epochs), out=Path(folder) / "out", device="cuda", **files)
+
+    return difference(call, 2, 5)
+
+
+# by name: the counts, and the waits that there may be
+CALLS: dict[str, tuple[Callable[[], Counts], int]] = {
+    "unroll": (unrolled(), 0),
+    "unroll, batches": (unrolled(batch_size=4), 0),
+    "unroll, augmented": (unrolled(augment=AUGMENT), 0),
+    "unroll, generic": (unrolled(engine="generic"), 0),
+    "unroll, generic, augmented": (unrolled(engine="generic", augment=AUGMENT), 0),
+    "trajectory_match": (unrolled(match=True), 0),
+    "trajectory_match, several": (unrolled(match=True, students=2, batch_size=4), 0),
+    "trajectory_match, augmented": (unrolled(match=True, augment=AUGMENT), 0),
+    "three training steps": (trained(), 0),
+    "three training steps, augmented": (trained(augment=AUGMENT), 0),
+    "three training steps, generic": (trained(engine="generic"), 0),
+    **{f"outer step of {name}": (outer_step(name), 2) for name in CONFIGS},
+    "three iterations of sre2l": (recovered(SRe2L(ipc=1)), 0),
+    "three iterations of dwa": (recovered(DWA(ipc=1)), 0),
+    "three epochs of relabel": (relabelled, 3),
+}
+
+
+def main() -> None:
+    names = ("waits", "captures", "replays", "launches", "copies", "allocations")
+    print("call", *names, sep=",")
+    for name, (count, _) in CALLS.items():
+        torch.manual_seed(0)
+        found = count()
+        numbers = (getattr(found, each) for each in names)
+        print(f'"{name}"', *(len(n) if isinstance(n, list) else n for n in numbers), sep=",", flush=True)

@@ -1,0 +1,236 @@
+"""Students in training on the devices, and the gradients of what they become, against the CPU.
+
+Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pydistill
+from pydistill.augment import DiffAugment
+from pydistill.nn import ConvNet
+from pydistill.seeding import seeded_net
+from pydistill.trajectory import GSAM, Adam, train_students
+from pydistill.trajectory.experts import train_experts
+from tests.matrices import sample
+
+DEVICES = ("cuda:0", "cuda:1")
+CLASSES, SIDE, IMAGES = 3, 8, 6
+
+
+def convnet() -> nn.Module:
+    return ConvNet(2, CLASSES, width=4, depth=2, image_size=SIDE)
+
+
+def wider() -> nn.Module:
+    """Of a size that no other test has, so that its graphs are not there yet."""
+    return ConvNet(2, CLASSES, width=7, depth=1, image_size=SIDE)
+
+
+def batch_normed() -> nn.Module:
+    return ConvNet(2, CLASSES, width=4, depth=1, image_size=SIDE, norm="batch")
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(2 * SIDE * SIDE, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, CLASSES))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def unrolled(device: str, net: Any, students: int, function: str, options: dict[str, Any]) -> list[Tensor]:
+    """Outcome and gradients in theta0, images, labels (unless hard) and lr."""
+    torch.manual_seed(0)
+    net = net().to(device)
+    P = sum(p.numel() for p in net.parameters())
+    theta0 = (0.3 * drawn(students, P)).squeeze(0).to(device).requires_grad_()
+    images = drawn(IMAGES, 2, SIDE, SIDE).to(device).requires_grad_()
+    hard = options.get("label_kind", "hard") == "hard"
+    labels = torch.arange(IMAGES).to(device) % CLASSES if hard else drawn(IMAGES, CLASSES).to(device).requires_grad_()
+    if options.get("label_kind") == "probs":
+        labels = labels.detach().softmax(1).requires_grad_()
+    lr = torch.tensor(0.05, device=device, requires_grad=True)
+    options = {"steps": 3, "batch_size": 4, "generator": torch.Generator().manual_seed(1), **options}
+    if function == "unroll":
+        out = pydistill.unroll(net, theta0, images, labels, lr, **options)
+        loss = sum(o.square().sum() for o in (out if isinstance(out, tuple) else (out,)))
+    else:
+        loss = pydistill.trajectory_match(net, theta0, theta0.detach() + 0.1, images, labels, lr, **options)
+    leaves = [leaf for leaf in (theta0, images, labels, lr) if leaf.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "student": (convnet, 1, {}),
+    "student, first order": (convnet, 1, {"mode": "first_order"}),
+    "student, several": (convnet, 2, {"batch_size": None}),
+    "student, float labels": (convnet, 1, {"label_kind": "logits"}),
+    "student, probabilities": (convnet, 1, {"label_kind": "probs"}),
+    "student, bf16": (convnet, 1, {"precision": "bf16"}),
+    "student, tf32": (convnet, 1, {"precision": "tf32"}),
+    "student, momentum": (convnet, 1, {"momentum": 0.9, "weight_decay": 0.01}),
+    "student, Adam": (convnet, 1, {"optimizer": Adam(), "store_every": 2}),
+    "student, ragged": (convnet, 1, {"batch_size": 5}),
+    "student, warmup": (convnet, 1, {"warmup": 1, "at": (2, 3)}),
+    "student, augmented": (convnet, 1, {"augment": DiffAugment("color_crop_cutout_flip_scale_rotate")}),
+    "student, stored on the host": (convnet, 1, {"store": "host"}),
+    "generic": (convnet, 1, {"engine": "generic"}),
+    "generic, first order": (convnet, 2, {"engine": "generic", "mode": "first_order"}),
+    "generic, bf16": (convnet, 1, {"engine": "generic", "precision": "bf16"}),
+    "generic, augmented": (convnet, 1, {"engine": "generic", "augment": DiffAugment("color_crop_flip")}),
+    "generic, buffers": (batch_normed, 1, {}),
+    "full": (convnet, 1, {"mode": "full"}),
+}
+MATRIX = [(name, function, device) for name in CASES for function in ("unroll", "match") for device in DEVICES]
+FIRST = [
+    case
+    for number, case in enumerate(MATRIX)
+    if (case[0].startswith("student") and case[1] == "match" and case[2] == "cuda:0")
+    or (case[2] == "cuda:1" and number % 4 == 3)
+]
+
+
+@pytest.mark.parametrize(("name", "function", "device"), sample(MATRIX, FIRST))
+def test_unrolled_students(name: str, function: str, device: str, request: pytest.FixtureRequest) -> None:
+    net, students, options = CASES[name]
+    if name.startswith("student") and device == "cuda:1":
+        reason = "graphs are captured on the stream of another device"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+    if function == "match":
+        options = {key: value for key, value in options.items() if key != "at"}
+    want = unrolled("cpu", net, students, function, {**options, "precision": on_cpu(options)})
+    got = unrolled(device, net, students, function, options)
+    assert_equal(got, want, device, 0.05 if "bf16" in name else 1e-4)
+
+
+def on_cpu(options: dict[str, Any]) -> str:
+    precision = options.get("precision", "fp32")
+    return "fp32" if precision == "tf32" else precision
+
+
+def assert_equal(got: list[Tensor], want: list[Tensor], device: str, bound: float = 1e-4) -> None:
+    for there, here in zip(got, want, strict=True):
+        assert there.device == torch.device(device)
+        assert there.dtype == here.dtype
+        here = here.cpu().double()
+        assert (there.cpu().double() - here).norm() <= bound * here.norm() + 1e-7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_layers_are_replayed_with_their_numbers(device: str) -> None:
+    exact = unrolled(device, with_dropout, 1, "unroll", {})
+    assert_equal(exact, unrolled(device, with_dropout, 1, "unroll", {"mode": "full"}), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_graphs_of_a_side_stream(device: str, request: pytest.FixtureRequest) -> None:
+    if device == "cuda:1":
+        reason = "graphs are captured on the stream of another device"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        got = unrolled(device, convnet, 1, "unroll", {})
+    assert_equal(got, unrolled("cpu", convnet, 1, "unroll", {}), device)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="captured in the mode that binds all threads")
+def test_other_threads_may_go_on_while_a_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, begin = [], torch.cuda.CUDAGraph.capture_begin
+
+    def noted(self: Any, pool: Any = None, capture_error_mode: str = "global", **options: Any) -> None:
+        modes.append(capture_error_mode)
+        begin(self, pool, capture_error_mode, **options)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", noted)
+    unrolled("cuda:0", wider, 1, "unroll", {})
+    assert modes
+    assert set(modes) <= {"thread_local", "relaxed"}
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="memory= is refused on CUDA")
+def test_memory_changes_no_bit() -> None:
+    found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory}) for memory in ("auto", 1 << 24)]
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("mode", ["exact", "full"])
+def test_generators_are_left_as_they_were(mode: str) -> None:
+    net = convnet().cuda()
+    theta0 = torch.cat([p.detach().flatten() for p in net.parameters()])
+    images, labels = drawn(IMAGES, 2, SIDE, SIDE).cuda().requires_grad_(), torch.arange(IMAGES, device="cuda") % CLASSES
+    before = states()
+    out = pydistill.unroll(net, theta0, images, labels, 0.1, steps=2, engine="generic", mode=mode)
+    torch.autograd.grad(out.square().sum(), images)
+    assert all(map(torch.equal, before, states()))
+
+
+def states() -> list[Tensor]:
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, DEVICES)]
+
+
+SEEDED = {
+    "seeded_net": lambda path: seeded_net(convnet, 3, device="cuda"),
+    "train_experts": lambda path: train_experts(
+        convnet,
+        drawn(IMAGES, 2, SIDE, SIDE).cuda(),
+        torch.arange(IMAGES, device="cuda") % CLASSES,
+        path / "experts.store",
+        num_experts=1,
+        epochs=1,
+        batch_size=4,
+    ),
+}
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="fork_rng(devices=[]) and then manual_seed")
+@pytest.mark.parametrize("name", SEEDED)
+def test_what_seeds_leaves_the_generators_of_the_devices(name: str, tmp_path: Path) -> None:
+    before = states()
+    SEEDED[name](tmp_path)
+    assert all(map(torch.equal, before, states()))
+
+
+def trained(device: str, net: Any, options: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(0)
+    net = net().to(device)
+    theta0 = torch.cat([p.detach().flatten() for p in net.parameters()]) + 0.1 * drawn(2, 1).to(device)
+    images, labels = drawn(10, 2, SIDE, SIDE).to(device), (torch.arange(10) % CLASSES).to(device)
+    found = train_students(
+        net,
+        theta0,
+        images,
+        labels,
+        **{"epochs": 2, "lr": 0.05, "batch_size": 4, "generator": torch.Generator().manual_seed(2), **options},
+        eval_data=(images, labels),
+        train_accuracy=True,
+    )
+    return [found.theta, found.losses, found.accuracy, found.train_accuracy]
+
+
+TRAININGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "student": (convnet, {"momentum": 0.9, "weight_decay": 0.01, "schedule": "cosine"}),
+    "student, augmented": (convnet, {"augment": DiffAugment("color_crop_cutout_flip_scale_rotate")}),
+    "student, bf16": (convnet, {"precision": "bf16"}),
+    "student, tf32": (convnet, {"precision": "tf32"}),
+    "generic": (convnet, {"engine": "generic", "momentum": 0.9}),
+    "generic, bf16": (convnet, {"engine": "generic", "precision": "bf16"}),
+    "generic, buffers": (batch_normed, {}),
+    "sharpness": (convnet, {"sharpness": GSAM(rho=0.05, alpha=0.1)}),
+}
+TRAINED = [(name, device) for name in TRAININGS for device in DEVICES]
+
+
+@pytest.mark.parametrize(("name", "device"), sample(TRAINED, [case for case in TRAINED if case[1] == "cuda:0"]))
+def test_trained_students(name: str, device: str, request: pytest.FixtureRequest) -> None:
+    net, options = TRAININGS[name]
+    if not name.startswith("generic") and device == "cuda:1":
+        reason = "graphs are captured on the stream of another device"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+    want = trained("cpu", net, {**options, "precision": on_cpu(options)})
+    assert_equal(trained(device, net, options), want, device, 0.05 if "bf16" in name else 1e-4)
