@@ -86,15 +86,24 @@ def seeded_generator(seed: int, *key: int) -> torch.Generator:
 
 
 @contextmanager
-def torch_seeded(generator: torch.Generator) -> Iterator[None]:
-    """Seeds torch's own CPU generator as ``generator`` was, for code that draws from it; restores it afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
+def torch_seeded(generator: torch.Generator, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seeds torch's own CPU generator as ``generator`` was, for code that draws from it; restores it afterwards.
+
+    What names no device is made on the CPU, so that its values are the same everywhere; what is drawn on ``device`` by
+    name is seeded and restored likewise. Generators of other devices are left alone.
+    """
+    device, seed = torch.device(device), generator.initial_seed()
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
 def seeded_net(make_net: Callable[[], Net], seed: int, *key: int, device: torch.device | str = "cpu") -> Net:
     """Builds a network whose initial parameters depend on ``seed`` and ``key`` only; the global random state is
     unchanged."""
-    with torch_seeded(seeded_generator(seed, *key)):
+    with torch_seeded(seeded_generator(seed, *key), device):
         return make_net().to(device)

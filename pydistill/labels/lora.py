@@ -92,7 +92,9 @@ class LoRALinear(nn.Module):
         _check_rank(rank)
         self.base, self.scale = base.requires_grad_(False), scale
         dtype, device = base.weight.dtype, base.weight.device
-        self.A = nn.Parameter(torch.randn(rank, base.in_features, dtype=dtype, device=device) / base.in_features**0.5)
+        self.A = nn.Parameter(
+            torch.randn(rank, base.in_features, dtype=dtype, device="cpu").to(device) / base.in_features**0.5
+        )
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +131,9 @@ class LoRAConv(nn.Module):
         self.base, self.scale = base.requires_grad_(False), scale
         dtype, device = base.weight.dtype, base.weight.device
         inputs = base.weight[0].numel()
-        self.A = nn.Parameter(torch.randn(rank, *base.weight.shape[1:], dtype=dtype, device=device) / inputs**0.5)
+        self.A = nn.Parameter(
+            torch.randn(rank, *base.weight.shape[1:], dtype=dtype, device="cpu").to(device) / inputs**0.5
+        )
         self.B = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

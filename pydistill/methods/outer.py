@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import seeded_generator, torch_seeded
@@ -126,17 +128,34 @@ def _finite_step(config: Config, state: State, dataset: Dataset, net: nn.Module,
     return record
 
 
-def fresh_parameters(net: nn.Module, seed: int, *key: int) -> Tensor:
+def fresh_parameters(net: nn.Module, seed: int, *key: int, like: Tensor | None = None) -> Tensor:
     """A new initialisation ``[P]`` of ``net``'s structure, by ``seed`` and ``key`` alone; ``net`` is unchanged.
+
+    Drawn on the CPU, wherever ``net`` is, and then given the dtype and device of ``like``.
 
     Raises:
         ValueError: a module with its own parameters has no ``reset_parameters``.
     """
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(_on_cpu(net))
     with torch_seeded(seeded_generator(seed, *key)):
         for module in net.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 if not hasattr(module, "reset_parameters"):
                     raise ValueError(f"net: expected modules with reset_parameters, {type(module).__name__} has none")
                 cast(Callable[[], None], module.reset_parameters)()
-    return FlatModule(net).parameters()
+    theta = FlatModule(net).parameters()
+    return theta if like is None else to_device(theta.to(like.dtype), like.device)
+
+
+_copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
+
+
+def _on_cpu(net: nn.Module) -> nn.Module:
+    """``net``, or a copy of it on the CPU: kept while it is the same, for the host waits for a copy's values."""
+    tensors = [*net.parameters(), *net.buffers()]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return net
+    state = ([(type(module), id(module)) for module in net.modules()], [(id(t), t._version) for t in tensors])
+    if net not in _copies or _copies[net][0] != state:
+        _copies[net] = state, copy.deepcopy(net).cpu()
+    return _copies[net][1]

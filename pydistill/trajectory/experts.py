@@ -126,7 +126,7 @@ def train_experts(
 
     # a throwaway step: what train_students refuses is refused before a file is made or overwritten
     two = torch.stack([labels.argmax(), labels.argmin()])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
         train_students(
             copy.deepcopy(nets[0]),
             start[:1].to(images.device),

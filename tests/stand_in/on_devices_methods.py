@@ -48,9 +48,6 @@ def on(device: str, dataset: Dataset) -> Dataset:
 def test_distilled_images_are_those_of_the_cpu(
     name: str, dataset: Dataset, experts: Tensor, request: pytest.FixtureRequest
 ) -> None:
-    if name == "rat_bptt":
-        reason = "students begin on the device of the network, not of the images"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=ValueError, reason=reason))
     found = [distill(CONFIGS[name], on(device, dataset), make_net(), experts) for device in ("cpu", "cuda:0")]
     start = CONFIGS[name].initial(dataset, make_net(), CONFIGS[name].check(dataset, make_net(), experts))["images"]
     assert not torch.equal(found[0].images, start)
@@ -127,14 +124,10 @@ def assert_same_files(there: Path, here: Path, values: bool = True) -> None:
 
 # images are picked by what a trained network says of them, and rounding changes ranks
 PICKING = ("hello", "dq", "pca")
-DRAWN = ("rat_bptt", "dc", "dsa", "dm", "datadam", "atom", "fyi_dm", "fyi_dsa", "fedlgd")
 
 
 @pytest.mark.parametrize("name", sample(RUNS, FIRST))
-def test_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if name in DRAWN:
-        reason = "a seed's students are drawn by the device's generator, where the network is on the device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+def test_runs(name: str, tmp_path: Path) -> None:
     method, inputs = RUNS[name]
     for device in ("cpu", "cuda"):
         run(METHODS[name](**method), out=tmp_path / device, device=device, **inputs)

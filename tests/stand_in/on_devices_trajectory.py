@@ -188,11 +188,19 @@ SEEDED = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="fork_rng(devices=[]) and then manual_seed")
 @pytest.mark.parametrize("name", SEEDED)
 def test_what_seeds_leaves_the_generators_of_the_devices(name: str, tmp_path: Path) -> None:
     before = states()
     SEEDED[name](tmp_path)
+    assert all(map(torch.equal, before, states()))
+
+
+def test_nets_have_the_same_values_on_all_devices_and_those_drawn_there_are_seeded() -> None:
+    here, there = (seeded_net(convnet, 3, device=device).state_dict() for device in ("cpu", "cuda:1"))
+    assert all(torch.equal(here[name], there[name].cpu()) for name in here)
+    before = states()
+    first, second = (seeded_net(lambda: nn.Linear(3, 2, device="cuda:1"), 3, device="cuda:1") for _ in "ab")
+    assert torch.equal(first.weight, second.weight)
     assert all(map(torch.equal, before, states()))
 
 

@@ -77,7 +77,7 @@ class DC(ClassPairs):
     """Distance of two gradients: row_cos sums over the rows of each weight, cos and mse take all as one vector."""
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
-        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(state["images"])
+        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration, like=state["images"])
         velocity, workspace, losses = None, Workspace(), []
         for turn in range(self.outer_loop):
             loss, grad = self._distance(turn, state, dataset, net, theta, workspace)

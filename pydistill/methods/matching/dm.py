@@ -52,7 +52,7 @@ class DM(ClassPairs):
         images = state["images"].detach().requires_grad_()
         classes = self.own_classes(dataset)
         pairs = self.pairs(classes, images, dataset, state.iteration)
-        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(images)
+        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration, like=images)
         loss = self.distance(net, theta, pairs, dataset.num_classes)
         loss, grad = sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)])
         state.descend("images", grad, self.lr_img, self.momentum)

@@ -159,13 +159,15 @@ class FedLGD(Config):
             images.append(members.mean(0) + members.std(0, correction=0) * noise)
         labels = torch.arange(dataset.num_classes, device=x.device).repeat_interleave(self.ipc)
         tensors = {"images": torch.cat(images), "labels": labels, "lr": x.new_tensor(self.lr_model)}
-        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET).to(x)
+        theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, like=x)
         return State({**tensors, "theta": theta, "local": torch.cat(local)})
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: list[Tensor]) -> dict[str, Any]:
         flat, (rank, ranks) = FlatModule(_WithFeatures(net)), world()
         if self.restart and state.iteration % self.restart == 0:
-            state["theta"] = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration).to(state["theta"])
+            state["theta"] = fresh_parameters(
+                net, self.seed, Stream.OUTER_STEP_NET, state.iteration, like=state["theta"]
+            )
         labels = [dataset.train_labels[shard].unique().repeat_interleave(self.ipc) for shard in experts]
         parts = [images.clone() for images in state["local"].split([len(y) for y in labels])]
         # Each rank fills in its clients' results: the sum over ranks only adds zeros, so it does not round.

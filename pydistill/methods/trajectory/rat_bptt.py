@@ -135,7 +135,7 @@ class RaTBPTT(Config):
         images = wanted["images"]
         theta = unroll(
             net,
-            fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration, number),
+            fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, state.iteration, number, like=images),
             images,
             wanted.get("labels", state["labels"]),
             self.lr_inner,

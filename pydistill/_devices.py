@@ -1,0 +1,36 @@
+"""Between the host and a device, without that the host waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Value = TypeVar("Value")
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor.to(device)``; from the CPU to a GPU through pinned memory, for which the host does not wait."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.is_pinned())
+
+
+def once(function: Callable[[Tensor], Value], tensor: Tensor) -> Value:
+    """``function(tensor)``, which has to read the tensor: of one on a device again only when it was changed.
+
+    Changes that torch counts no version for (by ``tensor.data``, or within a graph's replay) are not seen.
+    """
+    if tensor.device.type == "cpu" or tensor.is_inference():
+        return function(tensor)
+    values: dict[Any, tuple[int, Any]] = _known.setdefault(tensor, {})
+    version, value = values.get(function, (None, None))
+    if version != tensor._version:
+        value = function(tensor)
+        values[function] = (tensor._version, value)
+    return value
