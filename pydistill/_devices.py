@@ -34,3 +34,8 @@ def once(function: Callable[[Tensor], Value], tensor: Tensor) -> Value:
         value = function(tensor)
         values[function] = (tensor._version, value)
     return value
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """The values of some scalars on one device, for which the host waits once."""
+    return torch.stack([scalar.detach().reshape(()) for scalar in scalars]).tolist()

@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._devices import to_device
 from pydistill.ops.multi_crop import COLUMNS, MAX_SIZE, multi_crop
 
 Column = Tensor | float
@@ -123,7 +124,7 @@ class MultiCrop:
 
     def __call__(self, images: Tensor, record: Tensor, *, base: Tensor | None = None) -> Tensor:
         """``[B, C, *size]`` of ``[N, C, H, W]`` images, with ``base`` ``[1, C, H, W]`` added to each of them first."""
-        return multi_crop(images, record.to(images.device), self.size, base=base, mean=self.mean, std=self.std)
+        return multi_crop(images, to_device(record, images.device), self.size, base=base, mean=self.mean, std=self.std)
 
     def _record(self, columns: dict[str, Column], sources: Tensor) -> Tensor:
         columns = columns | {"source": sources}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydistill._devices import to_device
 from pydistill.ops.augment import COLUMNS, IDENTITY, augment_images
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -201,7 +202,7 @@ class DiffAugment:
         """``[B, C, H, W]`` images, or with ``flip_batch`` ``[2 * B, C, H, W]``, augmented by the record of `draw`."""
         if not self.operations and not self.flip_batch:
             return images
-        record = record.to(images.device)
+        record = to_device(record, images.device)
         return augment_images(images, record, flip_batch=self.flip_batch, align_corners=self.align_corners)
 
 

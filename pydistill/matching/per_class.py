@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.generic import GenericStudents
@@ -87,20 +88,21 @@ def class_gradients(
     if workspace is not None:
         students.workspace = workspace
     K, n = len(groups.sizes), max(groups.sizes)
-    numbers = torch.tensor(groups.classes, device=images.device)
+    numbers = to_device(torch.tensor(groups.classes, device="cpu"), images.device)
     if min(groups.sizes) == n:
-        own_images = images if groups.in_order else images[groups.order.to(images.device)]
+        own_images = images if groups.in_order else images[to_device(groups.order, images.device)]
         own_labels, factors = numbers[:, None].expand(K, n).contiguous(), theta.new_ones(K)
     else:
         # where image i of class k goes: K rows of n places, the last of which stay empty for small classes
         places = torch.cat([k * n + torch.arange(size, device=images.device) for k, size in enumerate(groups.sizes)])
-        found = images[groups.order.to(images.device)]
+        found = images[to_device(groups.order, images.device)]
         own_images = images.new_zeros(K * n, *images.shape[1:]).index_put((places,), found)
         rows = F.one_hot(numbers, students.shape.classes).to(theta.dtype).repeat_interleave(n, 0)
         empty = torch.ones(K * n, dtype=torch.bool, device=images.device).index_fill(0, places, False)
         own_labels = rows.masked_fill(empty[:, None], 0).unflatten(0, (K, n))  # no class, so no loss
         students.label_kind = "probs"
-        factors = theta.new_tensor([n / size for size in groups.sizes])  # mean over n places to class mean
+        factors = torch.tensor([n / size for size in groups.sizes], dtype=theta.dtype, device="cpu")
+        factors = to_device(factors, theta.device)  # mean over n places to class mean
     own_images = own_images.unflatten(0, (K, n))
     further = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
     rows = _ClassGradients.apply(theta, own_images, own_labels, factors, students, further)
@@ -175,7 +177,7 @@ def _by_autograd(students: GenericStudents, theta: Tensor, images: Tensor, label
     further = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
     found = []
     for index in groups.order.split(groups.sizes):
-        x, y = images[index.to(images.device)], labels[index.to(labels.device)].to(images.device)
+        x, y = images[to_device(index, images.device)], to_device(labels[index.to(labels.device)], images.device)
         with torch.enable_grad():
             at = theta if further and theta.requires_grad else theta.detach().requires_grad_()
             loss = students.loss(at, x if further else x.detach(), y)

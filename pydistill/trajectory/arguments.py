@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydistill._devices import once, to_device
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.trajectory.flat import FlatModule
 
@@ -45,7 +46,7 @@ def check_training_set(
         if per_student != (N,) or not fits:
             shapes = f"[{N}]" if E is None else f"[{N}] or [{E}, {N}]"
             raise ValueError(f"labels: expected shape {shapes} as images, got {list(labels.shape)}")
-        low, high = (int(v) for v in labels.aminmax())
+        low, high = once(bounds, labels)
         if low < 0:
             raise ValueError(f"labels: expected class numbers >= 0, got {low}")
         return high, own_labels
@@ -65,7 +66,7 @@ def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
     if not isinstance(lr, Tensor):
         if not isinstance(lr, (int, float)):
             raise TypeError(f"lr: expected a tensor of one element or a number, got {type(lr).__name__}")
-        return theta0.new_tensor(float(lr))
+        return theta0.new_full((), float(lr))
     if lr.numel() != 1 and (theta0.dim() != 2 or lr.shape != theta0.shape[:1]):
         shapes = "one element" if theta0.dim() == 1 else f"one element or [{len(theta0)}]"
         raise ValueError(f"lr: expected {shapes}, got shape {list(lr.shape)}")
@@ -106,12 +107,20 @@ def check_batches(
             raise ValueError(f"batches[{k}]: expected a row for each of {students} students, got {len(index)}")
         if index.shape[-1] == 0:
             raise ValueError(f"batches[{k}]: expected at least one image, got an empty batch")
-        if index.device != device:
-            raise ValueError(f"batches[{k}]: expected device {device} as images, got {index.device}")
-    low, high = (int(v) for v in torch.cat([index.flatten() for index in batches]).aminmax())
+        if index.device != batches[0].device or index.device not in (device, torch.device("cpu")):
+            raise ValueError(f"batches[{k}]: expected all on {device} as images, or all on cpu, got {index.device}")
+    joined = torch.cat([index.flatten() for index in batches])  # a copy: the caller may reuse these tensors
+    low, high = bounds(joined)
     if low < 0 or high >= N:
         raise ValueError(f"batches: expected image numbers in 0..{N - 1}, got {low if low < 0 else high}")
-    return [index.clone() for index in batches]  # the caller may reuse these tensors for the next unroll
+    parts = to_device(joined, device).split([index.numel() for index in batches])
+    return [part.view(index.shape) for part, index in zip(parts, batches, strict=True)]
+
+
+def bounds(numbers: Tensor) -> tuple[int, int]:
+    """The least and the largest of them, for which the host waits."""
+    low, high = torch.stack(numbers.aminmax()).tolist()
+    return low, high
 
 
 def check_positive(lr: Tensor) -> Tensor:

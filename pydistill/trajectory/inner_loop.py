@@ -10,6 +10,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
+from pydistill.augment import DiffAugment, MultiCrop
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import check_batches, check_generators, check_training_set
 from pydistill.trajectory.compiled import CompiledStudents
@@ -67,7 +69,7 @@ class InnerLoop:
         weight_decay: float,
         warmup: int,
         output: int | None,
-        check_finite: bool,
+        check_finite: bool | None,
         engine: Engine,
         precision: Precision,
         memory: Literal["auto"] | int,
@@ -77,8 +79,9 @@ class InnerLoop:
         self.device = theta0.device if isinstance(theta0, Tensor) else None
         self.label_kind, self.loss_scale = label_kind, loss_scale
         self.weight_decay, self.warmup = weight_decay, warmup
-        self.augment, self.check_finite = augment, check_finite
+        self.augment = augment
         largest_label, self.own_labels = check_training_set(self.flat, theta0, images, labels, label_kind)
+        self.check_finite = not theta0.is_cuda if check_finite is None else check_finite
         self.num_students = len(theta0) if theta0.dim() == 2 else 1
         generators = check_generators(generator, self.num_students)
         self.generators = generators if len(generators) > 1 else generators * self.num_students
@@ -133,20 +136,21 @@ class InnerLoop:
         indices: list[Sequence[Tensor | None]] = []
         records: list[list[Any]] = []
         for generator in self.generators:
-            own: Sequence[Tensor | None] = given or _draw_batches(batch_size, steps, N, device, generator)
+            own: Sequence[Tensor | None] = given or _draw_batches(batch_size, steps, N, generator)
             indices.append(own)
             if draw is not None:
                 counts = [N if index is None else index.shape[-1] for index in own]
                 records.append([_own(draw((n, *images.shape[-3:]), generator)) for n in counts])
         shared = given is not None or batch_size is None or self.num_students == 1
-        return [
-            Step(
-                k,
-                indices[0][k] if shared else torch.stack([cast(Tensor, own[k]) for own in indices]),
-                [own[k] for own in records] if draw is not None else None,
-            )
-            for k in range(steps)
+        batch = [
+            indices[0][k] if shared else torch.stack([cast(Tensor, own[k]) for own in indices]) for k in range(steps)
         ]
+        if given is None and batch_size is not None:
+            batch = _moved(cast("list[Tensor]", batch), device)
+        if isinstance(self.augment, (DiffAugment, MultiCrop)):  # a foreign augmentation may want its records as drawn
+            moved = _moved([record for own in records for record in own], device)
+            records = [moved[e * steps : (e + 1) * steps] for e in range(self.num_students)]
+        return [Step(k, batch[k], [own[k] for own in records] if draw is not None else None) for k in range(steps)]
 
     def batch(self, step: Step, images: Tensor, labels: Tensor) -> Batch:
         """The step's images, before augmentation, and labels."""
@@ -301,9 +305,11 @@ class InnerLoop:
                 with torch.set_grad_enabled(differentiable):
                     grad = torch.stack(grads) if self.trained is None else torch.stack(grads) * self.trained
                     state = self.update(k, State(theta, state.moments), grad, lr)
-                largest.append(largest_of(state.theta.detach()[None])[0])
+                if self.check_finite:
+                    largest.append(largest_of(state.theta.detach()[None])[0])
                 kept[k + 1] = state.theta
-        self.raise_if_not_finite(largest)
+        if self.check_finite:
+            self.raise_if_not_finite(largest)
         return [kept[t] for t in wanted]
 
     def update(self, k: int, state: State, grad: Tensor, lr: Tensor) -> State:
@@ -311,9 +317,7 @@ class InnerLoop:
         return self.optimizer.step(k, state, q, lr.view(-1, 1))
 
     def raise_if_not_finite(self, largest: list[Tensor]) -> None:
-        if not self.check_finite or not largest:
-            return
-        flags = torch.stack(largest).isfinite().tolist()  # the loop's one synchronisation
+        flags = torch.stack(largest).isfinite().tolist()
         if not all(flags):
             step = flags.index(False) + 1
             raise NonFiniteError(f"the student's parameters became non-finite in step {step} of {len(flags)}")
@@ -409,10 +413,16 @@ def _own(record: Any) -> Any:
     return record.clone() if isinstance(record, Tensor) else record
 
 
-def _draw_batches(
-    batch_size: int | None, steps: int, N: int, device: torch.device, generator: torch.Generator | None
-) -> list[Tensor | None]:
-    """Chunks of permutations, each permutation used up before the next is drawn."""
+def _moved(drawn: list[Tensor], device: torch.device) -> list[Tensor]:
+    """What was drawn for all steps, on ``device`` by one copy."""
+    if drawn[0].device == device:
+        return drawn
+    parts = to_device(torch.cat([each.flatten() for each in drawn]), device).split([each.numel() for each in drawn])
+    return [part.view(each.shape) for part, each in zip(parts, drawn, strict=True)]
+
+
+def _draw_batches(batch_size: int | None, steps: int, N: int, generator: torch.Generator | None) -> list[Tensor | None]:
+    """Chunks of permutations, each permutation used up before the next is drawn; where the generator is."""
     if batch_size is None:
         return [None] * steps
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -420,5 +430,5 @@ def _draw_batches(
     drawn: list[Tensor | None] = []
     while len(drawn) < steps:
         source = generator.device if generator is not None else "cpu"
-        drawn += torch.randperm(N, generator=generator, device=source).to(device).split(batch_size)
+        drawn += torch.randperm(N, generator=generator, device=source).split(batch_size)
     return drawn[:steps]

@@ -41,7 +41,8 @@ def trajectory_match(
         The loss, a scalar; with E students their mean, or ``[E]`` for reduction "none".
 
     Raises:
-        TypeError, ValueError: as `pydistill.unroll`, or a target of the wrong kind, or equal to theta0.
+        TypeError, ValueError: as `pydistill.unroll`, or a target of the wrong kind, or equal to theta0 (on a GPU, where
+            the host would have to wait to see it, the loss is then not finite).
         FloatingPointError: as `pydistill.unroll`.
     """
     if reduction not in ("mean", "none"):
@@ -66,7 +67,7 @@ def trajectory_match(
     loss = theta0.new_zeros(theta0.shape[:-1])
     for (name, _, goal), theta in zip(pairs, thetas, strict=True):
         distance = l2_to_reference(theta0, goal)
-        if (distance == 0).any():
+        if not distance.is_cuda and (distance == 0).any():  # on a GPU the loss is not finite
             raise ValueError(f"{name}: it equals theta0, which leaves no distance to normalise by")
         loss = loss + l2_to_reference(theta, goal) / distance
     return loss.mean() if reduction == "mean" else loss

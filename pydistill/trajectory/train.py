@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import (
     check_eval_data,
@@ -209,7 +210,8 @@ def train_students(
     if eval_data is not None:
         check_eval_data(eval_data, images, image)
     E, N = len(theta0), images.shape[-4]
-    rates = check_positive(check_lr(lr, theta0)).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
+    rates = check_lr(lr, theta0).detach().to(theta0.dtype).reshape(-1, 1).expand(E, 1)  # [E, 1]
+    check_positive(lr if isinstance(lr, Tensor) else torch.tensor(float(lr), dtype=theta0.dtype, device="cpu"))
     factors = schedule_factors(schedule, epochs)
     penalised = smoothing is not None and smoothing.gradient_penalty > 0
     blocked = "smoothing's gradient_penalty is differentiated twice, which autograd alone does" if penalised else None
@@ -321,7 +323,7 @@ class _Training:
                 velocity = None
             minus_rates = -factor * rates
             orders = [_order(images.shape[-4], generator) for generator in generators]
-            for step, index in enumerate(torch.stack(orders).to(theta.device).split(self.batch_size, 1)):
+            for step, index in enumerate(to_device(torch.stack(orders), theta.device).split(self.batch_size, 1)):
                 with torch.no_grad():
                     x, y = select_rows(images, index, own_images), select_rows(labels, index, self.own_labels)
                     batch = plain = Batch(x, y, True)
@@ -414,7 +416,9 @@ class _Training:
         """``[..., steps, E]`` to ``[..., E]``: over the epoch's images, the last step having fewer."""
         N, steps = self.images.shape[-4], losses.shape[-2]
         sizes = [self.batch_size] * (steps - 1) + [N - self.batch_size * (steps - 1)]
-        return (losses * losses.new_tensor(sizes)[:, None]).sum(-2) / N
+        return (losses * to_device(torch.tensor(sizes, dtype=losses.dtype, device="cpu"), losses.device)[:, None]).sum(
+            -2
+        ) / N
 
     def _stepped(self, rows: range) -> None:
         if self.on_step is not None:

@@ -63,7 +63,7 @@ def unroll(
     output: int | None = ...,
     store: Literal["device", "host"] = ...,
     store_every: int = ...,
-    check_finite: bool = ...,
+    check_finite: bool | None = ...,
     engine: Engine = ...,
     precision: Precision = ...,
     memory: Literal["auto"] | int = ...,
@@ -92,7 +92,7 @@ def unroll(
     output: int | None = ...,
     store: Literal["device", "host"] = ...,
     store_every: int = ...,
-    check_finite: bool = ...,
+    check_finite: bool | None = ...,
     engine: Engine = ...,
     precision: Precision = ...,
     memory: Literal["auto"] | int = ...,
@@ -120,7 +120,7 @@ def unroll(
     output: int | None = None,
     store: Literal["device", "host"] = "device",
     store_every: int = 1,
-    check_finite: bool = True,
+    check_finite: bool | None = None,
     engine: Engine = "auto",
     precision: Precision = "fp32",
     memory: Literal["auto"] | int = "auto",
@@ -184,7 +184,8 @@ def unroll(
         output: which element to take where ``net`` returns a tuple; the student engine computes no other.
         store: where "exact" keeps the vectors: on theta0's device or on the "host".
         store_every: keep every k-th vector (and moments) only; the others are recomputed in the backward pass.
-        check_finite: raise if parameters become non-finite; False returns them as they are.
+        check_finite: raise if parameters become non-finite; False returns them as they are. None: raise on the CPU
+            alone; on a GPU the check is the one thing that the host would wait for.
         engine: "student": the hand-written step of `pydistill.ops.convnet_gradient` and `convnet_tangent`, for ConvNets
             as the method repositories define them (`pydistill.trajectory.convnet_shape` says which). "generic":
             autograd, for any module. "compiled": for any module that can be traced (nothing at random, no hooks, no
@@ -348,17 +349,17 @@ class _Unroll(torch.autograd.Function):
             with loop.recording(step) if recorded else contextlib.nullcontext():
                 grad = loop.gradient(state.theta, step, images, labels, replay=False, keep=recorded)
             state = loop.update(k, state, grad, lr)
-            if not (all_kept and recorded):
+            if loop.check_finite and not (all_kept and recorded):
                 magnitudes.append(largest_of(state.theta[None])[0])
             if k + 1 in options.wanted:
                 out[k + 1] = state.theta
-        # a non-finite element stays so
-        if trajectory is not None and all_kept and loop.check_finite and not state.theta.isfinite().all():
-            thetas = (*trajectory.theta[1:], state.theta)
-            magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in thetas]
+        if loop.check_finite and not state.theta.isfinite().all():  # a non-finite element stays so
+            if trajectory is not None and all_kept:
+                thetas = (*trajectory.theta[1:], state.theta)
+                magnitudes += [largest_of(theta[None])[0].to(theta0.device) for theta in thetas]
+            loop.raise_if_not_finite(magnitudes)
         if trajectory is not None:
             trajectory.last_moments = state.moments if loop.optimizer.reversed_by_moments else ()
-        loop.raise_if_not_finite(magnitudes)
         ctx.loop, ctx.options, ctx.steps, ctx.trajectory = loop, options, steps, trajectory
         ctx.save_for_backward(images, labels, lr)  # for their version check: replays must see the same values
         return tuple(out[t].clone() for t in options.wanted)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.data import Dataset
 from pydistill.matching import class_mean_match, features, match_maps
 from pydistill.methods.matching.dm import DIGITS, DM
@@ -80,7 +81,7 @@ class DataDAM(DM):
         with torch.no_grad():
             real = found(pairs.real, precision=self.precision)
         synthetic = found(pairs.synthetic)
-        labels = (pairs.labels_real.to(theta.device), pairs.labels_synthetic.to(theta.device))
+        labels = [to_device(labels, theta.device) for labels in (pairs.labels_real, pairs.labels_synthetic)]
         embedding = class_mean_match(real.embedding, synthetic.embedding, *labels, num_classes=num_classes)
         attention = match_maps(
             real.spatial + real.channel,

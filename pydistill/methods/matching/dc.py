@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import read
 from pydistill.data import Dataset
 from pydistill.matching import class_gradients, gradient_match
 from pydistill.methods.matching.pairs import ClassPairs
@@ -81,7 +82,7 @@ class DC(ClassPairs):
         velocity, workspace, losses = None, Workspace(), []
         for turn in range(self.outer_loop):
             loss, grad = self._distance(turn, state, dataset, net, theta, workspace)
-            losses.append(loss.item() / dataset.num_classes)
+            losses.append(loss)
             state.descend("images", grad, self.lr_img, self.momentum)
             if turn < self.outer_loop - 1:
                 found = train_students(
@@ -97,10 +98,12 @@ class DC(ClassPairs):
                     augment=self.augmentation(),
                     generator=seeded_generator(self.seed, Stream.INNER_TRAINING, state.iteration, turn),
                     precision=self.precision,
+                    check_finite=not theta.is_cuda,  # there it is seen in the loss, which is read at the end
                 )
                 theta, velocity = found.theta[0], found.velocity
-        norm = grad.norm().item()
-        return {"loss": sum(losses) / len(losses), "lr": self.lr_net, "grad_norm": norm}
+        *totals, norm = read(*losses, grad.norm())
+        loss = sum(total / dataset.num_classes for total in totals) / len(totals)
+        return {"loss": loss, "lr": self.lr_net, "grad_norm": norm}
 
     def _distance(
         self, turn: int, state: State, dataset: Dataset, net: nn.Module, theta: Tensor, workspace: Workspace

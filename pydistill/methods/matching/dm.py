@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import read, to_device
 from pydistill.data import Dataset
 from pydistill.matching import class_mean_match, features
 from pydistill.methods.config import PHOTOGRAPHS
@@ -56,7 +57,8 @@ class DM(ClassPairs):
         loss = self.distance(net, theta, pairs, dataset.num_classes)
         loss, grad = sum_over_ranks([loss.detach(), *torch.autograd.grad(loss, images)])
         state.descend("images", grad, self.lr_img, self.momentum)
-        return {"loss": loss.item() / dataset.num_classes, "lr": self.lr_net, "grad_norm": grad.norm().item()}
+        total, norm = read(loss, grad.norm())
+        return {"loss": total / dataset.num_classes, "lr": self.lr_net, "grad_norm": norm}
 
     def distance(self, net: nn.Module, theta: Tensor, pairs: Pairs, num_classes: int) -> Tensor:
         """What is minimised, summed over the pairs' classes."""
@@ -64,5 +66,5 @@ class DM(ClassPairs):
         with torch.no_grad():
             real = features(net, theta, pairs.real, axis=None, precision=self.precision, workspace=workspace)
         synthetic = features(net, theta, pairs.synthetic, axis=None, workspace=workspace)
-        labels = (pairs.labels_real.to(theta.device), pairs.labels_synthetic.to(theta.device))
+        labels = [to_device(labels, theta.device) for labels in (pairs.labels_real, pairs.labels_synthetic)]
         return class_mean_match(real.embedding, synthetic.embedding, *labels, num_classes=num_classes)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import once, to_device
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.config import Config
@@ -63,15 +64,14 @@ class ClassPairs(Config):
         images.
         """
         indices, records, augment = [], [], self.augmentation()
+        members = once(by_class, dataset.train_labels)
         for k in classes:
             generator = seeded_generator(self.seed, Stream.OUTER_STEP, *key, k)
-            members = (dataset.train_labels == k).nonzero()[:, 0]
-            indices.append(
-                members[torch.randperm(len(members), generator=generator, device="cpu")[: self.batch_real].to(members)]
-            )
+            own = members[k] if k < len(members) else torch.empty(0, dtype=torch.int64, device="cpu")
+            indices.append(own[torch.randperm(len(own), generator=generator, device="cpu")[: self.batch_real]])
             if augment is not None:
                 records.append(DiffAugment(self.augment).draw((1, *images.shape[1:]), generator))
-        real = dataset.train_images[torch.cat(indices)]
+        real = dataset.train_images[to_device(torch.cat(indices), images.device)]
         synthetic = torch.cat([images[k * self.ipc : (k + 1) * self.ipc] for k in classes])
         sizes = (
             torch.tensor([len(index) for index in indices], device="cpu"),
@@ -84,3 +84,9 @@ class ClassPairs(Config):
             )
         labels = [torch.tensor(classes, device="cpu").repeat_interleave(size) for size in sizes]
         return Pairs(real, synthetic, labels[0], labels[1].repeat(augment.copies if augment is not None else 1))
+
+
+def by_class(labels: Tensor) -> list[Tensor]:
+    """The images of each class, by their numbers, on the CPU."""
+    here = labels.cpu()
+    return list(here.argsort(stable=True).split(torch.bincount(here).tolist()))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.data import Dataset
 from pydistill.methods.outer import State
 from pydistill.methods.trajectory.matching import SMALL, Matching, Segment
@@ -85,15 +86,15 @@ class AST(Matching):
         found = super().segment(number, state, net, experts)
         if self.match_between:
             found.between = {
-                self.syn_steps // self.expert_epochs * i: experts.segment(found.expert, found.start, i)[1].to(
-                    found.theta0
+                self.syn_steps // self.expert_epochs * i: to_device(
+                    experts.segment(found.expert, found.start, i)[1].to(found.theta0.dtype), found.theta0.device
                 )
                 for i in range(1, self.expert_epochs)
             }
         if self.perturb:
-            noise = torch.randn(found.theta0.shape, generator=found.generator, dtype=torch.float32, device="cpu").to(
-                found.theta0
-            )
+            shape, generator = found.theta0.shape, found.generator
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(found.theta0.dtype)
+            noise = to_device(noise, found.theta0.device)
             found.theta0 = perturb_towards(found.theta0, noise, self.perturb, FlatModule(net))
         if self.balance_loss:  # a factor on the loss acts on the learning rate, as the students have no weight decay
             late = found.start - self.max_start_epoch // 2

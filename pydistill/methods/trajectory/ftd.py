@@ -63,6 +63,7 @@ class FTD(Matching):
 
     def update(self, state: State, grads: dict[str, Tensor]) -> None:
         super().update(state, grads)
+        state["average"] = state["average"].clone()
         ema_(state["average"], state["images"], self.ema_decay)
 
     def result(self, state: State) -> tuple[Tensor, Tensor, float]:

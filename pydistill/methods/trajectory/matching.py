@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import read, to_device
 from pydistill.data import Dataset
 from pydistill.methods.config import Config
 from pydistill.methods.outer import State
@@ -123,7 +124,7 @@ class Matching(Config):
         start = int(
             torch.randint(self.min_start_epoch, self.last_start(state.iteration), (), generator=generator, device="cpu")
         )
-        theta0, target = (theta.to(device) for theta in experts.segment(expert, start, self.expert_epochs))
+        theta0, target = (to_device(theta, device) for theta in experts.segment(expert, start, self.expert_epochs))
         return Segment(expert, start, generator, theta0, target)
 
     def counts(self, losses: Tensor) -> Tensor:
@@ -131,6 +132,7 @@ class Matching(Config):
         return torch.ones_like(losses)
 
     def update(self, state: State, grads: dict[str, Tensor]) -> None:
+        """Replaces the state's tensors and writes into none, so that it can be taken back."""
         state.descend("images", grads["images"], self.lr_img, self.momentum)
         state.descend("lr", grads["lr"], self.lr_lr, self.momentum)
 
@@ -165,13 +167,14 @@ class Matching(Config):
         if labels.is_floating_point():
             wanted["labels"] = labels = labels.detach().requires_grad_()
         own = mine[0].labels is not None
+        scales = torch.tensor([segment.lr_scale for segment in mine], dtype=wanted["lr"].dtype, device="cpu")
         losses = trajectory_match(
             net,
             torch.stack([segment.theta0 for segment in mine]),
             torch.stack([segment.target for segment in mine]),
             wanted["images"],
             torch.stack([cast(Tensor, segment.labels) for segment in mine]) if own else labels,
-            wanted["lr"] * wanted["lr"].new_tensor([segment.lr_scale for segment in mine]),
+            wanted["lr"] * to_device(scales, wanted["lr"].device),
             steps=self.syn_steps,
             targets={
                 t: torch.stack([cast(dict[int, Tensor], s.between)[t] for s in mine]) for t in mine[0].between or {}
@@ -184,19 +187,23 @@ class Matching(Config):
             mode=self.mode,
             precision=self.precision,
             reduction="none",
+            check_finite=True,
         )
         counts = self.counts(losses.detach())
         own_grads = torch.autograd.grad((losses * counts).sum() / self.segments, list(wanted.values()))
         sums = sum_over_ranks([losses.detach().sum(), counts.sum(), *own_grads])
         loss, counted, *grads = sums
         found = dict(zip(wanted, grads, strict=True))
-        if counted:
-            self.update(state, found)
-        lr, least = state["lr"].item(), LEAST_LR * self.lr_teacher
+        before = dict(state.tensors)
+        self.update(state, found)
+        total, number, norm, lr = read(loss, counted, found["images"].norm(), state["lr"])
+        if not number:  # taken back, which is cheaper than to wait for the number before
+            state.tensors = before
+            lr = state["lr"].item()
+        least = LEAST_LR * self.lr_teacher
         below = {"lr_below": lr} if lr < least else {}
         if below:
             state["lr"] = state["lr"].clamp_min(least)
             lr = state["lr"].item()
-        record = {"loss": loss.item() / self.segments, "lr": lr, "counted": int(counted)}
-        record |= {"grad_norm": found["images"].norm().item()}
+        record = {"loss": total / self.segments, "lr": lr, "counted": int(number), "grad_norm": norm}
         return record | {"expert": mine[0].expert, "start_epoch": mine[0].start} | below

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import read, to_device
 from pydistill.data import Dataset
 from pydistill.methods.config import Config
 from pydistill.methods.outer import State, fresh_parameters
@@ -124,7 +125,8 @@ class RaTBPTT(Config):
             self._adam(state, name, grad)
         if self.learn_labels:
             state["labels"] = state["labels"].clamp_min(0)
-        return {"loss": loss.item(), "lr": self.lr_inner, "grad_norm": norm.item()}
+        found, length = read(loss, norm)
+        return {"loss": found, "lr": self.lr_inner, "grad_norm": length}
 
     def _student_loss(
         self, number: int, state: State, wanted: dict[str, Tensor], dataset: Dataset, net: nn.Module
@@ -141,28 +143,28 @@ class RaTBPTT(Config):
             self.lr_inner,
             steps=warmup + self.window,
             warmup=warmup,
-            batches=[self._batch(dataset.num_classes, generator, images.device) for _ in range(warmup + self.window)],
+            batches=[self._batch(dataset.num_classes, generator) for _ in range(warmup + self.window)],
             generator=generator,
             augment=augment,
             label_kind=state.label_kind,
             optimizer=Adam(),
             precision=self.precision,
+            check_finite=True,
         )
-        real = torch.randperm(len(dataset.train_images), generator=generator, device="cpu")[: self.batch_real].to(
-            images.device
-        )
+        real = torch.randperm(len(dataset.train_images), generator=generator, device="cpu")[: self.batch_real]
+        real = to_device(real, images.device)
         x, y = dataset.train_images[real], dataset.train_labels[real]
         if augment is not None:
             x = augment(x, augment.draw(x.shape, generator))
         return F.cross_entropy(FlatModule(net)(theta, x), y)
 
-    def _batch(self, num_classes: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    def _batch(self, num_classes: int, generator: torch.Generator) -> Tensor:
         """Some images of each of some classes."""
         classes = torch.randperm(num_classes, generator=generator, device="cpu")[: self.classes].sort().values
         of_class = [
             torch.randperm(self.ipc, generator=generator, device="cpu")[: self.batch_per_class] for _ in classes
         ]
-        return (torch.stack(of_class) + self.ipc * classes[:, None]).flatten().to(device)
+        return (torch.stack(of_class) + self.ipc * classes[:, None]).flatten()
 
     def _adam(self, state: State, name: str, grad: Tensor) -> None:
         names = [f"{name}_moment{i}" for i in (1, 2)]
