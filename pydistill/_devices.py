@@ -16,9 +16,9 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """``tensor.to(device)``; from the CPU to a GPU through pinned memory, for which the host does not wait."""
-    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=tensor.is_pinned())
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # strides would take a further copy
+    return tensor.to(device)
 
 
 def once(function: Callable[[Tensor], Value], tensor: Tensor) -> Value:

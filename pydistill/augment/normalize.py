@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pydistill._devices import to_device
+
 
 @torch.no_grad()
 def clamp_normalized_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -36,5 +38,5 @@ def clamp_normalized_(x: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     if not all(s > 0 for s in std):
         raise ValueError(f"std: expected numbers above zero, got {list(std)}")
     bounds = [[(value - m) / s for m, s in zip(mean, std, strict=True)] for value in (0.0, 1.0)]
-    low, high = torch.tensor(bounds, dtype=x.dtype, device=x.device).view(2, -1, 1, 1)
+    low, high = to_device(torch.tensor(bounds, dtype=x.dtype, device="cpu"), x.device).view(2, -1, 1, 1)
     return x.clamp_(low, high)

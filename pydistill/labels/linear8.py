@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydistill._devices import to_device
+
 __all__ = ["CLASSES", "pack", "unpack"]
 
 CLASSES = 32  # per group in "logits8": 12 % more bytes than one group per row, and half its error
@@ -37,9 +39,9 @@ def pack(values: np.ndarray, group: int) -> np.ndarray:
 def unpack(rows: Tensor, m: int, group: int, device: torch.device) -> Tensor:
     """The numbers, float32 ``[n, m]`` on ``device``, of rows on the CPU, which may be longer."""
     groups = -(-m // group)
-    lines = rows[:, : 4 * groups].view(torch.float16).to(device).float().view(-1, groups, 1, 2)
+    lines = to_device(rows[:, : 4 * groups].view(torch.float16), device).float().view(-1, groups, 1, 2)
     numbers = torch.empty(len(rows), groups * group, device=device, dtype=torch.float32)
-    numbers[:, :m] = rows[:, 4 * groups : 4 * groups + m].to(device)
+    numbers[:, :m] = to_device(rows[:, 4 * groups : 4 * groups + m], device)
     numbers[:, m:] = 0
     parts = numbers.view(-1, groups, group)
     torch.addcmul(lines[..., 0], parts, lines[..., 1], out=parts)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _host
+from pydistill._devices import to_device
 from pydistill.labels import linear8
 from pydistill.labels._reader import RowLayout
 from pydistill.labels.records import unpack
@@ -83,7 +84,7 @@ class SoftLabels:
         record = unpack(self.records)
         if self.places is not None and len(record):
             record[..., 0] = self._in_batch(record[..., 0].long()).float()
-        return record.to(self.device)
+        return to_device(record, self.device)
 
     def _in_batch(self, sources: Tensor) -> Tensor:
         """Where in this batch the sources ``[B, P]`` of its records are."""
@@ -129,11 +130,11 @@ class SoftLabels:
         if layout.k:
             raise ValueError(f"dense: expected labels of all classes, got {layout.format}; densify() makes them so")
         if not layout.group:
-            return self.rows[:, : layout.label_bytes].view(DTYPES[layout.format]).to(self.device)
+            return to_device(self.rows[:, : layout.label_bytes].view(DTYPES[layout.format]), self.device)
         numbers = linear8.unpack(self.rows, layout.codes, layout.group, self.device)
         if self.classifier is None:
             return numbers
-        weight, bias = (each.to(self.device) for each in self.classifier)
+        weight, bias = (to_device(each, self.device) for each in self.classifier)
         return torch.addmm(bias, numbers, weight.T)
 
     @property
@@ -149,7 +150,7 @@ class SoftLabels:
         if not layout.k:
             raise ValueError(f"indices, values, tail: expected top-k labels, got {layout.format}, which has dense")
         found = _host.decode_topk(self.rows.numpy(), layout.num_classes, layout.k, layout.step)
-        indices, values, tail = (torch.from_numpy(each).to(self.device) for each in found)
+        indices, values, tail = (to_device(torch.from_numpy(each), self.device) for each in found)
         return indices, values, tail
 
     def densify(self, T: float | None = None) -> Tensor:
@@ -214,8 +215,9 @@ class SoftLabels:
         return replace(self, device=torch.device(device))
 
     def pin_memory(self) -> SoftLabels:
-        """Called by a ``DataLoader`` that pins memory; leaves the few bytes as they are."""
-        return self
+        """Called by a ``DataLoader`` that pins memory: the bytes, which are what is copied or decoded from."""
+        places = None if self.places is None else self.places.pin_memory()
+        return replace(self, images=self.images.pin_memory(), rows=self.rows.pin_memory(), places=places)
 
     def __getitem__(self, rows: slice | Tensor) -> SoftLabels:
         places = None if self.places is None else self.places[rows]

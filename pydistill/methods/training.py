@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import read
+
 __all__ = ["Batches", "OnEpoch", "half_cosine", "train"]
 
 Batches = Callable[[int], Iterable[tuple[int, Callable[[], Tensor]]]]
@@ -62,7 +64,7 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
     for epoch in range(done, epochs):
-        total, weights = 0.0, 0
+        values, weights = [], []
         for step, (weight, loss) in enumerate(batches(epoch)):
             for group, highest in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate(highest, epoch, step)
@@ -70,12 +72,16 @@ def train(
             value = loss()
             value.backward()
             optimizer.step()
-            total, weights = total + float(value.detach()) * weight, weights + weight
+            values.append(value.detach())
+            weights.append(weight)
             if on_step is not None:
                 on_step()
+        total = 0.0
+        for number, weight in zip(read(*values), weights, strict=True):  # read once an epoch
+            total += number * weight
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss of epoch {epoch + 1} is {total}: a smaller lr than {rates[0]} may help")
-        losses.append(total / weights)
+        losses.append(total / sum(weights))
         if on_epoch is not None:
             record = {"epoch": epoch + 1, "loss": losses[-1]}
             on_epoch(record, _state(net, optimizer, epoch + 1, state_name))

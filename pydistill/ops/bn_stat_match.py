@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import reference
+from pydistill._devices import to_device
 from pydistill._renamed import renamed
 from pydistill.ops._bn_match_pool import forward as bn_match_pool
 from pydistill.ops._bn_stat_match_operators import compute_dtype, native, triton
@@ -274,10 +275,11 @@ def summed_loss(
     variances = torch.cat([_running(bn)[1].to(device) for bn in norms])
     apart = torch.cat([each.to(device) for each in statistics], 1).to(dtype) - torch.stack([means, variances])
     sizes = [each.shape[1] for each in statistics]
-    layer = torch.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))  # waits for no device
-    of_layer = F.one_hot(layer, len(norms)).to(dtype)
+    layer = torch.repeat_interleave(torch.tensor(sizes, device="cpu"), output_size=sum(sizes))
+    of_layer = to_device(F.one_hot(layer, len(norms)).to(dtype), device)
     terms = apart.square() @ of_layer  # [2, layers]
     if kind == "norm":
         some = terms > 0  # as torch's norm, with the gradient zero where it is zero itself
         terms = torch.where(some, terms, 1).sqrt() * some
-    return (terms * torch.tensor(weights, dtype=dtype, device=device).t()).sum().to(statistics[0].dtype)
+    scaled = terms * to_device(torch.tensor(weights, dtype=dtype, device="cpu"), device).t()
+    return scaled.sum().to(statistics[0].dtype)

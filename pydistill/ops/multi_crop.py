@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pydistill import reference
+from pydistill._devices import to_device
 from pydistill.ops._operator import Operator, choose_backend
 from pydistill.ops._records import MAX_SIZE, check_constant, check_images
 from pydistill.reference.multi_crop import COLUMNS  # the order of Column in csrc/kernels/multi_crop.h
@@ -129,7 +130,8 @@ def _norm(mean: Any, std: Any, images: Tensor) -> Tensor | None:
         raise ValueError(f"mean, std: expected both or neither, got {'std' if mean is None else 'mean'} alone")
     rows = []
     for name, values in (("mean", mean), ("std", std)):
-        row = torch.as_tensor(values, dtype=torch.float64, device=images.device)
+        row = torch.as_tensor(values, dtype=torch.float64, device=getattr(values, "device", "cpu"))
+        row = to_device(row, images.device)
         if row.requires_grad:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; there is none")
         if row.shape != (images.shape[1],):

@@ -270,7 +270,7 @@ class _Trajectory:
     """The states before each step after the warm-up: some are kept, the others recomputed one stretch at a time."""
 
     def __init__(self, loop: InnerLoop, options: _SweepOptions, theta0: Tensor, steps: int):
-        self.loop, self.every, self.steps = loop, options.every, steps
+        self.loop, self.every, self.steps, self.on = loop, options.every, steps, options.device
         rows = (steps - loop.warmup - 1) // options.every + 1
         needed = loop.optimizer.reversed_by_moments or options.every > 1  # a stretch begins with its moments
         shape = (rows, *theta0.shape)
@@ -280,12 +280,16 @@ class _Trajectory:
         self.as_they_come = engine and theta0.nbytes <= 1 << 17 and options.every == 1 and not options.device
         self.theta: Tensor | list[Tensor] = []
         if not self.as_they_come:
-            self.theta = theta0.new_empty(shape, device=options.device)
+            self.theta = self._empty(theta0, shape)
         num_moments = loop.optimizer.num_moments * needed
-        self.moments = [theta0.new_empty(shape, device=options.device) for _ in range(num_moments)]
+        self.moments = [self._empty(theta0, shape) for _ in range(num_moments)]
         self.nbytes = (1 + num_moments) * rows * theta0.nbytes
         self.first_moments: tuple[Tensor, ...] = ()  # after the warm-up
         self.last_moments: tuple[Tensor, ...] = ()
+
+    def _empty(self, theta0: Tensor, shape: Sequence[int]) -> Tensor:
+        # pinned, so that the host waits for no copy
+        return theta0.new_empty(shape, device=self.on, pin_memory=self.on == "cpu" and theta0.is_cuda)
 
     def keep(self, k: int, state: State) -> None:
         row, beside = divmod(k - self.loop.warmup, self.every)
@@ -294,10 +298,10 @@ class _Trajectory:
         if isinstance(self.theta, list):
             self.theta.append(state.theta if k else state.theta.clone())  # the first is the caller's
         elif beside == 0:
-            self.theta[row] = state.theta
+            self.theta[row].copy_(state.theta, non_blocking=True)
         if beside == 0:
             for kept, moment in zip(self.moments, state.moments, strict=False):  # none before the first step
-                kept[row] = moment
+                kept[row].copy_(moment, non_blocking=True)
 
     def stretches(
         self, steps: list[Step], images: Tensor, labels: Tensor, lr: Tensor
@@ -306,8 +310,8 @@ class _Trajectory:
         device = images.device
         for row in range(len(self.theta) - 1, -1, -1):
             first = self.loop.warmup + row * self.every
-            moments = tuple(kept[row].to(device) for kept in self.moments) if first else ()
-            states = [State(self.theta[row].to(device), moments)]
+            moments = tuple(kept[row].to(device, non_blocking=True) for kept in self.moments) if first else ()
+            states = [State(self.theta[row].to(device, non_blocking=True), moments)]
             for k in range(first, min(first + self.every, self.steps) - 1):
                 grad = self.loop.gradient(states[-1].theta, steps[k], images, labels, replay=True, keep=False)
                 states.append(self.loop.update(k, states[-1], grad, lr))

@@ -176,7 +176,6 @@ def test_stored_labels_are_decoded_for_the_device(format: str, tmp_path: Path) -
     assert torch.isclose(got.cpu(), want, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="decoded to pageable memory; pin_memory does nothing")
 def test_pinned_labels_are_copied_without_waiting(tmp_path: Path) -> None:
     options = {"num_images": 6, "num_classes": 10, "epochs": 1, "batch_size": 6}
     student = randn(6, 10).cuda()
@@ -198,7 +197,6 @@ def test_evaluation(dataset: Dataset) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="numbers of layers and weights are copied from the host")
 def test_statistics_are_matched_without_waiting() -> None:
     net = ConvNet(3, 4, width=4, depth=2, image_size=8, norm="batch").eval().cuda()
     x = X.cuda().requires_grad_()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.augment import multi_crop
 from pydistill.methods.decoupled.recover import Batch, Recover
 from pydistill.methods.decoupled.squeeze import Teacher
@@ -63,7 +64,8 @@ class DWA(Recover):
         for each in (*before, batch):
             record = self.view(teacher, each, 0)
             images = starts(each)
-            x, y = multi_crop(images, record.to(images.device), teacher.shape[1]), each.labels.to(images.device)
+            record, y = (to_device(part, images.device) for part in (record, each.labels))
+            x = multi_crop(images, record, teacher.shape[1])
             self._ascend(net, x, y)
         return freeze(net)
 

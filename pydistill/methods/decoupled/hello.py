@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.augment import DiffAugment
 from pydistill.evaluate import accuracy, train_student
 from pydistill.labels import Projector, feature_distance
@@ -132,7 +133,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def views(images: Tensor, seed: int, epoch: int) -> Tensor:
     """The images of an epoch of post-training: augmented one by one, depending on ``(seed, epoch)`` alone."""
     augment = DiffAugment("color_crop_cutout_scale_rotate")
-    return augment(images, augment.draw(images.shape, seeded_generator(seed, Stream.VIEWS, epoch)).to(images.device))
+    return augment(images, augment.draw(images.shape, seeded_generator(seed, Stream.VIEWS, epoch)))
 
 
 def fit_projector(
@@ -159,13 +160,13 @@ def fit_projector(
 
     def loss(index: Tensor) -> Tensor:
         x = images[index]
-        x = augment(x, augment.draw(x.shape, generator).to(x.device))
+        x = augment(x, augment.draw(x.shape, generator))
         with torch.no_grad():
             targets = torch.stack([teacher(x) for teacher in teachers])
         return projector.loss(x, targets, labels[index], config.ce_weight)
 
     def batches(epoch: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
+        order = to_device(torch.randperm(len(images), generator=generator, device="cpu"), images.device)
         for index in order.split(config.batch_size):
             yield len(index), partial(loss, index)
 
@@ -238,7 +239,7 @@ def post_train(
     def batches(epoch: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
         shown = views(images, config.seed, epoch)
         generator = seeded_generator(config.seed, Stream.STUDENT_BATCHES, number, epoch)
-        order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
+        order = to_device(torch.randperm(len(images), generator=generator, device="cpu"), images.device)
         for index in order.split(config.batch_size):
             yield len(index), partial(loss, epoch, shown[index], index)
 

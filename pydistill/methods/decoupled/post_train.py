@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.augment import mix_labels
 from pydistill.data import DistilledSet
 from pydistill.evaluate import accuracy
@@ -148,7 +149,7 @@ def post_train(
 
     def hard(epoch: int) -> Iterator[tuple[int, Any]]:
         for _, record in views.views(images.shape, epoch):
-            target = mix_labels(distilled.labels, record, side, num_classes=num_classes).to(device)
+            target = to_device(mix_labels(distilled.labels, record, side, num_classes=num_classes), device)
             x = crops(images, record)
             yield 1, lambda x=x, target=target: F.cross_entropy(net(x), target)
 

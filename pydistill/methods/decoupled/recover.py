@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.augment import MultiCrop, multi_crop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.methods import ranks
@@ -312,7 +313,7 @@ def _make(
     for iteration in range(done, steps):
         shown = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
-        view = multi_crop(images, shown.to(device), side, base=base)
+        view = multi_crop(images, to_device(shown, device), side, base=base)
         logits = net(view.contiguous(memory_format=torch.channels_last))  # fastest layout for a frozen network
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
         (x.grad,) = torch.autograd.grad(loss, x)

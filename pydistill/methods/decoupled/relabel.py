@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.augment import MultiCrop, mix_labels, record_from_bytes, record_to_bytes
 from pydistill.augment.record import HEADER, MAGIC, PACKED
 from pydistill.data import DistilledSet
@@ -205,7 +206,7 @@ def relabel(
                 if whole is None:
                     labels = ask(crops(images, record))
                 else:
-                    labels = mix_labels(whole, record.to(device), crops.size)
+                    labels = mix_labels(whole, to_device(record, device), crops.size)
                 store.write(epoch, index, labels, _as_rows(record))
             if on_epoch is not None:
                 on_epoch(epoch)

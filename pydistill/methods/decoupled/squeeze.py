@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, load, read_safetensors, write_safetensors
@@ -319,7 +320,7 @@ def squeeze(
     def batches(epoch: int) -> Iterator[tuple[int, Any]]:
         generator = seeded_generator(config.seed, Stream.TEACHER_BATCHES, epoch)
         for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
-            index = index.to(images.device)
+            index = to_device(index, images.device)
             record = crop.draw((len(index), *images.shape[1:]), generator)
             x, y = crop(images[index], record), labels[index]
             yield 1, lambda x=x, y=y: F.cross_entropy(teacher.net(x), y)

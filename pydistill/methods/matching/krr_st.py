@@ -13,6 +13,7 @@ features standardised (the code uses a ResNet-18 trained on the source set).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydistill._devices import to_device
 from pydistill.evaluate import linear_probe
 from pydistill.matching import krr_loss
 from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, OptionError, check_numbers
@@ -216,15 +218,17 @@ def krr_st(
 
     for iteration in range(done, config.iterations):
         generator = seeded_generator(config.seed, Stream.KRR_BATCH, iteration)
-        index = torch.randperm(len(images), generator=generator, device="cpu")[: config.batch_real].to(device)
+        index = torch.randperm(len(images), generator=generator, device="cpu")[: config.batch_real]
+        index = to_device(index, device)
         i = int(torch.randint(config.pool, (), generator=generator, device="cpu"))
         net = pool.nets[i].eval()
         with torch.no_grad():
             f_real = net.embed(images[index])
         loss = krr_loss(f_real, net.embed(x), y_real=targets[index], y_syn=y, lam=config.lam, bias=True)
-        if not torch.isfinite(loss):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss of iteration {iteration + 1} is {float(loss.detach())}: "
+                f"the loss of iteration {iteration + 1} is {value}: "
                 f"a smaller lr or lr_net may help ({config.lr}, {config.lr_net})"
             )
         optimizer.param_groups[0]["lr"] = config.lr * (1 - iteration / config.iterations)
@@ -233,7 +237,7 @@ def krr_st(
         pool.step(i, x.detach(), y.detach())
         done = iteration + 1
         if on_step is not None:
-            on_step({"iteration": done, "loss": float(loss.detach())}, now)
+            on_step({"iteration": done, "loss": value}, now)
     return x.detach(), y.detach()
 
 

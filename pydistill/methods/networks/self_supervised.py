@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pydistill._devices import to_device
 from pydistill.augment import DiffAugment
 from pydistill.methods.method import OptionError
 from pydistill.methods.training import train
@@ -117,11 +118,11 @@ def barlow_twins(
 
     def loss(index: Tensor) -> Tensor:
         x = images[index]
-        views = [projector(encoder.pooled(augment(x, augment.draw(x.shape, generator).to(x.device)))) for _ in "ab"]
+        views = [projector(encoder.pooled(augment(x, augment.draw(x.shape, generator)))) for _ in "ab"]
         return barlow_twins_loss(*views)
 
     def batches(epoch: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
+        order = to_device(torch.randperm(len(images), generator=generator, device="cpu"), images.device)
         for index in order[: steps * batch_size].split(batch_size):
             yield 1, partial(loss, index)
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import __version__
+from pydistill._devices import to_device
 from pydistill.data import write_safetensors
 from pydistill.divergence import attention_map_divergence, attention_nmi
 from pydistill.evaluate import linear_probe
@@ -203,8 +204,8 @@ def fit(
     steps = -(-count // batch_size)
 
     def batches(epoch: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        order = torch.randperm(count, generator=seeded_generator(seed, stream, epoch), device="cpu").to(device)
-        for index in order.split(batch_size):
+        order = torch.randperm(count, generator=seeded_generator(seed, stream, epoch), device="cpu")
+        for index in to_device(order, device).split(batch_size):
             yield len(index), partial(loss, index)
 
     def rate(highest: float, epoch: int, step: int) -> float:
