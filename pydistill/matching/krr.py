@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from pydistill._devices import read
 from pydistill.ops._operator import check_plain_backend
 
 __all__ = ["KRRInfo", "krr_loss"]
@@ -214,15 +215,10 @@ def _loss_and_gradients(
     plan: _Plan, f_real: Tensor, f_syn: Tensor, y_syn: Tensor, y_real: Tensor
 ) -> tuple[Tensor, list[Tensor | None], KRRInfo]:
     inputs = (f_real, f_syn, y_syn, y_real)
-    # norms of rows first: a norm in float64 of them all would convert them all
-    trace = float(torch.linalg.vector_norm(f_syn, dim=1).double().square().sum())
-    if trace in (0, math.inf):  # of squares that float32 does not hold, if the features are not themselves so
-        trace = float(f_syn.double().square().sum())
-    trace += len(f_syn) * plan.bias
-    if not math.isfinite(trace):
+    factor, info = _factor(f_syn, _trace(f_syn) + len(f_syn) * plan.bias, plan)
+    if factor is None:
         gradients = [torch.full_like(t, math.nan) if need else None for t, need in zip(inputs, plan.needs, strict=True)]
-        return f_syn.new_full((), math.nan), gradients, KRRInfo(plan.form, f_syn.dtype, math.nan, 0.0)
-    factor, info = _factor(f_syn, trace, plan)
+        return f_syn.new_full((), math.nan), gradients, info
     f_real, f_syn, y_syn, y_real = (t.to(factor.dtype) for t in inputs)
     d_real, d_syn, _, d_target = (
         torch.zeros(t.shape, dtype=factor.dtype, device=t.device) if need else None
@@ -344,8 +340,19 @@ def _by_weights(sides: _Sides, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Te
     return sides.total(parts), dW, db
 
 
-def _factor(f_syn: Tensor, trace: float, plan: _Plan) -> tuple[Tensor, KRRInfo]:
-    """The Cholesky factor of the form's system, in the first precision and with the first jitter that do."""
+def _trace(f_syn: Tensor) -> Tensor:
+    """In float64."""
+    if f_syn.device.type == "cpu":
+        # norms of rows first: a norm in float64 of them all would convert them all
+        trace = torch.linalg.vector_norm(f_syn, dim=1).double().square().sum()
+        if float(trace) not in (0, math.inf):  # of squares that float32 does not hold
+            return trace
+    return f_syn.double().square().sum()
+
+
+def _factor(f_syn: Tensor, trace: Tensor, plan: _Plan) -> tuple[Tensor | None, KRRInfo]:
+    """The Cholesky factor of the form's system, in the first precision and with the first jitter that do; None where
+    the trace is not finite."""
     attempts = [(f_syn.dtype, 0.0)] if f_syn.dtype != torch.float64 else []
     attempts += [(torch.float64, jitter) for jitter in (0.0, *_JITTERS)]
     for dtype, jitter in attempts:
@@ -354,11 +361,15 @@ def _factor(f_syn: Tensor, trace: float, plan: _Plan) -> tuple[Tensor, KRRInfo]:
         system.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(system)
         least = len(system) * torch.finfo(dtype).eps * largest
-        if bool((failed == 0) & (factor.diagonal().square().min() > least)):
-            return factor, KRRInfo(plan.form, dtype, ridge, jitter)
+        found = (failed == 0) & (factor.diagonal().square().min() > least)
+        value, good = read(trace, found.double())  # the one that a GPU is waited for
+        if not math.isfinite(value):
+            return None, KRRInfo(plan.form, f_syn.dtype, math.nan, 0.0)
+        if good:
+            return factor, KRRInfo(plan.form, dtype, (plan.lam + jitter) * value, jitter)
     raise ValueError(
         f"f_syn: expected rows whose kernel is positive definite with lam {plan.lam} and a jitter of up to "
-        f"{_JITTERS[-1]} times its trace, got one of trace {trace:.3g} that is singular"
+        f"{_JITTERS[-1]} times its trace, got one of trace {value:.3g} that is singular"
     )
 
 

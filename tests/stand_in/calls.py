@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pydistill
 from pydistill.augment import DiffAugment
 from pydistill.methods import DWA, Relabel, Squeeze, SRe2L, run
+from pydistill.methods.matching.fedlgd import FedLGD
+from pydistill.methods.training import train
 from pydistill.nn import ConvNet
-from pydistill.trajectory import train_students
+from pydistill.trajectory import Adam, train_students
 from pydistill.trajectory.experts import train_experts
 from tests.bars import make_dataset, make_net
 from tests.methods.test_methods import CONFIGS
@@ -96,9 +99,15 @@ def experts() -> Tensor:
         return train_experts(make_net, images, labels, Path(folder) / "experts.store", **options).tensor()
 
 
+OUTER = CONFIGS | {
+    "datadam, batch norm": replace(CONFIGS["datadam"], net_norm="batch"),
+    "fedlgd": FedLGD(ipc=1, clients=2, local_steps=2, train_steps=2, server_steps=2),
+}
+
+
 def outer_step(name: str) -> Callable[[], Counts]:
     def count() -> Counts:
-        config, data, net = CONFIGS[name], make_dataset().to(torch.device("cuda")), make_net().cuda()
+        config, data, net = OUTER[name], make_dataset().to(torch.device("cuda")), make_net().cuda()
         given = config.check(data, net, experts())
         state = config.initial(data, net, given)
 
@@ -109,6 +118,23 @@ def outer_step(name: str) -> Callable[[], Counts]:
         return second(call)
 
     return count
+
+
+def trained_by_torch() -> Counts:
+    """Three steps more of an epoch of a teacher or a student after distillation."""
+
+    def call(steps: int) -> None:
+        net = make_net().cuda()
+        x, y = drawn(6, 1, 6, 6).cuda(), torch.arange(6, device="cuda") % 3
+        losses = [(1, lambda: F.cross_entropy(net(x), y))] * steps
+        train(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), lambda epoch: losses, epochs=1, steps=steps)
+
+    return difference(call, 2, 5)
+
+
+def regressed() -> Counts:
+    real, x, y = drawn(20, 4).cuda(), drawn(6, 4).cuda().requires_grad_(), drawn(6, 3).cuda()
+    return second(lambda: pydistill.krr_loss(real, x, y_real=real[:, :3], y_syn=y).backward())
 
 
 @cache
@@ -150,13 +176,17 @@ CALLS: dict[str, tuple[Callable[[], Counts], int]] = {
     "unroll, augmented": (unrolled(augment=AUGMENT), 0),
     "unroll, generic": (unrolled(engine="generic"), 0),
     "unroll, generic, augmented": (unrolled(engine="generic", augment=AUGMENT), 0),
+    "unroll, Adam": (unrolled(optimizer=Adam(), warmup=1), 0),
+    "unroll, generic, stored on the host": (unrolled(engine="generic", store="host", store_every=2), 0),
     "trajectory_match": (unrolled(match=True), 0),
     "trajectory_match, several": (unrolled(match=True, students=2, batch_size=4), 0),
     "trajectory_match, augmented": (unrolled(match=True, augment=AUGMENT), 0),
     "three training steps": (trained(), 0),
     "three training steps, augmented": (trained(augment=AUGMENT), 0),
     "three training steps, generic": (trained(engine="generic"), 0),
-    **{f"outer step of {name}": (outer_step(name), 2) for name in CONFIGS},
+    **{f"outer step of {name}": (outer_step(name), 2) for name in OUTER},
+    "krr_loss": (regressed, 1),
+    "three steps of train": (trained_by_torch, 0),
     "three iterations of sre2l": (recovered(SRe2L(ipc=1)), 0),
     "three iterations of dwa": (recovered(DWA(ipc=1)), 0),
     "three epochs of relabel": (relabelled, 3),

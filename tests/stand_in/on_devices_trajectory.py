@@ -204,6 +204,57 @@ def test_nets_have_the_same_values_on_all_devices_and_those_drawn_there_are_seed
     assert all(map(torch.equal, before, states()))
 
 
+def diverging(**options: Any) -> Tensor:
+    net = convnet().cuda()
+    theta0 = 0.3 * drawn(sum(p.numel() for p in net.parameters())).cuda()
+    images, labels = drawn(IMAGES, 2, SIDE, SIDE).cuda(), torch.arange(IMAGES, device="cuda") % CLASSES
+    return pydistill.unroll(net, theta0, images, labels, 1e38, steps=3, engine="generic", **options)
+
+
+@pytest.mark.parametrize("mode", ["exact", "full"])
+def test_non_finite_parameters_are_looked_for_where_that_is_asked_for(mode: str) -> None:
+    assert not diverging(mode=mode).isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"non-finite in step \d of 3"):
+        diverging(mode=mode, check_finite=True)
+
+
+def test_a_target_that_is_the_start_gives_no_finite_loss() -> None:
+    net = convnet().cuda()
+    theta0 = 0.3 * drawn(sum(p.numel() for p in net.parameters())).cuda()
+    images, labels = drawn(IMAGES, 2, SIDE, SIDE).cuda(), torch.arange(IMAGES, device="cuda") % CLASSES
+    loss = pydistill.trajectory_match(net, theta0, theta0, images, labels, 0.1, steps=2, engine="generic")
+    assert not loss.isfinite()
+
+
+def test_labels_are_looked_at_again_when_they_change() -> None:
+    net = convnet().cuda()
+    theta0 = 0.3 * drawn(sum(p.numel() for p in net.parameters())).cuda()
+    images, labels = drawn(IMAGES, 2, SIDE, SIDE).cuda(), torch.arange(IMAGES, device="cuda") % CLASSES
+    for _ in range(2):
+        pydistill.unroll(net, theta0, images, labels, 0.1, steps=1, engine="generic")
+    labels[0] = -1
+    with pytest.raises(ValueError, match="labels: expected class numbers >= 0, got -1"):
+        pydistill.unroll(net, theta0, images, labels, 0.1, steps=1, engine="generic")
+
+
+def test_batches_may_be_on_the_cpu() -> None:
+    net = convnet()
+    batches = [torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([5, 2, 4])]
+    found = []
+    for place, given in (("cpu", batches), ("cuda:1", batches), ("cuda:1", [each.to("cuda:1") for each in batches])):
+        theta0 = 0.3 * drawn(sum(p.numel() for p in net.parameters())).to(place)
+        images, labels = drawn(IMAGES, 2, SIDE, SIDE).to(place), torch.arange(IMAGES, device=place) % CLASSES
+        options = {"steps": 3, "batches": given, "engine": "generic"}
+        found.append(pydistill.unroll(net.to(place), theta0, images, labels, 0.1, **options))
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[1].cpu(), found[0])
+    wrong = [each.to("cuda:0") for each in batches]
+    with pytest.raises(ValueError, match=r"batches\[0\]: expected all on cuda:1 as images, or all on cpu, got cuda:0"):
+        pydistill.unroll(net, theta0, images, labels, 0.1, **options | {"batches": wrong})
+    with pytest.raises(ValueError, match=r"batches: expected image numbers in 0..5, got 6"):
+        pydistill.unroll(net, theta0, images, labels, 0.1, **options | {"batches": [*batches[:2], torch.tensor([6])]})
+
+
 def trained(device: str, net: Any, options: dict[str, Any]) -> list[Tensor]:
     torch.manual_seed(0)
     net = net().to(device)

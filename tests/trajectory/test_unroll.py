@@ -214,7 +214,7 @@ def test_global_randomness_is_replayed_and_buffers_change_once(options):
 def test_batches_use_up_each_permutation():
     from pydistill.trajectory.inner_loop import _draw_batches
 
-    batches = _draw_batches(5, 6, 12, torch.device("cpu"), torch.Generator().manual_seed(0))
+    batches = _draw_batches(5, 6, 12, torch.Generator().manual_seed(0))
     assert [len(b) for b in batches] == [5, 5, 2, 5, 5, 2]
     for half in (batches[:3], batches[3:]):
         assert sorted(torch.cat(half).tolist()) == list(range(12))

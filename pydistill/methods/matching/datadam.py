@@ -9,7 +9,7 @@ and 20000 iterations: ``power=1.0, net_norm="batch", batch_real=64, iterations=2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -71,7 +71,9 @@ class DataDAM(DM):
 
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         if self.net_norm == "batch":
-            net = _with_batch_norm(cast(ConvNet, net), dataset.num_classes).to(state["images"])
+            like, net = state["images"], cast(ConvNet, net)
+            sizes = (net.channels, dataset.num_classes, net.width, net.depth, net.image_size)
+            net = _with_batch_norm(*sizes, like.device, like.dtype)
         return super().step(state, dataset, net, experts)
 
     def distance(self, net: nn.Module, theta: Tensor, pairs: Pairs, num_classes: int) -> Tensor:
@@ -102,5 +104,15 @@ class DataDAM(DM):
         return list(range(net.depth))
 
 
-def _with_batch_norm(net: ConvNet, num_classes: int) -> ConvNet:
-    return ConvNet(net.channels, num_classes, net.width, net.depth, net.image_size, norm="batch")
+@lru_cache(maxsize=4)
+def _with_batch_norm(
+    channels: int,
+    num_classes: int,
+    width: int,
+    depth: int,
+    image_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ConvNet:
+    """Only its structure is used, in every step the same."""
+    return ConvNet(channels, num_classes, width, depth, image_size, norm="batch").to(device, dtype)

@@ -12,13 +12,14 @@ the same bits if the arithmetic is the same (torch's matrix products depend on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._devices import read, to_device
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.divergence import contrastive_ce
@@ -46,6 +47,12 @@ class _WithFeatures(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.net.embed(x)
         return features, self.net.classifier(features)
+
+
+class _Client(NamedTuple):
+    shard: Tensor  # its real images, by their numbers
+    classes: Tensor  # that it has images of, ascending, on the CPU
+    members: list[Tensor]  # of each of these, by their places in the shard, on the CPU
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ class FedLGD(Config):
             for shard in shards
         ]
 
-    def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> list[Tensor]:
+    def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> list[_Client]:
         if not hasattr(net, "embed") or not hasattr(net, "classifier"):
             raise ValueError(f"net: expected one with embed and classifier, {type(net).__name__} lacks them")
         if world()[1] > self.clients:
@@ -137,16 +144,23 @@ class FedLGD(Config):
         for client, shard in enumerate(shards):
             if not len(shard):
                 raise ValueError(f"clients: expected few enough that each has images, client {client} has none")
-        return [shard.to(dataset.train_images.device) for shard in shards]
+        labels = dataset.train_labels.cpu()
+        clients = []
+        for shard in shards:
+            own = labels[shard]
+            classes = own.unique()
+            members = [(own == label).nonzero()[:, 0] for label in classes]
+            clients.append(_Client(shard.to(dataset.train_images.device), classes, members))
+        return clients
 
-    def initial(self, dataset: Dataset, net: nn.Module, experts: list[Tensor]) -> State:
+    def initial(self, dataset: Dataset, net: nn.Module, experts: list[_Client]) -> State:
         """The clients start from real images, the server from noise with each class's mean and deviation by pixel."""
         x, y = dataset.train_images, dataset.train_labels
         local = []
-        for client, shard in enumerate(experts):
+        for client, (shard, _, classes) in enumerate(experts):
             generator = seeded_generator(self.seed, Stream.SYNTHETIC, client)
-            for label in y[shard].unique().tolist():
-                members = shard[y[shard] == label]
+            for rows in classes:
+                members = shard[rows.to(shard.device)]
                 # a client may have fewer images of a class than it has to distil
                 order = torch.randperm(len(members), generator=generator, device="cpu").repeat(
                     -(-self.ipc // len(members))
@@ -162,13 +176,13 @@ class FedLGD(Config):
         theta = fresh_parameters(net, self.seed, Stream.OUTER_STEP_NET, like=x)
         return State({**tensors, "theta": theta, "local": torch.cat(local)})
 
-    def step(self, state: State, dataset: Dataset, net: nn.Module, experts: list[Tensor]) -> dict[str, Any]:
+    def step(self, state: State, dataset: Dataset, net: nn.Module, experts: list[_Client]) -> dict[str, Any]:
         flat, (rank, ranks) = FlatModule(_WithFeatures(net)), world()
         if self.restart and state.iteration % self.restart == 0:
             state["theta"] = fresh_parameters(
                 net, self.seed, Stream.OUTER_STEP_NET, state.iteration, like=state["theta"]
             )
-        labels = [dataset.train_labels[shard].unique().repeat_interleave(self.ipc) for shard in experts]
+        labels = [to_device(client.classes.repeat_interleave(self.ipc), state["labels"].device) for client in experts]
         parts = [images.clone() for images in state["local"].split([len(y) for y in labels])]
         # Each rank fills in its clients' results: the sum over ranks only adds zeros, so it does not round.
         own = [client for client in range(self.clients) if client % ranks == rank]
@@ -177,13 +191,15 @@ class FedLGD(Config):
         for client, part in enumerate(parts):
             if client in own:
                 generator = seeded_generator(self.seed, Stream.OUTER_STEP, state.iteration, client)
-                real = (dataset.train_images[experts[client]], dataset.train_labels[experts[client]])
-                parts[client] = self._distil_local(flat, state, part, labels[client], *real, generator)
+                parts[client] = self._distil_local(
+                    flat, state, part, labels[client], dataset, experts[client], generator
+                )
                 thetas[client], losses[client] = self._train(flat, state, parts[client], labels[client], generator)
             else:
                 parts[client] = torch.zeros_like(part)
         state["local"], thetas, losses = sum_over_ranks([torch.cat(parts), thetas, losses])
-        shares = thetas.new_tensor([len(shard) for shard in experts]) / len(dataset.train_labels)
+        sizes = torch.tensor([len(client.shard) for client in experts], dtype=thetas.dtype, device="cpu")
+        shares = to_device(sizes, thetas.device) / len(dataset.train_labels)
         state["theta"] = shares @ thetas
         parts, gradients = state["local"].split([len(y) for y in labels]), torch.zeros_like(thetas)
         for client in own:
@@ -195,22 +211,29 @@ class FedLGD(Config):
         if rank == 0:
             images, loss = self._distil_server(flat, state, shares @ gradients)
         state["images"], loss = sum_over_ranks([images, loss])
-        return {"loss": loss.item(), "lr": self.lr_model, "client_loss": (shares @ losses).item()}
+        found, of_clients = read(loss, shares @ losses)
+        return {"loss": found, "lr": self.lr_model, "client_loss": of_clients}
 
     def _distil_local(
-        self, flat: FlatModule, state: State, images: Tensor, labels: Tensor, x: Tensor, y: Tensor, generator: Any
+        self,
+        flat: FlatModule,
+        state: State,
+        images: Tensor,
+        labels: Tensor,
+        dataset: Dataset,
+        client: _Client,
+        generator: Any,
     ) -> Tensor:
         """A client's images, moved by distribution matching under the global model."""
         augment, own = DiffAugment(self.augment, siamese=True), State({"images": images})
         theta, (server, server_labels) = state["theta"], (state["images"], state["labels"])
-        known = torch.isin(server_labels, labels)
-        members = [(y == label).nonzero()[:, 0] for label in labels.unique()]
-        classes = int(server_labels[-1]) + 1
+        x, y, classes = dataset.train_images[client.shard], dataset.train_labels[client.shard], dataset.num_classes
+        known = to_device(
+            (client.classes[:, None] * self.ipc + torch.arange(self.ipc, device="cpu")).flatten(), x.device
+        )
         for _ in range(self.local_steps):
-            draws = [
-                rows[torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)] for rows in members
-            ]
-            real = torch.cat([rows[: self.batch_real] for rows in draws])
+            draws = [rows[torch.randperm(len(rows), generator=generator, device="cpu")] for rows in client.members]
+            real = to_device(torch.cat([rows[: self.batch_real] for rows in draws]), x.device)
             record = augment.draw((1, *x.shape[1:]), generator)  # one for all images that are compared
             wanted = own["images"].detach().requires_grad_()
             f_syn, f_real, f_server = (
