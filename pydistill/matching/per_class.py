@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydistill._devices import to_device
+from pydistill._devices import once, to_device
 from pydistill.ops.convnet_step import Precision, Workspace
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.generic import GenericStudents
@@ -143,7 +143,7 @@ def _group(
         raise ValueError(f"labels: expected shape {[len(images)]} as images, got {list(labels.shape)}")
     if labels.device.type != "cpu" and labels.device != images.device:
         raise ValueError(f"labels: expected device {images.device} as images, or cpu, got {labels.device}")
-    here = labels.detach().cpu()
+    here = once(Tensor.cpu, labels)
     low, high = (int(v) for v in here.aminmax())
     if classes is None:
         K = high + 1 if num_classes is None else num_classes
@@ -177,7 +177,10 @@ def _by_autograd(students: GenericStudents, theta: Tensor, images: Tensor, label
     further = torch.is_grad_enabled() and (theta.requires_grad or images.requires_grad)
     found = []
     for index in groups.order.split(groups.sizes):
-        x, y = images[to_device(index, images.device)], to_device(labels[index.to(labels.device)], images.device)
+        x, y = (
+            images[to_device(index, images.device)],
+            to_device(labels[to_device(index, labels.device)], images.device),
+        )
         with torch.enable_grad():
             at = theta if further and theta.requires_grad else theta.detach().requires_grad_()
             loss = students.loss(at, x if further else x.detach(), y)

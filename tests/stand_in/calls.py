@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pydistill
-from pydistill.augment import DiffAugment
+from pydistill.augment import DiffAugment, MultiCrop
 from pydistill.methods import DWA, Relabel, Squeeze, SRe2L, run
 from pydistill.methods.matching.fedlgd import FedLGD
 from pydistill.methods.training import train
 from pydistill.nn import ConvNet
 from pydistill.trajectory import Adam, train_students
 from pydistill.trajectory.experts import train_experts
+from pydistill.trajectory.students import Engine
 from tests.bars import make_dataset, make_net
 from tests.methods.test_methods import CONFIGS
 from tests.stand_in.counts import Counts, counts
@@ -137,6 +140,29 @@ def regressed() -> Counts:
     return second(lambda: pydistill.krr_loss(real, x, y_real=real[:, :3], y_syn=y).backward())
 
 
+def of_classes(engine: Engine, places: Sequence[int]) -> Callable[[], Counts]:
+    """Gradients of four classes, which have as many images as ``places`` says, labelled on the device."""
+
+    def count() -> Counts:
+        net = ConvNet(2, 4, width=4, depth=2, image_size=8).cuda()
+        theta = 0.3 * drawn(sum(p.numel() for p in net.parameters())).cuda()
+        images = drawn(sum(places), 2, 8, 8).cuda().requires_grad_()
+        labels = torch.arange(4).repeat_interleave(torch.tensor(places)).flip(0).cuda()
+
+        def call() -> None:
+            pydistill.class_gradients(net, theta, images, labels, 4, engine=engine).square().sum().backward()
+
+        return second(call)
+
+    return count
+
+
+def cropped() -> Counts:
+    images = drawn(4, 3, 16, 16).cuda().requires_grad_()
+    crops = MultiCrop(8, mix="cutmix", mean=(0.5,) * 3, std=(0.2,) * 3)
+    return second(lambda: crops(images, crops.draw(images.shape, torch.Generator().manual_seed(1))).sum().backward())
+
+
 @cache
 def squeezed() -> Path:
     folder = Path(tempfile.mkdtemp())
@@ -185,6 +211,10 @@ CALLS: dict[str, tuple[Callable[[], Counts], int]] = {
     "three training steps, augmented": (trained(augment=AUGMENT), 0),
     "three training steps, generic": (trained(engine="generic"), 0),
     **{f"outer step of {name}": (outer_step(name), 2) for name in OUTER},
+    "class_gradients": (of_classes("auto", (2, 2, 2, 2)), 0),
+    "class_gradients, uneven": (of_classes("auto", (1, 2, 3, 1)), 0),
+    "class_gradients, generic": (of_classes("generic", (1, 2, 3, 1)), 0),
+    "MultiCrop": (cropped, 0),
     "krr_loss": (regressed, 1),
     "three steps of train": (trained_by_torch, 0),
     "three iterations of sre2l": (recovered(SRe2L(ipc=1)), 0),
@@ -193,11 +223,23 @@ CALLS: dict[str, tuple[Callable[[], Counts], int]] = {
 }
 
 
-def main() -> None:
-    names = ("waits", "captures", "replays", "launches", "copies", "allocations")
-    print("call", *names, sep=",")
+NUMBERS = ("waits", "captures", "replays", "launches", "copies", "allocations")
+
+
+def table(former: Path | None) -> None:
+    """Prints what each call costs, beside the columns "... before" of a ``former`` table."""
+    rows: dict[str, dict[str, str]] = {}
+    if former is not None:
+        with former.open(newline="") as file:
+            rows = {row["call"]: row for row in csv.DictReader(file)}
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["call", *(f"{name}{when}" for name in NUMBERS for when in (" before", "")[former is None :])])
     for name, (count, _) in CALLS.items():
         torch.manual_seed(0)
-        found = count()
-        numbers = (getattr(found, each) for each in names)
-        print(f'"{name}"', *(len(n) if isinstance(n, list) else n for n in numbers), sep=",", flush=True)
+        found, row = count(), [name]
+        for each in NUMBERS:
+            number = getattr(found, each)
+            row += [] if former is None else [rows.get(name, {}).get(f"{each} before", "")]
+            row.append(str(len(number) if isinstance(number, list) else number))
+        out.writerow(row)
+        sys.stdout.flush()

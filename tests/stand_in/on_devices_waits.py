@@ -15,12 +15,20 @@ from tests.stand_in.counts import Counts
 
 FIRST = [
     *("unroll", "unroll, augmented", "trajectory_match", "three training steps", "outer step of dm"),
-    *("outer step of mtt", "outer step of dc", "outer step of rat_bptt", "krr_loss", "three steps of train"),
+    *(
+        "outer step of mtt",
+        "outer step of dc",
+        "outer step of rat_bptt",
+        "krr_loss",
+        "three steps of train",
+        "MultiCrop",
+    ),
 ]
 names = pytest.mark.parametrize("name", sample(CALLS, FIRST))
 # these capture no graphs anew
 RIGHT = {
     *("unroll, generic", "unroll, generic, augmented", "unroll, generic, stored on the host", "krr_loss"),
+    *("class_gradients, generic", "MultiCrop"),
     *(name for name in CALLS if name.startswith("three ")),
     *(f"outer step of {name}" for name in ("dm", "datadam", "datadam, batch norm", "atom", "fyi_dm", "fedlgd")),
 }
