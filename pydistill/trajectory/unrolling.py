@@ -157,7 +157,7 @@ def unroll(
         batch_size: images per step: consecutive chunks of a permutation drawn from ``generator``, a new one when it is
             used up (the last chunk may be smaller), its own for every student. None: all images in every step.
         batches: the steps' batches explicitly, T int64 index vectors, each ``[B]`` or ``[E, B]``; instead of
-            batch_size. They are copied.
+            batch_size. They are copied; those on the CPU are checked without waiting for the images' device.
         generator: source of the permutations and of ``augment.draw``; torch's default when None. Or E of them, one
             per student.
         augment: applied to each batch, differentiable in the images. Either an object with
@@ -211,7 +211,7 @@ def unroll(
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what it should be.
-        FloatingPointError: non-finite parameters; the message names the step.
+        FloatingPointError: non-finite parameters, as ``check_finite`` says; the message names the step.
         RuntimeError: the gradient of "exact" or "first_order" was itself to be differentiated; images, labels, lr, or
             the net's mode, hooks or modules changed before it was taken; with momentum, Adam or weight_decay, a
             parameter is used by the losses of some steps only.
