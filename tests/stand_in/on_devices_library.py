@@ -185,6 +185,7 @@ def test_pinned_labels_are_copied_without_waiting(tmp_path: Path) -> None:
         for _ in range(2):
             with counts() as c:
                 store.read(0, torch.arange(6)).pin_memory().to("cuda").loss(student)
+        assert store.read(0, torch.arange(6)).pin_memory().rows.is_pinned()
     assert c.waits == [], c
 
 
