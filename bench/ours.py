@@ -257,7 +257,7 @@ def augment_images(images: Tensor, record: Tensor) -> Tensor:
 
 
 def crops(problem: multi_crop.Crops) -> Callable[[Tensor], Tensor]:
-    from pydistill.augment import multi_crop as op  # the peer's module has that name here
+    from pydistill.ops import multi_crop as op  # the peer's module has that name here
 
     size, rows = problem.size, len(problem.boxes)
     record = torch.zeros(rows, 1, 14)
@@ -321,7 +321,7 @@ def kd_divergence(student: Tensor, problem: label_losses.Logits) -> Tensor:
 
 
 def sparse_label_loss(student: Tensor, problem: label_losses.Logits) -> Tensor:
-    from pydistill.labels import sparse_label_loss
+    from pydistill.ops import sparse_label_loss
 
     return sparse_label_loss(student, problem.indices, problem.values, T=problem.T)
 
@@ -345,8 +345,8 @@ def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tenso
 
 
 def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
-    from pydistill.augment import multi_crop
     from pydistill.nn import BNStatMatcher, freeze
+    from pydistill.ops import multi_crop
 
     size = problem.images.shape[-1]
     part = (*problem.crop, 1, *problem.roll, 0, 0, 0, size, size, 1)  # flipped, over the whole result

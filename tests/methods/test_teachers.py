@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pydistill.augment import multi_crop
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabelStore
 from pydistill.methods import RandomImages
@@ -18,6 +17,7 @@ from pydistill.methods.decoupled.relabel import Relabel, last_linear, relabel, r
 from pydistill.methods.decoupled.squeeze import Squeeze, Teacher, build, import_weights, squeeze
 from pydistill.nn import ConvNet, ResNet18
 from pydistill.nn.description import from_description
+from pydistill.ops import multi_crop
 from tests.methods.teachers import SQUEEZE, make
 
 
