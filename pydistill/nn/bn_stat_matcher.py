@@ -35,9 +35,8 @@ class BNStatMatcher:
     a sum that does (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), these run in the same pass, and so does
     a max pooling of square windows after the ReLU of a BatchNorm without a sum (a ResNet's stem). Only torch's own
     modules are fused, and only while they have no hooks. A BatchNorm that is something else (a subclass, a
-    ``forward`` set on the
-    instance) runs as it is, and its statistics are gathered by a hook. `report` tells what runs how, and why;
-    the logger "pydistill" says it in brief. `remove` restores the model::
+    ``forward`` set on the instance) runs as it is, and its statistics are gathered by a hook. `report` tells what
+    runs how, and why; the logger "pydistill" says it in brief. `remove` restores the model::
 
         model.eval()
         with BNStatMatcher(model, first=10.0) as matcher:  # or matcher.remove() at the end
