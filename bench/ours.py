@@ -264,6 +264,7 @@ def crops(problem: multi_crop.Crops) -> Callable[[Tensor], Tensor]:
     record[:, 0, 0] = torch.arange(rows)
     record[:, 0, 1:8] = problem.boxes
     record[:, 0, 11:] = torch.tensor([size, size, 1])
+    record = record.to(problem.images.device)
     return lambda images: op(images, record, size, mean=multi_crop.MEAN, std=multi_crop.STD)
 
 
@@ -350,12 +351,13 @@ def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
 
     size = problem.images.shape[-1]
     part = (*problem.crop, 1, *problem.roll, 0, 0, 0, size, size, 1)  # flipped, over the whole result
-    record = torch.tensor([[(i, *part)] for i in range(len(problem.images))], dtype=torch.float32)
+    rows = [[(i, *part)] for i in range(len(problem.images))]
+    record = torch.tensor(rows, dtype=torch.float32, device=problem.images.device)
     net = freeze(problem.net)
     matcher = BNStatMatcher(net, first=recover.FIRST)
 
     def loss_of(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits, problem.labels)
         return loss + recover.WEIGHT * matcher.loss()
