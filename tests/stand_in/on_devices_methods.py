@@ -1,6 +1,6 @@
 """Every method for two iterations on a device, from Python and from the command line, against the CPU.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Students in training on the devices, and the gradients of what they become, against the CPU.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations
