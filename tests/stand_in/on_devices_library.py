@@ -1,6 +1,6 @@
 """Matching, nn, labels, selection and augmentation on the devices, against the CPU.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations
