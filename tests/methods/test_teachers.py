@@ -246,7 +246,7 @@ def test_imagenets_weights_need_no_images(tmp_path):
         (lambda: Relabel(batch_size=0), "batch_size: expected at least 1, got 0"),
         (lambda: Relabel(temperature=0), "temperature: expected a positive finite number, got 0"),
         (lambda: Relabel(flip=-1), "flip: expected a probability, got -1"),
-        (lambda: Relabel(mix="cut"), "mix: expected 'cutmix', 'mixup' or 'none', got 'cut'"),
+        (lambda: Relabel(mix="cut"), "mix: expected one of cutmix, mixup, none, got 'cut'"),
         (lambda: Relabel(static="no"), "static: expected True or False, got 'no'"),
     ],
 )
