@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 
+from .block_forms import FORMS, minimum_bytes
+
 REPOSITORY = Path(__file__).parents[1]
 KERNELS = REPOSITORY / "csrc" / "kernels"
 HOST_LAUNCH = REPOSITORY / "tests" / "kernels" / "host_launch.cpp"
@@ -37,10 +39,8 @@ RESULTS = REPOSITORY / "bench" / "results" / "kernels.csv"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block may opt in to
 
-FORMS = ("forward", "backward", "jvp", "backward_jvp")
 SCALARS = ("f32", "f64", "bf16", "f16")  # in the order of Scalar in csrc/common/scalar.h
 CXX_SCALARS = {"float": "f32", "double": "f64", "__nv_bfloat16": "bf16", "__half": "f16"}
-BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
 SHAPE = (1, 16, 32, 32)
 
 HOST_FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared")
@@ -167,14 +167,6 @@ class Row(Resources):
     dynamic_shared_nchw: int | None = None  # bytes, for SHAPE
     dynamic_shared_channels_last: int | None = None
     bytes_to_minimum: float | None = None  # counted bytes over the least possible
-
-
-def minimum_bytes(form: str, scalar: str, shape: tuple[int, int, int, int]) -> int:
-    N, C, H, W = shape
-    x, y = N * C * H * W, N * C * (H // 2) * (W // 2)
-    images = {"forward": x + y, "backward": 2 * x + y, "jvp": 2 * x + y, "backward_jvp": 3 * x + 3 * y}
-    shares = 2 * N * C if "backward" in form else 0
-    return images[form] * BYTES[scalar] + shares * (8 if scalar == "f64" else 4)
 
 
 def with_launch(kernel: Resources, library: ctypes.CDLL) -> Row:

@@ -257,13 +257,14 @@ def augment_images(images: Tensor, record: Tensor) -> Tensor:
 
 
 def crops(problem: multi_crop.Crops) -> Callable[[Tensor], Tensor]:
-    from pydistill.augment import multi_crop as op  # the peer's module has that name here
+    from pydistill.ops import multi_crop as op  # the peer's module has that name here
 
     size, rows = problem.size, len(problem.boxes)
     record = torch.zeros(rows, 1, 14)
     record[:, 0, 0] = torch.arange(rows)
     record[:, 0, 1:8] = problem.boxes
     record[:, 0, 11:] = torch.tensor([size, size, 1])
+    record = record.to(problem.images.device)
     return lambda images: op(images, record, size, mean=multi_crop.MEAN, std=multi_crop.STD)
 
 
@@ -321,7 +322,7 @@ def kd_divergence(student: Tensor, problem: label_losses.Logits) -> Tensor:
 
 
 def sparse_label_loss(student: Tensor, problem: label_losses.Logits) -> Tensor:
-    from pydistill.labels import sparse_label_loss
+    from pydistill.ops import sparse_label_loss
 
     return sparse_label_loss(student, problem.indices, problem.values, T=problem.T)
 
@@ -345,17 +346,18 @@ def bn_stat_match(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tenso
 
 
 def recover_step(problem: recover.Recovery, half: bool = False) -> Any:
-    from pydistill.augment import multi_crop
     from pydistill.nn import BNStatMatcher, freeze
+    from pydistill.ops import multi_crop
 
     size = problem.images.shape[-1]
     part = (*problem.crop, 1, *problem.roll, 0, 0, 0, size, size, 1)  # flipped, over the whole result
-    record = torch.tensor([[(i, *part)] for i in range(len(problem.images))], dtype=torch.float32)
+    rows = [[(i, *part)] for i in range(len(problem.images))]
+    record = torch.tensor(rows, dtype=torch.float32, device=problem.images.device)
     net = freeze(problem.net)
     matcher = BNStatMatcher(net, first=recover.FIRST)
 
     def loss_of(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits, problem.labels)
         return loss + recover.WEIGHT * matcher.loss()

@@ -9,26 +9,27 @@ from typing import TYPE_CHECKING
 __path__ = _extend_path(__path__, __name__)
 
 from pydistill import augment, compat, divergence, labels, matching, nn, ops, reference, select, trajectory
-from pydistill.divergence import attention_map_divergence, attention_nmi, contrastive_ce, kd_divergence
-from pydistill.matching import attention_match, class_gradients, class_mean_match, gradient_match, krr_loss, mmd
-from pydistill.ops import bn_match_forward, bn_stat_match, instance_norm_relu_avg_pool, soft_cross_entropy
-from pydistill.trajectory import ExpertStore, TrainResult, train_students, trajectory_match, unroll
+from pydistill._renamed import moved as _moved
+from pydistill.matching import attention_match, class_mean_match, gradient_match, krr_loss
+from pydistill.ops import (
+    attention_map_divergence,
+    bn_stat_match,
+    instance_norm_relu_avg_pool,
+    kd_divergence,
+    soft_cross_entropy,
+)
+from pydistill.trajectory import ExpertStore, train_students, trajectory_match, unroll
 
 __version__ = _version("pydistill")
 __all__ = [
     "ExpertStore",
-    "TrainResult",
     "__version__",
     "attention_map_divergence",
     "attention_match",
-    "attention_nmi",
     "augment",
-    "bn_match_forward",
     "bn_stat_match",
-    "class_gradients",
     "class_mean_match",
     "compat",
-    "contrastive_ce",
     "divergence",
     "gradient_match",
     "instance_norm_relu_avg_pool",
@@ -36,7 +37,6 @@ __all__ = [
     "krr_loss",
     "labels",
     "matching",
-    "mmd",
     "nn",
     "ops",
     "reference",
@@ -58,11 +58,21 @@ if TYPE_CHECKING:
     from pydistill import methods as methods
     from pydistill import testing as testing
 else:
+    _former = _moved(
+        __name__,
+        {
+            "TrainResult": "pydistill.trajectory",
+            "attention_nmi": "pydistill.divergence",
+            "bn_match_forward": "pydistill.ops",
+            "class_gradients": "pydistill.matching",
+            "contrastive_ce": "pydistill.divergence",
+            "mmd": "pydistill.matching",
+        },
+        depth=2,
+    )
 
     def __getattr__(name: str) -> object:
-        if name in _ON_DEMAND:
-            return _import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _import_module(f"{__name__}.{name}") if name in _ON_DEMAND else _former(name)
 
 
 def __dir__() -> list[str]:

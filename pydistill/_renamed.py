@@ -1,8 +1,9 @@
-"""Names of arguments that changed: the old ones work until 1.0, with a warning."""
+"""Names that changed, of arguments and of homes: the old ones work until 1.0, with a warning."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -29,6 +30,21 @@ def renamed(**names: str) -> Callable[[Function], Function]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def moved(module: str, names: dict[str, str], depth: int = 1) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module from which names have moved: each with the module that is its home.
+
+    ``depth``: how many calls it is below whoever wants the name.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn(f"{module}.{name} is {names[name]}.{name} now", depth)
+        return getattr(importlib.import_module(names[name]), name)
+
+    return find
 
 
 def warn(message: str, depth: int = 1) -> None:

@@ -48,7 +48,7 @@ class Images:
     @property
     def labels(self) -> tuple[Tensor, Tensor]:
         """The labels of the real and of the synthetic images."""
-        numbers = torch.arange(self.classes)
+        numbers = torch.arange(self.classes, device=self.real.device)
         return tuple(numbers.repeat_interleave(len(x) // self.classes) for x in (self.real, self.synthetic))
 
     def double(self) -> Images:

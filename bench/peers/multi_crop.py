@@ -56,7 +56,7 @@ def resized(x: Tensor, box: list[int], size: int) -> Tensor:
 
 
 def normalised(x: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (MEAN, STD))
     return (x - mean) / std
 
 

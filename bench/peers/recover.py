@@ -98,7 +98,8 @@ def stepping(
     """The step around a loss. ``fused``: Adam and the clip in one kernel each. ``view``: the problem's by default."""
     view = view or problem.view
     shape = (1, 3, 1, 1)
-    mean, std = (torch.tensor(values, dtype=problem.images.dtype).view(shape) for values in (MEAN, STD))
+    like = {"dtype": problem.images.dtype, "device": problem.images.device}
+    mean, std = (torch.tensor(values, **like).view(shape) for values in (MEAN, STD))
     low, high = -mean / std, (1 - mean) / std
 
     def run() -> Recovered:

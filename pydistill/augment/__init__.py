@@ -1,10 +1,12 @@
 """Augmentations that draw their parameters first and are differentiable in the images."""
 
+from typing import TYPE_CHECKING
+
+from pydistill._renamed import moved
 from pydistill.augment.crops import MultiCrop, crop_schedule
 from pydistill.augment.normalize import clamp_normalized_
 from pydistill.augment.record import mix_labels, mix_weights, record_from_bytes, record_to_bytes
 from pydistill.augment.siamese import DiffAugment, diff_augment
-from pydistill.ops.multi_crop import multi_crop
 
 __all__ = [
     "DiffAugment",
@@ -14,7 +16,9 @@ __all__ = [
     "diff_augment",
     "mix_labels",
     "mix_weights",
-    "multi_crop",
     "record_from_bytes",
     "record_to_bytes",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = moved(__name__, {"multi_crop": "pydistill.ops"})

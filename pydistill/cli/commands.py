@@ -32,11 +32,18 @@ class Bench:
 
     cases: tyro.conf.Positional[tuple[str, ...]] = ()
     """Cases by name; by default those most relevant to users. An unknown name lists them."""
+    gpu: bool = False
+    """Measure what a CUDA device does instead, into gpu.jsonl: environment, parity of every operator, the loops."""
+    minutes: float = 7.0
+    """When to stop, with --gpu."""
 
     def run(self) -> None:
         # installed, the benchmarks are part of the package; in a checkout, a separate folder beside it
-        installed = importlib.util.find_spec("pydistill.bench") is not None
-        sys.exit(importlib.import_module("pydistill.bench.run" if installed else "bench.run").brief(self.cases))
+        folder = "pydistill.bench" if importlib.util.find_spec("pydistill.bench") is not None else "bench"
+        if self.gpu:
+            program = importlib.import_module(f"{folder}.gpu.__main__")
+            sys.exit(program.main([*self.cases, "--minutes", str(self.minutes), "--resume"]))
+        sys.exit(importlib.import_module(f"{folder}.run").brief(self.cases))
 
 
 def _parsed(command: type, name: str, argv: list[str], *given: Any) -> None:

@@ -1,5 +1,8 @@
 """Soft labels: stored with their augmentation's records and trained on as stored, or made by a label projector."""
 
+from typing import TYPE_CHECKING
+
+from pydistill._renamed import moved
 from pydistill.labels.dataset import SoftLabelDataset, StoredBatches, collate_soft_labels
 from pydistill.labels.fkd import import_fkd
 from pydistill.labels.gradient_error import GradientError
@@ -8,7 +11,6 @@ from pydistill.labels.projector import Projector, feature_distance, open_clip_en
 from pydistill.labels.records import CROP_BYTES
 from pydistill.labels.soft_labels import SoftLabels
 from pydistill.labels.store import SoftLabelStore
-from pydistill.ops.sparse_label_loss import sparse_label_loss
 
 __all__ = [
     "CROP_BYTES",
@@ -26,5 +28,7 @@ __all__ = [
     "import_fkd",
     "lora_logits",
     "open_clip_encoder",
-    "sparse_label_loss",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = moved(__name__, {"sparse_label_loss": "pydistill.ops"})

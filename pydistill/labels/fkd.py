@@ -43,7 +43,7 @@ def import_fkd(
 
     Those files do not say which images they are of: their readers redraw the same permutations, by torch's
     ``RandomSampler`` with the seed of the relabelling (``--fkd-seed``), and so does this. Crops, flips, mixup and
-    cutmix become records of `pydistill.augment.multi_crop`, which `SoftLabels.crops` returns; their sources are places
+    cutmix become records of `pydistill.ops.multi_crop`, which `SoftLabels.crops` returns; their sources are places
     in a batch, so batches stay together: see `SoftLabelStore.batches`. (That code resizes 8-bit images by PIL, which
     rounds; multi_crop resizes tensors.) Files are read one at a time, by ``torch.load(weights_only=True)``, after
     verifying the checksums of their archives.

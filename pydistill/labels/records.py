@@ -1,4 +1,4 @@
-"""Records of `pydistill.augment.multi_crop` in the rows of a label store."""
+"""Records of `pydistill.ops.multi_crop` in the rows of a label store."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class SoftLabelStore(LabelReader):
             classifier: of "features8", and of that format only: the weight ``[num_classes, D]`` and the bias
                 ``[num_classes]`` (or None) of the teacher's last layer, kept as float32. `write` gets its inputs.
             record_bytes: bytes of an image's augmentation, stored as they come; ``CROP_BYTES`` (29) for each part of
-                the records of `pydistill.augment.multi_crop`, of which mixup and cutmix have two.
+                the records of `pydistill.ops.multi_crop`, of which mixup and cutmix have two.
             sources: what the records of multi_crop name: places in the "batch" that is written, or "images" of the set.
             batch_size: labels per `write`; only an epoch's last may have fewer.
             images: those of a shard, which `merge` joins with others; by default all.

@@ -29,14 +29,14 @@ _MAX_GRAPHS = 16  # per module
 class BNStatMatcher:
     """Attach to ``model``: each call of it then leaves the match of its BatchNorms' inputs for `loss` to sum.
 
-    The model is frozen (``requires_grad_(False)``) and what it computes stays the same. Its ``nn.BatchNorm1d``, ``2d``
-    and ``3d`` run on `pydistill.bn_match_forward`, which reads the input once for output and statistics and keeps no
-    copy of it. If a module's own ``forward`` shows that a BatchNorm's output goes only to a ReLU, or to a sum that does
-    (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), these run in the same pass, and so does a max pooling of
-    square windows after the ReLU of a BatchNorm without a sum (a ResNet's stem). Only torch's own modules are fused,
-    and only while they have no hooks. A BatchNorm that is something else (a subclass, a ``forward`` set on the
-    instance) runs as it is, and its statistics are gathered by a hook. `report` tells what runs how, and why;
-    the logger "pydistill" says it in brief. `remove` restores the model::
+    The model is frozen (``requires_grad_(False)``) and what it computes stays the same. Its ``nn.BatchNorm1d``,
+    ``2d`` and ``3d`` run on `pydistill.ops.bn_match_forward`, which reads the input once for output and statistics
+    and keeps no copy of it. If a module's own ``forward`` shows that a BatchNorm's output goes only to a ReLU, or to
+    a sum that does (torchvision's ``bn1`` and ``bn2``, an ``nn.Sequential``), these run in the same pass, and so does
+    a max pooling of square windows after the ReLU of a BatchNorm without a sum (a ResNet's stem). Only torch's own
+    modules are fused, and only while they have no hooks. A BatchNorm that is something else (a subclass, a
+    ``forward`` set on the instance) runs as it is, and its statistics are gathered by a hook. `report` tells what
+    runs how, and why; the logger "pydistill" says it in brief. `remove` restores the model::
 
         model.eval()
         with BNStatMatcher(model, first=10.0) as matcher:  # or matcher.remove() at the end

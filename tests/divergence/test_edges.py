@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pydistill import attention_map_divergence, kd_divergence, soft_cross_entropy
 from pydistill.divergence import attention_nmi, contrastive_ce
-from pydistill.labels import sparse_label_loss
+from pydistill.ops import sparse_label_loss
 from tests.divergence.edges import (
     KINDS,
     MASKED,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pydistill.divergence import attention_map_divergence, attention_nmi, nmi
+from pydistill.divergence import attention_nmi, nmi
+from pydistill.ops import attention_map_divergence
 from pydistill.ops import attention_map_divergence as op
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels import FORMS, Launch
+from bench.block_forms import FORMS
+from bench.kernels import Launch
 
 SCALARS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 AMPLE = 99 * 1024  # bytes of shared memory a block may ask for: enough to keep the tests' panels

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pydistill import bn_match_forward, bn_stat_match, reference
+from pydistill import bn_stat_match, reference
+from pydistill.ops import bn_match_forward
 from pydistill.testing import assert_close
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pydistill import reference
-from pydistill.labels import sparse_label_loss
+from pydistill.ops import sparse_label_loss
 from pydistill.ops.sparse_label_loss import TAILS
 from pydistill.testing import assert_close
 from pydistill.triton import sparse_label_loss as kernels

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.kernels import ARCHITECTURES, FORMS, KERNELS, SCALARS, Resources, compile_kernels, find_nvcc
+from bench.block_forms import FORMS
+from bench.kernels import ARCHITECTURES, KERNELS, SCALARS, Resources, compile_kernels, find_nvcc
 from tests.matrices import sample
 
 OPERATORS = tuple(sorted(header.stem for header in KERNELS.glob("*.cuh")))

@@ -23,7 +23,8 @@ from block_problem import (
 )
 from host_machine import HostMachine
 
-from bench.kernels import FORMS, Launch
+from bench.block_forms import FORMS
+from bench.kernels import Launch
 
 SECTOR = {torch.float32: 8, torch.float64: 4, torch.bfloat16: 16, torch.float16: 16}  # elements: channels of a block
 

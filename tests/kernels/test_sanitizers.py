@@ -19,7 +19,8 @@ SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 # Every form in every layout and storage; odd planes, channels that end within a block, element types of each size.
 EXERCISE = """
 import ctypes, itertools, sys
-from bench.kernels import FORMS, exercise
+from bench.block_forms import FORMS
+from bench.kernels import exercise
 library = ctypes.CDLL(sys.argv[1])
 launches = []
 for form, pool, last, (scalar, C) in itertools.product(

@@ -9,7 +9,7 @@ import torch
 from host_machine import SCALARS, HostMachine
 from torch import Tensor
 
-from bench.kernels import FORMS
+from bench.block_forms import FORMS
 from pydistill.ops.soft_cross_entropy import KINDS
 from pydistill.reference import soft_cross_entropy as reference
 

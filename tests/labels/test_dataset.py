@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pydistill.augment import MultiCrop, multi_crop
+from pydistill.augment import MultiCrop
 from pydistill.labels import CROP_BYTES, SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
+from pydistill.ops import multi_crop
 from tests.labels.stores import EPOCHS, OPTIONS, N, batches, create, fill, records
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from pydistill.augment import multi_crop
 from pydistill.labels import SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels, import_fkd
+from pydistill.ops import multi_crop
 
 N, C, EPOCHS, BATCH, T = 22, 10, 3, 8, 20.0
 SIZE, OUT = 32, 16

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pydistill.augment import MultiCrop, multi_crop
+from pydistill.augment import MultiCrop
 from pydistill.labels import CROP_BYTES, SoftLabelStore
+from pydistill.ops import multi_crop
 from tests.labels.stores import BATCH, ENTRY, EPOCHS, C, N, T, batches, create, fill, flip, logits, records, row_at
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

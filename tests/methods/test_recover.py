@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pydistill.augment import multi_crop
 from pydistill.methods import CDA, DECOUPLED, DWA, INFER, RandomImages, SRe2L
 from pydistill.methods.decoupled.recover import merge, real_images, recover
 from pydistill.methods.decoupled.relabel import Relabel
 from pydistill.methods.decoupled.squeeze import Teacher, squeeze
+from pydistill.ops import multi_crop
 from pydistill.seeding import Stream, seeded_generator
 from tests.methods.teachers import SQUEEZE, make
 

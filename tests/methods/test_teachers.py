@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pydistill.augment import multi_crop
 from pydistill.data import DistilledSet
 from pydistill.labels import SoftLabelStore
 from pydistill.methods import RandomImages
@@ -18,6 +17,7 @@ from pydistill.methods.decoupled.relabel import Relabel, last_linear, relabel, r
 from pydistill.methods.decoupled.squeeze import Squeeze, Teacher, build, import_weights, squeeze
 from pydistill.nn import ConvNet, ResNet18
 from pydistill.nn.description import from_description
+from pydistill.ops import multi_crop
 from tests.methods.teachers import SQUEEZE, make
 
 
@@ -246,7 +246,7 @@ def test_imagenets_weights_need_no_images(tmp_path):
         (lambda: Relabel(batch_size=0), "batch_size: expected at least 1, got 0"),
         (lambda: Relabel(temperature=0), "temperature: expected a positive finite number, got 0"),
         (lambda: Relabel(flip=-1), "flip: expected a probability, got -1"),
-        (lambda: Relabel(mix="cut"), "mix: expected 'cutmix', 'mixup' or 'none', got 'cut'"),
+        (lambda: Relabel(mix="cut"), "mix: expected one of cutmix, mixup, none, got 'cut'"),
         (lambda: Relabel(static="no"), "static: expected True or False, got 'no'"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pydistill import kd_divergence, reference
-from pydistill.labels import sparse_label_loss
+from pydistill.ops import sparse_label_loss
 from pydistill.ops.sparse_label_loss import TAILS
 from pydistill.testing import CHECKS, Case, check_op
 

@@ -80,19 +80,23 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "unroll, BatchNorm": lambda: unrolled(copy.deepcopy(BATCH_NORM), mode="full"),
     "train_students": lambda: trained(NET, augment=augment.DiffAugment()),
     "train_students, generic": lambda: trained(BATCH_NORM, momentum=0.9, batch_size=4, schedule="cosine"),
-    "class_gradients": lambda: differentiated(lambda x: pydistill.class_gradients(NET, THETA, x, Y)),
-    "class_gradients, even": lambda: differentiated(lambda x: pydistill.class_gradients(NET, THETA, x[:4], Y[:4])),
+    "class_gradients": lambda: differentiated(lambda x: pydistill.matching.class_gradients(NET, THETA, x, Y)),
+    "class_gradients, even": lambda: differentiated(
+        lambda x: pydistill.matching.class_gradients(NET, THETA, x[:4], Y[:4])
+    ),
     "features": lambda: differentiated(lambda x: matching.features(NET, THETA, x).embedding),
     "attention_match": lambda: pydistill.attention_match([X], [X + 1], Y, Y),
     "class_mean_match": lambda: pydistill.class_mean_match(SOFT, SOFT + 1, Y, Y),
     "gradient_match": lambda: pydistill.gradient_match(grads_real=[ROWS], grads_syn=[ROWS + 1]),
     "krr_loss": lambda: pydistill.krr_loss(ROWS, SOFT, y_real=ROWS, y_syn=SOFT),
     "krr_loss, primal": lambda: pydistill.krr_loss(ROWS, ROWS, y_real=ROWS, y_syn=ROWS, form="primal", bias=True),
-    "mmd": lambda: pydistill.mmd(ROWS, SOFT),
+    "mmd": lambda: pydistill.matching.mmd(ROWS, SOFT),
     "attention_map_divergence": lambda: pydistill.attention_map_divergence(*(X.flatten(2)[None, :, :, :16],) * 4),
-    "attention_nmi": lambda: pydistill.attention_nmi(ROWS[None, None], SOFT[None, None]),
-    "contrastive_ce": lambda: pydistill.contrastive_ce(ROWS, ROWS + 1, scale=2.0, symmetric=True),
-    "contrastive_ce, itself": lambda: pydistill.contrastive_ce(SOFT, None, scale=2.0, labels=Y, exclude_self=True),
+    "attention_nmi": lambda: pydistill.divergence.attention_nmi(ROWS[None, None], SOFT[None, None]),
+    "contrastive_ce": lambda: pydistill.divergence.contrastive_ce(ROWS, ROWS + 1, scale=2.0, symmetric=True),
+    "contrastive_ce, itself": lambda: pydistill.divergence.contrastive_ce(
+        SOFT, None, scale=2.0, labels=Y, exclude_self=True
+    ),
     "kd_divergence": lambda: pydistill.kd_divergence(SOFT, SOFT + 1, kind="jsd", labels=Y, ce_weight=0.5),
     "kd_divergence, ofa": lambda: pydistill.kd_divergence(SOFT, SOFT + 1, kind="ofa", labels=Y),
     "sparse_label_loss": lambda: ops.sparse_label_loss(SOFT, Y[:, None], SOFT[:, :1].sigmoid()),
@@ -197,5 +201,6 @@ def test_results_and_networks_are_pickled_and_copied():
     workspace = ops.convnet_step.Workspace()
     options = {"workspace": copy.deepcopy(workspace)}
     assert torch.equal(
-        pydistill.class_gradients(NET, THETA, X, Y, **options), pydistill.class_gradients(NET, THETA, X, Y)
+        pydistill.matching.class_gradients(NET, THETA, X, Y, **options),
+        pydistill.matching.class_gradients(NET, THETA, X, Y),
     )

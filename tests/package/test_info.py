@@ -129,7 +129,7 @@ print(engine(net, (1, 8, 8)))
 theta0 = torch.cat([p.detach().flatten() for p in net.parameters()])[None]
 images, labels = torch.ones(2, 1, 8, 8), torch.tensor([0, 1])
 print(pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1).isfinite().all().item())
-shape = ConvNetShape(channels=1, height=8, width_px=8, widths=(4,), first_padding=1, classes=2)
+shape = ConvNetShape(channels=1, height=8, width_px=8, widths=(4,), first_padding=3, classes=2)
 for steps in (lambda: pydistill.unroll(net, theta0, images, labels, lr=0.1, steps=1, engine="student"),
               lambda: pydistill.ops.convnet_logits(shape, theta0, images)):
     try:

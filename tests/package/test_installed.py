@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 DISTILL = "--width 4 --image-size 8 --students 1"
@@ -91,3 +92,11 @@ def test_benchmarks_run(site, tmp_path):
     done = python(site, tmp_path, "-m", "pydistill.bench.run", *quick)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact" in (tmp_path / "found" / "unroll_memory.csv").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
+def test_the_gpu_s_benchmark_is_there(site, tmp_path):
+    done = python(site, tmp_path, "-m", "pydistill.cli", "bench", "--gpu")
+    assert done.returncode == 2
+    assert "bench.gpu: no CUDA device is visible" in done.stderr
+    assert not (tmp_path / "gpu.jsonl").exists()

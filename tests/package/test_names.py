@@ -26,7 +26,7 @@ RENAMED = {
     "bn_stat_match": (pydistill.bn_stat_match, (X, MEAN, VARIANCE), ("reduction", "kind"), "sq"),
     "attention_map_divergence, student": (pydistill.attention_map_divergence, tuple(MAPS), ("tau_s", "T_s"), 0.7),
     "attention_map_divergence, teacher": (pydistill.attention_map_divergence, tuple(MAPS), ("tau_t", "T_t"), 0.7),
-    "attention_nmi": (pydistill.attention_nmi, tuple(MAPS[:2]), ("tau", "T"), 0.7),
+    "attention_nmi": (pydistill.divergence.attention_nmi, tuple(MAPS[:2]), ("tau", "T"), 0.7),
     "mix_labels": (pydistill.augment.mix_labels, (HARD, RECORD, 6), ("classes", "num_classes"), 5),
 }
 
@@ -92,8 +92,8 @@ LOSSES = {
     "match_maps": lambda backend: matching.match_maps([X], [X], HARD, HARD, backend=backend),
     "gradient_match": lambda backend: pydistill.gradient_match(grads_real=[X], grads_syn=[X], backend=backend),
     "krr_loss": lambda backend: pydistill.krr_loss(X, X, y_real=X, y_syn=X, backend=backend),
-    "mmd": lambda backend: pydistill.mmd(X, X + 1, backend=backend),
-    "contrastive_ce": lambda backend: pydistill.contrastive_ce(X, X, scale=1.0, backend=backend),
+    "mmd": lambda backend: pydistill.matching.mmd(X, X + 1, backend=backend),
+    "contrastive_ce": lambda backend: pydistill.divergence.contrastive_ce(X, X, scale=1.0, backend=backend),
     "soft_cross_entropy": lambda backend: pydistill.soft_cross_entropy(X, HARD, backend=backend),
     "kd_divergence": lambda backend: pydistill.kd_divergence(X, X, backend=backend),
     "attention_map_divergence": lambda backend: pydistill.attention_map_divergence(*MAPS, backend=backend),
@@ -127,3 +127,31 @@ def test_the_projectors_temperature():
     torch.testing.assert_close(old.W, Projector(encoder, rows, T=4.0).W)
     with pytest.raises(ValueError, match="T: expected a positive finite number, got 0"):
         Projector(encoder, rows, T=0)
+
+
+FORMER_HOMES = {
+    "pydistill.mmd": "pydistill.matching",
+    "pydistill.class_gradients": "pydistill.matching",
+    "pydistill.attention_nmi": "pydistill.divergence",
+    "pydistill.contrastive_ce": "pydistill.divergence",
+    "pydistill.bn_match_forward": "pydistill.ops",
+    "pydistill.TrainResult": "pydistill.trajectory",
+    "pydistill.divergence.kd_divergence": "pydistill.ops",
+    "pydistill.divergence.attention_map_divergence": "pydistill.ops",
+    "pydistill.augment.multi_crop": "pydistill.ops",
+    "pydistill.labels.sparse_label_loss": "pydistill.ops",
+}
+
+
+@pytest.mark.parametrize("former", FORMER_HOMES)
+def test_a_name_has_one_home_and_the_former_one_warns(former):
+    module, _, name = former.rpartition(".")
+    home = importlib.import_module(FORMER_HOMES[former])
+    assert name in home.__all__
+    assert name not in importlib.import_module(module).__all__
+    with pytest.warns(DeprecationWarning, match=f"{former} is {FORMER_HOMES[former]}.{name} now") as caught:
+        found = getattr(importlib.import_module(module), name)
+    assert found is getattr(home, name)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
+        _ = importlib.import_module(module).nothing

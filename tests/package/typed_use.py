@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import pydistill
 from pydistill.augment import DiffAugment, MultiCrop, clamp_normalized_, crop_schedule, mix_labels
-from pydistill.labels import Projector, SoftLabelDataset, SoftLabelStore, collate_soft_labels, sparse_label_loss
+from pydistill.labels import Projector, SoftLabelDataset, SoftLabelStore, collate_soft_labels
 from pydistill.methods import HeLlO, run
 from pydistill.nn import BNStatMatcher, ConvNet, ResNet18, accelerate, freeze, frozen_convolutions, make
+from pydistill.ops import sparse_label_loss
 from pydistill.trajectory import GSAM, Adam, FlatModule, Smoothing
 
 
@@ -23,9 +24,9 @@ def divergences(student: Tensor, teacher: Tensor, labels: Tensor, q: Tensor, k: 
         pydistill.kd_divergence(student, teacher, kind="jsd", T=4.0, labels=labels, ce_weight=0.1),
         pydistill.kd_divergence(student, teacher, target_is="probs", reduction="none").mean(),
         pydistill.attention_map_divergence(q, k, q, k, kind="rkl", T_s=0.5),
-        pydistill.attention_nmi(q, k).mean(),
-        pydistill.contrastive_ce(student, teacher, scale=torch.tensor(10.0), labels=labels, symmetric=True),
-        pydistill.contrastive_ce(student, None, scale=10.0, labels=labels, exclude_self=True),
+        pydistill.divergence.attention_nmi(q, k).mean(),
+        pydistill.divergence.contrastive_ce(student, teacher, scale=torch.tensor(10.0), labels=labels, symmetric=True),
+        pydistill.divergence.contrastive_ce(student, None, scale=10.0, labels=labels, exclude_self=True),
         pydistill.soft_cross_entropy(student, teacher, label_kind="logits"),
         sparse_label_loss(student, labels[:, None], teacher[:, :1], T=2.0, tail="zeros"),
     ]
@@ -35,7 +36,9 @@ def divergences(student: Tensor, teacher: Tensor, labels: Tensor, q: Tensor, k: 
 def matching(real: Tensor, syn: Tensor, y_real: Tensor, y_syn: Tensor, net: nn.Module, images: Tensor) -> Tensor:
     theta = FlatModule(net).parameters().requires_grad_()
     shapes = [p.shape for p in net.parameters()]
-    rows: Tensor = pydistill.class_gradients(net, theta, images, y_real, 10, classes=range(10), engine="student")
+    rows: Tensor = pydistill.matching.class_gradients(
+        net, theta, images, y_real, 10, classes=range(10), engine="student"
+    )
     found = pydistill.matching.features(net, theta, images, p=4.0, axis="both", layers=(0, 1))
     maps: tuple[Tensor, ...] = found.spatial + found.channel
     targets = nn.functional.one_hot(y_real, 10).to(real.dtype)
@@ -49,14 +52,14 @@ def matching(real: Tensor, syn: Tensor, y_real: Tensor, y_syn: Tensor, net: nn.M
         pydistill.matching.match_maps(maps, maps, y_real, y_real),
         pydistill.class_mean_match(found.embedding, found.embedding, y_real, y_real, num_classes=10),
         pydistill.krr_loss(real, syn, y_real=targets, y_syn=y_syn, form="primal", bias=True),
-        pydistill.mmd(real, syn, kernels=5, bandwidth=1.0),
+        pydistill.matching.mmd(real, syn, kernels=5, bandwidth=1.0),
         loss * info.ridge + spatial.sum() + channel.sum(),
     ]
     return torch.stack(parts).sum()
 
 
 def operators(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
-    y, match = pydistill.bn_match_forward(x, bn, relu=True, kind="sq")
+    y, match = pydistill.ops.bn_match_forward(x, bn, relu=True, kind="sq")
     match = match + pydistill.bn_stat_match(y, bn.weight, bn.bias, unbiased=True)
     z: Tensor = pydistill.instance_norm_relu_avg_pool(y, bn.weight, bn.bias, pool=False)
     z = pydistill.ops.max_pool2d(pydistill.ops.conv2d(z, torch.ones(4, 4, 3, 3), stride=(1, 1), padding=1))
@@ -72,7 +75,7 @@ def trajectories(images: Tensor, labels: Tensor, path: Path) -> Tensor:
     theta: Tensor = pydistill.unroll(net, theta0, images, labels, lr, steps=5, batch_size=4, augment=augment)
     two = pydistill.unroll(net, theta0, images, labels, 0.01, steps=5, at=[2, 5], optimizer=Adam(), mode="first_order")
     generators = [torch.Generator().manual_seed(s) for s in range(3)]
-    trained: pydistill.TrainResult = pydistill.train_students(
+    trained: pydistill.trajectory.TrainResult = pydistill.train_students(
         *(net, theta0.expand(3, -1), images, labels),
         epochs=2,
         lr=0.01,

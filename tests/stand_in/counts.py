@@ -28,7 +28,8 @@ class Counts:
     allocations: int = 0
     captures: int = 0
     replays: int = 0
-    places: Counter[str] = field(default_factory=Counter)  # where in the package an operator made the host wait
+    # where in the package operators made the host wait; waits in torch.tensor and for streams are in no operator
+    places: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         numbers = f"{self.launches} launches, {self.copies} copies, {self.captures} captures, {self.replays} replays"

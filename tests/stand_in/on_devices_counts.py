@@ -1,6 +1,6 @@
 """The stand-in itself: what is counted, what is forbidden, and graphs.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations

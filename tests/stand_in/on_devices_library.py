@@ -1,6 +1,6 @@
 """Matching, nn, labels, selection and augmentation on the devices, against the CPU.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ def real_and_synthetic(to: To, call: Callable[..., Tensor]) -> Any:
 
 
 CALLS: dict[str, Callable[[To], Any]] = {
-    "class_gradients": lambda to: differentiated(to, lambda x: pydistill.class_gradients(to(NET), to(THETA), x, to(Y))),
+    "class_gradients": lambda to: differentiated(
+        to, lambda x: pydistill.matching.class_gradients(to(NET), to(THETA), x, to(Y))
+    ),
     "class_gradients, even": lambda to: differentiated(
-        to, lambda x: pydistill.class_gradients(to(NET), to(THETA), x[:4], to(Y[:4]))
+        to, lambda x: pydistill.matching.class_gradients(to(NET), to(THETA), x[:4], to(Y[:4]))
     ),
     "features": lambda to: differentiated(to, lambda x: matching.features(to(NET), to(THETA), x).embedding),
     "attention_match": lambda to: real_and_synthetic(to, pydistill.attention_match),
@@ -86,16 +88,16 @@ CALLS: dict[str, Callable[[To], Any]] = {
         lambda x: pydistill.krr_loss(to(ROWS), x, y_real=to(ROWS), y_syn=to(ROWS), form="primal", bias=True),
         ROWS,
     ),
-    "mmd": lambda to: differentiated(to, lambda x: pydistill.mmd(to(ROWS), x), SOFT),
+    "mmd": lambda to: differentiated(to, lambda x: pydistill.matching.mmd(to(ROWS), x), SOFT),
     "attention_map_divergence": lambda to: differentiated(
         to, lambda q: pydistill.attention_map_divergence(q, to(X + 1), to(X), to(2 * X))
     ),
-    "attention_nmi": lambda to: pydistill.attention_nmi(to(ROWS[None, None]), to(SOFT[None, None])),
+    "attention_nmi": lambda to: pydistill.divergence.attention_nmi(to(ROWS[None, None]), to(SOFT[None, None])),
     "contrastive_ce": lambda to: differentiated(
-        to, lambda x: pydistill.contrastive_ce(x, to(ROWS + 1), scale=2.0, symmetric=True), ROWS
+        to, lambda x: pydistill.divergence.contrastive_ce(x, to(ROWS + 1), scale=2.0, symmetric=True), ROWS
     ),
     "contrastive_ce, itself": lambda to: differentiated(
-        to, lambda x: pydistill.contrastive_ce(x, None, scale=2.0, labels=to(Y), exclude_self=True), SOFT
+        to, lambda x: pydistill.divergence.contrastive_ce(x, None, scale=2.0, labels=to(Y), exclude_self=True), SOFT
     ),
     "kd_divergence": lambda to: differentiated(
         to, lambda x: pydistill.kd_divergence(x, to(SOFT + 1), kind="ofa", labels=to(Y), ce_weight=0.5), SOFT

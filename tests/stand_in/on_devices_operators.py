@@ -1,6 +1,6 @@
 """The package's operators on the devices, with kernels of CUDA and of Triton, against those of the CPU.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """Students in training on the devices, and the gradients of what they become, against the CPU.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations
 
+import gc
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydistill
 from pydistill.augment import DiffAugment
@@ -137,6 +140,44 @@ def test_graphs_of_a_side_stream(device: str, request: pytest.FixtureRequest) ->
     with torch.cuda.stream(torch.cuda.Stream(device)):
         got = unrolled(device, convnet, 1, "unroll", {})
     assert_equal(got, unrolled("cpu", convnet, 1, "unroll", {}), device)
+
+
+class Precisions(TorchDispatchMode):
+    """What convolutions are asked to round their factors to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.convolution.default:
+            self.seen.add(torch.backends.cudnn.conv.fp32_precision)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="convolutions are set to IEEE's rounding")
+def test_unasked_the_precision_is_what_torch_is_set_to() -> None:
+    convolutions: Any = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "tf32"
+    try:
+        with Precisions() as found:
+            unrolled("cuda:0", wider, 1, "unroll", {})
+    finally:
+        convolutions.fp32_precision = before
+    assert found.seen == {"tf32"}
+
+
+@pytest.mark.parametrize("engine", ["student", "generic"])
+def test_memory_is_constant_from_the_second_step_on(engine: str) -> None:
+    found = []
+    for _ in range(4):
+        unrolled("cuda:0", convnet, 1, "match", {"engine": engine})
+        # the device's thread holds the last backward pass, until the next one or a little while
+        torch.ones(1, device="cuda", requires_grad=True).sum().backward()
+        time.sleep(0.05)
+        gc.collect()
+        found.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert found[1] == found[2] == found[3], found
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="captured in the mode that binds all threads")

@@ -1,6 +1,6 @@
 """The stand-in itself: values and aliases are the CPU's, devices, streams and random numbers a GPU's.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What calls of the package cost on a GPU from their second time on: waits of the host, and captures of graphs.
 
-Not collected by itself: `test_stand_in.py` runs this file in a process of its own.
+Not collected by itself: `test_stand_in.py` runs this file in a process that has the devices.
 """
 
 from __future__ import annotations

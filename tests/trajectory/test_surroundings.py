@@ -166,7 +166,7 @@ def test_matching_notices_changes_too(call):
     net = ConvNet(3, 4, width=4, depth=1, image_size=4)
     theta, x, y = problem(net, (3, 4, 4))
     if call == "class_gradients":
-        out = pydistill.class_gradients(net, theta, x[:4], y[:4]).square().sum()
+        out = pydistill.matching.class_gradients(net, theta, x[:4], y[:4]).square().sum()
     else:
         out = pydistill.matching.features(net, theta, x).embedding.square().sum()
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_the_student_engine_leaves_frozen_parameters_alone():
     for engine in ("student", "generic"):
         out = pydistill.unroll(net, theta, x, y, 0.1, steps=3, engine=engine, **options)
         assert (out - truth).abs().max() < 1e-10
-        rows = pydistill.class_gradients(net, theta, x[:4], y[:4], engine=engine)
+        rows = pydistill.matching.class_gradients(net, theta, x[:4], y[:4], engine=engine)
         assert rows[:, : theta.numel() - 4 * 17].abs().max() == 0 < rows.abs().max()
         found[engine] = torch.autograd.grad(out.square().sum() + rows.square().sum(), x)[0]
     assert (found["student"] - found["generic"]).norm() < 1e-10 * found["generic"].norm()

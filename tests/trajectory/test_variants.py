@@ -146,12 +146,12 @@ def test_class_gradients_with_batch_norm():
     found = {}
     for engine in ("student", "generic"):
         x = images.clone().requires_grad_()
-        g = pydistill.class_gradients(copy.deepcopy(net), theta, x, labels, engine=engine)
+        g = pydistill.matching.class_gradients(copy.deepcopy(net), theta, x, labels, engine=engine)
         found[engine] = (g, *torch.autograd.grad(g.square().sum(), x))
     assert all(relative(a, b) < 1e-10 for a, b in zip(found["student"], found["generic"], strict=True))
     with pytest.raises(ValueError, match="the classes have unequal numbers of images"):
-        pydistill.class_gradients(net, theta, images[:-1], labels[:-1], engine="student")
-    assert pydistill.class_gradients(net, theta, images[:-1], labels[:-1]).shape == found["student"][0].shape
+        pydistill.matching.class_gradients(net, theta, images[:-1], labels[:-1], engine="student")
+    assert pydistill.matching.class_gradients(net, theta, images[:-1], labels[:-1]).shape == found["student"][0].shape
 
 
 def test_widths_that_double():

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill._devices import to_device
-from pydistill.augment import multi_crop
 from pydistill.methods.decoupled.recover import Batch, Recover
 from pydistill.methods.decoupled.squeeze import Teacher
 from pydistill.nn import freeze
+from pydistill.ops import multi_crop
 
 __all__ = ["DWA"]
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill._devices import to_device
-from pydistill.augment import MultiCrop, multi_crop
+from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
 from pydistill.methods import ranks
 from pydistill.methods.decoupled.squeeze import SetName, Teacher, files_of, load_images
@@ -33,6 +33,7 @@ from pydistill.methods.method import Inputs, Job, Method, OptionError, check_num
 from pydistill.methods.picture import write_picture
 from pydistill.methods.training import half_cosine
 from pydistill.nn import BNStatMatcher, freeze
+from pydistill.ops import multi_crop
 from pydistill.ops.multi_crop import MAX_SIZE
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.select import representatives

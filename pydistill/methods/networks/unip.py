@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from pydistill import __version__
 from pydistill._devices import to_device
 from pydistill.data import write_safetensors
-from pydistill.divergence import attention_map_divergence, attention_nmi
+from pydistill.divergence import attention_nmi
 from pydistill.evaluate import linear_probe
 from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, check_numbers
 from pydistill.methods.training import OnEpoch, half_cosine, train
 from pydistill.nn.vit import ViT
+from pydistill.ops import attention_map_divergence
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 
 if TYPE_CHECKING:

@@ -75,6 +75,13 @@ void launch(int64_t device) {
   aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream);
 }
 
+// A tensor of the CPU over the same memory.
+at::Tensor on_host(const at::Tensor& t) {
+  c10::StorageImpl* const twin = Twin::of(t.storage());
+  TORCH_CHECK(twin, "expected a tensor of a device");
+  return tensor_over(c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin)), t, DispatchKey::CPU);
+}
+
 // Lets the kernel of the CPU answer for an operator, in place of one for the devices: quicker, and the same to whoever
 // asks about dispatch, devices and waits.
 void borrow(const std::string& name) {
@@ -100,6 +107,7 @@ TORCH_LIBRARY(stand_in, library) {
   library.def("reset_peak(int device) -> ()", &reset_peak);
   library.def("empty_cache() -> ()", &empty_cache);
   library.def("launch(int device) -> ()", &launch);
+  library.def("on_host(Tensor(a) t) -> Tensor(a)", &on_host);
   library.def("borrow(str name) -> ()", &borrow);
   library.def("default_generator(int device) -> Generator?",
               [](int64_t device) { return default_generator(static_cast<DeviceIndex>(device)); });

@@ -1,21 +1,14 @@
-"""`python -m bench.gpu`: everything that needs a real GPU, in one command.
+"""The cases that only a GPU has: the block's four forms, a student's steps, and their peak memory.
 
-First the tests that need a CUDA device, then each case as `bench.run` does it: gate, interleaved measurement, CSV rows.
-
-    gpu_block   the block's four forms against eager torch and torch.compile, and a copy that moves as many bytes
-    gpu_step    a student's gradient, and its forward-over-reverse tangent, per call and for E students
-    gpu_memory  peak device memory of the same
-
-Exit status: that of `bench.run`; 1 if a test fails; 2 if there is no CUDA device.
+gpu_block   the block's four forms against eager torch and torch.compile, and a copy that moves as many bytes
+gpu_step    a student's gradient, and its forward-over-reverse tangent, per call and for E students
+gpu_memory  peak device memory of the same
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,28 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from . import ROOT, run
-from .case import CONVNET, GATE, SMALL, Case, Check, Config, Entry, Point, relative_error
-from .kernels import FORMS, minimum_bytes
-from .peers import block, compiled, eager
-from .peers.plain_convnet import PlainConvNet
-from .peers.problem import make_problem
+from ..block_forms import FORMS, minimum_bytes
+from ..case import CONVNET, GATE, SMALL, Case, Check, Config, Entry, Point, relative_error
+from ..peers import block, compiled, eager
+from ..peers.plain_convnet import PlainConvNet
+from ..peers.problem import make_problem
 
 Tensors = tuple[Tensor, ...]
 CALLS = 10  # between two clock readings: one of the block's forms takes less than a tenth of a millisecond
 SCALARS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def device_seconds(thunk: Callable[[], Any]) -> float:
-    """One call's time on the device's own clock, including waits for launches."""
+def device_seconds(thunk: Callable[[], Any], calls: int = CALLS) -> float:
+    """One call's time on the device's own clock, including waits for launches: the mean of ``calls``."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    for _ in range(CALLS):
+    for _ in range(calls):
         thunk()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / CALLS
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def device_peak(thunk: Callable[[], Any]) -> float:
@@ -416,38 +408,4 @@ GPU_MEMORY = replace(
     repeats=1,
 )
 
-MEASURES = {"gpu_block": device_seconds, "gpu_step": device_seconds, "gpu_memory": device_peak}
 CASES = {case.name: case for case in (GPU_BLOCK, GPU_STEP, GPU_MEMORY)}
-
-
-def device_tests() -> int:
-    # cuBLAS is deterministic, as the tests ask it to be, only with a workspace of fixed size
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests"]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    _, options = run.parsed("bench.gpu", __doc__.splitlines()[0], CASES, arguments)
-    if not torch.cuda.is_available():
-        print(f"bench.gpu: no CUDA device is visible to torch {torch.__version__}, so nothing was run", file=sys.stderr)
-        return 2
-    if device_tests() != 0:
-        print("bench.gpu: a device test fails, so nothing is measured", file=sys.stderr)
-        return 1
-    status = 0
-    for name in options.names or CASES:
-        case = CASES[name].only(options.providers.split(",")) if options.providers else CASES[name]
-        found = run.run_case(
-            case,
-            size="quick" if options.quick else "full",
-            repeats=options.repeats,
-            out=options.out or run.RESULTS,
-            measure=MEASURES[name],
-        )
-        status = found if status in (0, 3) and found else status
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,260 @@
+"""What is measured on a GPU, in the order in which it is worth knowing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ours
+from ..block_forms import FORMS, minimum_bytes
+from ..case import CONVNET, SMALL, relative_error
+from ..peers import block, eager
+from ..peers.problem import make_problem
+from ..registry import CASES
+from . import cases
+from .parity import parity, uses
+from .session import Item, Line, Wrong
+
+Thunk = Callable[[], Any]
+STEPS = 20  # of the trajectory
+
+
+def on_device(value: Any, device: str = "cuda") -> Any:
+    """The problem with its tensors and networks on the device."""
+    if isinstance(value, Tensor | nn.Module):
+        return value.to(device)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(on_device(each, device) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: on_device(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value
+
+
+def medians(thunks: dict[str, Thunk], rounds: int) -> dict[str, float]:
+    """Milliseconds of a call on the device's clock, interleaved; each has run before."""
+    samples: dict[str, list[float]] = {name: [] for name in thunks}
+    for _ in range(rounds):
+        for name, thunk in thunks.items():
+            samples[name].append(1e3 * cases.device_seconds(thunk, calls=1))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+# ---- the machine
+
+
+def environment(tiny: bool) -> Line:
+    from pydistill import info
+
+    properties = torch.cuda.get_device_properties(0)
+    found: Line = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "toolkit of torch": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory GiB": properties.total_memory / 2**30,
+        "info": {key: str(value) for key, value in info.collect().items() if key != "operators"},
+        "operators": info.collect()["operators"],
+    }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = "not installed"
+    if program := shutil.which("nvidia-smi"):
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        command = [program, f"--query-gpu={query}", "--format=csv,noheader"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()
+        found["nvidia-smi"] = dict(zip(query.split(","), told[0].split(", "), strict=False)) if told else {}
+    return found
+
+
+def ceilings(tiny: bool) -> Line:
+    """The most that this device copies and multiplies, by torch's own calls."""
+    numbers = 1 << (16 if tiny else 29)
+    source = torch.zeros(numbers, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    found = {"copy GB/s": 2 * numbers / _best(lambda: target.copy_(source)) / 1e9}
+    size = 64 if tiny else 8192
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for precision, dtype in (("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)):
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            a = torch.randn(size, size, device="cuda", dtype=dtype)
+            found[f"{precision} TFLOP/s"] = 2 * size**3 / _best(partial(torch.mm, a, a)) / 1e12
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return found
+
+
+def _best(thunk: Thunk) -> float:
+    thunk()
+    return min(cases.device_seconds(thunk) for _ in range(5))
+
+
+# ---- the trajectory
+
+
+def requests(thunk: Thunk) -> dict[str, int]:
+    """What one call asks of the driver, by torch's profiler."""
+    kinds = {
+        "launches": ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC"),
+        "replays": ("cudaGraphLaunch",),
+        "captures": ("cudaStreamBeginCapture",),
+        "copies": ("cudaMemcpyAsync", "cudaMemcpy"),
+        "waits": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+        "allocations": ("cudaMalloc",),
+    }
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        thunk()
+    seen = Counter(event.name for event in profile.events())
+    return {kind: sum(seen[name] for name in names) for kind, names in kinds.items()}
+
+
+def _trajectory(tiny: bool, steps: int) -> Any:
+    config = (SMALL if tiny else CONVNET) | {"steps": steps}
+    return on_device(make_problem(**config))
+
+
+def trajectory(precision: str, tiny: bool) -> Line:
+    """The exact gradient in images and rate: the eager loop at torch's default switches, our replay of any network,
+    and the student engine."""
+    problem = _trajectory(tiny, 3 if tiny else STEPS)
+    thunks: dict[str, Thunk] = {
+        "eager": eager.prepare(problem),
+        "replay": ours.trajectory_match(problem, engine="generic"),
+        "pydistill": ours.trajectory_match(problem, engine="student", precision=precision),
+    }
+    outputs = {name: thunk() for name, thunk in thunks.items()}
+    first = {name: 1e3 * cases.device_seconds(thunk, calls=1) for name, thunk in thunks.items()}
+    found: Line = {
+        "precision": precision,
+        "baseline": "eager",
+        "ms": medians(thunks, 2 if tiny else 5),
+        "second call ms": first,
+        "image gradient's relative error": {
+            name: relative_error(outputs[name].d_images, outputs["eager"].d_images) for name in ("replay", "pydistill")
+        },
+        "requests": {name: requests(thunk) for name, thunk in thunks.items()},
+        "flops": {"pydistill": problem.steps * _flops(problem)},
+    }
+    bound = {"fp32": 2e-2, "tf32": 0.1, "bf16": 0.3}[precision]  # a ReLU that turns changes the rest
+    if not found["image gradient's relative error"]["pydistill"] <= bound:
+        raise Wrong(f"further than {bound} from the eager loop", found)
+    return found
+
+
+def _flops(problem: Any) -> float:
+    """Of one step's convolutions: three times the forward pass for the gradient, and about eight for the tangent, which
+    computes the step anew."""
+    total = 0
+
+    def count(layer: nn.Module, _: Any, out: Tensor) -> None:
+        nonlocal total
+        total += 2 * out.numel() * layer.weight[0].numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in problem.net.modules() if isinstance(layer, nn.Conv2d)]
+    with torch.no_grad():
+        problem.net(problem.images[problem.batches[0]])
+    for hook in hooks:
+        hook.remove()
+    return 11.0 * total
+
+
+def memory(tiny: bool) -> Line:
+    """Peak memory above the inputs', by the number of steps: a line for the eager loop, a constant for ours."""
+    found: Line = {"MiB": {}}
+    for steps in (2, 3) if tiny else (5, 20, 50):
+        problem = _trajectory(tiny, steps)
+        thunks = {"eager": eager.prepare(problem), "pydistill": ours.trajectory_match(problem, engine="student")}
+        for name, thunk in thunks.items():
+            try:
+                thunk()
+                found["MiB"][f"{name}, T={steps}"] = cases.device_peak(thunk) / 2**20
+            except torch.cuda.OutOfMemoryError:
+                found["MiB"][f"{name}, T={steps}"] = None
+            torch.cuda.empty_cache()
+    return found
+
+
+def compiled_step(tiny: bool) -> Line:
+    """A step's tangent, the larger part of the work, by torch.compile with CUDA graphs and by ours, in tf32."""
+    config = (SMALL if tiny else CONVNET) | {"steps": 1}
+    problem = cases.make_step(config, 1, "tangent", "tf32", "cuda")
+    thunks = {
+        "eager": cases.step_eager(problem),
+        "compiled": cases.step_compiled(problem, "default" if tiny else "reduce-overhead"),
+        "pydistill": cases.step_ours(problem, graphs=True),
+    }
+    for thunk in thunks.values():
+        thunk()
+        thunk()
+    return {"precision": "tf32", "baseline": "eager", "ms": medians(thunks, 2 if tiny else 10)}
+
+
+# ---- the other loops and operators
+
+
+def block_forms(tiny: bool) -> Line:
+    """The fused block's four forms beside eager torch and a copy of as many bytes."""
+    shape = (2, 8, 6, 6) if tiny else (256, 128, 32, 32)
+    found: Line = {"baseline": "", "ms": {}, "bytes": {}}
+    for scalar in ("f32", "bf16"):
+        for form in FORMS:
+            for layout in block.LAYOUTS:
+                problem = cases.make_forms(shape, layout, form, scalar, "cuda")
+                thunks = {"eager": cases.block_eager(problem), "pydistill": cases.block_ours(problem)}
+                for thunk in thunks.values():
+                    thunk()
+                for name, ms in medians(thunks, 2 if tiny else 10).items():
+                    found["ms"][f"{form} {scalar} {layout} {name}"] = ms
+                    found["bytes"][f"{form} {scalar} {layout} {name}"] = minimum_bytes(form, scalar, shape)
+    return found
+
+
+def of_case(name: str, providers: Sequence[str], tiny: bool, **changes: Any) -> Line:
+    """A case of `bench.run` with its problem on the device: its first point, its checks, these providers."""
+    case = CASES[name]
+    config = case.config("quick" if tiny else "full") | ({} if tiny else changes)
+    point = case.points(case, config)[0]
+    problem = on_device(point.problem())
+    thunks = {each: case.providers[each].prepare(problem) for each in providers}
+    outputs = {each: thunk() for each, thunk in thunks.items()}
+    found: Line = {"baseline": providers[0], "ms": medians(thunks, 2 if tiny else 5)}
+    red = [str(check) for check in case.check(case.only(providers), point, problem, outputs) if not check.ok]
+    if red:
+        raise Wrong("; ".join(red), found)
+    return found
+
+
+def items() -> tuple[Item, ...]:
+    """All of them, in their order."""
+    return (
+        Item("environment", environment),
+        Item("ceilings", ceilings),
+        *(Item(f"parity {name}", lambda tiny, name=name: parity(name)) for name in uses()),
+        *(Item(f"trajectory_match {each}", partial(trajectory, each)) for each in ("fp32", "tf32", "bf16")),
+        Item("memory", memory),
+        Item("compiled step", compiled_step),
+        Item("train_students", partial(of_case, "train_students", ("eager", "pydistill"))),
+        Item("datadam", partial(of_case, "datadam_step_published", ("eager", "pydistill"))),
+        Item("recovery", partial(of_case, "sre2l_recover_step", ("repository", "pydistill"))),
+        Item("attention_map_divergence", partial(of_case, "attention_map_divergence", ("eager", "pydistill"))),
+        Item("block", block_forms),
+        Item("kd_divergence", partial(of_case, "kd_divergence", (CASES["kd_divergence"].baseline, "pydistill"))),
+        Item("multi_crop", partial(of_case, "multi_crop", ("eager", "pydistill"))),
+    )
