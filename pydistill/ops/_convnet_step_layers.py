@@ -20,6 +20,7 @@ effect), and its derivatives are exactly zero, as in exact arithmetic.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -36,21 +37,33 @@ Precision = Literal["fp32", "tf32", "bf16"]
 _block, _block_backward, _block_jvp, _block_backward_jvp = (form.raw for form in FORMS)
 
 
+_switching = threading.RLock()  # torch's switches are the process's
+
+
 def _switched(function: Callable) -> Callable:
-    """``function``, with GPUs rounding the factors of float32 products as its ``precision`` says."""
+    """``function``, outside of autocast, with GPUs rounding the factors of float32 products as its ``precision`` says,
+    and with convolutions that give equal bits in every run."""
 
     @functools.wraps(function)
     def run(*args, precision: Precision = "fp32", **options):
         cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
-        switches = (cudnn.conv, torch.backends.cuda.matmul)
-        before = [switch.fp32_precision for switch in switches]
-        try:
-            for switch in switches:
-                switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-            return function(*args, precision=precision, **options)
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
+        rounding = "tf32" if precision == "tf32" else "ieee"
+        switches = [
+            *((cudnn.conv, "fp32_precision", rounding), (torch.backends.cuda.matmul, "fp32_precision", rounding)),
+            *((cudnn, "deterministic", True), (cudnn, "benchmark", False)),  # timing would choose another algorithm
+        ]
+        with _switching:
+            before = [getattr(switch, name) for switch, name, _ in switches]
+            autocast = torch.is_autocast_enabled("cuda")
+            try:
+                torch.set_autocast_enabled("cuda", False)
+                for switch, name, value in switches:
+                    setattr(switch, name, value)
+                return function(*args, precision=precision, **options)
+            finally:
+                for (switch, name, _), value in zip(switches, before, strict=True):
+                    setattr(switch, name, value)
+                torch.set_autocast_enabled("cuda", autocast)
 
     return run
 

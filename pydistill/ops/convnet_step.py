@@ -6,7 +6,7 @@ derivatives of <g, nu>: what the adjoint of a training trajectory needs from a s
 Neural Computation 1994; in trajectory matching: Deng & Russakovsky, NeurIPS 2022).
 
 On the CPU one kernel takes a few images at a time through all layers and back (csrc/kernels/convnet_step.h). On CUDA
-devices the same formulas run layer by layer, captured in CUDA graphs.
+devices the same formulas run layer by layer, captured in CUDA graphs, once for a process and signature.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _OPS = torch.ops.pydistill
 class Workspace:
     """The working memory of steps, allocated by the first and reused by all later ones: mapping fresh pages costs
     several times as much as a kernel's work on them. For one thread at a time; a workspace serves any shapes. Up to
-    256 MiB stay allocated for the next workspace."""
+    256 MiB stay allocated for the next workspace. On CUDA, steps with a workspace run as CUDA graphs, of which
+    `pydistill.trajectory.release_graphs` tells."""
 
     KEPT = 256 << 20  # bytes
     _idle: ClassVar[list[Tensor]] = []  # at most one: the largest block that workspaces have left
@@ -125,7 +126,9 @@ def convnet_gradient(
 
     Equivalent to ``loss = F.cross_entropy(net(images), labels)`` and ``torch.autograd.grad(loss, theta)`` for every
     student's theta, with ``net`` a `pydistill.nn.ConvNet`. Not differentiable by autograd. Equal bits across runs and
-    thread counts; the last bits depend on the instruction set and on E.
+    thread counts; the last bits depend on the instruction set and on E. On CUDA, equal bits across runs on one model of
+    GPU with one set of libraries: cuDNN may take deterministic algorithms alone while a step runs, and times none,
+    whatever ``torch.backends.cudnn`` says; autocast is off.
 
     In float32 on the CPU, convolutions after the first use Winograd's F(4x4, 3x3) with well-chosen points: a layer's
     relative error is about that of a direct convolution (7e-7 against 6e-7 with 128 channels).

@@ -162,18 +162,26 @@ def test_bfloat16_convolutions_run_in_bfloat16_channels_last(sensible):
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
 def test_precision_sets_the_switches_for_the_time_of_a_step(sensible, monkeypatch, precision, wanted):
     problem, *_ = sensible
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    seen, convolve = [], layers._Net.convolve
+    cudnn, seen, convolve = torch.backends.cudnn, [], layers._Net.convolve
+
+    def switches():
+        rounding = (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+        return (*rounding, cudnn.deterministic, cudnn.benchmark, torch.is_autocast_enabled("cuda"))
 
     def watch(*args):
-        seen.extend(switch.fp32_precision for switch in switches)
+        seen.append(switches())
         return convolve(*args)
 
     monkeypatch.setattr(layers._Net, "convolve", watch)
-    before = [switch.fp32_precision for switch in switches]
-    problem.engine(precision)
-    assert set(seen) == {wanted}
-    assert [switch.fp32_precision for switch in switches] == before
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        before = switches()
+        problem.engine(precision)
+        assert switches() == before
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert set(seen) == {(wanted, wanted, True, False, False)}
 
 
 def test_no_autograd_graph_is_made():

@@ -98,11 +98,8 @@ FIRST = [
 
 
 @pytest.mark.parametrize(("name", "function", "device"), sample(MATRIX, FIRST))
-def test_unrolled_students(name: str, function: str, device: str, request: pytest.FixtureRequest) -> None:
+def test_unrolled_students(name: str, function: str, device: str) -> None:
     net, students, options = CASES[name]
-    if name.startswith("student") and device == "cuda:1":
-        reason = "graphs are captured on the stream of another device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     if function == "match":
         options = {key: value for key, value in options.items() if key != "at"}
     want = unrolled("cpu", net, students, function, {**options, "precision": on_cpu(options)})
@@ -130,16 +127,12 @@ def test_random_layers_are_replayed_with_their_numbers(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_graphs_of_a_side_stream(device: str, request: pytest.FixtureRequest) -> None:
-    if device == "cuda:1":
-        reason = "graphs are captured on the stream of another device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+def test_graphs_of_a_side_stream(device: str) -> None:
     with torch.cuda.stream(torch.cuda.Stream(device)):
         got = unrolled(device, convnet, 1, "unroll", {})
     assert_equal(got, unrolled("cpu", convnet, 1, "unroll", {}), device)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="captured in the mode that binds all threads")
 def test_other_threads_may_go_on_while_a_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     modes, begin = [], torch.cuda.CUDAGraph.capture_begin
 
@@ -227,10 +220,7 @@ TRAINED = [(name, device) for name in TRAININGS for device in DEVICES]
 
 
 @pytest.mark.parametrize(("name", "device"), sample(TRAINED, [case for case in TRAINED if case[1] == "cuda:0"]))
-def test_trained_students(name: str, device: str, request: pytest.FixtureRequest) -> None:
+def test_trained_students(name: str, device: str) -> None:
     net, options = TRAININGS[name]
-    if not name.startswith("generic") and device == "cuda:1":
-        reason = "graphs are captured on the stream of another device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     want = trained("cpu", net, {**options, "precision": on_cpu(options)})
     assert_equal(trained(device, net, options), want, device, 0.05 if "bf16" in name else 1e-4)

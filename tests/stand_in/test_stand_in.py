@@ -21,7 +21,7 @@ parts = pytest.mark.parametrize("part", ["not exhaustive", pytest.param("exhaust
 FILES = {
     **dict.fromkeys(("values", "counts", "operators"), "emulated"),
     # their subject is what is called, where and how often
-    **dict.fromkeys(("library", "trajectory", "waits", "methods"), "borrowed"),
+    **dict.fromkeys(("library", "trajectory", "graphs", "waits", "methods"), "borrowed"),
 }
 
 
