@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -47,6 +48,9 @@ def release_graphs() -> None:
     dropped.clear()
 
 
+_keeping = partial(layers.gradient, keep=True)
+
+
 class StepGraphs:
     """`gradient` and `tangent` of `_convnet_step_layers`, captured at the first call of each signature, then replayed.
 
@@ -71,9 +75,11 @@ class StepGraphs:
         *,
         label_kind: LabelKind = "hard",
         precision: Precision = "fp32",
-    ) -> tuple[Tensor, Tensor]:
+        keep: bool = False,
+    ) -> tuple[Tensor, ...]:
         """See `_convnet_step_layers.gradient`."""
-        return self._run(layers.gradient, shape, (theta, images, labels), label_kind, precision)
+        function = _keeping if keep else layers.gradient
+        return self._run(function, shape, (theta, images, labels), label_kind, precision)
 
     def tangent(
         self,
@@ -82,12 +88,12 @@ class StepGraphs:
         direction: Tensor,
         images: Tensor,
         labels: Tensor,
-        *,
+        *kept: Tensor,
         label_kind: LabelKind = "hard",
         precision: Precision = "fp32",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `_convnet_step_layers.tangent`."""
-        return self._run(layers.tangent, shape, (theta, direction, images, labels), label_kind, precision)
+        return self._run(layers.tangent, shape, (theta, direction, images, labels, *kept), label_kind, precision)
 
     @torch.inference_mode(False)  # buffers made in that mode could not be written to outside of it
     @torch.no_grad()
@@ -106,7 +112,7 @@ class StepGraphs:
         with torch.cuda.device(device):
             place = (device, torch.cuda.current_stream().cuda_stream)
             cudnn = torch.backends.cudnn.enabled
-            key = (function.__name__, shape, label_kind, precision, cudnn, *place, signature)
+            key = (function, shape, label_kind, precision, cudnn, *place, signature)
             with _registry:
                 lane = _lanes.get(place) or _lanes.setdefault(place, _Lane())
             with lane.lock:
@@ -152,7 +158,7 @@ class _Captured:
     ):
         self.pool = pool
         # outside the pool: other graphs' intermediate results must not overlap an input
-        self.inputs = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        self.inputs = tuple(t.detach().clone(memory_format=_layout(t)) for t in tensors)
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -166,14 +172,22 @@ class _Captured:
             self.outputs = function(*self.inputs)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> tuple:
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given)
+        torch._foreach_copy_(self.inputs, tensors)  # few launches
         self.graph.replay()
-        return tuple(None if out is None else out.clone() for out in self.outputs)
+        results = tuple(None if out is None else torch.empty_like(out) for out in self.outputs)
+        found = [(out, mine) for out, mine in zip(results, self.outputs, strict=True) if out is not None]
+        torch._foreach_copy_(*zip(*found, strict=True))
+        return results
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.inputs, *self.outputs) if t is not None)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """Of its buffer. Activations that a step kept have the layout in which another step would have computed them."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.preserve_format if channels_last else torch.contiguous_format
 
 
 def _kept(key: tuple, capture: Callable[[], _Captured]) -> _Captured:

@@ -119,7 +119,7 @@ def convnet_gradient(
     running: Tensor | None = None,
     statistics: Tensor | None = None,
     workspace: Workspace | None = None,
-    tape: Tensor | None = None,
+    tape: Tensor | list[Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The mean cross entropy of each student and its gradient in the parameters.
@@ -150,7 +150,7 @@ def convnet_gradient(
             the norm "batch" has used, in that order.
         workspace: working memory to reuse; fresh when None.
         tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would otherwise recompute, in
-            theta's dtype or, for precision "bf16", in bfloat16. CPU.
+            theta's dtype or, for precision "bf16", in bfloat16. On CUDA a list, whose elements are replaced.
         backend: "auto" (the device's), "reference" (autograd on plain torch), "cpu" or "cuda".
 
     Returns:
@@ -167,7 +167,11 @@ def convnet_gradient(
         return reference.convnet_gradient(shape, theta, images, labels, label_kind, running, statistics)
     if chosen == "cuda":
         run = workspace.graphs.gradient if workspace else layers.gradient
-        return run(shape, theta, images, labels, label_kind=label_kind, precision=precision)
+        keep = tape is not None
+        loss, grad, *kept = run(shape, theta, images, labels, label_kind=label_kind, precision=precision, keep=keep)
+        if isinstance(tape, list):
+            tape[:] = kept
+        return loss, grad
     memory = _memory(workspace, shape, "gradient", theta, images, precision)
     return _OPS.convnet_step_gradient(
         theta.contiguous(),
@@ -198,7 +202,7 @@ def convnet_tangent(
     scale: Tensor | None = None,
     running: Tensor | None = None,
     workspace: Workspace | None = None,
-    tape: Tensor | None = None,
+    tape: Tensor | list[Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The derivatives of <g, direction>, with g the gradient of the loss: a step of a trajectory's adjoint.
@@ -211,7 +215,8 @@ def convnet_tangent(
         direction: ``[E, P]``.
         curvature: False omits the second result and, on the CPU, its work.
         scale: ``[E]``, dtype of theta: a factor on all results but the slope; None: one.
-        tape: as filled by `convnet_gradient` for the same theta, images, labels, kind and precision. It is overwritten.
+        tape: as filled by `convnet_gradient` for the same theta, images, labels, kind and precision. A tensor is
+            overwritten.
 
     Returns:
         slope: ``[E]``, <g, direction> itself.
@@ -249,7 +254,8 @@ def convnet_tangent(
         found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind, running)
     else:
         run = workspace.graphs.tangent if workspace else layers.tangent
-        found = run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
+        batch = (images, labels, *(tape or ()))
+        found = run(shape, theta, direction, *batch, label_kind=label_kind, precision=precision)
     slope, grad, images_grad, labels_grad = found
     if scale is not None:
         grad, images_grad = grad * scale[:, None], images_grad * scale.view(-1, 1, 1, 1, 1)

@@ -120,6 +120,22 @@ def test_float64_is_autograd(net, students, shared, label_kind):
     assert_each_parameter_close(problem, found["curvature"], truth["curvature"], 1e-10)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_what_is_kept_changes_no_bit(net, precision):
+    problem = Problem(net, students=2, shared=True, label_kind="logits", dtype=torch.float32)
+    options = {"label_kind": "logits", "precision": precision}
+    first, batch = (problem.shape, problem.theta), (problem.images, problem.labels)
+    loss, grad, *kept = layers.gradient(*first, *batch, **options, keep=True)
+    assert all(map(torch.equal, (loss, grad), layers.gradient(*first, *batch, **options)))
+    bytes_kept = layers.kept_bytes(problem.shape, 2, len(problem.images), torch.float32, precision)
+    assert sum(t.nbytes for t in kept) == bytes_kept
+    plain = layers.tangent(*first, problem.direction, *batch, **options)
+    assert all(map(torch.equal, layers.tangent(*first, problem.direction, *batch, *kept, **options), plain))
+    kept[-1].zero_()  # the features
+    assert not torch.equal(layers.tangent(*first, problem.direction, *batch, *kept, **options)[0], plain[0])
+
+
 SENSIBLE = (3, (32, 32), 32, 3)
 
 

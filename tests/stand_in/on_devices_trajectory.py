@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import pydistill
 from pydistill.augment import DiffAugment
 from pydistill.nn import ConvNet
+from pydistill.ops._convnet_step_graph import StepGraphs
+from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.seeding import seeded_net
-from pydistill.trajectory import GSAM, Adam, train_students
+from pydistill.trajectory import GSAM, Adam, convnet_shape, train_students
 from pydistill.trajectory.experts import train_experts
 from tests.matrices import sample
 
@@ -146,10 +148,50 @@ def test_other_threads_may_go_on_while_a_step_is_captured(monkeypatch: pytest.Mo
     assert set(modes) <= {"thread_local", "relaxed"}
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="memory= is refused on CUDA")
-def test_memory_changes_no_bit() -> None:
-    found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory}) for memory in ("auto", 1 << 24)]
-    assert all(map(torch.equal, *found))
+STORED = 3 * 4 * sum(p.numel() for p in convnet().parameters())
+TAPE = kept_bytes(convnet_shape(convnet(), (2, SIDE, SIDE)), 1, 4, torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"store_every": 2}, {"mode": "first_order"}], ids=str)
+def test_memory_changes_no_bit(options: dict[str, Any]) -> None:
+    amounts = ("auto", STORED, STORED + TAPE, STORED + 2 * TAPE, 1 << 24)
+    found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory, **options}) for memory in amounts]
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "kept"),
+    [
+        *((STORED, 0, 0), (STORED + TAPE, 0, 1), (STORED + 2 * TAPE, 0, 2), (1 << 24, 0, 3)),
+        *(("auto", 0, 0), ("auto", 4 * TAPE, 1), ("auto", 12 * TAPE - 1, 2), ("auto", 1 << 40, 3)),
+    ],
+)
+def test_memory_decides_how_many_steps_are_kept(
+    memory: str | int, free: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, given, gradient, tangent = [], [], StepGraphs.gradient, StepGraphs.tangent
+
+    def noted(self: StepGraphs, *tensors: Any, keep: bool = False, **options: Any) -> tuple:
+        asked.append(keep)
+        return gradient(self, *tensors, keep=keep, **options)
+
+    def noted_tangent(self: StepGraphs, *tensors: Any, **options: Any) -> tuple:
+        given.append(len(tensors) > 5)
+        return tangent(self, *tensors, **options)
+
+    monkeypatch.setattr(StepGraphs, "gradient", noted)
+    monkeypatch.setattr(StepGraphs, "tangent", noted_tangent)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append(device) or (free, 1 << 40))
+    unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory})
+    assert asked == given[::-1] == [False] * (3 - kept) + [True] * kept  # the last ones
+    assert calls == [torch.device("cuda:0")] * (memory == "auto")
+
+
+def test_memory_below_the_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"^memory: expected at least {STORED} bytes for this unroll, got"):
+        unrolled("cuda:0", convnet, 1, "unroll", {"memory": STORED - 1})
 
 
 @pytest.mark.parametrize("mode", ["exact", "full"])
