@@ -42,11 +42,11 @@ def check_step(
     backend: str,
     labels: Tensor | None = None,
     label_kind: str = "hard",
-    tape: Tensor | None = None,
+    tape: Tensor | list[Tensor] | None = None,
 ) -> str:
     """The backend. In a loop the checks would take a tenth of a small step: signatures that passed are remembered."""
     given = [(t.shape, t.dtype, t.device, t.requires_grad) for t in (theta, images, labels) if t is not None]
-    kinds = (shape, precision, backend, label_kind, tape is None, torch.is_grad_enabled())
+    kinds = (shape, precision, backend, label_kind, type(tape), torch.is_grad_enabled())
     signature = (*given, *kinds)
     if signature not in _passed:
         if len(_passed) >= 64:
@@ -63,7 +63,7 @@ def _check_all(
     backend: str,
     labels: Tensor | None,
     label_kind: str,
-    tape: Tensor | None,
+    tape: Tensor | list[Tensor] | None,
 ) -> str:
     if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
         raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")
@@ -106,8 +106,11 @@ def _check_all(
         )
     if chosen == "cpu" and precision == "tf32":
         raise NotImplementedError("convnet_step: backend='cpu' has no precision='tf32'")
-    if chosen != "cpu" and tape is not None:
-        raise NotImplementedError(f"convnet_step: backend={chosen!r} keeps no tape")
+    if chosen == "reference" and tape is not None:
+        raise NotImplementedError("convnet_step: backend='reference' keeps no tape")
+    if tape is not None and isinstance(tape, list) != (chosen == "cuda"):
+        wanted = "a list" if chosen == "cuda" else "a uint8 tensor"
+        raise TypeError(f"tape: expected {wanted} for backend={chosen!r}, got a {type(tape).__name__}")
     return chosen
 
 

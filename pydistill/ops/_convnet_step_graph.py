@@ -1,13 +1,17 @@
 """The layer-by-layer ConvNet step as CUDA graphs: a few dozen launches replayed as one.
 
 At the sizes of dataset distillation a step's kernels are short, and launching them one by one from Python takes longer
-than running them. Only a CUDA device can run this, so it is not executed in CI; the `gpu` tests check it.
+than running them. A capture takes tens of milliseconds, so graphs outlive the call that they were captured for.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,17 +20,43 @@ from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_step_layers import LabelKind, Precision
 from pydistill.reference.convnet_shape import ConvNetShape
 
-# torch captures on its own stream; libraries must have done their first-call setup before
+# libraries must have done their first-call setup before a capture
 _WARM_UP = 3
+
+# what the process keeps beyond the calls that use it
+MOST = 64  # graphs
+KEPT = 1 << 30  # bytes of their inputs and results
+
+_recent: OrderedDict[tuple, _Captured] = OrderedDict()  # the least recently used one first
+_lanes: WeakValueDictionary[tuple[torch.device, int], _Lane] = WeakValueDictionary()
+_registry = threading.Lock()  # of these two
+_capturing = threading.Lock()  # torch captures one graph at a time
+
+
+def release_graphs() -> None:
+    """Free the CUDA graphs that the student engine keeps from one call to the next, and their memory.
+
+    `pydistill.unroll`, `pydistill.trajectory_match`, `pydistill.trajectory.train_students` and
+    `pydistill.matching.class_gradients` capture a step once for each signature: net, shapes, dtypes, device and stream,
+    kind of labels, precision. The process keeps the 64 used last, less where their inputs and results take more than
+    1 GiB; what a step needs in between is shared by all graphs of a stream. Calls that are under way, or wait for their
+    backward pass, keep their own. The memory goes back to torch; ``torch.cuda.empty_cache()`` hands it to the device.
+    """
+    with _registry:
+        dropped = list(_recent.values())
+        _recent.clear()
+    dropped.clear()
+
+
+_keeping = partial(layers.gradient, keep=True)
 
 
 class StepGraphs:
     """`gradient` and `tangent` of `_convnet_step_layers`, captured at the first call of each signature, then replayed.
 
-    A signature is the net's shape, the tensors' shapes, dtypes and device, the label kind and the precision. Inputs
-    are copied into the graph's own buffers and results out of them, so that the next step does not change a result.
-    All graphs of an instance share one memory pool, because no two of them run at the same time:
-    use an instance from one thread, and with one stream at a time. Memory is freed with the instance.
+    A signature is the net's shape, the tensors' shapes, dtypes and device, the label kind, the precision and the
+    current stream. Inputs are copied into the graph's own buffers and results out of them, so that the next step does
+    not change a result. Graphs are the process's; those that an instance has used live as long as it does.
 
     Raises:
         ValueError: theta is not a CUDA tensor.
@@ -35,7 +65,6 @@ class StepGraphs:
 
     def __init__(self) -> None:
         self._steps: dict[tuple, _Captured] = {}
-        self._pools: dict[torch.device, Any] = {}
 
     def gradient(
         self,
@@ -46,9 +75,11 @@ class StepGraphs:
         *,
         label_kind: LabelKind = "hard",
         precision: Precision = "fp32",
-    ) -> tuple[Tensor, Tensor]:
+        keep: bool = False,
+    ) -> tuple[Tensor, ...]:
         """See `_convnet_step_layers.gradient`."""
-        return self._run(layers.gradient, shape, (theta, images, labels), label_kind, precision)
+        function = _keeping if keep else layers.gradient
+        return self._run(function, shape, (theta, images, labels), label_kind, precision)
 
     def tangent(
         self,
@@ -57,13 +88,14 @@ class StepGraphs:
         direction: Tensor,
         images: Tensor,
         labels: Tensor,
-        *,
+        *kept: Tensor,
         label_kind: LabelKind = "hard",
         precision: Precision = "fp32",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `_convnet_step_layers.tangent`."""
-        return self._run(layers.tangent, shape, (theta, direction, images, labels), label_kind, precision)
+        return self._run(layers.tangent, shape, (theta, direction, images, labels, *kept), label_kind, precision)
 
+    @torch.inference_mode(False)  # buffers made in that mode could not be written to outside of it
     @torch.no_grad()
     def _run(
         self,
@@ -77,38 +109,98 @@ class StepGraphs:
         if device.type != "cuda":
             raise ValueError(f"theta: expected a CUDA tensor, got one on {device}")
         signature = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        key = (function.__name__, shape, label_kind, precision, signature)
         with torch.cuda.device(device):
-            if key not in self._steps:
-                if device not in self._pools:
-                    self._pools[device] = torch.cuda.graph_pool_handle()
-                options = {"label_kind": label_kind, "precision": precision}
-                self._steps[key] = _Captured(
-                    lambda *inputs: function(shape, *inputs, **options), tensors, self._pools[device]
-                )
-            return self._steps[key](tensors)
+            place = (device, torch.cuda.current_stream().cuda_stream)
+            cudnn = torch.backends.cudnn.enabled
+            key = (function, shape, label_kind, precision, cudnn, *place, signature)
+            with _registry:
+                lane = _lanes.get(place) or _lanes.setdefault(place, _Lane())
+            with lane.lock:
+                step = self._steps.get(key)
+                if step is None:
+                    options = {"label_kind": label_kind, "precision": precision}
+                    step = _kept(key, lambda: lane.capture(lambda *given: function(shape, *given, **options), tensors))
+                    self._steps[key] = step
+                return step(tensors)
+
+
+class _Lane:
+    """What runs on one stream, one graph after the other, so that all of them share one pool of memory.
+
+    ``lock`` is held from a step's copies into its buffers to the copies of its results: threads may share a stream.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None  # to capture on: its device's, unlike torch's default one
+        self._captured: WeakSet[_Captured] = WeakSet()
+
+    def capture(self, function: Callable[..., tuple], tensors: tuple[Tensor, ...]) -> _Captured:
+        """On the current device."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        other = next(iter(self._captured), None)  # a pool ends with its last graph
+        pool = torch.cuda.graph_pool_handle() if other is None else other.pool
+        with _capturing:
+            step = _Captured(function, tensors, pool, self._stream)
+        step.lane = self
+        self._captured.add(step)
+        return step
 
 
 class _Captured:
     """One function of tensors of fixed shapes, as a CUDA graph on the current device."""
 
-    def __init__(self, function: Callable[..., tuple], tensors: tuple[Tensor, ...], pool: Any):
+    lane: _Lane  # lives as long as one of its graphs
+
+    def __init__(
+        self, function: Callable[..., tuple], tensors: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream
+    ):
+        self.pool = pool
         # outside the pool: other graphs' intermediate results must not overlap an input
-        self.inputs = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        self.inputs = tuple(t.detach().clone(memory_format=_layout(t)) for t in tensors)
         current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 function(*self.inputs)
-        current.wait_stream(side)
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # other threads may go on: with the default mode, memory that they ask for would end the capture
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             # kept alive, so that no later graph of the pool reuses their memory
             self.outputs = function(*self.inputs)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> tuple:
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given)
+        torch._foreach_copy_(self.inputs, tensors)  # few launches
         self.graph.replay()
-        return tuple(None if out is None else out.clone() for out in self.outputs)
+        results = tuple(None if out is None else torch.empty_like(out) for out in self.outputs)
+        found = [(out, mine) for out, mine in zip(results, self.outputs, strict=True) if out is not None]
+        torch._foreach_copy_(*zip(*found, strict=True))
+        return results
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.inputs, *self.outputs) if t is not None)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """Of its buffer. Activations that a step kept have the layout in which another step would have computed them."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.preserve_format if channels_last else torch.contiguous_format
+
+
+def _kept(key: tuple, capture: Callable[[], _Captured]) -> _Captured:
+    """The process's graph of this signature; the lane's lock is held."""
+    with _registry:
+        step = _recent.get(key)
+        if step is not None:
+            _recent.move_to_end(key)
+            return step
+    step = capture()
+    dropped = []
+    with _registry:
+        _recent[key] = step
+        while len(_recent) > MOST or (len(_recent) > 1 and sum(each.nbytes for each in _recent.values()) > KEPT):
+            dropped.append(_recent.popitem(last=False))
+    return step

@@ -20,7 +20,8 @@ effect), and its derivatives are exactly zero, as in exact arithmetic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -36,21 +37,33 @@ Precision = Literal["fp32", "tf32", "bf16"]
 _block, _block_backward, _block_jvp, _block_backward_jvp = (form.raw for form in FORMS)
 
 
+_switching = threading.RLock()  # torch's switches are the process's
+
+
 def _switched(function: Callable) -> Callable:
-    """``function``, with GPUs rounding the factors of float32 products as its ``precision`` says."""
+    """``function``, outside of autocast, with GPUs rounding the factors of float32 products as its ``precision`` says,
+    and with convolutions that give equal bits in every run."""
 
     @functools.wraps(function)
     def run(*args, precision: Precision = "fp32", **options):
         cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
-        switches = (cudnn.conv, torch.backends.cuda.matmul)
-        before = [switch.fp32_precision for switch in switches]
-        try:
-            for switch in switches:
-                switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-            return function(*args, precision=precision, **options)
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
+        rounding = "tf32" if precision == "tf32" else "ieee"
+        switches = [
+            *((cudnn.conv, "fp32_precision", rounding), (torch.backends.cuda.matmul, "fp32_precision", rounding)),
+            *((cudnn, "deterministic", True), (cudnn, "benchmark", False)),  # timing would choose another algorithm
+        ]
+        with _switching:
+            before = [getattr(switch, name) for switch, name, _ in switches]
+            autocast = torch.is_autocast_enabled("cuda")
+            try:
+                torch.set_autocast_enabled("cuda", False)
+                for switch, name, value in switches:
+                    setattr(switch, name, value)
+                return function(*args, precision=precision, **options)
+            finally:
+                for (switch, name, _), value in zip(switches, before, strict=True):
+                    setattr(switch, name, value)
+                torch.set_autocast_enabled("cuda", autocast)
 
     return run
 
@@ -73,7 +86,8 @@ def gradient(
     *,
     label_kind: LabelKind = "hard",
     precision: Precision = "fp32",
-) -> tuple[Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, ...]:
     """The mean cross entropy of each student and its gradient.
 
     Equivalent to ``loss = F.cross_entropy(net(images), labels)`` and ``torch.autograd.grad(loss, theta)`` for every
@@ -89,15 +103,18 @@ def gradient(
         precision: "fp32": everything in theta's dtype, regardless of torch's TF32 switches. "tf32": a GPU that supports
             it rounds the factors of convolutions and of the classifier to TF32. "bf16": convolutions read and write
             bfloat16 and accumulate in float32; statistics, parameters, classifier and loss are float32.
+        keep: also return what `tangent` would otherwise compute again, `kept_bytes` in total.
 
     Returns:
-        loss ``[E]`` and its gradient ``[E, P]``, dtype of theta.
+        loss ``[E]`` and its gradient ``[E, P]``, dtype of theta; then what is kept.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     net = _Net(shape, theta, images, precision)
     inputs, planes, features = net.forward()
+    kept = net.kept if keep else ()
+    net.kept = ()
     loss = _CrossEntropy(net.classify(features), labels, label_kind)
     grad = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
     slots = _Slots(shape, grad)
@@ -108,7 +125,7 @@ def gradient(
         slots.block(i, scale_bar, shift_bar, net.weight_gradient(i, inputs.pop(), z_bar))
         if i:
             y_bar = net.input_gradient(i, z_bar, net.weights[i])
-    return loss.value, grad
+    return loss.value, grad, *kept
 
 
 @_switched
@@ -119,13 +136,14 @@ def tangent(
     direction: Tensor,
     images: Tensor,
     labels: Tensor,
-    *,
+    *kept: Tensor,
     label_kind: LabelKind = "hard",
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The derivatives of <g, direction>, with g the gradient of the loss: a step of a trajectory's adjoint.
 
-    Arguments are those of `gradient`, and direction ``[E, P]``.
+    Arguments are those of `gradient`, direction ``[E, P]``, and what `gradient` kept at the same theta and images, if
+    it did; that changes no bit.
 
     Returns:
         slope: ``[E]``, <g, direction> itself.
@@ -141,7 +159,8 @@ def tangent(
     # [w | w_t] in the input channels: for z_t together with inputs [x_t | x], and for both gradients of z_bar
     pairs = [None, *(torch.cat(pair, 1) for pair in zip(net.weights[1:], along.weights[1:], strict=True))]
 
-    inputs, planes, features = net.forward()
+    inputs, planes, features = net.forward(kept)
+    net.kept = ()
     inputs_t: list[Tensor] = []
     planes_t: list[Tensor] = []
     for i, (x, z) in enumerate(zip(inputs, planes, strict=True)):
@@ -183,6 +202,17 @@ def tangent(
     return loss.slope(logits_t), curvature, images_grad, loss.labels_grad(logits_t)
 
 
+def kept_bytes(
+    shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
+) -> int:
+    """What `gradient` keeps."""
+    values = sum(
+        layer.out_channels * (layer.height * layer.width + (layer.height // 2) * (layer.width // 2))
+        for layer in shape.layers
+    )
+    return students * images * values * (2 if precision == "bf16" else dtype.itemsize)
+
+
 class _Parameters:
     """theta split up, with convolutions in the precision and layout that they run in."""
 
@@ -220,15 +250,19 @@ class _Net(_Parameters):
         self.shared = images.dim() == 4
         x = images if self.shared else images.transpose(0, 1).flatten(1, 2)
         self.images = x.to(self.dtype).contiguous(memory_format=self.layout)  # [N, C, H, W] or [N, E * C, H, W]
+        self.kept: tuple[Tensor, ...] = ()  # each block's convolution's output, then each block's output
 
-    def forward(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Per block its input and its convolution's output; the features ``[E, N, F]``."""
-        inputs, planes, x = [], [], self.images
-        for i, weight in enumerate(self.weights):
-            inputs.append(x)
-            planes.append(self.convolve(i, x, weight))
-            x = _block(planes[-1], self.scales[i], self.shifts[i], *self.options)
-        return inputs, planes, self.to_features(x)
+    def forward(self, kept: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Per block its input and its convolution's output; the features ``[E, N, F]``.
+
+        ``kept``: what an earlier pass kept."""
+        planes, outputs = list(kept[: len(kept) // 2]), list(kept[len(kept) // 2 :])
+        if not kept:
+            for i, weight in enumerate(self.weights):
+                planes.append(self.convolve(i, outputs[-1] if i else self.images, weight))
+                outputs.append(_block(planes[-1], self.scales[i], self.shifts[i], *self.options))
+            self.kept = (*planes, *outputs)
+        return [self.images, *outputs[:-1]], planes, self.to_features(outputs[-1])
 
     def classify(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = self.classifier_bias if bias is None else bias

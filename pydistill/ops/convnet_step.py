@@ -6,7 +6,7 @@ derivatives of <g, nu>: what the adjoint of a training trajectory needs from a s
 Neural Computation 1994; in trajectory matching: Deng & Russakovsky, NeurIPS 2022).
 
 On the CPU one kernel takes a few images at a time through all layers and back (csrc/kernels/convnet_step.h). On CUDA
-devices the same formulas run layer by layer, captured in CUDA graphs.
+devices the same formulas run layer by layer, captured in CUDA graphs, once for a process and signature.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _OPS = torch.ops.pydistill
 class Workspace:
     """The working memory of steps, allocated by the first and reused by all later ones: mapping fresh pages costs
     several times as much as a kernel's work on them. For one thread at a time; a workspace serves any shapes. Up to
-    256 MiB stay allocated for the next workspace."""
+    256 MiB stay allocated for the next workspace. On CUDA, steps with a workspace run as CUDA graphs, of which
+    `pydistill.trajectory.release_graphs` tells."""
 
     KEPT = 256 << 20  # bytes
     _idle: ClassVar[list[Tensor]] = []  # at most one: the largest block that workspaces have left
@@ -118,14 +119,16 @@ def convnet_gradient(
     running: Tensor | None = None,
     statistics: Tensor | None = None,
     workspace: Workspace | None = None,
-    tape: Tensor | None = None,
+    tape: Tensor | list[Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The mean cross entropy of each student and its gradient in the parameters.
 
     Equivalent to ``loss = F.cross_entropy(net(images), labels)`` and ``torch.autograd.grad(loss, theta)`` for every
     student's theta, with ``net`` a `pydistill.nn.ConvNet`. Not differentiable by autograd. Equal bits across runs and
-    thread counts; the last bits depend on the instruction set and on E.
+    thread counts; the last bits depend on the instruction set and on E. On CUDA, equal bits across runs on one model of
+    GPU with one set of libraries: cuDNN may take deterministic algorithms alone while a step runs, and times none,
+    whatever ``torch.backends.cudnn`` says; autocast is off.
 
     In float32 on the CPU, convolutions after the first use Winograd's F(4x4, 3x3) with well-chosen points: a layer's
     relative error is about that of a direct convolution (7e-7 against 6e-7 with 128 channels).
@@ -147,7 +150,7 @@ def convnet_gradient(
             the norm "batch" has used, in that order.
         workspace: working memory to reuse; fresh when None.
         tape: uint8, `tape_bytes` long, 64-byte aligned: receives what `convnet_tangent` would otherwise recompute, in
-            theta's dtype or, for precision "bf16", in bfloat16. CPU.
+            theta's dtype or, for precision "bf16", in bfloat16. On CUDA a list, whose elements are replaced.
         backend: "auto" (the device's), "reference" (autograd on plain torch), "cpu" or "cuda".
 
     Returns:
@@ -164,7 +167,11 @@ def convnet_gradient(
         return reference.convnet_gradient(shape, theta, images, labels, label_kind, running, statistics)
     if chosen == "cuda":
         run = workspace.graphs.gradient if workspace else layers.gradient
-        return run(shape, theta, images, labels, label_kind=label_kind, precision=precision)
+        keep = tape is not None
+        loss, grad, *kept = run(shape, theta, images, labels, label_kind=label_kind, precision=precision, keep=keep)
+        if isinstance(tape, list):
+            tape[:] = kept
+        return loss, grad
     memory = _memory(workspace, shape, "gradient", theta, images, precision)
     return _OPS.convnet_step_gradient(
         theta.contiguous(),
@@ -195,7 +202,7 @@ def convnet_tangent(
     scale: Tensor | None = None,
     running: Tensor | None = None,
     workspace: Workspace | None = None,
-    tape: Tensor | None = None,
+    tape: Tensor | list[Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The derivatives of <g, direction>, with g the gradient of the loss: a step of a trajectory's adjoint.
@@ -208,7 +215,8 @@ def convnet_tangent(
         direction: ``[E, P]``.
         curvature: False omits the second result and, on the CPU, its work.
         scale: ``[E]``, dtype of theta: a factor on all results but the slope; None: one.
-        tape: as filled by `convnet_gradient` for the same theta, images, labels, kind and precision. It is overwritten.
+        tape: as filled by `convnet_gradient` for the same theta, images, labels, kind and precision. A tensor is
+            overwritten.
 
     Returns:
         slope: ``[E]``, <g, direction> itself.
@@ -246,7 +254,8 @@ def convnet_tangent(
         found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind, running)
     else:
         run = workspace.graphs.tangent if workspace else layers.tangent
-        found = run(shape, theta, direction, images, labels, label_kind=label_kind, precision=precision)
+        batch = (images, labels, *(tape or ()))
+        found = run(shape, theta, direction, *batch, label_kind=label_kind, precision=precision)
     slope, grad, images_grad, labels_grad = found
     if scale is not None:
         grad, images_grad = grad * scale[:, None], images_grad * scale.view(-1, 1, 1, 1, 1)

@@ -1,5 +1,6 @@
 """Training students, plainly or differentiably, and what else trajectory matching needs."""
 
+from pydistill.ops._convnet_step_graph import release_graphs
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.inner_loop import NonFiniteError
 from pydistill.trajectory.match import trajectory_match
@@ -23,6 +24,7 @@ __all__ = [
     "Trajectories",
     "as_trajectories",
     "convnet_shape",
+    "release_graphs",
     "train_students",
     "trajectory_match",
     "unroll",

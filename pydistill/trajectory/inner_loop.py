@@ -105,6 +105,7 @@ class InnerLoop:
             raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
         if memory != "auto" and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
             raise ValueError(f"memory: expected 'auto' or a number of bytes, got {memory!r}")
+        self.repeated = batches is not None  # whether a batch may take an image twice
         self.steps = self._draw(steps, batch_size, batches, images)
         self.first: Batch | None = None  # step 0's, where it had to be augmented ahead
         blocked = "mode='full' is autograd through the module" if mode == "full" else None
@@ -276,6 +277,15 @@ class InnerLoop:
         index = step.index
         if index is None:
             total += part
+        elif total.is_cuda and (index.dim() == 2 or self.repeated):
+            # index_add_ adds to a row in any order there, this one in the order of the index
+            if not own:
+                total.index_put_((index,), part, accumulate=True)
+            elif index.dim() == 1:
+                total.transpose(0, 1).index_put_((index,), part.transpose(0, 1), accumulate=True)
+            else:
+                students = torch.arange(len(index), device=index.device)[:, None]
+                total.index_put_((students, index), part, accumulate=True)
         elif not own:
             total.index_add_(0, index.flatten(), part.flatten(0, index.dim() - 1))
         elif index.dim() == 1:

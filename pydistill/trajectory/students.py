@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.ops.attention_map import Axis
 from pydistill.ops.convnet_step import (
     ConvNetShape,
@@ -64,7 +65,7 @@ class ConvNetStudents:
         self.statistics = statistics  # of batch norms
         self._running = statistics.running() if statistics is not None and shape.norm == "running" else None
         self.workspace = Workspace()
-        self.tapes: dict[int, Tensor] = {}
+        self.tapes: dict[int, Tensor | list[Tensor]] = {}
         self._first_kept, self._tapes_bytes = 0, 0
         self._memory: Tensor | None = None  # of the tapes
 
@@ -72,23 +73,37 @@ class ConvNetStudents:
         self, memory: Literal["auto"] | int, steps: int, students: int, images: int, theta: Tensor, stored: int
     ) -> None:
         """Decide which steps keep their tape within ``memory``; ``stored``: bytes of parameters the unroll keeps."""
-        if theta.device.type != "cpu":
-            if memory != "auto":
-                raise ValueError(
-                    f"memory: expected 'auto' on {theta.device.type}, where steps keep nothing, got {memory}"
-                )
-            self._first_kept = steps
-            return
-        size = tape_bytes(self.shape, students, images, theta.dtype, self.precision)
-        least = stored + workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
+        size = self._tape_bytes(theta, images)
+        least = stored
+        if theta.device.type == "cpu":
+            least += workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
         if memory == "auto":
-            room = self.AUTO
+            room = self.AUTO if theta.device.type == "cpu" else torch.cuda.mem_get_info(theta.device)[0] // 4
         else:
             room = memory - least
             if room < 0:
                 raise ValueError(f"memory: expected at least {least} bytes for this unroll, got {memory}")
         self._first_kept = max(0, steps - room // size)  # the reverse sweep starts at the end
         self._tapes_bytes, self._memory = (steps - self._first_kept) * size, None
+
+    def _tape_bytes(self, theta: Tensor, images: int) -> int:
+        of_one = tape_bytes if theta.device.type == "cpu" else kept_bytes
+        return of_one(self.shape, len(theta), images, theta.dtype, self.precision)
+
+    def _tape(self, step: int, theta: Tensor, images: int) -> Tensor | list[Tensor] | None:
+        """For one step; None where there is no room: an unknown augmentation may have made more images."""
+        size = self._tape_bytes(theta, images)
+        if theta.device.type != "cpu":
+            if size > self._tapes_bytes:
+                return None
+            self._tapes_bytes -= size
+            self.tapes[step] = []
+        else:
+            memory = self._tape_memory()
+            if size > len(memory):
+                return None
+            self.tapes[step], self._memory = memory[:size], memory[size:]
+        return self.tapes[step]
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """[E, B, K]."""
@@ -121,11 +136,7 @@ class ConvNetStudents:
         check_classes(self.label_kind, self.largest_label, batch.labels, self.shape.classes)
         tape = None
         if keep is not None and keep >= self._first_kept:
-            size = tape_bytes(self.shape, len(theta), batch.images.shape[-4], theta.dtype, self.precision)
-            memory = self._tape_memory()
-            if len(memory) >= size:  # an unknown augmentation may have made more images
-                tape = self.tapes[keep] = memory[:size]
-                self._memory = memory[size:]
+            tape = self._tape(keep, theta, batch.images.shape[-4])
         logits = self.logits(theta, batch.images) if with_logits else None
         own = self.statistics if self.shape.norm == "batch" and buffers is None else None
         moving = own is not None and own.tracked

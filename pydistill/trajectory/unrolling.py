@@ -200,9 +200,10 @@ def unroll(
             ``torch.backends`` allows TF32).
         memory: bytes that the student or the generic engine may work in. With room, some steps are kept for the
             backward pass, which otherwise recomputes them, up to a fifth slower: the same bits in "fp32", while "bf16"
-            keeps the student engine's activations in bfloat16. "auto": 256 MiB of kept steps, beyond the stored
-            parameters and one step's working memory; the student engine leaves up to as much of each allocated for
-            the next unroll.
+            keeps the student engine's activations in bfloat16 on the CPU. "auto": 256 MiB of kept steps, beyond the
+            stored parameters and one step's working memory; the student engine leaves up to as much of each allocated
+            for the next unroll. On CUDA the student engine counts stored parameters and kept steps alone, "auto" is a
+            quarter of the memory that is free when the unroll begins, and no precision changes a bit.
             The generic engine keeps its last steps' whole graphs, whose size it learns in the first step; it holds one
             step's graph in any case.
 

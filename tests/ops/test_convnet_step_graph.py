@@ -39,8 +39,8 @@ def test_a_captured_function_is_warmed_up_and_its_buffers_are_its_own(monkeypatc
         journal.append(f"off {stream.name}")
 
     @contextlib.contextmanager
-    def graph(graph, pool):
-        journal.append(f"capture into {pool}")
+    def graph(graph, pool, stream, capture_error_mode):
+        journal.append(f"capture into {pool} on {stream.name}, {capture_error_mode}")
         yield
         journal.append("captured")
 
@@ -53,16 +53,15 @@ def test_a_captured_function_is_warmed_up_and_its_buffers_are_its_own(monkeypatc
         return 2 * x, None
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("current"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("side"))
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
 
     first, second = torch.ones(3), torch.full((3,), 5.0)
-    captured = _Captured(double, (first,), "pool")
+    captured = _Captured(double, (first,), "pool", stream("side"))
     assert journal == [
         *("side waits for current", "on side", "run", "run", "run", "off side", "current waits for side"),
-        *("capture into pool", "run", "captured"),
+        *("capture into pool on side, thread_local", "run", "captured"),
     ]
     one, nothing = captured((first,))
     two, _ = captured((second,))

@@ -120,6 +120,22 @@ def test_float64_is_autograd(net, students, shared, label_kind):
     assert_each_parameter_close(problem, found["curvature"], truth["curvature"], 1e-10)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_what_is_kept_changes_no_bit(net, precision):
+    problem = Problem(net, students=2, shared=True, label_kind="logits", dtype=torch.float32)
+    options = {"label_kind": "logits", "precision": precision}
+    first, batch = (problem.shape, problem.theta), (problem.images, problem.labels)
+    loss, grad, *kept = layers.gradient(*first, *batch, **options, keep=True)
+    assert all(map(torch.equal, (loss, grad), layers.gradient(*first, *batch, **options)))
+    bytes_kept = layers.kept_bytes(problem.shape, 2, len(problem.images), torch.float32, precision)
+    assert sum(t.nbytes for t in kept) == bytes_kept
+    plain = layers.tangent(*first, problem.direction, *batch, **options)
+    assert all(map(torch.equal, layers.tangent(*first, problem.direction, *batch, *kept, **options), plain))
+    kept[-1].zero_()  # the features
+    assert not torch.equal(layers.tangent(*first, problem.direction, *batch, *kept, **options)[0], plain[0])
+
+
 SENSIBLE = (3, (32, 32), 32, 3)
 
 
@@ -162,18 +178,26 @@ def test_bfloat16_convolutions_run_in_bfloat16_channels_last(sensible):
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
 def test_precision_sets_the_switches_for_the_time_of_a_step(sensible, monkeypatch, precision, wanted):
     problem, *_ = sensible
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    seen, convolve = [], layers._Net.convolve
+    cudnn, seen, convolve = torch.backends.cudnn, [], layers._Net.convolve
+
+    def switches():
+        rounding = (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+        return (*rounding, cudnn.deterministic, cudnn.benchmark, torch.is_autocast_enabled("cuda"))
 
     def watch(*args):
-        seen.extend(switch.fp32_precision for switch in switches)
+        seen.append(switches())
         return convolve(*args)
 
     monkeypatch.setattr(layers._Net, "convolve", watch)
-    before = [switch.fp32_precision for switch in switches]
-    problem.engine(precision)
-    assert set(seen) == {wanted}
-    assert [switch.fp32_precision for switch in switches] == before
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        before = switches()
+        problem.engine(precision)
+        assert switches() == before
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert set(seen) == {(wanted, wanted, True, False, False)}
 
 
 def test_no_autograd_graph_is_made():

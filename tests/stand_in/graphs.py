@@ -98,7 +98,7 @@ class CUDAGraph:
         if self._recorder is None:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
         counts.replays += 1
-        with uncounted(), torch.cuda.device(self._device):
+        with uncounted(), torch.cuda.device(self._device), torch.autocast("cuda", enabled=False):
             for function, args, kwargs, out in self._recorder.calls:
                 again = function(*args, **kwargs)
                 for old, new in zip(_tensors(out), _tensors(again), strict=True):

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pydistill
 from pydistill.augment import DiffAugment
 from pydistill.nn import ConvNet
+from pydistill.ops._convnet_step_graph import StepGraphs
+from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.seeding import seeded_net
-from pydistill.trajectory import GSAM, Adam, train_students
+from pydistill.trajectory import GSAM, Adam, convnet_shape, train_students
 from pydistill.trajectory.experts import train_experts
 from tests.matrices import sample
 
@@ -101,11 +103,8 @@ FIRST = [
 
 
 @pytest.mark.parametrize(("name", "function", "device"), sample(MATRIX, FIRST))
-def test_unrolled_students(name: str, function: str, device: str, request: pytest.FixtureRequest) -> None:
+def test_unrolled_students(name: str, function: str, device: str) -> None:
     net, students, options = CASES[name]
-    if name.startswith("student") and device == "cuda:1":
-        reason = "graphs are captured on the stream of another device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     if function == "match":
         options = {key: value for key, value in options.items() if key != "at"}
     want = unrolled("cpu", net, students, function, {**options, "precision": on_cpu(options)})
@@ -133,10 +132,7 @@ def test_random_layers_are_replayed_with_their_numbers(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_graphs_of_a_side_stream(device: str, request: pytest.FixtureRequest) -> None:
-    if device == "cuda:1":
-        reason = "graphs are captured on the stream of another device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+def test_graphs_of_a_side_stream(device: str) -> None:
     with torch.cuda.stream(torch.cuda.Stream(device)):
         got = unrolled(device, convnet, 1, "unroll", {})
     assert_equal(got, unrolled("cpu", convnet, 1, "unroll", {}), device)
@@ -180,7 +176,6 @@ def test_memory_is_constant_from_the_second_step_on(engine: str) -> None:
     assert found[1] == found[2] == found[3], found
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="captured in the mode that binds all threads")
 def test_other_threads_may_go_on_while_a_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     modes, begin = [], torch.cuda.CUDAGraph.capture_begin
 
@@ -194,10 +189,50 @@ def test_other_threads_may_go_on_while_a_step_is_captured(monkeypatch: pytest.Mo
     assert set(modes) <= {"thread_local", "relaxed"}
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="memory= is refused on CUDA")
-def test_memory_changes_no_bit() -> None:
-    found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory}) for memory in ("auto", 1 << 24)]
-    assert all(map(torch.equal, *found))
+STORED = 3 * 4 * sum(p.numel() for p in convnet().parameters())
+TAPE = kept_bytes(convnet_shape(convnet(), (2, SIDE, SIDE)), 1, 4, torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"store_every": 2}, {"mode": "first_order"}], ids=str)
+def test_memory_changes_no_bit(options: dict[str, Any]) -> None:
+    amounts = ("auto", STORED, STORED + TAPE, STORED + 2 * TAPE, 1 << 24)
+    found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory, **options}) for memory in amounts]
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "kept"),
+    [
+        *((STORED, 0, 0), (STORED + TAPE, 0, 1), (STORED + 2 * TAPE, 0, 2), (1 << 24, 0, 3)),
+        *(("auto", 0, 0), ("auto", 4 * TAPE, 1), ("auto", 12 * TAPE - 1, 2), ("auto", 1 << 40, 3)),
+    ],
+)
+def test_memory_decides_how_many_steps_are_kept(
+    memory: str | int, free: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, given, gradient, tangent = [], [], StepGraphs.gradient, StepGraphs.tangent
+
+    def noted(self: StepGraphs, *tensors: Any, keep: bool = False, **options: Any) -> tuple:
+        asked.append(keep)
+        return gradient(self, *tensors, keep=keep, **options)
+
+    def noted_tangent(self: StepGraphs, *tensors: Any, **options: Any) -> tuple:
+        given.append(len(tensors) > 5)
+        return tangent(self, *tensors, **options)
+
+    monkeypatch.setattr(StepGraphs, "gradient", noted)
+    monkeypatch.setattr(StepGraphs, "tangent", noted_tangent)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append(device) or (free, 1 << 40))
+    unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory})
+    assert asked == given[::-1] == [False] * (3 - kept) + [True] * kept  # the last ones
+    assert calls == [torch.device("cuda:0")] * (memory == "auto")
+
+
+def test_memory_below_the_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"^memory: expected at least {STORED} bytes for this unroll, got"):
+        unrolled("cuda:0", convnet, 1, "unroll", {"memory": STORED - 1})
 
 
 @pytest.mark.parametrize("mode", ["exact", "full"])
@@ -327,10 +362,7 @@ TRAINED = [(name, device) for name in TRAININGS for device in DEVICES]
 
 
 @pytest.mark.parametrize(("name", "device"), sample(TRAINED, [case for case in TRAINED if case[1] == "cuda:0"]))
-def test_trained_students(name: str, device: str, request: pytest.FixtureRequest) -> None:
+def test_trained_students(name: str, device: str) -> None:
     net, options = TRAININGS[name]
-    if not name.startswith("generic") and device == "cuda:1":
-        reason = "graphs are captured on the stream of another device"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     want = trained("cpu", net, {**options, "precision": on_cpu(options)})
     assert_equal(trained(device, net, options), want, device, 0.05 if "bf16" in name else 1e-4)

@@ -23,7 +23,7 @@ parts = pytest.mark.parametrize("part", ["not exhaustive", pytest.param("exhaust
 FILES = {
     "emulated": ("values", "counts", "operators"),
     # their subject is what is called, where and how often
-    "borrowed": ("library", "trajectory", "waits", "methods", "ranks", "bench"),
+    "borrowed": ("library", "trajectory", "graphs", "waits", "methods", "ranks", "bench"),
 }
 
 
