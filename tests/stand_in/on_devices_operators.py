@@ -71,9 +71,13 @@ USES = {
         (drawn(2, 3, 5, 4), 1 + 0.1 * drawn(3), 0.1 * drawn(3, seed=1)),
         backends=("cuda", "triton"),
     ),
-    "soft_cross_entropy, hard": Use(soft_cross_entropy, (drawn(3, 5),), (torch.tensor([4, 0, 2]),)),
+    "soft_cross_entropy, hard": Use(
+        soft_cross_entropy, (drawn(3, 5),), (torch.tensor([4, 0, 2]),), backends=("cuda", "triton")
+    ),
     "soft_cross_entropy, logits": Use(
-        lambda x, y, **o: soft_cross_entropy(x, y, label_kind="logits", **o), (drawn(3, 5), drawn(3, 5, seed=1))
+        lambda x, y, **o: soft_cross_entropy(x, y, label_kind="logits", **o),
+        (drawn(3, 5), drawn(3, 5, seed=1)),
+        backends=("cuda", "triton"),
     ),
     "augment_images": Use(
         lambda x, r, **o: augment_images(x, r, flip_batch=True, **o), (drawn(2, 3, 5, 4),), (RECORD,), order=1
@@ -242,7 +246,7 @@ def test_an_old_driver_or_another_architecture_leaves_triton(monkeypatch: pytest
             assert torch.equal(found, instance_norm_relu_avg_pool(x, w, b, backend="triton"))
 
 
-NO_TRITON = ("soft_cross_entropy, hard", "soft_cross_entropy, logits", "augment_images", "multi_crop")
+NO_TRITON = ("augment_images", "multi_crop")
 
 
 @pytest.mark.parametrize("why", ["built without", "AMD"])
