@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
+import re
 
 import torch
 
@@ -35,18 +37,77 @@ triton_is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _triton_missing = importlib.util.find_spec("triton") is None
 
 
-def unavailable(backend: str) -> str | None:
-    """Why ``backend`` cannot run on this machine, or None if it can."""
+def _driver_version() -> int | None:
+    """The newest CUDA that the driver knows, as 1000 major + 10 minor; None if torch does not say."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return None if version is None else version()
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _runs_on(architecture: str, capability: int) -> tuple[bool, bool]:
+    """Whether a device has use for what CMake compiles for an architecture ("80", "90a-real", "100-virtual"): for its
+    machine code, and for its PTX."""
+    match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture)
+    if match is None:  # "native" and the like: whoever built it chose
+        return True, True
+    number, only, kind = int(match[1]), match[2], match[3]
+    same_family = number // 10 == capability // 10
+    machine_code = number == capability if only == "a" else same_family and number <= capability
+    ptx = machine_code if only else number <= capability
+    return machine_code and kind != "-virtual", ptx and kind != "-real"
+
+
+def unfit(capability: tuple[int, int], architectures: str, toolkit: str, driver: int | None) -> str | None:
+    """Why a library for these architectures, built by that CUDA toolkit, has no code for a device; None if it has."""
+    here = 10 * capability[0] + capability[1]
+    names = [name.strip() for name in architectures.split(",")]
+    machine_code, ptx = (any(found) for found in zip(*(_runs_on(name, here) for name in names), strict=True))
+    if not (machine_code or ptx):
+        return f"built for the architectures {architectures}, and the device is of sm_{here}"
+    major, minor = map(int, toolkit.split(".")[:2])
+    if driver is None or driver >= 1000 * major + 10 * minor:
+        return None
+    if driver // 1000 < major:
+        return f"built by CUDA {toolkit}, and the driver knows CUDA {_version(driver)} at most: it has to be newer"
+    if not machine_code:  # which is all that a driver of the same major version takes
+        return (
+            f"built by CUDA {toolkit} without machine code for sm_{here}, and its PTX is too new for the driver, which "
+            f"knows CUDA {_version(driver)} at most"
+        )
+    return None
+
+
+_build = _host.build_info()
+
+
+@functools.cache
+def _unfit_device(index: int) -> str | None:
+    facts = _build["cuda_architectures"], _build["cuda_toolkit"], _driver_version()
+    return unfit(torch.cuda.get_device_capability(index), *facts)
+
+
+def unavailable(backend: str, device: torch.device | None = None) -> str | None:
+    """Why ``backend`` cannot run on ``device`` (of GPUs: by default the current one), or None if it can."""
     if backend == "cuda":
-        if _cuda_error is None and not torch.cuda.is_available():
+        if _cuda_error is not None:
+            return _cuda_error
+        if not torch.cuda.is_available():
             return "no CUDA device is visible"
-        return _cuda_error
+        index = None if device is None or device.type != "cuda" else device.index
+        return _unfit_device(torch.cuda.current_device() if index is None else index)
     if backend == "triton":
         if _triton_missing:
             return "triton is not installed"
         if not (triton_is_interpreted or torch.cuda.is_available()):
             return "no GPU is visible, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
     return None
+
+
+# torch.compile calls it and keeps the answer; torch's own decorator would import the compiler
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # read once, at the import, for torch.compile does not look into the module

@@ -12,6 +12,7 @@ import torch
 
 import pydistill
 from pydistill import _host, _library, ops
+from pydistill.ops._operator import best_on_gpu
 from pydistill.trajectory import FlatModule, convnet_shape
 from pydistill.trajectory.recognition import Unrecognised
 
@@ -22,7 +23,7 @@ _BF16_CONVOLUTIONS = {
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Per operator and backend: "available", or why it is not."""
+    """Per operator and backend: "available", or why it is not; and what "auto" takes."""
     table: dict[str, dict[str, str]] = {}
     for module in pkgutil.iter_modules(ops.__path__):
         if module.name.startswith("_"):
@@ -31,8 +32,17 @@ def backends() -> dict[str, dict[str, str]]:
         table[module.name] = {
             backend: (_library.unavailable(backend) or "available") if backend in has else "no such kernel"
             for backend in ("reference", "cpu", "cuda", "triton")
-        }
+        } | {"auto": _automatic(has)}
     return table
+
+
+def _automatic(has: Sequence[str]) -> str:
+    on_cpu = "cpu" if "cpu" in has else "reference"
+    if not torch.cuda.is_available() or on_cpu == "reference":
+        return on_cpu
+    found, passed_over = best_on_gpu(has, torch.device("cuda"))
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over.items())
+    return f"{on_cpu}, on GPUs {found or 'none'}{reasons and f' ({reasons})'}"
 
 
 def engine(
@@ -69,6 +79,7 @@ def collect() -> dict[str, Any]:
         "student engine": _library.unavailable_steps(torch.device("cpu")) or "float32, float64 and bf16",
         "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors at the speed of float32"),
         "CUDA architectures built": build["cuda_architectures"] or "none",
+        "CUDA toolkit of the build": build["cuda_toolkit"] or "none",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": backends(),
     }

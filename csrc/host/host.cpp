@@ -113,10 +113,11 @@ PYBIND11_MODULE(_host, m) {
         info["compiler"] = PYDISTILL_COMPILER;
         info["torch_headers"] = PYDISTILL_TORCH_VERSION;
         info["cuda_architectures"] = PYDISTILL_CUDA_ARCHITECTURES;
+        info["cuda_toolkit"] = PYDISTILL_CUDA_TOOLKIT;
         return info;
       },
-      "Facts baked in at build time: version, compiler, the torch whose headers were used, and the CUDA architectures "
-      "that were compiled (empty: built without CUDA).");
+      "Facts baked in at build time: version, compiler, the torch whose headers were used, the CUDA architectures that "
+      "were compiled, and the version of the toolkit that did it (both empty: built without CUDA).");
   m.def(
       "isa", [] { return pydistill::kIsaNames[static_cast<int>(pydistill::isa())]; },
       "The CPU instruction set that kernels run with: base, avx2, avx512, avx512_bf16 or amx (PYDISTILL_ISA "

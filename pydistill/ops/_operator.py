@@ -134,8 +134,20 @@ def check_plain_backend(function: str, backend: str) -> None:
         choose_backend(function, backend, torch.device("cpu"), ("reference",))
 
 
+def best_on_gpu(available: Sequence[str], device: torch.device) -> tuple[str | None, dict[str, str]]:
+    """What "auto" takes on a GPU, CUDA's kernel or else Triton's; and why none that would have come before it."""
+    passed_over = {}
+    for backend in ("cuda", "triton"):
+        reason = _library.unavailable(backend, device) if backend in available else "no such kernel"
+        if reason is None:
+            return backend, passed_over
+        passed_over[backend] = reason
+    return None, passed_over
+
+
 def choose_backend(op: str, backend: str, device: torch.device, available: Sequence[str]) -> str:
-    """The backend that runs ``op`` on ``device``: the named one, or for "auto" the device's own. Never another.
+    """The backend that runs ``op`` on ``device``: the named one and never another; for "auto" the device's own, which
+    on a GPU is the best of those that can run.
 
     Raises ``ValueError`` for an unknown backend, ``NotImplementedError`` with the reason if it cannot run.
     """
@@ -147,9 +159,12 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
     # "meta" tensors hold shapes only: the CPU's registration answers for them
     native = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(device.type)
     chosen = native if backend == "auto" else backend
-    if backend == "auto" and chosen == "cuda":
-        # the CUDA kernels are not built for HIP, and not every operator has one
-        chosen = "triton" if torch.version.hip or ("cuda" not in available and "triton" in available) else "cuda"
+    if backend == "auto" and chosen == "cuda" and ("cuda" in available or "triton" in available):
+        found, passed_over = best_on_gpu(available, device)
+        if found is None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+            raise NotImplementedError(f"{op}: no kernel can run on {device} tensors: {reasons}")
+        return found
     if chosen is None:
         raise NotImplementedError(f"{op} has no kernel for {device.type} tensors; backend='reference' runs anywhere")
     if chosen not in available:
@@ -162,6 +177,6 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
             )
     elif chosen != native:
         raise NotImplementedError(f"{op}: backend={chosen!r} cannot run on {device.type} tensors")
-    if reason := _library.unavailable(chosen):
+    if reason := _library.unavailable(chosen, device):
         raise NotImplementedError(f"{op}: backend={chosen!r} cannot run: {reason}")
     return chosen

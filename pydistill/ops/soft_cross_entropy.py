@@ -14,17 +14,18 @@ returns one, it is a ``[N, 0]`` tensor, and their direction is not looked at.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill._renamed import renamed
-from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._rows import batch_into_rows, check_class_numbers, check_floating, compute_dtype
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 KINDS = ("hard", "logits", "probs")  # in the order of Kind in csrc/kernels/soft_cross_entropy.h
 HARD = KINDS.index("hard")
 
@@ -56,7 +57,8 @@ def soft_cross_entropy(
             logits differ, both are promoted to their common one.
         label_kind: what ``labels`` holds.
         reduction: "mean" over the rows, "sum", or "none".
-        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu", "cuda"
+            or "triton" (of the CPU's tensors in Triton's interpreter, TRITON_INTERPRET=1).
 
     Returns:
         A scalar, or ``[N]`` for reduction "none"; in the dtype of logits, in float32 under autocast. The mean of no
@@ -76,7 +78,7 @@ def soft_cross_entropy(
     chosen = choose_backend("soft_cross_entropy", backend, logits.device, BACKENDS)
     if chosen == "reference":
         return reference.soft_cross_entropy(logits, labels, label_kind, reduction)
-    loss = _forward(logits, labels, KINDS.index(label_kind))
+    loss = (_triton if chosen == "triton" else _native).forward(logits, labels, KINDS.index(label_kind))
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
@@ -107,16 +109,26 @@ def _check(logits: Tensor, labels: Tensor, label_kind: str, reduction: str) -> N
         check_class_numbers("labels", labels, logits.shape[1], "; ignore_index is not supported")
 
 
-def _empty_losses(logits: Tensor) -> Tensor:
+# In what follows, `saved` are an operator's tensors, `options` is (kind,).
+
+
+def _forward_fake(logits: Tensor, labels: Tensor, kind: int) -> Tensor:
     return logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits))
 
 
-def _empty_gradients(logits: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, logits: Tensor, labels: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     N, K = logits.shape
     return logits.new_empty((N, K)), logits.new_empty((N, 0 if kind == HARD else K))
 
 
-# In every formula below: `saved` are the operator's tensors, `options` is (kind,).
+def _jvp_fake(logits: Tensor, labels: Tensor, logits_t: Tensor, labels_t: Tensor, kind: int) -> Tensor:
+    return _forward_fake(logits, labels, kind)
+
+
+def _backward_jvp_fake(
+    grad: Tensor, grad_t: Tensor | None, logits: Tensor, labels: Tensor, logits_t: Tensor, labels_t: Tensor, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_fake(logits, labels, kind), *_backward_fake(grad, logits, labels, kind)
 
 
 def _direction(logits: Tensor, direction: tuple[Tensor, ...], kind: int) -> tuple[Tensor, Tensor]:
@@ -125,68 +137,88 @@ def _direction(logits: Tensor, direction: tuple[Tensor, ...], kind: int) -> tupl
     return logits_t, logits.new_empty((logits.shape[0], 0)) if kind == HARD else labels_t
 
 
-def _forward_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
-    return _differentiable(_backward(grad, *saved, *options), *options)
-
-
 def _differentiable(grads: tuple, kind: int) -> tuple:
     return (grads[0], None) if kind == HARD else tuple(grads)
 
 
-def _forward_jvp(saved: tuple, options: tuple, *direction: Tensor) -> Tensor:
-    return _jvp(*saved, *_direction(saved[0], direction, *options), *options)
+class _Operators:
+    """The operators of one library, "pydistill" or "pydistill_triton"."""
+
+    def __init__(self, library: str):
+        self.forward: Operator = Operator(
+            "soft_cross_entropy",
+            tensors=2,
+            fake=_forward_fake,
+            vjp=self._forward_vjp,
+            jvp=self._forward_jvp,
+            vmap=batch_into_rows(lambda *args: self.forward.raw(*args), 2),
+            library=library,
+        )
+        self.backward: Operator = Operator(
+            "soft_cross_entropy_backward",
+            tensors=3,
+            fake=_backward_fake,
+            vjp=self._backward_vjp,
+            jvp=self._backward_forward_jvp,
+            vmap=batch_into_rows(lambda *args: self.backward.raw(*args), 3),
+            library=library,
+        )
+        self.jvp: Operator = Operator(
+            "soft_cross_entropy_jvp",
+            tensors=4,
+            fake=_jvp_fake,
+            vjp=self._jvp_vjp,
+            jvp=None,
+            vmap=batch_into_rows(lambda *args: self.jvp.raw(*args), 4),
+            library=library,
+        )
+        self.backward_jvp: Operator = Operator(
+            "soft_cross_entropy_backward_jvp",
+            tensors=6,
+            fake=_backward_jvp_fake,
+            vjp=None,
+            jvp=None,
+            vmap=batch_into_rows(lambda *args: self.backward_jvp.raw(*args), 6),
+            library=library,
+        )
+
+    def _forward_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
+        return _differentiable(self.backward(grad, *saved, *options), *options)
+
+    def _forward_jvp(self, saved: tuple, options: tuple, *direction: Tensor) -> Tensor:
+        return self.jvp(*saved, *_direction(saved[0], direction, *options), *options)
+
+    def _backward_vjp(self, saved: tuple, options: tuple, *direction: Tensor) -> tuple:
+        grad, *inputs = saved
+        along = _direction(inputs[0], direction, *options)
+        to_grad, *to_inputs = self.backward_jvp(grad, None, *inputs, *along, *options)
+        return to_grad, *_differentiable(to_inputs, *options)
+
+    def _backward_forward_jvp(self, saved: tuple, options: tuple, grad_t: Tensor, *direction: Tensor) -> tuple:
+        grad, *inputs = saved
+        return self.backward_jvp(grad, grad_t, *inputs, *_direction(inputs[0], direction, *options), *options)[1:]
+
+    def _jvp_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
+        inputs, direction = saved[:2], saved[2:]
+        to_inputs = self.backward_jvp(grad, None, *inputs, *direction, *options)[1:]
+        to_direction = self.backward(grad, *inputs, *options)  # jvp is linear in the direction
+        return *_differentiable(to_inputs, *options), *_differentiable(to_direction, *options)
 
 
-def _backward_vjp(saved: tuple, options: tuple, *direction: Tensor) -> tuple:
-    grad, *inputs = saved
-    to_grad, *to_inputs = _backward_jvp(grad, None, *inputs, *_direction(inputs[0], direction, *options), *options)
-    return to_grad, *_differentiable(to_inputs, *options)
+def _triton_fill(form: str) -> Any:
+    def fill(outputs: Any, *args: Any) -> None:
+        from pydistill.triton import soft_cross_entropy as kernels  # Triton need not be installed
+
+        getattr(kernels, form)(outputs, *args)
+
+    return fill
 
 
-def _backward_forward_jvp(saved: tuple, options: tuple, grad_t: Tensor, *direction: Tensor) -> tuple:
-    grad, *inputs = saved
-    return _backward_jvp(grad, grad_t, *inputs, *_direction(inputs[0], direction, *options), *options)[1:]
+# kept as long as the operators: torch drops those of a garbage-collected library
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
+register_filled(_triton_library, "soft_cross_entropy", _forward_fake, _triton_fill("forward"))
+register_filled(_triton_library, "soft_cross_entropy_backward", _backward_fake, _triton_fill("backward"))
+register_filled(_triton_library, "soft_cross_entropy_jvp", _jvp_fake, _triton_fill("jvp"))
+register_filled(_triton_library, "soft_cross_entropy_backward_jvp", _backward_jvp_fake, _triton_fill("backward_jvp"))
 
-
-def _jvp_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
-    inputs, direction = saved[:2], saved[2:]
-    to_inputs = _backward_jvp(grad, None, *inputs, *direction, *options)[1:]
-    to_direction = _backward(grad, *inputs, *options)  # jvp is linear in the direction
-    return *_differentiable(to_inputs, *options), *_differentiable(to_direction, *options)
-
-
-_forward: Operator = Operator(
-    "soft_cross_entropy",
-    tensors=2,
-    fake=lambda logits, labels, kind: _empty_losses(logits),
-    vjp=_forward_vjp,
-    jvp=_forward_jvp,
-    vmap=batch_into_rows(lambda *args: _forward.raw(*args), 2),
-)
-_backward: Operator = Operator(
-    "soft_cross_entropy_backward",
-    tensors=3,
-    fake=lambda grad, logits, labels, kind: _empty_gradients(logits, kind),
-    vjp=_backward_vjp,
-    jvp=_backward_forward_jvp,
-    vmap=batch_into_rows(lambda *args: _backward.raw(*args), 3),
-)
-_jvp: Operator = Operator(
-    "soft_cross_entropy_jvp",
-    tensors=4,
-    fake=lambda logits, labels, logits_t, labels_t, kind: _empty_losses(logits),
-    vjp=_jvp_vjp,
-    jvp=None,
-    vmap=batch_into_rows(lambda *args: _jvp.raw(*args), 4),
-)
-_backward_jvp: Operator = Operator(
-    "soft_cross_entropy_backward_jvp",
-    tensors=6,
-    fake=lambda grad, grad_t, logits, labels, logits_t, labels_t, kind: (
-        _empty_losses(logits),
-        *_empty_gradients(logits, kind),
-    ),
-    vjp=None,
-    jvp=None,
-    vmap=batch_into_rows(lambda *args: _backward_jvp.raw(*args), 6),
-)
+_native, _triton = _Operators("pydistill"), _Operators("pydistill_triton")

@@ -84,7 +84,7 @@ def recognised(
     device, net = torch.device(device), flat.net
     if device.type not in ("cpu", "cuda"):
         raise Unrecognised(f"there is no student engine on {device.type}")
-    if device.type == "cuda" and (missing := _library.unavailable("cuda")):
+    if device.type == "cuda" and (missing := _library.unavailable("cuda", device)):
         raise Unrecognised(f"the student engine's CUDA kernels cannot run: {missing}")
     if dtype not in (torch.float32, torch.float64):
         raise Unrecognised(f"the student engine computes in float32 and float64, not {dtype}")

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydistill.triton._launch import run_programs
+
 BLOCK = 128  # positions, or channels, that a program processes at a time
 ROWS = 8  # rows of the other index that it sums in registers
 
@@ -61,8 +63,9 @@ def attention_map_reduce_kernel(
     ROWS: tl.constexpr,
 ):
     """out [N, kept]: sums over the other index; each program takes a block of the kept one."""
-    n = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(kept, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), out.dtype.element_ty)
     for first in range(0, summed, ROWS):
         rows = first + tl.arange(0, ROWS)
@@ -95,12 +98,14 @@ def attention_map_adjoint_kernel(
     BLOCK: tl.constexpr,
 ):
     """out [N, C, positions], in the layout of x; each program takes a block of a sample."""
-    n = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # in memory order
-    mask = element < channels * positions
+    elements = tl.cast(channels, tl.int64) * positions
+    blocks = tl.cdiv(elements, BLOCK)
+    n = tl.program_id(0) // blocks
+    element = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # in memory order
+    mask = element < elements
     c = element // channel_stride % channels
     position = element // position_stride % positions
-    offset = n * channels * positions + element
+    offset = n * elements + element
     value = _derivative(_load(x, offset, mask), EXPONENT, COEFFICIENT, ORDER)
     if HAS_FACTOR:
         value = value * _load(factor, offset, mask)
@@ -143,14 +148,11 @@ def reduce(
     by_channel, by_position = _strides(x)
     sizes = ((positions, C, by_position, by_channel), (C, positions, by_channel, by_position))
     for out, wanted, (kept, summed, *strides) in zip(outputs, (spatial, channel), sizes, strict=True):
-        if wanted and N and kept:
-            attention_map_reduce_kernel[(N, triton.cdiv(kept, BLOCK))](
-                *(x, x if factor is None else factor, out, C * positions, kept, summed, *strides),
-                HAS_FACTOR=factor is not None,
-                BLOCK=BLOCK,
-                ROWS=ROWS,
-                **constants(p, order),
-            )
+        if wanted:
+            given = {"x": x, "factor": x if factor is None else factor, "out": out, "sample": C * positions}
+            given |= {"kept": kept, "summed": summed, "kept_stride": strides[0], "summed_stride": strides[1]}
+            given |= {"HAS_FACTOR": factor is not None, "BLOCK": BLOCK, "ROWS": ROWS, **constants(p, order)}
+            run_programs(attention_map_reduce_kernel, N * triton.cdiv(kept, BLOCK), x.device, given)
 
 
 def adjoint(
@@ -166,13 +168,10 @@ def adjoint(
     factor = None if factor is None else _dense(factor, x)
     spatial, channel = (None if t is None else t.contiguous() for t in (spatial, channel))
     N, C, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    if not x.numel():
-        return
-    attention_map_adjoint_kernel[(N, triton.cdiv(C * positions, BLOCK))](
-        *(x, *(x if t is None else t for t in (factor, spatial, channel)), out, C, positions, *_strides(x)),
-        HAS_FACTOR=factor is not None,
-        HAS_SPATIAL=spatial is not None,
-        HAS_CHANNEL=channel is not None,
-        BLOCK=BLOCK,
-        **constants(p, order),
-    )
+    absent = {"factor": factor, "spatial": spatial, "channel": channel}
+    given = {"x": x, **{name: x if t is None else t for name, t in absent.items()}, "out": out}
+    given |= {"channels": C, "positions": positions}
+    given |= dict(zip(("channel_stride", "position_stride"), _strides(x), strict=True))
+    given |= {f"HAS_{name.upper()}": t is not None for name, t in absent.items()}
+    given |= {"BLOCK": BLOCK, **constants(p, order)}
+    run_programs(attention_map_adjoint_kernel, N * triton.cdiv(C * positions, BLOCK), x.device, given)

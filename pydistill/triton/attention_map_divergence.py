@@ -24,7 +24,6 @@ as float32.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pydistill.triton._launch import run_programs
 
 FKL, RKL, JSD, CE = (tl.constexpr(i) for i in range(4))  # in the order of Kind in the header
 INPUTS = ("q_s", "k_s", "q_t", "k_t", "mask")
@@ -362,24 +363,19 @@ def _launch(
     config = configure(q_s, q_t, torch.version.hip is not None)
     shared = arguments(tensors, config, options)
     row_blocks, key_blocks = A * H * triton.cdiv(N, config.rows), A * H * triton.cdiv(k_s.shape[2], config.keys)
-    if max(row_blocks, key_blocks) > 2**31 - 1:
-        raise ValueError(f"q_s: more than 2^31 - 1 blocks of rows or keys, got shape {list(q_s.shape)}")
     statistics = {name: q_s.new_empty((A, H, N), dtype=torch.float32) for name in STATISTICS}
     if loss is None:
         loss = torch.empty_like(statistics["centre"])
-    launch = {"num_warps": config.num_warps, **COMPILER}
-    with _on(q_s.device):
-        attention_map_divergence_rows_kernel[(row_blocks,)](**shared, **statistics, loss=loss, **launch)
-        if grad is not None:
-            grad = grad.contiguous()
-        if grad_q is not None:
-            attention_map_divergence_grad_q_kernel[(row_blocks,)](
-                **shared, **statistics, grad=grad, grad_q=grad_q, **launch
-            )
-        if grad_k is not None:
-            attention_map_divergence_grad_k_kernel[(key_blocks,)](
-                **shared, **statistics, grad=grad, grad_k=grad_k, **launch
-            )
+    options = {"num_warps": config.num_warps, **COMPILER}
+    given = {**shared, **statistics, "loss": loss}
+    run_programs(attention_map_divergence_rows_kernel, row_blocks, q_s.device, given, **options)
+    given = {**shared, **statistics, "grad": None if grad is None else grad.contiguous()}
+    if grad_q is not None:
+        kernel = attention_map_divergence_grad_q_kernel
+        run_programs(kernel, row_blocks, q_s.device, {**given, "grad_q": grad_q}, **options)
+    if grad_k is not None:
+        kernel = attention_map_divergence_grad_k_kernel
+        run_programs(kernel, key_blocks, q_s.device, {**given, "grad_k": grad_k}, **options)
 
 
 def forward(outputs: tuple[Tensor, ...], *args: Any) -> None:
@@ -398,7 +394,3 @@ def backward(outputs: tuple[Tensor, ...], grad: Tensor, *args: Any) -> None:
     grad_q, grad_k = outputs
     options = (scale_s, scale_t, kind, beta)
     _launch(tuple(inputs), options, grad, None, grad_q if with_q else None, grad_k if with_k else None)
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

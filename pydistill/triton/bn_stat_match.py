@@ -6,7 +6,6 @@ channels. Either way it is one tile [POSITIONS, CHANNELS], loaded once. The tile
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pydistill.triton._launch import run_programs
 
 PLANES = ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")
 MERGED = 32  # tiles at a time
@@ -35,10 +36,11 @@ def bn_stat_match_tiles_kernel(
     RELU: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    tile = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(C, CHANNELS)
+    tile = (tl.program_id(0) // blocks).to(tl.int64)
     n, begin = tile // of_sample, tile % of_sample * POSITIONS
     p = begin + tl.arange(0, POSITIONS).to(tl.int64)[:, None]
-    c = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
+    c = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
     there = c < C
     inside = (p < P) & there[None, :]
     value = _load(x, n * x_n + c[None, :] * x_c + p * x_p, inside, COMPUTE)
@@ -102,10 +104,11 @@ def bn_stat_match_backward_kernel(
     RELU: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    tile = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(C, CHANNELS)
+    tile = (tl.program_id(0) // blocks).to(tl.int64)
     n = tile // of_sample
     p = tile % of_sample * POSITIONS + tl.arange(0, POSITIONS).to(tl.int64)[:, None]
-    c = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
+    c = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
     there = c < C
     inside = (p < P) & there[None, :]
     count = tl.cast(N, COMPUTE) * tl.cast(P, COMPUTE)
@@ -159,10 +162,8 @@ def arguments(kernel: Any, tensors: dict[str, Tensor | None], config: Config, re
     return {name: given.get(name) for name in kernel.arg_names}
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any], config: Config, device: torch.device) -> None:
-    # the interpreter needs no device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**given, num_warps=config.num_warps, enable_fp_fusion=False)
+def _launch(kernel: Any, programs: int, given: dict[str, Any], config: Config, device: torch.device) -> None:
+    run_programs(kernel, programs, device, given, num_warps=config.num_warps, enable_fp_fusion=False)
 
 
 def forward(
@@ -182,11 +183,10 @@ def forward(
     tensors = {"x": x, "residual": residual, "y": None if scale is None else y, "scale": scale, "shift": shift}
     tensors |= {"partial": partial, "statistics": statistics, "kept_mean": kept_mean}
     kernel = bn_stat_match_tiles_kernel
-    grid = (tiles, triton.cdiv(C, config.channels))
-    _launch(kernel, grid, arguments(kernel, tensors, config, relu), config, x.device)
+    _launch(kernel, tiles * triton.cdiv(C, config.channels), arguments(kernel, tensors, config, relu), config, x.device)
     kernel = bn_stat_match_merge_kernel
     given = arguments(kernel, tensors, config, relu)
-    _launch(kernel, (triton.cdiv(C, given["CHANNELS"]),), given, config, x.device)
+    _launch(kernel, triton.cdiv(C, given["CHANNELS"]), given, config, x.device)
 
 
 def backward(
@@ -209,5 +209,5 @@ def backward(
     tensors |= {"grad_residual": None if residual is None else grad_residual}
     tensors |= {"mean": mean, "grad_statistics": grad_statistics}
     kernel = bn_stat_match_backward_kernel
-    grid = (N * triton.cdiv(P, config.positions), triton.cdiv(C, config.channels))
-    _launch(kernel, grid, arguments(kernel, tensors, config, relu), config, x.device)
+    programs = N * triton.cdiv(P, config.positions) * triton.cdiv(C, config.channels)
+    _launch(kernel, programs, arguments(kernel, tensors, config, relu), config, x.device)

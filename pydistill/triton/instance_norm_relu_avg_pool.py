@@ -26,7 +26,6 @@ widen loads and so change the layout), and multiplications are fused with additi
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pydistill.triton._launch import run_programs
 
 FORMS = ("forward", "backward", "jvp", "backward_jvp")
 IMAGES = ("x", "x_t", "grad_y", "grad_y_t", "y", "grad_x")
@@ -392,16 +393,9 @@ def launch(tensors: dict[str, Tensor | None], eps: float, relu: bool, pool: bool
     config = configure(x, _warp_size())
     N, C = x.shape[:2]
     programs = N * triton.cdiv(C, config.lanes)
-    if programs > 2**31 - 1:
-        raise ValueError(f"x: more than 2^31 - 1 planes, got shape {list(x.shape)}")
-    if programs:
-        with _on(x.device):
-            instance_norm_relu_avg_pool_kernel[(programs,)](
-                **arguments(tensors, config, eps, relu, pool),
-                num_warps=config.num_warps,
-                num_stages=1,
-                enable_fp_fusion=False,
-            )
+    given = arguments(tensors, config, eps, relu, pool)
+    compiler = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    run_programs(instance_norm_relu_avg_pool_kernel, programs, x.device, given, **compiler)
 
 
 SUM_BLOCK, SUM_UNROLL = 32, 16
@@ -410,11 +404,8 @@ SUM_BLOCK, SUM_UNROLL = 32, 16
 def sum_over_batch(shares: Tensor, total: Tensor) -> None:
     """``total[c] = sum of shares[n, c]`` over n: [N, C] -> [C]."""
     N, C = shares.shape
-    if C:
-        with _on(shares.device):
-            sum_over_batch_kernel[(triton.cdiv(C, SUM_BLOCK),)](
-                shares, total, N, C, BLOCK=SUM_BLOCK, UNROLL=SUM_UNROLL, num_warps=1
-            )
+    given = {"shares": shares, "total": total, "N": N, "C": C, "BLOCK": SUM_BLOCK, "UNROLL": SUM_UNROLL}
+    run_programs(sum_over_batch_kernel, triton.cdiv(C, SUM_BLOCK), shares.device, given, num_warps=1)
 
 
 def forward(outputs: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> None:
@@ -466,11 +457,6 @@ def _with_shares(tensors: dict[str, Tensor | None], gradients: tuple[Tensor, ...
     launch({**tensors, "grad_x": grad_x, "grad_weight": weight_shares, "grad_bias": bias_shares}, *options)
     sum_over_batch(weight_shares, grad_weight)
     sum_over_batch(bias_shares, grad_bias)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; its interpreter needs none."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _warp_size() -> int:

@@ -7,13 +7,14 @@ cache. Float64 has no kernel: Triton passes numbers to kernels in float32.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pydistill.triton._launch import run_programs
 
 FORMS = ("forward", "backward", "jvp", "backward_jvp")
 MOST = 512  # classes at a time: four per thread, so that none of the forms spills registers
@@ -263,9 +264,8 @@ def launch(tensors: dict[str, Tensor | None], options: tuple) -> None:
     student = present["student"]
     if student.dtype == torch.float64:
         raise NotImplementedError("kd_divergence: backend='triton' has no kernel for float64, got a float64 tensor")
-    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
-        if N := len(student):
-            kd_divergence_kernel[(N,)](**arguments(present, options), num_warps=4, enable_fp_fusion=False)
+    given = arguments(present, options)
+    run_programs(kd_divergence_kernel, len(student), student.device, given, num_warps=4, enable_fp_fusion=False)
 
 
 def forward(

@@ -6,13 +6,13 @@ rounding error grows with a lane's share of the row. Rows of a block have one le
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pydistill.triton._launch import run_programs
 
 FORMS = ("forward", "backward", "jvp")
 VECTORS = ("a", "b", "a_t", "b_t", "grad_a", "grad_b")
@@ -102,12 +102,11 @@ def launch(tensors: dict[str, Tensor], rows: list[int]) -> None:
     a = tensors["a"]
     blocks = [tuple(rows[i : i + 3]) for i in range(0, len(rows), 3)]
     R, first = sum(rows[1::3]), 0
-    with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():  # the interpreter needs none
-        for block in blocks:
-            if programs := len(a) * block[1]:
-                given = arguments(tensors, block, first, R)
-                row_products_kernel[(programs,)](**given, num_warps=warps(given["BLOCK"]), enable_fp_fusion=False)
-            first += block[1]
+    for block in blocks:
+        given = arguments(tensors, block, first, R)
+        compiler = {"num_warps": warps(given["BLOCK"]), "enable_fp_fusion": False}
+        run_programs(row_products_kernel, len(a) * block[1], a.device, given, **compiler)
+        first += block[1]
 
 
 def _dense(*vectors: Tensor) -> list[Tensor]:

@@ -7,7 +7,6 @@ numbers to kernels in float32.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydistill.triton._launch import run_programs
 from pydistill.triton.kd_divergence import load_row, softmax_row, weighted
 
 MOST = 512  # classes at a time
@@ -130,9 +130,8 @@ def launch(tensors: dict[str, Tensor], options: tuple) -> None:
     logits = tensors["logits"]
     if logits.dtype == torch.float64:
         raise NotImplementedError("sparse_label_loss: backend='triton' has no kernel for float64, got a float64 tensor")
-    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-        if N := len(logits):
-            sparse_label_loss_kernel[(N,)](**arguments(tensors, options), num_warps=4, enable_fp_fusion=False)
+    given = arguments(tensors, options)
+    run_programs(sparse_label_loss_kernel, len(logits), logits.device, given, num_warps=4, enable_fp_fusion=False)
 
 
 def forward(outputs: tuple[Tensor, Tensor], logits: Tensor, indices: Tensor, values: Tensor, *options: Any) -> None:

@@ -24,7 +24,7 @@ def test_every_form_compiles_for_every_gpu_without_spills(archs: tuple[str, ...]
 
 
 def test_gpus_choose_triton_for_want_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "unavailable", lambda backend: None)
+    monkeypatch.setattr(_library, "unavailable", lambda backend, device: None)
     for version in (None, "7.0"):
         monkeypatch.setattr(torch.version, "hip", version)
         assert _operator.choose_backend("row_products", "auto", torch.device("cuda"), BACKENDS) == "triton"

@@ -334,7 +334,7 @@ def test_on_a_gpu(dtype, kind):
 
 
 def test_an_operator_without_cuda_kernel_takes_triton_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(_operator._library, "unavailable", lambda backend: None)
+    monkeypatch.setattr(_operator._library, "unavailable", lambda backend, device: None)
     available = ("reference", "cpu", "triton")
     assert _operator.choose_backend("op", "auto", torch.device("cuda"), available) == "triton"
     assert _operator.choose_backend("op", "auto", torch.device("cuda"), (*available, "cuda")) == "cuda"

@@ -52,3 +52,20 @@ def test_one_clear_sentence(tmp_path, options, message):
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
     assert result.stderr.count("CMake Error") == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "architectures"),
+    [
+        ("12.1.105", "80-real;90-real;90-virtual"),
+        ("12.4.131", "80-real;90-real;90-virtual"),
+        ("12.8.61", "80-real;90-real;100-real;100-virtual"),
+        ("13.0.88", "80-real;90-real;100-real;100-virtual"),
+    ],
+)
+def test_architectures_follow_the_compiler(tmp_path, nvcc, architectures):
+    script = tmp_path / "which.cmake"
+    call = f'pydistill_cuda_architectures({nvcc} found)\nmessage("${{found}}")\n'
+    script.write_text(f'include("{ROOT}/cmake/architectures.cmake")\n{call}')
+    result = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, architectures + "\n")

@@ -115,6 +115,7 @@ def devices() -> Iterator[None]:
         "_cuda_memoryStats": _memory_stats,
         "_cuda_isCurrentStreamCapturing": torch.ops.stand_in.is_capturing,
         "_cuda_getArchFlags": lambda: "sm_90",
+        "_cuda_getDriverVersion": lambda: 13000,
         "_host_emptyCache": lambda: None,
     }
     made = {

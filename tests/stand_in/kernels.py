@@ -39,7 +39,8 @@ def _import_package(library: Path) -> None:
     assert "pydistill" not in sys.modules, "the package has looked for its CUDA operators already"
     torch.version.cuda = "13.0"
     sys.meta_path.insert(0, _Finder(library))
-    importlib.import_module("pydistill")
+    built = importlib.import_module("pydistill._library")._build
+    built |= {"cuda_architectures": "90-real", "cuda_toolkit": torch.version.cuda}
 
 
 def emulate() -> None:

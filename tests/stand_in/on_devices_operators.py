@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydistill import _library
+from pydistill import _library, info
 from pydistill.ops import (
     attention_map,
     attention_map_divergence,
@@ -71,9 +71,13 @@ USES = {
         (drawn(2, 3, 5, 4), 1 + 0.1 * drawn(3), 0.1 * drawn(3, seed=1)),
         backends=("cuda", "triton"),
     ),
-    "soft_cross_entropy, hard": Use(soft_cross_entropy, (drawn(3, 5),), (torch.tensor([4, 0, 2]),)),
+    "soft_cross_entropy, hard": Use(
+        soft_cross_entropy, (drawn(3, 5),), (torch.tensor([4, 0, 2]),), backends=("cuda", "triton")
+    ),
     "soft_cross_entropy, logits": Use(
-        lambda x, y, **o: soft_cross_entropy(x, y, label_kind="logits", **o), (drawn(3, 5), drawn(3, 5, seed=1))
+        lambda x, y, **o: soft_cross_entropy(x, y, label_kind="logits", **o),
+        (drawn(3, 5), drawn(3, 5, seed=1)),
+        backends=("cuda", "triton"),
     ),
     "augment_images": Use(
         lambda x, r, **o: augment_images(x, r, flip_batch=True, **o), (drawn(2, 3, 5, 4),), (RECORD,), order=1
@@ -167,11 +171,7 @@ FIRST = [
 
 
 @pytest.mark.parametrize(("name", "backend", "dtype", "place"), sample(MATRIX, FIRST))
-def test_values_are_the_cpus(
-    name: str, backend: str, dtype: torch.dtype, place: str, request: pytest.FixtureRequest
-) -> None:
-    if name == "attention_map" and place == "cuda:1":
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason="launched without device guard"))
+def test_values_are_the_cpus(name: str, backend: str, dtype: torch.dtype, place: str) -> None:
     device, surrounding = PLACES[place]
     expected = derivatives(USES[name], "cpu", dtype, "cpu")
     with surrounding(), counts() as c:
@@ -224,14 +224,29 @@ def test_a_captured_operator_replays() -> None:
     torch.testing.assert_close(out[0], instance_norm_relu_avg_pool(x, w, b), rtol=0, atol=0)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="programs along y, of which a GPU has 65,535")
 def test_attention_maps_of_large_images() -> None:
     x = torch.zeros(1, device="cuda").expand(1, 128, 256, 256).requires_grad_()
     with triton_left_out():
         attention_map(x, 4.0, "both")[0].sum().backward()
 
 
-NO_TRITON = ("soft_cross_entropy, hard", "soft_cross_entropy, logits", "augment_images", "multi_crop")
+def test_an_old_driver_or_another_architecture_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = (t.float().to("cuda:1") for t in USES["instance_norm_relu_avg_pool"].tensors)
+    for built, reason in (
+        ({"cuda_toolkit": "14.1"}, "built by CUDA 14.1, and the driver knows CUDA 13.0 at most"),
+        ({"cuda_architectures": "100-real"}, "built for the architectures 100-real, and the device is of sm_90"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(_library, "_build", _library._build | built)
+            patch.setattr(_library, "_unfit_device", _library._unfit_device.__wrapped__)
+            found = instance_norm_relu_avg_pool(x, w, b)
+            assert f"on GPUs triton (cuda: {reason}" in info.backends()["instance_norm_relu_avg_pool"]["auto"]
+            with pytest.raises(NotImplementedError, match=f"backend='cuda' cannot run: {reason}"):
+                instance_norm_relu_avg_pool(x, w, b, backend="cuda")
+            assert torch.equal(found, instance_norm_relu_avg_pool(x, w, b, backend="triton"))
+
+
+NO_TRITON = ("augment_images", "multi_crop")
 
 
 @pytest.mark.parametrize("why", ["built without", "AMD"])
@@ -239,8 +254,8 @@ NO_TRITON = ("soft_cross_entropy, hard", "soft_cross_entropy, logits", "augment_
 def test_machines_without_the_cuda_operators(
     name: str, why: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    if "cuda" in USES[name].backends and (why == "built without" or name in NO_TRITON):
-        reason = "auto takes CUDA's kernel, which is not there, or there is none of Triton's"
+    if name in NO_TRITON:
+        reason = "there is no kernel of Triton's"
         request.applymarker(pytest.mark.xfail(strict=True, raises=NotImplementedError, reason=reason))
     monkeypatch.setattr(_library, "_cuda_error", "pydistill was built without _C_cuda")
     if why == "AMD":

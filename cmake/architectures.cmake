@@ -1,0 +1,15 @@
+# The CUDA architectures that are compiled by default: Ampere, Hopper and Blackwell, as far as this version of nvcc knows
+# them; and the newest once more as PTX, which drivers compile for what comes later.
+function(pydistill_cuda_architectures nvcc_version result)
+  set(known 80)
+  foreach(since IN ITEMS 90:11.8 100:12.8)
+    string(REPLACE ":" ";" since ${since})
+    list(POP_FRONT since architecture version)
+    if(nvcc_version VERSION_GREATER_EQUAL version)
+      list(APPEND known ${architecture})
+    endif()
+  endforeach()
+  list(GET known -1 newest)
+  list(TRANSFORM known APPEND "-real")
+  set(${result} ${known} ${newest}-virtual PARENT_SCOPE)
+endfunction()
