@@ -28,12 +28,11 @@ def once(function: Callable[[Tensor], Value], tensor: Tensor) -> Value:
     """
     if tensor.device.type == "cpu" or tensor.is_inference():
         return function(tensor)
-    values: dict[Any, tuple[int, Any]] = _known.setdefault(tensor, {})
-    version, value = values.get(function, (None, None))
-    if version != tensor._version:
-        value = function(tensor)
-        values[function] = (tensor._version, value)
-    return value
+    values: dict[Any, tuple[int, Value]] = _known.setdefault(tensor, {})
+    found = values.get(function)
+    if found is None or found[0] != tensor._version:
+        found = values[function] = (tensor._version, function(tensor))
+    return found[1]
 
 
 def read(*scalars: Tensor) -> list[float]:

@@ -175,8 +175,9 @@ class _Captured:
         torch._foreach_copy_(self.inputs, tensors)  # few launches
         self.graph.replay()
         results = tuple(None if out is None else torch.empty_like(out) for out in self.outputs)
-        found = [(out, mine) for out, mine in zip(results, self.outputs, strict=True) if out is not None]
-        torch._foreach_copy_(*zip(*found, strict=True))
+        torch._foreach_copy_(
+            [out for out in results if out is not None], [out for out in self.outputs if out is not None]
+        )
         return results
 
     @property

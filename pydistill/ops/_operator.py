@@ -136,7 +136,7 @@ def check_plain_backend(function: str, backend: str) -> None:
 
 def best_on_gpu(available: Sequence[str], device: torch.device) -> tuple[str | None, dict[str, str]]:
     """What "auto" takes on a GPU, CUDA's kernel or else Triton's; and why none that would have come before it."""
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for backend in ("cuda", "triton"):
         reason = _library.unavailable(backend, device) if backend in available else "no such kernel"
         if reason is None:

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -199,7 +199,7 @@ class ConvNetStudents:
                 precision=self.precision,
                 running=self._running,
                 workspace=self.workspace,
-                tape=self.tapes.get(0),
+                tape=cast("Tensor | None", self.tapes.get(0)),  # features are kept on the CPU alone
             )
 
     def _tape_memory(self) -> Tensor:

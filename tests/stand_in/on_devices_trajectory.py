@@ -21,7 +21,7 @@ from pydistill.nn import ConvNet
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.seeding import seeded_net
-from pydistill.trajectory import GSAM, Adam, convnet_shape, train_students
+from pydistill.trajectory import GSAM, Adam, convnet_shape, release_graphs, train_students
 from pydistill.trajectory.experts import train_experts
 from tests.matrices import sample
 
@@ -184,6 +184,7 @@ def test_other_threads_may_go_on_while_a_step_is_captured(monkeypatch: pytest.Mo
         begin(self, pool, capture_error_mode, **options)
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", noted)
+    release_graphs()
     unrolled("cuda:0", wider, 1, "unroll", {})
     assert modes
     assert set(modes) <= {"thread_local", "relaxed"}
