@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
-from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._records import check_constant, check_images
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 # a record's columns and the value at which each leaves an image as it is; the order of Column in csrc/kernels/augment.h
 IDENTITY = {
     **{"brightness": 0.0, "saturation": 1.0, "contrast": 1.0, "crop_y": 0.0, "crop_x": 0.0},
@@ -76,7 +77,8 @@ def augment_images(
             for Dataset Distillation" (Son et al., ECCV 2024) does.
         align_corners: the grid that scale and rotate refer to. For square images both are the same; MTT and its
             descendants use True, DC, DSA and DM torch's default False.
-        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu", "cuda" or "triton" (of the
+            CPU's tensors in Triton's interpreter, TRITON_INTERPRET=1).
 
     Returns:
         ``[B, C, H, W]``, ``[2 * B, C, H, W]`` for ``flip_batch``, contiguous, in the dtype of images.
@@ -90,7 +92,8 @@ def augment_images(
     chosen = choose_backend("augment", backend, images.device, BACKENDS)
     if chosen == "reference":
         return reference.augment_images(images, record, flip_batch, align_corners)
-    return _forward(images, record, flip_batch, align_corners, False)
+    ops = _triton if chosen == "triton" else _native
+    return ops.forward(images, record, flip_batch, align_corners, False)
 
 
 def _check(images: Tensor, record: Tensor, flip_batch: bool) -> None:
@@ -144,35 +147,54 @@ def _fake_backward(grad: Tensor, record: Tensor, flip_batch: bool, align_corners
 # In every formula below: `saved` are the operator's tensors, `options` is (flip_batch, align_corners[, linear]).
 
 
-def _forward_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
-    return _backward(grad, saved[1], *options[:2]), None
+class _Operators:
+    """The two operators of one library, "pydistill" or "pydistill_triton"."""
+
+    def __init__(self, library: str):
+        self.forward: Operator = Operator(
+            "augment",
+            tensors=2,
+            fake=_fake_forward,
+            vjp=self._forward_vjp,
+            jvp=self._forward_jvp,
+            vmap=_batch_into_rows(lambda *args: self.forward.raw(*args), doubled_before=False, doubled_after=True),
+            library=library,
+        )
+        self.backward: Operator = Operator(
+            "augment_backward",
+            tensors=2,
+            fake=_fake_backward,
+            vjp=self._backward_vjp,
+            jvp=self._backward_jvp,
+            vmap=_batch_into_rows(lambda *args: self.backward.raw(*args), doubled_before=True, doubled_after=False),
+            library=library,
+        )
+
+    def _forward_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
+        return self.backward(grad, saved[1], *options[:2]), None
+
+    def _forward_jvp(self, saved: tuple, options: tuple, images_t: Tensor, record_t: Tensor) -> Tensor:
+        return self.forward(images_t, saved[1], *options[:2], True)
+
+    def _backward_vjp(self, saved: tuple, options: tuple, grad: Tensor) -> tuple:
+        return self.forward(grad, saved[1], *options, True), None
+
+    def _backward_jvp(self, saved: tuple, options: tuple, grad_t: Tensor, record_t: Tensor) -> Tensor:
+        return self.backward(grad_t, saved[1], *options)
 
 
-def _forward_jvp(saved: tuple, options: tuple, images_t: Tensor, record_t: Tensor) -> Tensor:
-    return _forward(images_t, saved[1], *options[:2], True)
+def _triton_fill(form: str) -> Any:
+    def fill(outputs: Any, *args: Any) -> None:
+        from pydistill.triton import augment as kernels  # Triton need not be installed
+
+        getattr(kernels, form)(outputs, *args)
+
+    return fill
 
 
-def _backward_vjp(saved: tuple, options: tuple, grad: Tensor) -> tuple:
-    return _forward(grad, saved[1], *options, True), None
+# kept as long as the operators: torch drops those of a garbage-collected library
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
+register_filled(_triton_library, "augment", _fake_forward, _triton_fill("forward"))
+register_filled(_triton_library, "augment_backward", _fake_backward, _triton_fill("backward"))
 
-
-def _backward_jvp(saved: tuple, options: tuple, grad_t: Tensor, record_t: Tensor) -> Tensor:
-    return _backward(grad_t, saved[1], *options)
-
-
-_forward: Operator = Operator(
-    "augment",
-    tensors=2,
-    fake=_fake_forward,
-    vjp=_forward_vjp,
-    jvp=_forward_jvp,
-    vmap=_batch_into_rows(lambda *args: _forward.raw(*args), doubled_before=False, doubled_after=True),
-)
-_backward: Operator = Operator(
-    "augment_backward",
-    tensors=2,
-    fake=_fake_backward,
-    vjp=_backward_vjp,
-    jvp=_backward_jvp,
-    vmap=_batch_into_rows(lambda *args: _backward.raw(*args), doubled_before=True, doubled_after=False),
-)
+_native, _triton = _Operators("pydistill"), _Operators("pydistill_triton")

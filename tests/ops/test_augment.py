@@ -233,7 +233,7 @@ BAD = [
     ((X, R.clone().requires_grad_()), {}, ValueError, "record: expected a constant"),
     ((X, R), {"backend": "fast"}, ValueError, "backend: expected one of"),
     ((X, R), {"backend": "cuda"}, NotImplementedError, "augment: backend='cuda' cannot run on cpu tensors"),
-    ((X, R), {"backend": "triton"}, NotImplementedError, "augment has no triton kernel; it has reference, cpu, cuda"),
+    ((X, R), {"backend": "triton"}, NotImplementedError, "backend='triton' cannot run on cpu tensors"),
 ]
 
 

@@ -80,7 +80,11 @@ USES = {
         backends=("cuda", "triton"),
     ),
     "augment_images": Use(
-        lambda x, r, **o: augment_images(x, r, flip_batch=True, **o), (drawn(2, 3, 5, 4),), (RECORD,), order=1
+        lambda x, r, **o: augment_images(x, r, flip_batch=True, **o),
+        (drawn(2, 3, 5, 4),),
+        (RECORD,),
+        backends=("cuda", "triton"),
+        order=1,
     ),
     "multi_crop": Use(
         lambda x, base, r, **o: multi_crop(x, r, 4, base=base, mean=(0.1, 0.2), std=(0.5, 0.6), **o),
@@ -246,7 +250,7 @@ def test_an_old_driver_or_another_architecture_leaves_triton(monkeypatch: pytest
             assert torch.equal(found, instance_norm_relu_avg_pool(x, w, b, backend="triton"))
 
 
-NO_TRITON = ("augment_images", "multi_crop")
+NO_TRITON = ("multi_crop",)
 
 
 @pytest.mark.parametrize("why", ["built without", "AMD"])
