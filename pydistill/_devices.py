@@ -29,11 +29,9 @@ def once(function: Callable[[Tensor], Value], tensor: Tensor) -> Value:
     if tensor.device.type == "cpu" or tensor.is_inference():
         return function(tensor)
     values: dict[Any, tuple[int, Any]] = _known.setdefault(tensor, {})
-    version, value = values.get(function, (None, None))
-    if version != tensor._version:
-        value = function(tensor)
-        values[function] = (tensor._version, value)
-    return value
+    if function not in values or values[function][0] != tensor._version:
+        values[function] = (tensor._version, function(tensor))
+    return values[function][1]
 
 
 def read(*scalars: Tensor) -> list[float]:

@@ -142,7 +142,7 @@ class InnerLoop:
                 counts = [N if index is None else index.shape[-1] for index in own]
                 records.append([_own(draw((n, *images.shape[-3:]), generator)) for n in counts])
         shared = given is not None or batch_size is None or self.num_students == 1
-        batch = [
+        batch: Sequence[Tensor | None] = [
             indices[0][k] if shared else torch.stack([cast(Tensor, own[k]) for own in indices]) for k in range(steps)
         ]
         if given is None and batch_size is not None:

@@ -102,8 +102,8 @@ class DC(ClassPairs):
                 )
                 theta, velocity = found.theta[0], found.velocity
         *totals, norm = read(*losses, grad.norm())
-        loss = sum(total / dataset.num_classes for total in totals) / len(totals)
-        return {"loss": loss, "lr": self.lr_net, "grad_norm": norm}
+        mean = sum(total / dataset.num_classes for total in totals) / len(totals)
+        return {"loss": mean, "lr": self.lr_net, "grad_norm": norm}
 
     def _distance(
         self, turn: int, state: State, dataset: Dataset, net: nn.Module, theta: Tensor, workspace: Workspace
