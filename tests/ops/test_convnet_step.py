@@ -333,6 +333,7 @@ BAD = [
         "convnet_step: backend='cpu' has no precision='tf32'",
     ),
     ({"tape": lambda _: torch.empty(5, dtype=torch.uint8)}, RuntimeError, r"tape: expected uint8 \[\d+\]"),
+    ({"tape": lambda _: []}, TypeError, "tape: expected a uint8 tensor for backend='cpu', got a list"),
 ]
 
 

@@ -126,6 +126,22 @@ def test_results_are_not_the_buffers_of_the_next_call() -> None:
             assert torch.equal(there, here) if here is not None else there is None
 
 
+def test_a_tape_is_a_list() -> None:
+    shape = ConvNetShape(2, SIDE, SIDE, (4, 4), 1, CLASSES)
+    theta, images = drawn(2, shape.numel).cuda(), drawn(6, 2, SIDE, SIDE).cuda()
+    batch, tape = (images, torch.arange(6, device="cuda") % CLASSES), []
+    assert all(
+        map(torch.equal, convnet_gradient(shape, theta, *batch, tape=tape), convnet_gradient(shape, theta, *batch))
+    )
+    arguments = (shape, theta, theta.flip(1), *batch)
+    *want, nothing = convnet_tangent(*arguments)
+    assert nothing is None
+    for workspace in (None, Workspace()):
+        assert all(map(torch.equal, convnet_tangent(*arguments, tape=tape, workspace=workspace), want))
+    with pytest.raises(TypeError, match=r"^tape: expected a list for backend='cuda', got a Tensor"):
+        convnet_gradient(shape, theta, *batch, tape=theta)
+
+
 def test_calls_in_flight_do_not_share_their_buffers() -> None:
     want = [Unrolled(seed).all() for seed in range(3)]
     calls = [Unrolled(seed) for seed in range(3)]  # forward passes, with no backward pass yet
