@@ -414,11 +414,9 @@ class _Training:
 
     def means(self, losses: Tensor) -> Tensor:
         """``[..., steps, E]`` to ``[..., E]``: over the epoch's images, the last step having fewer."""
-        N, steps = self.images.shape[-4], losses.shape[-2]
-        sizes = [self.batch_size] * (steps - 1) + [N - self.batch_size * (steps - 1)]
-        return (losses * to_device(torch.tensor(sizes, dtype=losses.dtype, device="cpu"), losses.device)[:, None]).sum(
-            -2
-        ) / N
+        sizes = losses.new_full((losses.shape[-2], 1), self.batch_size)
+        sizes[-1] = self.images.shape[-4] - self.batch_size * (len(sizes) - 1)
+        return (losses * sizes).sum(-2) / self.images.shape[-4]
 
     def _stepped(self, rows: range) -> None:
         if self.on_step is not None:
