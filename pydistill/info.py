@@ -94,7 +94,8 @@ def main() -> None:
     print("\nstudent engine: ConvNets of 3x3 convolutions, a norm, an activation, a pool and a linear classifier;")
     print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why;")
     print("    engine='compiled' compiles their steps (minutes), which 'auto' never does")
-    print("with a GPU, too, stored labels are decoded and graph cuts computed on the CPU; nn.freeze changes what runs there")
+    print("with a GPU, too, stored labels are decoded and graph cuts computed on the CPU;")
+    print("    nn.freeze changes what runs there alone")
     for op, table in operators.items():
         print(f"\n{op}")
         for backend, state in table.items():
