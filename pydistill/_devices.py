@@ -17,6 +17,8 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """``tensor.to(device)``; from the CPU to a GPU through pinned memory, for which the host does not wait."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
+        if tensor.is_pinned():
+            tensor = tensor.clone()  # its owner may change it before the copy has run
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # strides would take a further copy
     return tensor.to(device)
 

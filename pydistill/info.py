@@ -77,7 +77,7 @@ def collect() -> dict[str, Any]:
         "CPU instruction set": _host.isa(),
         "CPU threads": torch.get_num_threads(),
         "student engine": _library.unavailable_steps(torch.device("cpu")) or "float32, float64 and bf16",
-        "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors at the speed of float32"),
+        "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors, in AVX2"),
         "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA toolkit of the build": build["cuda_toolkit"] or "none",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -94,7 +94,7 @@ def main() -> None:
     print("\nstudent engine: ConvNets of 3x3 convolutions, a norm, an activation, a pool and a linear classifier;")
     print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why;")
     print("    engine='compiled' compiles their steps (minutes), which 'auto' never does")
-    print("with a GPU, too, stored labels are decoded and graph cuts computed on the CPU;")
+    print("with a GPU, too, stored top-k labels are decoded and graph cuts computed on the CPU;")
     print("    nn.freeze changes what runs there alone")
     for op, table in operators.items():
         print(f"\n{op}")

@@ -159,8 +159,8 @@ def trajectory(precision: str, tiny: bool) -> Line:
 
 
 def _flops(problem: Any) -> float:
-    """Of one step's convolutions: three times the forward pass for the gradient, and about eight for the tangent, which
-    computes the step anew."""
+    """Of one step's convolutions: three times the forward pass for the gradient, and about eight for the tangent where
+    it computes the step anew."""
     total = 0
 
     def count(layer: nn.Module, _: Any, out: Tensor) -> None:
@@ -176,19 +176,35 @@ def _flops(problem: Any) -> float:
 
 
 def memory(tiny: bool) -> Line:
-    """Peak memory above the inputs', by the number of steps: a line for the eager loop, a constant for ours."""
+    """Peak of torch's memory above the inputs', by the number of steps: a line for the eager loop; of ours with all
+    that "auto" keeps for the backward pass, and with no more than each step's parameters."""
     found: Line = {"MiB": {}}
     for steps in (2, 3) if tiny else (5, 20, 50):
         problem = _trajectory(tiny, steps)
-        thunks = {"eager": eager.prepare(problem), "pydistill": ours.trajectory_match(problem, engine="student")}
+        stored = (steps + 2) * problem.theta0.nbytes
+        thunks = {
+            "eager": eager.prepare(problem),
+            "pydistill": ours.trajectory_match(problem, engine="student"),
+            "pydistill, parameters only": ours.trajectory_match(problem, engine="student", memory=stored),
+        }
         for name, thunk in thunks.items():
             try:
-                thunk()
-                found["MiB"][f"{name}, T={steps}"] = cases.device_peak(thunk) / 2**20
+                found["MiB"][f"{name}, T={steps}"] = _reserved(thunk) / 2**20
             except torch.cuda.OutOfMemoryError:
                 found["MiB"][f"{name}, T={steps}"] = None
-            torch.cuda.empty_cache()
     return found
+
+
+def _reserved(thunk: Thunk) -> int:
+    """Bytes that a first call takes: with those of graphs, whose pools a later one finds."""
+    from pydistill.trajectory import release_graphs
+
+    release_graphs()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    thunk()
+    return torch.cuda.max_memory_reserved() - before
 
 
 def compiled_step(tiny: bool) -> Line:

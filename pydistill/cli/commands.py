@@ -36,13 +36,16 @@ class Bench:
     """Measure what a CUDA device does instead, into gpu.jsonl: environment, parity of every operator, the loops."""
     minutes: float = 7.0
     """When to stop, with --gpu."""
+    resume: bool = False
+    """With --gpu, leave out what has its line in gpu.jsonl."""
 
     def run(self) -> None:
         # installed, the benchmarks are part of the package; in a checkout, a separate folder beside it
         folder = "pydistill.bench" if importlib.util.find_spec("pydistill.bench") is not None else "bench"
         if self.gpu:
             program = importlib.import_module(f"{folder}.gpu.__main__")
-            sys.exit(program.main([*self.cases, "--minutes", str(self.minutes), "--resume"]))
+            resume = ["--resume"] if self.resume else []
+            sys.exit(program.main([*self.cases, "--minutes", str(self.minutes), *resume]))
         sys.exit(importlib.import_module(f"{folder}.run").brief(self.cases))
 
 

@@ -209,7 +209,7 @@ def device_of(name: str) -> torch.device:
         return torch.device(kind if kind == "cuda" else "cpu")
     count = torch.accelerator.device_count() if kind else 0
     there = ["cpu", *([kind] if kind else []), *(f"{kind}:{number}" for number in range(count))]
-    if name not in there:
+    if name not in (*there, "cpu:0"):
         raise OptionError("device", f"expected auto or {' or '.join(there)}, which torch has here, got {name!r}")
     return torch.device(name)
 

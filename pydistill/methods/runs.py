@@ -58,7 +58,13 @@ class Run:
             raise OptionError("resume", f"expected none, {method.name} starts anew")
         self.method, self.folder, self.resume = method, Path(out), resume
         self.inputs = inputs.resumed(options_in(self.folder, method.name)) if resume else inputs
-        self.device, self.begun, self.first = device_of(self.inputs.device), resume, True
+        try:
+            self.device = device_of(self.inputs.device)
+        except OptionError as error:
+            if self.inputs.device == inputs.device:
+                raise
+            raise OptionError("device", f"{error.reason}, on which the run was begun: name another") from None
+        self.begun, self.first = resume, True
         self._on_progress, self._tell, self._stop = on_progress, tell, stop
 
     def go(self) -> Job:

@@ -202,6 +202,7 @@ def _kept(key: tuple, capture: Callable[[], _Captured]) -> _Captured:
     dropped = []
     with _registry:
         _recent[key] = step
-        while len(_recent) > MOST or (len(_recent) > 1 and sum(each.nbytes for each in _recent.values()) > KEPT):
+        # a step and its tangent, however large, for the next call needs both
+        while len(_recent) > MOST or (len(_recent) > 2 and sum(each.nbytes for each in _recent.values()) > KEPT):
             dropped.append(_recent.popitem(last=False))
     return step

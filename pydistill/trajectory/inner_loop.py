@@ -148,7 +148,7 @@ class InnerLoop:
         ]
         if given is None and batch_size is not None:
             batch = [*_moved(cast("list[Tensor]", batch), device)]
-        if isinstance(self.augment, (DiffAugment, MultiCrop)):  # a foreign augmentation may want its records as drawn
+        if type(self.augment) in (DiffAugment, MultiCrop):  # another, or a subclass, may want its records as drawn
             moved = _moved([record for own in records for record in own], device)
             records = [moved[e * steps : (e + 1) * steps] for e in range(self.num_students)]
         return [Step(k, batch[k], [own[k] for own in records] if draw is not None else None) for k in range(steps)]

@@ -78,7 +78,7 @@ class ConvNetStudents:
         if theta.device.type == "cpu":
             least += workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
         if memory == "auto":
-            room = self.AUTO if theta.device.type == "cpu" else torch.cuda.mem_get_info(theta.device)[0] // 4
+            room = self.AUTO if theta.device.type == "cpu" else _free(theta.device) // 4
         else:
             room = memory - least
             if room < 0:
@@ -251,6 +251,12 @@ class ConvNetStudents:
                 )
             )
         return found._replace(images=found.images if images else None, labels=found.labels if labels else None)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are free, or held by torch without use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def choose_students(

@@ -18,7 +18,8 @@ FLOORS = (
     ("trajectory", "data"),
     ("matching", "labels", "evaluate", "compat", "testing"),
     ("methods",),
-    ("info", "cli", "bench"),
+    ("info",),
+    ("cli", "bench"),
 )
 # within pydistill.methods; its __init__ is above them all
 METHODS = (

@@ -22,7 +22,7 @@ def test_report_names_every_operator_and_reason():
         [sys.executable, "-m", "pydistill.info"], capture_output=True, text=True, check=True, timeout=120
     ).stdout
     assert re.search(r"CPU instruction set +(base|avx2|avx512|avx512_bf16|amx)\n", report)
-    assert "stored labels are decoded and graph cuts computed on the CPU" in report
+    assert "stored top-k labels are decoded and graph cuts computed on the CPU" in report
     facts = info.collect()
     ops = {p.stem for p in (ROOT / "pydistill/ops").glob("*.py") if not p.stem.startswith("_")}
     assert set(facts["operators"]) == ops

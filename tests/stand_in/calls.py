@@ -150,7 +150,7 @@ def of_classes(engine: Engine, places: Sequence[int]) -> Callable[[], Counts]:
         labels = torch.arange(4).repeat_interleave(torch.tensor(places)).flip(0).cuda()
 
         def call() -> None:
-            pydistill.class_gradients(net, theta, images, labels, 4, engine=engine).square().sum().backward()
+            pydistill.matching.class_gradients(net, theta, images, labels, 4, engine=engine).square().sum().backward()
 
         return second(call)
 

@@ -8,6 +8,7 @@ and 20000 iterations: ``power=1.0, net_norm="batch", batch_real=64, iterations=2
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal, cast
@@ -23,6 +24,7 @@ from pydistill.methods.matching.pairs import Pairs
 from pydistill.methods.outer import State
 from pydistill.nn import ConvNet
 from pydistill.ops.convnet_step import Workspace
+from pydistill.seeding import torch_seeded
 
 _SMALL = {"iterations": 300, "batch_real": 64}
 PUBLISHED_CODE = {"power": 1.0, "net_norm": "batch", "batch_real": 64, "iterations": 20000}
@@ -73,7 +75,7 @@ class DataDAM(DM):
         if self.net_norm == "batch":
             like, net = state["images"], cast(ConvNet, net)
             sizes = (net.channels, dataset.num_classes, net.width, net.depth, net.image_size)
-            net = _with_batch_norm(*sizes, like.device, like.dtype)
+            net = _with_batch_norm(threading.get_ident(), *sizes, like.device, like.dtype)
         return super().step(state, dataset, net, experts)
 
     def distance(self, net: nn.Module, theta: Tensor, pairs: Pairs, num_classes: int) -> Tensor:
@@ -106,6 +108,7 @@ class DataDAM(DM):
 
 @lru_cache(maxsize=4)
 def _with_batch_norm(
+    thread: int,
     channels: int,
     num_classes: int,
     width: int,
@@ -114,5 +117,6 @@ def _with_batch_norm(
     device: torch.device,
     dtype: torch.dtype,
 ) -> ConvNet:
-    """Only its structure is used, in every step the same."""
-    return ConvNet(channels, num_classes, width, depth, image_size, norm="batch").to(device, dtype)
+    """Only its structure is used, in every step of a thread the same: functional calls put parameters into it."""
+    with torch_seeded(torch.Generator().manual_seed(0)):
+        return ConvNet(channels, num_classes, width, depth, image_size, norm="batch").to(device, dtype)
