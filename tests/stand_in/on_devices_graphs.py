@@ -217,15 +217,23 @@ def test_the_least_recently_used_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(graph._recent) == 3
 
 
-@pytest.mark.parametrize(("bound", "value"), [("MOST", 1), ("KEPT", 1)])
+@pytest.mark.parametrize(("bound", "kept"), [("MOST", 1), ("KEPT", 2)])
 def test_a_call_keeps_its_graphs_though_it_needs_more_than_the_process_keeps(
-    bound: str, value: int, monkeypatch: pytest.MonkeyPatch
+    bound: str, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, bound, value)
+    monkeypatch.setattr(graph, bound, 1)
     with counts() as c:
         Unrolled(steps=9, batch_size=4)  # 4, 2, 4, 2, ... images
     assert c.captures == 2
-    assert len(graph._recent) == 1
+    assert len(graph._recent) == kept
+
+
+def test_a_step_and_its_tangent_are_kept_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "KEPT", 1)
+    for captures in (2, 0):
+        with counts() as c:
+            Unrolled().gradients()
+        assert c.captures == captures
 
 
 def test_released_graphs_free_their_memory() -> None:

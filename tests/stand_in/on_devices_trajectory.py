@@ -225,7 +225,9 @@ def test_memory_decides_how_many_steps_are_kept(
     monkeypatch.setattr(StepGraphs, "gradient", noted)
     monkeypatch.setattr(StepGraphs, "tangent", noted_tangent)
     calls = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append(device) or (free, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append(device) or (free - free // 2, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000 + free // 2)  # torch holds it without use
     unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory})
     assert asked == given[::-1] == [False] * (3 - kept) + [True] * kept  # the last ones
     assert calls == [torch.device("cuda:0")] * (memory == "auto")
