@@ -37,6 +37,7 @@ def test_every_kernel_compiles_without_spills_and_sums_statistics_in_one_order(a
     assert all(len(group) == 1 for group in layouts.values()), layouts
 
 
+@pytest.mark.exhaustive
 @needs_triton
 def test_what_fits_is_read_once_and_written_once() -> None:
     """Counted in the interpreter; the few bytes above the minimum are weights and biases."""
