@@ -1,8 +1,7 @@
-"""The cases that only a GPU has: the block's four forms, a student's steps, and their peak memory.
+"""The cases that only a GPU has: the block's four forms, and a student's steps.
 
 gpu_block   the block's four forms against eager torch and torch.compile, and a copy that moves as many bytes
 gpu_step    a student's gradient, and its forward-over-reverse tangent, per call and for E students
-gpu_memory  peak device memory of the same
 """
 
 from __future__ import annotations
@@ -39,16 +38,6 @@ def device_seconds(thunk: Callable[[], Any], calls: int = CALLS) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / calls
-
-
-def device_peak(thunk: Callable[[], Any]) -> float:
-    """Peak device memory while it runs, in bytes above that of its inputs."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    thunk()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 @dataclass(frozen=True)
@@ -398,14 +387,4 @@ GPU_STEP = Case(
     check=_step_check,
 )
 
-# without graphs: a graph's memory belongs to its pool, which stays allocated between its runs
-GPU_MEMORY = replace(
-    GPU_STEP,
-    name="gpu_memory",
-    metric="peak device memory above the inputs'",
-    unit="MiB",
-    providers={"eager": Entry(step_eager), "compiled": Entry(step_compiled), "layers": Entry(step_ours)},
-    repeats=1,
-)
-
-CASES = {case.name: case for case in (GPU_BLOCK, GPU_STEP, GPU_MEMORY)}
+CASES = {case.name: case for case in (GPU_BLOCK, GPU_STEP)}

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ours
-from ..block_forms import FORMS, minimum_bytes
-from ..case import CONVNET, SMALL, relative_error
-from ..peers import block, eager
+from ..block_forms import minimum_bytes
+from ..case import CONVNET, SMALL, Case, Point, relative_error
+from ..peers import eager
 from ..peers.problem import make_problem
 from ..registry import CASES
 from . import cases
@@ -209,52 +209,46 @@ def _reserved(thunk: Thunk) -> int:
 
 def compiled_step(tiny: bool) -> Line:
     """A step's tangent, the larger part of the work, by torch.compile with CUDA graphs and by ours, in tf32."""
-    config = (SMALL if tiny else CONVNET) | {"steps": 1}
-    problem = cases.make_step(config, 1, "tangent", "tf32", "cuda")
-    thunks = {
-        "eager": cases.step_eager(problem),
-        "compiled": cases.step_compiled(problem, "default" if tiny else "reduce-overhead"),
-        "pydistill": cases.step_ours(problem, graphs=True),
-    }
-    for thunk in thunks.values():
-        thunk()
-        thunk()
-    return {"precision": "tf32", "baseline": "eager", "ms": medians(thunks, 2 if tiny else 10)}
+    case = cases.GPU_STEP
+    points = case.points(case, case.config("quick" if tiny else "full"))
+    point = next(point for point in points if point.mode == "tangent tf32")
+    providers = ("eager", "compiled", "layers-graph")
+    return {"precision": "tf32", **_measured(case, point, point.problem(), providers, 2 if tiny else 10)}
 
 
 # ---- the other loops and operators
 
 
-def block_forms(tiny: bool) -> Line:
-    """The fused block's four forms beside eager torch and a copy of as many bytes."""
-    shape = (2, 8, 6, 6) if tiny else (256, 128, 32, 32)
-    found: Line = {"baseline": "", "ms": {}, "bytes": {}}
-    for scalar in ("f32", "bf16"):
-        for form in FORMS:
-            for layout in block.LAYOUTS:
-                problem = cases.make_forms(shape, layout, form, scalar, "cuda")
-                thunks = {"eager": cases.block_eager(problem), "pydistill": cases.block_ours(problem)}
-                for thunk in thunks.values():
-                    thunk()
-                for name, ms in medians(thunks, 2 if tiny else 10).items():
-                    found["ms"][f"{form} {scalar} {layout} {name}"] = ms
-                    found["bytes"][f"{form} {scalar} {layout} {name}"] = minimum_bytes(form, scalar, shape)
-    return found
-
-
-def of_case(name: str, providers: Sequence[str], tiny: bool, **changes: Any) -> Line:
-    """A case of `bench.run` with its problem on the device: its first point, its checks, these providers."""
-    case = CASES[name]
-    config = case.config("quick" if tiny else "full") | ({} if tiny else changes)
-    point = case.points(case, config)[0]
-    problem = on_device(point.problem())
+def _measured(case: Case, point: Point, problem: Any, providers: Sequence[str], rounds: int) -> Line:
+    """Times by provider, after the case's checks of what each has computed."""
     thunks = {each: case.providers[each].prepare(problem) for each in providers}
     outputs = {each: thunk() for each, thunk in thunks.items()}
-    found: Line = {"baseline": providers[0], "ms": medians(thunks, 2 if tiny else 5)}
+    found: Line = {"baseline": providers[0], "ms": medians(thunks, rounds)}
     red = [str(check) for check in case.check(case.only(providers), point, problem, outputs) if not check.ok]
     if red:
         raise Wrong("; ".join(red), found)
     return found
+
+
+def block_forms(tiny: bool) -> Line:
+    """The fused block's four forms beside eager torch and a copy of as many bytes."""
+    case = cases.GPU_BLOCK
+    config = case.config("quick" if tiny else "full")
+    found: Line = {"ms": {}, "bytes": {}}
+    for point in case.points(case, config):
+        form, scalar = point.mode.split()
+        line = _measured(case, point, point.problem(), ("eager", "pydistill", "copy"), 2 if tiny else 10)
+        for name, ms in line["ms"].items():
+            found["ms"][f"{point.mode} {point.x} {name}"] = ms
+            found["bytes"][f"{point.mode} {point.x} {name}"] = minimum_bytes(form, scalar, config["shape"])
+    return found
+
+
+def of_case(name: str, providers: Sequence[str], tiny: bool) -> Line:
+    """A case of `bench.run` with its problem on the device: its first point, its checks, these providers."""
+    case = CASES[name]
+    point = case.points(case, case.config("quick" if tiny else "full"))[0]
+    return _measured(case, point, on_device(point.problem()), providers, 2 if tiny else 5)
 
 
 def items() -> tuple[Item, ...]:

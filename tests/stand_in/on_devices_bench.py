@@ -23,7 +23,7 @@ def test_every_item_has_its_line(
 ) -> None:
     # torch.compile does not look through the stand-in, and autograd's thread for it never ends under torch's profiler
     monkeypatch.setattr("bench.gpu.items.requests", lambda thunk: {})
-    monkeypatch.setattr(cases, "step_compiled", lambda problem, mode: cases.step_eager(problem))
+    monkeypatch.setitem(cases.GPU_STEP.providers, "compiled", cases.GPU_STEP.providers["eager"])
     out = tmp_path / "gpu.jsonl"
     status = program.main(["--tiny", "--out", str(out), "--minutes", "5"])
     lines = lines_in(out)
