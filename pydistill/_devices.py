@@ -1,4 +1,4 @@
-"""Between the host and a device, without that the host waits for the device."""
+"""Between the host and a device, without making the host wait."""
 
 from __future__ import annotations
 

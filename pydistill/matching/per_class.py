@@ -53,7 +53,8 @@ def class_gradients(
         images: ``[N, C, H, W]`` in any order, dtype and device of theta. Not copied if sorted by class with classes of
             equal size.
         labels: int64 ``[N]`` class numbers, on the device of images or on the CPU: class sizes decide what is run, so
-            labels on a GPU cause a synchronisation.
+            labels on a GPU cause a synchronisation when they are first seen, and when they have changed. A change that
+            torch does not count (by ``labels.data``, or in a replayed graph) is not seen.
         num_classes: K, the rows of the result; by default one more than the largest label.
         classes: the classes whose gradients are wanted, in the order of the result's rows, instead of all K; each label
             must be one of them.

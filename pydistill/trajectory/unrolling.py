@@ -151,7 +151,8 @@ def unroll(
         images: ``[N, C, H, W]`` synthetic images, dtype and device of theta0; with E students, all train on them, or
             each on its own of ``[E, N, C, H, W]``.
         labels: int64 ``[N]`` for label_kind "hard"; floating ``[N, K]`` for "logits" (a softmax is taken) and "probs";
-            or a student's own, with ``[E]`` in front.
+            or a student's own, with ``[E]`` in front. On a GPU class numbers are checked once for a tensor, and again
+            after changes that torch counts (not those by ``labels.data``).
         lr: the learning rate, a tensor of one element or a number, or ``[E]``.
         steps: how many steps, T >= 1.
         batch_size: images per step: consecutive chunks of a permutation drawn from ``generator``, a new one when it is
