@@ -34,18 +34,20 @@ class Bench:
     """Cases by name; by default those most relevant to users. An unknown name lists them."""
     gpu: bool = False
     """Measure what a CUDA device does instead, into gpu.jsonl: environment, parity of every operator, the loops."""
-    minutes: float = 7.0
-    """When to stop, with --gpu."""
+    minutes: float | None = None
+    """When to stop, with --gpu: after 7 by default."""
     resume: bool = False
     """With --gpu, leave out what has its line in gpu.jsonl."""
 
     def run(self) -> None:
         # installed, the benchmarks are part of the package; in a checkout, a separate folder beside it
         folder = "pydistill.bench" if importlib.util.find_spec("pydistill.bench") is not None else "bench"
+        if not self.gpu and (self.resume or self.minutes is not None):
+            raise ValueError("--minutes, --resume: expected with --gpu only")
         if self.gpu:
             program = importlib.import_module(f"{folder}.gpu.__main__")
-            resume = ["--resume"] if self.resume else []
-            sys.exit(program.main([*self.cases, "--minutes", str(self.minutes), *resume]))
+            minutes = [] if self.minutes is None else ["--minutes", str(self.minutes)]
+            sys.exit(program.main([*self.cases, *minutes, *(["--resume"] if self.resume else [])]))
         sys.exit(importlib.import_module(f"{folder}.run").brief(self.cases))
 
 

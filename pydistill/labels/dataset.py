@@ -94,13 +94,17 @@ class SoftLabelDataset(Dataset):
     def _read(self, indices: list[int]) -> SoftLabels:
         epoch, images = self.epoch, np.asarray(indices)
         places = torch.from_numpy(self.store.places(epoch, images))
-        return replace(self.store.read(epoch, images), places=places)
+        return replace(self.store.read(epoch, images), places=places, store=str(self.store.path))
 
 
 def collate_soft_labels(batch: Sequence[tuple[Any, SoftLabels]]) -> tuple[Any, SoftLabels]:
     """A ``collate_fn`` for items of a `SoftLabelDataset`: the images and their joint `SoftLabels`.
 
     A loader's own does the same, unless items have no images and are taken one by one.
+
+    Raises:
+        ValueError: the labels are of several stores that differ in more than their rows, or with records, whose images
+            are looked for in the batch; or of several epochs.
     """
     if isinstance(batch[0], _Batch):
         return batch[0][0], batch[0][1]
@@ -109,10 +113,19 @@ def collate_soft_labels(batch: Sequence[tuple[Any, SoftLabels]]) -> tuple[Any, S
 
 
 def _joint(labels: Sequence[SoftLabels], **_: Any) -> SoftLabels:
+    first = labels[0]
+    for other in labels:
+        if other.store == first.store and other.epoch == first.epoch:
+            continue
+        for name in ("layout", "epoch", "device"):
+            if (here := getattr(other, name)) != (there := getattr(first, name)):
+                raise ValueError(f"labels: expected one {name} in a batch, got {there} and {here}")
+        if first.layout.features or first.layout.record_bytes:  # a classifier, and places that records name
+            raise ValueError(f"labels: expected those of one store in a batch, got {first.store} and {other.store}")
     parts: dict[str, Any] = {
         name: torch.cat([getattr(each, name) for each in labels]) for name in ("images", "rows", "places")
     }
-    return replace(labels[0], **parts)
+    return replace(first, **parts)
 
 
 # torch's own collate_fn looks types up there

@@ -43,6 +43,7 @@ class SoftLabels:
         classifier: weight ``[C, D]`` and bias ``[C]``, float32, for "features8".
         places: for labels that came through a `SoftLabelDataset`, int64 ``[B]``: their block and row, as given by
             `LabelReader.places`.
+        store: for these, the file that they are from.
     """
 
     images: Tensor
@@ -52,6 +53,7 @@ class SoftLabels:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     classifier: tuple[Tensor, Tensor] | None = None
     places: Tensor | None = None
+    store: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,9 +62,9 @@ class SoftLabels:
         """Between processes a small batch goes as its bytes: a tensor would take its own shared-memory file."""
         rest = self.layout, self.epoch, self.device, self.classifier
         if self.rows.numel() > _SMALL:
-            return SoftLabels, (self.images, self.rows, *rest, self.places)
+            return SoftLabels, (self.images, self.rows, *rest, self.places, self.store)
         arrays = [None if each is None else each.numpy().tobytes() for each in (self.images, self.rows, self.places)]
-        return _from_bytes, (*arrays, *rest)
+        return _from_bytes, (*arrays, *rest, self.store)
 
     @property
     def records(self) -> Tensor:
@@ -240,8 +242,9 @@ def _from_bytes(
     epoch: int,
     device: torch.device,
     classifier: tuple[Tensor, Tensor] | None,
+    store: str,
 ) -> SoftLabels:
     ids = torch.from_numpy(np.frombuffer(bytearray(images), np.int64))
     found = torch.from_numpy(np.frombuffer(bytearray(rows), np.uint8).reshape(len(ids), layout.row_bytes))
     here = None if places is None else torch.from_numpy(np.frombuffer(bytearray(places), np.int64))
-    return SoftLabels(ids, found, layout, epoch, device, classifier, here)
+    return SoftLabels(ids, found, layout, epoch, device, classifier, here, store)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from pydistill.augment import MultiCrop
 from pydistill.labels import CROP_BYTES, SoftLabelDataset, SoftLabelStore, StoredBatches, collate_soft_labels
@@ -175,3 +175,42 @@ def test_a_partner_that_is_not_in_the_batch_is_refused(mixed, kind, workers):
     _, labels = next(iter(DataLoader(data, batch_sampler=StoredBatches(data), collate_fn=collate_soft_labels)))
     with pytest.raises(ValueError, match="StoredBatches"):
         labels[:2].crops()
+
+
+def written(path, *, record_bytes=0, **options):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, 10, generator=generator)
+    options = {"epochs": 1, "batch_size": 4, "record_bytes": record_bytes, **options}
+    records = {"records": torch.zeros(4, record_bytes, dtype=torch.uint8)} if record_bytes else {}
+    with SoftLabelStore.create(path, num_images=4, num_classes=10, **options) as store:
+        store.write(0, torch.arange(4), logits, **records)
+    return SoftLabelStore(path)
+
+
+def joined(stores):
+    data = ConcatDataset([SoftLabelDataset(IMAGES[:4], store) for store in stores])
+    return next(iter(DataLoader(data, batch_size=8)))[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"format": "fp16"}, {"format": "bf16"}, "labels: expected one layout in a batch, got .*fp16.* and .*bf16"),
+        ({"T": 4.0}, {"T": 20.0}, "labels: expected one layout in a batch, got .*4.0.* and .*20.0"),
+        (
+            {"record_bytes": 58},
+            {"record_bytes": 58},
+            r"expected those of one store in a batch, got .*a\.store and .*b\.store",
+        ),
+    ],
+)
+def test_labels_that_do_not_go_together_are_refused(tmp_path, first, second, message):
+    stores = [written(tmp_path / "a.store", **first), written(tmp_path / "b.store", **second)]
+    with pytest.raises(ValueError, match=message):
+        joined(stores)
+
+
+def test_labels_of_equal_stores_are_one_batch(tmp_path):
+    a, b = written(tmp_path / "a.store"), written(tmp_path / "b.store")
+    found = joined([a, b])
+    assert torch.equal(found.rows, torch.cat([store.read(0, np.arange(4)).rows for store in (a, b)]))

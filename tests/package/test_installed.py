@@ -100,3 +100,7 @@ def test_the_gpu_s_benchmark_is_there(site, tmp_path):
     assert done.returncode == 2
     assert "bench.gpu: no CUDA device is visible" in done.stderr
     assert not (tmp_path / "gpu.jsonl").exists()
+    for option in (("--resume",), ("--minutes", "3")):
+        done = python(site, tmp_path, "-m", "pydistill.cli", "bench", *option)
+        assert done.returncode == 1
+        assert "pydistill: --minutes, --resume: expected with --gpu only" in done.stderr
