@@ -13,6 +13,7 @@ import torch
 import pydistill
 from pydistill import _host, _library, ops
 from pydistill.ops._operator import best_on_gpu
+from pydistill.ops._precision import resolved
 from pydistill.trajectory import FlatModule, convnet_shape
 from pydistill.trajectory.recognition import Unrecognised
 
@@ -43,6 +44,11 @@ def _automatic(has: Sequence[str]) -> str:
     found, passed_over = best_on_gpu(has, torch.device("cuda"))
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over.items())
     return f"{on_cpu}, on GPUs {found or 'none'}{reasons and f' ({reasons})'}"
+
+
+def _automatic_precision() -> str:
+    told = "what torch's switches say on GPUs, ieee on the CPU"
+    return f"{told}: now {resolved('auto', torch.device('cuda'))}" if torch.cuda.is_available() else told
 
 
 def engine(
@@ -80,6 +86,7 @@ def collect() -> dict[str, Any]:
         "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors, in AVX2"),
         "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA toolkit of the build": build["cuda_toolkit"] or "none",
+        'precision "auto"': _automatic_precision(),
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "operators": backends(),
     }

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pydistill.nn import InstanceNormReLUAvgPool
 from pydistill.ops import attention_map
+from pydistill.ops._precision import Precision, check_switches
 from pydistill.ops.attention_map import AXES, Axis, check_power
-from pydistill.ops.convnet_step import Precision, Workspace
+from pydistill.ops.convnet_step import Workspace
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.generic import GenericStudents
@@ -40,7 +41,7 @@ def features(
     p: float = 4.0,
     axis: Axis | None = "spatial",
     layers: Sequence[int] | None = None,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     engine: Engine = "auto",
     workspace: Workspace | None = None,
 ) -> Features:
@@ -63,7 +64,8 @@ def features(
         p: the power, above zero.
         axis: "spatial" maps, "channel" maps, "both", or None: the embedding alone.
         layers: which activations have maps, counted from 0; by default all but the last, as in DataDAM.
-        precision: "fp32", or "bf16": factors of the convolutions are rounded to bfloat16 (autograd: autocast).
+        precision: as in `pydistill.unroll`. On CUDA, where autograd runs the net, only "bf16" (autocast) and what
+            torch's switches say.
         engine: "student", "generic" or "auto", as in `pydistill.unroll`.
         workspace: working memory of the student engine to reuse; fresh when None.
 
@@ -94,7 +96,8 @@ def features(
         raise ValueError("engine: expected 'auto', 'student' or 'generic', got 'compiled', which trains students")
     students = choose_students(engine, flat, images, "hard", "any", 0, precision, blocked)
     if isinstance(students, GenericStudents):
-        return _by_autograd(flat, theta, images, p, axis, layers, precision == "bf16")
+        check_switches(students.precision, images.device, images.dtype, "which features by autograd follow")
+        return _by_autograd(flat, theta, images, p, axis, layers, students.precision == "bf16")
     if workspace is not None:
         students.workspace = workspace
     shape = students.shape

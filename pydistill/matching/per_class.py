@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill._devices import once, to_device
-from pydistill.ops.convnet_step import Precision, Workspace
+from pydistill.ops._precision import Precision, check_switches
+from pydistill.ops.convnet_step import Workspace
 from pydistill.trajectory import FlatModule
 from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.step import Batch, saved_tensors
@@ -28,7 +29,7 @@ def class_gradients(
     *,
     classes: Sequence[int] | None = None,
     output: int | None = None,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     engine: Engine = "auto",
     workspace: Workspace | None = None,
 ) -> Tensor:
@@ -59,7 +60,7 @@ def class_gradients(
         classes: the classes whose gradients are wanted, in the order of the result's rows, instead of all K; each label
             must be one of them.
         output: which element to take where ``net`` returns a tuple.
-        precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
+        precision: as in `pydistill.unroll`.
         engine: "student", "generic" or "auto", as in `pydistill.unroll`.
         workspace: working memory of the student engine to reuse; fresh when None.
 
@@ -81,6 +82,7 @@ def class_gradients(
     students = choose_students(engine, flat, images, "hard", output, max(groups.classes), precision, blocked)
     trained = flat.trained(theta)
     if isinstance(students, GenericStudents):
+        check_switches(students.precision, images.device, images.dtype, "which gradients by autograd follow")
         found = _by_autograd(students, theta, images, labels, groups)
         return found if trained is None else found * trained
     if max(groups.classes) >= students.shape.classes:

@@ -126,6 +126,10 @@ class Method:
         """The preset of a data set, or the defaults where it has none."""
         return cls.preset(dataset) if dataset in cls.presets else cls()
 
+    def resumed(self, kept: dict[str, Any]) -> Self:
+        """These with what the run that is resumed has found out for itself; ``kept``: its options."""
+        return self
+
     def job(self, inputs: Any, device: torch.device) -> Job:
         """What a run does; reads the inputs, and raises for what does not fit before anything is written."""
         raise NotImplementedError

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pydistill._devices import to_device
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
+from pydistill.ops._precision import resolved, rounded
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import seeded_generator, torch_seeded
 from pydistill.trajectory import FlatModule, Trajectories
@@ -96,10 +97,13 @@ def distill(
         FloatingPointError: a student's parameters, a loss, a gradient or a learnt rate becomes non-finite; names the
             iteration, and which rates may be too large.
     """
+    device = dataset.train_images.device
+    config = config.on(device)
     experts = config.check(dataset, net, experts)
     state = config.initial(dataset, net, experts) if state is None else state
     while state.iteration < config.iterations:
-        record = _finite_step(config, state, dataset, net, experts)
+        with rounded(resolved(config.precision, device), device):  # what a method leaves to torch's switches, too
+            record = _finite_step(config, state, dataset, net, experts)
         state.iteration += 1
         if on_step is not None:
             on_step(state, {"iteration": state.iteration, **record})

@@ -56,8 +56,10 @@ class Run:
     ):
         if resume and not method.resumable:
             raise OptionError("resume", f"expected none, {method.name} starts anew")
-        self.method, self.folder, self.resume = method, Path(out), resume
-        self.inputs = inputs.resumed(options_in(self.folder, method.name)) if resume else inputs
+        self.folder, self.resume = Path(out), resume
+        kept = options_in(self.folder, method.name) if resume else {}
+        self.method = method.resumed(kept) if resume else method
+        self.inputs = inputs.resumed(kept) if resume else inputs
         try:
             self.device = device_of(self.inputs.device)
         except OptionError as error:

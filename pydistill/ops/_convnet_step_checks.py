@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pydistill import _library
 from pydistill.ops._operator import choose_backend
+from pydistill.ops._precision import Precision, Resolved, resolved
 from pydistill.ops.attention_map import AXES, check_power
 from pydistill.reference.convnet_shape import ConvNetShape
 
@@ -38,28 +39,30 @@ def check_step(
     shape: ConvNetShape,
     theta: Tensor,
     images: Tensor,
-    precision: str,
+    precision: Precision,
     backend: str,
     labels: Tensor | None = None,
     label_kind: str = "hard",
     tape: Tensor | list[Tensor] | None = None,
-) -> str:
-    """The backend. In a loop the checks would take a tenth of a small step: signatures that passed are remembered."""
+) -> tuple[str, Resolved]:
+    """The backend and the precision. In a loop the checks would take a tenth of a small step: signatures that passed
+    are remembered."""
+    to = resolved(precision, theta.device, theta.dtype)
     given = [(t.shape, t.dtype, t.device, t.requires_grad) for t in (theta, images, labels) if t is not None]
-    kinds = (shape, precision, backend, label_kind, type(tape), torch.is_grad_enabled())
+    kinds = (shape, to, backend, label_kind, type(tape), torch.is_grad_enabled())
     signature = (*given, *kinds)
     if signature not in _passed:
         if len(_passed) >= 64:
             _passed.clear()
-        _passed[signature] = _check_all(shape, theta, images, precision, backend, labels, label_kind, tape)
-    return _passed[signature]
+        _passed[signature] = _check_all(shape, theta, images, to, backend, labels, label_kind, tape)
+    return _passed[signature], to
 
 
 def _check_all(
     shape: ConvNetShape,
     theta: Tensor,
     images: Tensor,
-    precision: str,
+    precision: Resolved,
     backend: str,
     labels: Tensor | None,
     label_kind: str,
@@ -67,10 +70,8 @@ def _check_all(
 ) -> str:
     if theta.dim() != 2 or theta.shape[1] != shape.numel or not len(theta):
         raise ValueError(f"theta: expected [E, {shape.numel}] for this net, got {list(theta.shape)}")
-    if precision not in ("fp32", "tf32", "bf16"):
-        raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
-    if theta.dtype != torch.float32 and (theta.dtype != torch.float64 or precision != "fp32"):
-        raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
+    if theta.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"theta: expected float32 or float64, got {theta.dtype}")
     tensors = {"images": images} if labels is None else {"images": images, "labels": labels}
     for name, tensor in tensors.items():
         if tensor.device != theta.device:
@@ -98,14 +99,12 @@ def _check_all(
     chosen = choose_backend("convnet_step", backend, theta.device, BACKENDS)
     if chosen != "reference" and (missing := _library.unavailable_steps(theta.device)):
         raise NotImplementedError(f"convnet_step: {missing}")
-    if chosen == "reference" and precision != "fp32":
-        raise NotImplementedError(f"convnet_step: backend='reference' has precision='fp32' only, got {precision!r}")
+    if chosen == "reference" and precision == "bf16":
+        raise NotImplementedError("convnet_step: backend='reference' has no precision='bf16'")
     if chosen == "cuda" and not (shape.fused and shape.biased):
         raise NotImplementedError(
             "convnet_step: backend='cuda' has blocks of biases, instance norm, ReLU and average pool only"
         )
-    if chosen == "cpu" and precision == "tf32":
-        raise NotImplementedError("convnet_step: backend='cpu' has no precision='tf32'")
     if chosen == "reference" and tape is not None:
         raise NotImplementedError("convnet_step: backend='reference' keeps no tape")
     if tape is not None and isinstance(tape, list) != (chosen == "cuda"):

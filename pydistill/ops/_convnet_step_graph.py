@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pydistill.ops import _convnet_step_layers as layers
-from pydistill.ops._convnet_step_layers import LabelKind, Precision
+from pydistill.ops._convnet_step_layers import LabelKind
+from pydistill.ops._precision import Resolved
 from pydistill.reference.convnet_shape import ConvNetShape
 
 # libraries must have done their first-call setup before a capture
@@ -74,7 +75,7 @@ class StepGraphs:
         labels: Tensor,
         *,
         label_kind: LabelKind = "hard",
-        precision: Precision = "fp32",
+        precision: Resolved = "ieee",
         keep: bool = False,
     ) -> tuple[Tensor, ...]:
         """See `_convnet_step_layers.gradient`."""
@@ -90,7 +91,7 @@ class StepGraphs:
         labels: Tensor,
         *kept: Tensor,
         label_kind: LabelKind = "hard",
-        precision: Precision = "fp32",
+        precision: Resolved = "ieee",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `_convnet_step_layers.tangent`."""
         return self._run(layers.tangent, shape, (theta, direction, images, labels, *kept), label_kind, precision)
@@ -103,7 +104,7 @@ class StepGraphs:
         shape: ConvNetShape,
         tensors: tuple[Tensor, ...],
         label_kind: LabelKind,
-        precision: Precision,
+        precision: Resolved,
     ) -> tuple:
         device = tensors[0].device
         if device.type != "cuda":

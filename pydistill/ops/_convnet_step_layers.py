@@ -20,24 +20,22 @@ effect), and its derivatives are exactly zero, as in exact arithmetic.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from pydistill.ops._precision import Resolved, named, rounded, rounds_convolutions, switching
 from pydistill.ops.instance_norm_relu_avg_pool import FORMS
 from pydistill.reference.convnet_shape import ConvNetShape
 
 LabelKind = Literal["hard", "logits", "probs"]
-Precision = Literal["fp32", "tf32", "bf16"]
+
+_CUDA = torch.device("cuda")
 
 # without the operators' autograd, vmap and tracing around them
 _block, _block_backward, _block_jvp, _block_backward_jvp = (form.raw for form in FORMS)
-
-
-_switching = threading.RLock()  # torch's switches are the process's
 
 
 def _switched(function: Callable) -> Callable:
@@ -45,24 +43,17 @@ def _switched(function: Callable) -> Callable:
     and with convolutions that give equal bits in every run."""
 
     @functools.wraps(function)
-    def run(*args, precision: Precision = "fp32", **options):
+    def run(shape: ConvNetShape, theta: Tensor, *args, precision: Resolved = "ieee", **options):
+        precision = cast(Resolved, named(precision, theta.dtype))
         cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
-        rounding = "tf32" if precision == "tf32" else "ieee"
-        switches = [
-            *((cudnn.conv, "fp32_precision", rounding), (torch.backends.cuda.matmul, "fp32_precision", rounding)),
-            *((cudnn, "deterministic", True), (cudnn, "benchmark", False)),  # timing would choose another algorithm
-        ]
-        with _switching:
-            before = [getattr(switch, name) for switch, name, _ in switches]
-            autocast = torch.is_autocast_enabled("cuda")
+        with switching, rounded(precision, _CUDA):
+            before, autocast = (cudnn.deterministic, cudnn.benchmark), torch.is_autocast_enabled("cuda")
             try:
                 torch.set_autocast_enabled("cuda", False)
-                for switch, name, value in switches:
-                    setattr(switch, name, value)
-                return function(*args, precision=precision, **options)
+                cudnn.deterministic, cudnn.benchmark = True, False  # timing would choose another algorithm
+                return function(shape, theta, *args, precision=precision, **options)
             finally:
-                for (switch, name, _), value in zip(switches, before, strict=True):
-                    setattr(switch, name, value)
+                cudnn.deterministic, cudnn.benchmark = before
                 torch.set_autocast_enabled("cuda", autocast)
 
     return run
@@ -70,7 +61,7 @@ def _switched(function: Callable) -> Callable:
 
 @_switched
 @torch.no_grad()
-def logits(shape: ConvNetShape, theta: Tensor, images: Tensor, *, precision: Precision = "fp32") -> Tensor:
+def logits(shape: ConvNetShape, theta: Tensor, images: Tensor, *, precision: Resolved = "ieee") -> Tensor:
     """``[E, N, classes]`` at theta ``[E, P]`` for images ``[N, C, H, W]`` or ``[E, N, C, H, W]``."""
     net = _Net(shape, theta, images, precision)
     return net.classify(net.forward()[-1])
@@ -85,7 +76,7 @@ def gradient(
     labels: Tensor,
     *,
     label_kind: LabelKind = "hard",
-    precision: Precision = "fp32",
+    precision: Resolved = "ieee",
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
     """The mean cross entropy of each student and its gradient.
@@ -100,9 +91,9 @@ def gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype, regardless of torch's TF32 switches. "tf32": a GPU that supports
-            it rounds the factors of convolutions and of the classifier to TF32. "bf16": convolutions read and write
-            bfloat16 and accumulate in float32; statistics, parameters, classifier and loss are float32.
+        precision: "ieee": everything in theta's dtype. "tf32": a GPU that supports it rounds the factors of
+            convolutions and of the classifier to TF32; "tf32-conv", "tf32-matmul": of these alone. "bf16": convolutions
+            read and write bfloat16 and accumulate in float32; statistics, parameters, classifier and loss are float32.
         keep: also return what `tangent` would otherwise compute again, `kept_bytes` in total.
 
     Returns:
@@ -138,7 +129,7 @@ def tangent(
     labels: Tensor,
     *kept: Tensor,
     label_kind: LabelKind = "hard",
-    precision: Precision = "fp32",
+    precision: Resolved = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The derivatives of <g, direction>, with g the gradient of the loss: a step of a trajectory's adjoint.
 
@@ -203,7 +194,7 @@ def tangent(
 
 
 def kept_bytes(
-    shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
+    shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Resolved = "ieee"
 ) -> int:
     """What `gradient` keeps."""
     values = sum(
@@ -228,11 +219,9 @@ class _Parameters:
 class _Net(_Parameters):
     """The students at theta, and their layers."""
 
-    def __init__(self, shape: ConvNetShape, theta: Tensor, images: Tensor, precision: Precision):
-        if precision not in ("fp32", "tf32", "bf16"):
-            raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
-        if theta.dtype not in (torch.float32, torch.float64) or (precision != "fp32" and theta.dtype != torch.float32):
-            raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
+    def __init__(self, shape: ConvNetShape, theta: Tensor, images: Tensor, precision: Resolved):
+        if theta.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"theta: expected float32 or float64, got {theta.dtype}")
         if images.dtype != theta.dtype or images.device != theta.device:
             wanted, got = (f"{t.dtype} on {t.device}" for t in (theta, images))
             raise TypeError(f"images: expected {wanted} as theta, got {got}")
@@ -242,7 +231,7 @@ class _Net(_Parameters):
             raise ValueError(f"images: expected [{len(theta)}, N, {sizes}] or [N, {sizes}], got {list(images.shape)}")
         self.dtype = torch.bfloat16 if precision == "bf16" else theta.dtype
         # tensor cores read channels last: given another layout, cuDNN transposes on the way in and out
-        self.layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
+        self.layout = torch.channels_last if rounds_convolutions(precision) else torch.contiguous_format
         super().__init__(shape, theta, self.dtype, self.layout)
         self.shape = shape
         self.students = len(theta)

@@ -24,7 +24,8 @@ from pydistill import reference
 from pydistill.ops import _convnet_step_layers as layers
 from pydistill.ops._convnet_step_checks import BACKENDS, KINDS, check_statistics, check_step, mask_of, refuse_cuda
 from pydistill.ops._convnet_step_graph import StepGraphs
-from pydistill.ops._convnet_step_layers import LabelKind, Precision
+from pydistill.ops._convnet_step_layers import LabelKind
+from pydistill.ops._precision import Precision, Resolved, rounded
 from pydistill.ops.attention_map import Axis
 from pydistill.reference.convnet_shape import Activation, ConvNetShape, Norm, Pool
 
@@ -84,7 +85,7 @@ def convnet_logits(
     theta: Tensor,
     images: Tensor,
     *,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     running: Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str = "auto",
@@ -97,14 +98,15 @@ def convnet_logits(
     Returns:
         ``[E, N, classes]``, dtype of theta.
     """
-    chosen = check_step(shape, theta, images, precision, backend)
+    chosen, to = check_step(shape, theta, images, precision, backend)
     check_statistics(shape, theta, running, None)
     if chosen == "reference":
-        return reference.convnet_logits(shape, theta, images, running)
+        with rounded(to, theta.device):
+            return reference.convnet_logits(shape, theta, images, running)
     if chosen == "cuda":
-        return layers.logits(shape, theta, images, precision=precision)
-    memory = _memory(workspace, shape, "logits", theta, images, precision)
-    numbers = (shape.eps, shape.slope, precision == "bf16")
+        return layers.logits(shape, theta, images, precision=to)
+    memory = _memory(workspace, shape, "logits", theta, images, to)
+    numbers = (shape.eps, shape.slope, to == "bf16")
     return _OPS.convnet_step_logits(theta.contiguous(), images.contiguous(), _sizes(shape), running, *numbers, memory)
 
 
@@ -115,7 +117,7 @@ def convnet_gradient(
     labels: Tensor,
     *,
     label_kind: LabelKind = "hard",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     running: Tensor | None = None,
     statistics: Tensor | None = None,
     workspace: Workspace | None = None,
@@ -140,10 +142,13 @@ def convnet_gradient(
         labels: int64 ``[N]`` or ``[E, N]`` for "hard"; floating ``[N, K]`` or ``[E, N, K]`` for "logits" (a softmax is
             taken) and "probs".
         label_kind: what ``labels`` holds.
-        precision: "fp32": everything in theta's dtype, regardless of torch's TF32 switches. "tf32" (theta float32,
-            CUDA): factors of convolutions and of the classifier are rounded to TF32. "bf16" (theta float32): the
+        precision: "ieee" (formerly "fp32"): everything in theta's dtype, whatever torch's switches say. "tf32" (theta
+            float32, CUDA): factors of convolutions and of the classifier are rounded to TF32; "tf32-conv",
+            "tf32-matmul": those of convolutions, or of the classifier, alone. "bf16" (theta float32): the
             convolutions' factors are rounded to bfloat16, except in the pass that decides which ReLUs are open,
-            and in the first layer's outputs; sums, statistics, parameters, classifier and loss are float32.
+            and in the first layer's outputs; sums, statistics, parameters, classifier and loss are float32. "auto": on
+            CUDA that of these which torch's switches now ask for (``torch.backends.cudnn.conv.fp32_precision`` and
+            ``cuda.matmul``'s, or their older ``allow_tf32``): "tf32-conv" unless they were changed; else "ieee".
         running: ``[2, sum of widths]``, or with E in front, dtype of theta: the means and variances side by side,
             for the norm "running" only. Constants.
         statistics: ``[E, 2, sum of widths]``, dtype of theta: receives the means and biased variances of the batch that
@@ -161,18 +166,19 @@ def convnet_gradient(
         NotImplementedError: the backend cannot run here.
         RuntimeError: an argument requires a gradient, and grad mode is on.
     """
-    chosen = check_step(shape, theta, images, precision, backend, labels, label_kind, tape)
+    chosen, to = check_step(shape, theta, images, precision, backend, labels, label_kind, tape)
     check_statistics(shape, theta, running, statistics)
     if chosen == "reference":
-        return reference.convnet_gradient(shape, theta, images, labels, label_kind, running, statistics)
+        with rounded(to, theta.device):
+            return reference.convnet_gradient(shape, theta, images, labels, label_kind, running, statistics)
     if chosen == "cuda":
         run = workspace.graphs.gradient if workspace else layers.gradient
         keep = tape is not None
-        loss, grad, *kept = run(shape, theta, images, labels, label_kind=label_kind, precision=precision, keep=keep)
+        loss, grad, *kept = run(shape, theta, images, labels, label_kind=label_kind, precision=to, keep=keep)
         if isinstance(tape, list):
             tape[:] = kept
         return loss, grad
-    memory = _memory(workspace, shape, "gradient", theta, images, precision)
+    memory = _memory(workspace, shape, "gradient", theta, images, to)
     return _OPS.convnet_step_gradient(
         theta.contiguous(),
         images.contiguous(),
@@ -183,7 +189,7 @@ def convnet_gradient(
         shape.eps,
         shape.slope,
         KINDS.index(label_kind),
-        precision == "bf16",
+        to == "bf16",
         memory,
         tape,
     )
@@ -197,7 +203,7 @@ def convnet_tangent(
     labels: Tensor,
     *,
     label_kind: LabelKind = "hard",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     curvature: bool = True,
     scale: Tensor | None = None,
     running: Tensor | None = None,
@@ -224,7 +230,7 @@ def convnet_tangent(
         images_grad: ``[E, N, C, H, W]``, per student even if the images are shared.
         labels_grad: ``[E, N, K]``, None for hard labels.
     """
-    chosen = check_step(shape, theta, images, precision, backend, labels, label_kind, tape)
+    chosen, to = check_step(shape, theta, images, precision, backend, labels, label_kind, tape)
     if direction.shape != theta.shape or direction.dtype != theta.dtype or direction.device != theta.device:
         wanted, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (theta, direction))
         raise ValueError(f"direction: expected {wanted} as theta, got {got}")
@@ -232,7 +238,7 @@ def convnet_tangent(
         raise ValueError(f"scale: expected {theta.dtype} [{len(theta)}], got {scale.dtype} {list(scale.shape)}")
     check_statistics(shape, theta, running, None)
     if chosen == "cpu":
-        memory = _memory(workspace, shape, "tangent", theta, images, precision)
+        memory = _memory(workspace, shape, "tangent", theta, images, to)
         slope, grad, images_grad, labels_grad = _OPS.convnet_step_tangent(
             theta.contiguous(),
             direction.contiguous(),
@@ -243,7 +249,7 @@ def convnet_tangent(
             shape.eps,
             shape.slope,
             KINDS.index(label_kind),
-            precision == "bf16",
+            to == "bf16",
             curvature,
             theta.new_ones(len(theta)) if scale is None else scale.contiguous(),
             memory,
@@ -251,11 +257,12 @@ def convnet_tangent(
         )
         return slope, grad if curvature else None, images_grad, None if label_kind == "hard" else labels_grad
     if chosen == "reference":
-        found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind, running)
+        with rounded(to, theta.device):
+            found = reference.convnet_tangent(shape, theta, direction, images, labels, label_kind, running)
     else:
         run = workspace.graphs.tangent if workspace else layers.tangent
         batch = (images, labels, *(tape or ()))
-        found = run(shape, theta, direction, *batch, label_kind=label_kind, precision=precision)
+        found = run(shape, theta, direction, *batch, label_kind=label_kind, precision=to)
     slope, grad, images_grad, labels_grad = found
     if scale is not None:
         grad, images_grad = grad * scale[:, None], images_grad * scale.view(-1, 1, 1, 1, 1)
@@ -271,7 +278,7 @@ def convnet_features(
     p: float = 4.0,
     attended: Sequence[int] = (),
     axis: Axis = "spatial",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     running: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
@@ -296,15 +303,16 @@ def convnet_features(
         spatial maps ``[E, N, sum of H_l W_l]``, channel maps ``[E, N, sum of C_l]`` (each without elements if not asked
         for) and embedding ``[E, N, F]``; dtype of theta.
     """
-    chosen = check_step(shape, theta, images, precision, backend, tape=tape)
+    chosen, to = check_step(shape, theta, images, precision, backend, tape=tape)
     mask = mask_of(shape, p, attended, axis)
     check_statistics(shape, theta, running, None)
     if chosen == "reference":
-        return reference.convnet_features(shape, theta, images, p, attended, axis, running)
+        with rounded(to, theta.device):
+            return reference.convnet_features(shape, theta, images, p, attended, axis, running)
     refuse_cuda(chosen)
     kept: Form = "features" if tape is None else "features_backward"  # what a backward pass needs is kept, too
-    memory = _memory(workspace, shape, kept, theta, images, precision)
-    options = (running, shape.eps, shape.slope, precision == "bf16", p, mask)
+    memory = _memory(workspace, shape, kept, theta, images, to)
+    options = (running, shape.eps, shape.slope, to == "bf16", p, mask)
     wanted = (axis != "channel", axis != "spatial")
     return _OPS.convnet_step_features(
         theta.contiguous(), images.contiguous(), _sizes(shape), *options, *wanted, memory, tape
@@ -321,7 +329,7 @@ def convnet_features_backward(
     *,
     p: float = 4.0,
     attended: Sequence[int] = (),
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     running: Tensor | None = None,
     workspace: Workspace | None = None,
     tape: Tensor | None = None,
@@ -340,7 +348,7 @@ def convnet_features_backward(
     Returns:
         ``[E, N, C, H, W]``, per student even if the images are shared.
     """
-    chosen = check_step(shape, theta, images, precision, backend, tape=tape)
+    chosen, to = check_step(shape, theta, images, precision, backend, tape=tape)
     check_statistics(shape, theta, running, None)
     mask = mask_of(shape, p, attended, "both")
     grads = (spatial_grad, channel_grad, embedding_grad)
@@ -352,21 +360,21 @@ def convnet_features_backward(
             raise ValueError(f"{name}: expected {theta.dtype} {list(expected)}, got {grad.dtype} {list(grad.shape)}")
     if chosen == "reference":
         own = images.expand(len(theta), *images.shape[-4:]).detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), rounded(to, theta.device):
             outputs = reference.convnet_features(shape, theta.detach(), own, p, attended, "both", running)
             total = sum((out * grad).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None)
             return torch.autograd.grad(total + 0 * own.sum(), own)[0]
     refuse_cuda(chosen)
-    memory = _memory(workspace, shape, "features_backward", theta, images, precision)
+    memory = _memory(workspace, shape, "features_backward", theta, images, to)
     return _OPS.convnet_step_features_backward(
         *(None if grad is None else grad.contiguous() for grad in grads),
         *(theta.contiguous(), images.contiguous(), _sizes(shape)),
-        *(running, shape.eps, shape.slope, precision == "bf16", p, mask, memory, tape),
+        *(running, shape.eps, shape.slope, to == "bf16", p, mask, memory, tape),
     )
 
 
 def workspace_bytes(
-    shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
+    shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Resolved = "ieee"
 ) -> int:
     """The working memory of a step on the CPU, the threads' own included."""
     shared, _, own = _bytes(shape, form, students, images, dtype, precision)
@@ -374,7 +382,7 @@ def workspace_bytes(
 
 
 def tape_bytes(
-    shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Precision = "fp32"
+    shape: ConvNetShape, students: int, images: int, dtype: torch.dtype, precision: Resolved = "ieee"
 ) -> int:
     """The size of the tape of one step on the CPU, rounded up so that another may follow it."""
     size = _bytes(shape, "gradient", students, images, dtype, precision)[1] * students * images
@@ -383,7 +391,7 @@ def tape_bytes(
 
 @lru_cache(maxsize=64)
 def _bytes(
-    shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Precision
+    shape: ConvNetShape, form: Form, students: int, images: int, dtype: torch.dtype, precision: Resolved
 ) -> tuple[int, ...]:
     """Bytes for all threads together, for the tape of an image, for each thread."""
     double, half = dtype == torch.float64, precision == "bf16"
@@ -391,7 +399,7 @@ def _bytes(
 
 
 def _memory(
-    workspace: Workspace | None, shape: ConvNetShape, form: Form, theta: Tensor, images: Tensor, precision: Precision
+    workspace: Workspace | None, shape: ConvNetShape, form: Form, theta: Tensor, images: Tensor, precision: Resolved
 ) -> Tensor:
     size = _bytes(shape, form, len(theta), images.shape[-4], theta.dtype, precision)[0]
     return (workspace or Workspace()).at_least(size)

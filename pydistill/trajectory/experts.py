@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill._atomic import PathLike
+from pydistill.ops._precision import resolved
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.recognition import trains_at_once
@@ -86,7 +87,8 @@ def train_experts(
         on_epoch: called for each epoch of each expert, before it is stored: ``expert``, ``epoch`` (1-based),
             ``loss`` and ``accuracy`` (on the batches as they were trained on).
         options: further options of `pydistill.train_students`, such as weight_decay, sharpness, smoothing, engine and
-            precision; recorded, so they must be what JSON can hold, or dataclasses of such.
+            precision; recorded, so they must be what JSON can hold, or dataclasses of such. The precision "auto" is
+            decided when a store is begun, and stays.
 
     Returns:
         The store, ``[E, epochs + 1, P]``, complete and open for reading: snapshot 0 is the initialisation, parameters
@@ -106,6 +108,7 @@ def train_experts(
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected torch.int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
     factors = schedule_factors(schedule, epochs)
+    options = _with_precision(options, images, None if overwrite or not Path(path).exists() else path)
     nets = [seeded_net(make_net, seed, Stream.EXPERT, expert, device=images.device) for expert in range(num_experts)]
     header = {
         "experts": num_experts,
@@ -122,6 +125,7 @@ def train_experts(
             **{name: _plain(name, value) for name, value in options.items()},
         },
     }
+    options = {"precision": "ieee", **options}
     start = torch.stack([FlatModule(net).parameters().cpu() for net in nets])
 
     # a throwaway step: what train_students refuses is refused before a file is made or overwritten
@@ -181,6 +185,20 @@ def train_experts(
                         on_epoch({"expert": expert, "epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
                 _append(store, group, epoch + 1, theta, velocity)
     return ExpertStore(path)
+
+
+def _with_precision(options: dict[str, Any], images: Tensor, continued: PathLike | None) -> dict[str, Any]:
+    """The options, with the precision "auto" decided; left out where it is "ieee", which no store names."""
+    if options.get("precision", "auto") != "auto":
+        return options
+    if continued is None:
+        now = resolved("auto", images.device)
+        kept = None if now == "ieee" else now
+    else:
+        with ExpertStore(continued) as store:
+            kept = store.options.get("precision")
+    rest = {name: value for name, value in options.items() if name != "precision"}
+    return rest if kept is None else rest | {"precision": kept}
 
 
 def _groups(completed: list[int], at_once: int) -> Iterator[range]:

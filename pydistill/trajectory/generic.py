@@ -8,19 +8,38 @@ a budget allows, keep their graphs for the reverse sweep, which then need not ru
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pydistill.ops._precision import Resolved, rounded
 from pydistill.ops.conv2d import conv2d
-from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes, of_student
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_Students = TypeVar("_Students", bound="GenericStudents")
+
+
+def _rounding(
+    method: Callable[Concatenate[_Students, Tensor, _Arguments], _Result],
+) -> Callable[Concatenate[_Students, Tensor, _Arguments], _Result]:
+    """``method`` of students and theta, with torch's switches as their precision says."""
+
+    @functools.wraps(method)
+    def run(self: _Students, theta: Tensor, *args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        with rounded(self.precision, theta.device):
+            return method(self, theta, *args, **options)
+
+    return run
 
 
 class _Graph(NamedTuple):
@@ -38,7 +57,7 @@ class GenericStudents:
     AUTO = 256 << 20  # bytes of graphs that memory="auto" allows
 
     def __init__(
-        self, flat: FlatModule, label_kind: LabelKind, output: int | None, largest_label: int, precision: Precision
+        self, flat: FlatModule, label_kind: LabelKind, output: int | None, largest_label: int, precision: Resolved
     ):
         self.flat, self.label_kind, self.output = flat, label_kind, output
         self.largest_label, self.precision = largest_label, precision
@@ -58,6 +77,7 @@ class GenericStudents:
             raise ValueError(f"memory: expected {wanted}, got {memory}; store_every keeps fewer parameters")
         self._steps, self._first_kept, self._moving = steps, None, (images, labels)
 
+    @_rounding
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """[E, B, K], with the module in the mode it is in."""
         rows = images if images.dim() == 5 else [images] * len(theta)
@@ -103,6 +123,7 @@ class GenericStudents:
         check_classes(self.label_kind, self.largest_label, y, logits.shape[1])
         return F.cross_entropy(logits, y.softmax(-1) if self.label_kind == "logits" else y)
 
+    @_rounding
     def gradient(
         self,
         theta: Tensor,
@@ -151,6 +172,7 @@ class GenericStudents:
             grad, unused = flat_gradient(loss, named, create_graph=True)
         return _Graph(row, x, y, grad), loss.detach(), unused, logits.detach()
 
+    @_rounding
     def penalty_gradient(self, theta: Tensor, images: Tensor, buffers: dict[str, Tensor] | None) -> Tensor:
         """[E, P]: gradient of mean((||d sum(logits) / d images||_2 over channels - 1)^2); images [E, B, C, H, W]."""
         found: list[Tensor] = []
@@ -165,6 +187,7 @@ class GenericStudents:
                 )
         return torch.stack(found)
 
+    @_rounding
     def adjoint(
         self,
         theta: Tensor,

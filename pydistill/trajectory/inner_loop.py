@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pydistill._devices import to_device
 from pydistill.augment import DiffAugment, MultiCrop
-from pydistill.ops.convnet_step import LabelKind, Precision
+from pydistill.ops._precision import Precision, check_switches
+from pydistill.ops.convnet_step import LabelKind
 from pydistill.trajectory.arguments import check_batches, check_generators, check_training_set
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
@@ -114,6 +115,10 @@ class InnerLoop:
         self.students = choose_students(
             engine, self.flat, images, label_kind, output, largest_label, precision, blocked, image
         )
+        if mode == "full":
+            check_switches(
+                self.students.precision, images.device, images.dtype, "which mode='full' follows, being plain autograd"
+            )
         if memory != "auto" and (mode == "full" or isinstance(self.students, CompiledStudents)):
             how = "mode='full' keeps" if mode == "full" else "the compiled engine has none to choose: it keeps"
             what = "every step" if mode == "full" else "parameters alone"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from pydistill.ops._convnet_step_layers import kept_bytes
+from pydistill.ops._precision import Precision, Resolved, check_switches, resolved
 from pydistill.ops.attention_map import Axis
 from pydistill.ops.convnet_step import (
     ConvNetShape,
     LabelKind,
-    Precision,
     Workspace,
     convnet_features,
     convnet_features_backward,
@@ -57,7 +57,7 @@ class ConvNetStudents:
         shape: ConvNetShape,
         label_kind: LabelKind,
         largest_label: int,
-        precision: Precision,
+        precision: Resolved,
         statistics: KeptStatistics | None,
     ):
         self.shape, self.label_kind, self.precision = shape, label_kind, precision
@@ -271,18 +271,13 @@ def choose_students(
     image: Sequence[int] | None = None,
 ) -> GenericStudents | ConvNetStudents:
     """The engine that runs ``flat``'s module on batches like ``images``; ``blocked``: a reason against the ConvNet's;
-    ``image``: (C, H, W) where an augmentation changes their size.
+    ``image``: (C, H, W) where an augmentation changes their size. What the precision "auto" is, is decided here.
 
     Raises ``ValueError`` with the reason where ``engine="student"`` is not possible.
     """
     if engine not in ("auto", "student", "compiled", "generic"):
         raise ValueError(f"engine: expected 'auto', 'student', 'compiled' or 'generic', got {engine!r}")
-    if precision not in ("fp32", "tf32", "bf16"):
-        raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
-    if precision != "fp32" and images.dtype != torch.float32:
-        raise TypeError(f"precision: expected float32 images and theta0 for {precision!r}, got {images.dtype}")
-    if precision == "tf32" and images.device.type != "cuda":
-        raise ValueError(f"precision: expected 'fp32' or 'bf16' on {images.device.type}, got 'tf32'")
+    to = resolved(precision, images.device, images.dtype)
     if engine in ("auto", "student"):
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"
@@ -292,16 +287,15 @@ def choose_students(
             shape = recognised(flat, tuple(image or images.shape[-3:]), images.dtype, images.device, output)
             _log.debug("student engine: %s", shape)
             kept = KeptStatistics(flat.net) if shape.norm in ("batch", "running") else None
-            return ConvNetStudents(shape, label_kind, largest_label, precision, kept)
+            return ConvNetStudents(shape, label_kind, largest_label, to, kept)
         except Unrecognised as reason:
             if engine == "student":
                 raise ValueError(f"engine: expected a net that the student engine can run, but {reason}") from None
             _log.debug("generic engine: %s; engine='compiled' compiles its steps, which 'auto' never does", reason)
-    if precision == "tf32":
-        raise ValueError("precision: 'tf32' is the student engine's; others do as torch.backends says")
     element = None if output == "any" else output
     if engine == "compiled":
         if blocked is not None:
             raise ValueError(f"engine: expected another than 'compiled' here: {blocked}")
-        return CompiledStudents(flat, label_kind, element, largest_label, precision)
-    return GenericStudents(flat, label_kind, element, largest_label, precision)
+        check_switches(to, images.device, images.dtype, "which the compiled engine follows")
+        return CompiledStudents(flat, label_kind, element, largest_label, to)
+    return GenericStudents(flat, label_kind, element, largest_label, to)

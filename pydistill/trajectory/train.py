@@ -99,7 +99,7 @@ def train_students(
     check_finite: bool = True,
     output: int | None = None,
     engine: Engine = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
@@ -158,7 +158,7 @@ def train_students(
         output: which element to take where ``net`` returns a tuple.
         engine: "student", "compiled", "generic" or "auto", as in `pydistill.unroll`; only "generic" has the gradient
             penalty. An epoch's last, smaller batch has its own compiled graph.
-        precision: "fp32", "tf32" or "bf16", as in `pydistill.unroll`.
+        precision: as in `pydistill.unroll`.
         on_step: called after each step, and after each `EVAL_BATCH` images of eval_data, once for every student that
             took it; an exception from it ends the training.
         on_epoch: called after each epoch with a dict: ``students`` (the range that trained: all, or one on the generic

@@ -122,7 +122,7 @@ def unroll(
     store_every: int = 1,
     check_finite: bool | None = None,
     engine: Engine = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     memory: Literal["auto"] | int = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Train a student for ``steps`` steps of SGD or Adam from theta0; the result is differentiable.
@@ -195,12 +195,16 @@ def unroll(
             compiles it, minutes for a ResNet-18, and compares it with autograd. "auto": "student" where it can run,
             else "generic": it never compiles unasked. The logger "pydistill" says at debug level which it was, and
             why.
-        precision: "bf16": convolutions with factors rounded to bfloat16 (the generic engine: under autocast), and kept
-            activations; sums, statistics, parameters and updates stay in float32. "tf32": the student engine on CUDA,
-            with factors rounded to TF32. "fp32": the dtype of theta0 throughout (the generic engine: as
-            ``torch.backends`` allows TF32).
+        precision: "ieee" (formerly "fp32"): the dtype of theta0 throughout. "tf32", on CUDA: factors of convolutions
+            and matrix products are rounded to TF32; "tf32-conv" or "tf32-matmul": of these alone. "bf16": convolutions
+            with factors rounded to bfloat16 (the generic engine: under autocast), and kept activations; sums,
+            statistics, parameters and updates stay in float32. "auto": on CUDA what torch's switches ask for when
+            the call is made (``torch.backends.cudnn.conv.fp32_precision`` and ``cuda.matmul``'s, or their older
+            ``allow_tf32``), as in the loop above: "tf32-conv" unless they were changed. On the CPU the same as "ieee".
+            The backward pass has the forward's. Plain autograd (mode "full") and the compiled engine follow the
+            switches, and on CUDA refuse what they do not say.
         memory: bytes that the student or the generic engine may work in. With room, some steps are kept for the
-            backward pass, which otherwise recomputes them, up to a fifth slower: the same bits in "fp32", while "bf16"
+            backward pass, which otherwise recomputes them, up to a fifth slower: the same bits but for "bf16", which
             keeps the student engine's activations in bfloat16 on the CPU. "auto": 256 MiB of kept steps, beyond the
             stored parameters and one step's working memory; the student engine leaves up to as much of each allocated
             for the next unroll. On CUDA the student engine counts stored parameters and kept steps alone, "auto" is a

@@ -45,10 +45,6 @@ class DM(ClassPairs):
     augment: str = field(default=PHOTOGRAPHS, kw_only=True)
     """Differentiable siamese augmentation of a class's real and synthetic images alike: operations joined by _."""
 
-    def check_precision(self, dataset: Dataset, net: nn.Module) -> None:
-        if self.precision == "tf32":
-            raise ValueError("precision: expected 'fp32' or 'bf16' for features, got 'tf32'")
-
     def step(self, state: State, dataset: Dataset, net: nn.Module, experts: Any) -> dict[str, Any]:
         images = state["images"].detach().requires_grad_()
         classes = self.own_classes(dataset)

@@ -110,8 +110,8 @@ class FedLGD(Config):
         for field, known in (("split", ("dirichlet", "class")), ("regulariser", ("supcon", "mmd"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
-        if self.precision != "fp32":
-            raise ValueError(f"precision: expected 'fp32', in which all models train, got {self.precision!r}")
+        if self.precision == "bf16":
+            raise ValueError("precision: expected a float32 one, in which all models train, got 'bf16'")
         if not self.alpha > 0 or not self.temperature > 0:
             raise ValueError(f"alpha, temperature: expected positive numbers, got {self.alpha}, {self.temperature}")
 
