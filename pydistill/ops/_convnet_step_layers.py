@@ -210,10 +210,18 @@ class _Parameters:
     def __init__(self, shape: ConvNetShape, theta: Tensor, dtype: torch.dtype, layout: torch.memory_format):
         views = shape.slices(theta.contiguous())
         *blocks, self.classifier, self.classifier_bias = views  # [E, classes, F], [E, classes]
-        # [E * K, C, 3, 3]; for one student without a copy
-        self.weights = [w.flatten(0, 1).to(dtype, memory_format=layout) for w in blocks[0::4]]
+        # [E * K, C, 3, 3]; for one student, contiguous, without a copy
+        self.weights = [_laid_out(w.flatten(0, 1), dtype, layout) for w in blocks[0::4]]
         self.scales = [g.flatten() for g in blocks[2::4]]  # [E * K]
         self.shifts = [t.flatten() for t in blocks[3::4]]
+
+
+def _laid_out(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """By its strides, from which torch concludes the layout of a convolution's output. With one channel, a tensor
+    counts as channels-last whatever they are, and `Tensor.contiguous` leaves them."""
+    if layout == torch.contiguous_format:
+        return tensor.to(dtype).contiguous()
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device, memory_format=layout).copy_(tensor)
 
 
 class _Net(_Parameters):
@@ -238,7 +246,7 @@ class _Net(_Parameters):
         self.options = (shape.eps, True, True)  # of the block: ReLU and pool
         self.shared = images.dim() == 4
         x = images if self.shared else images.transpose(0, 1).flatten(1, 2)
-        self.images = x.to(self.dtype).contiguous(memory_format=self.layout)  # [N, C, H, W] or [N, E * C, H, W]
+        self.images = _laid_out(x, self.dtype, self.layout)  # [N, C, H, W] or [N, E * C, H, W]
         self.kept: tuple[Tensor, ...] = ()  # each block's convolution's output, then each block's output
 
     def forward(self, kept: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor], Tensor]:

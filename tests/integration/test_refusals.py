@@ -64,14 +64,18 @@ def test_a_device_that_is_not_here_in_python(tmp_path):
 @pytest.mark.parametrize("words", [d for d in DISTILLING if not d.endswith(("hello", "krr_st", "unip"))])
 def test_a_precision_that_is_not_here(capsys, tmp_path, words):
     error = complaint(capsys, *words.split(), f"--out={tmp_path / 'out'}", "--precision=tf32", "--device=cpu")
-    assert "precision: expected 'fp32'" in error
+    assert "precision: expected 'ieee' or 'bf16' on cpu, got 'tf32'" in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "option", "message"),
     [
-        ("distill fedlgd", "--precision=bf16", "precision: expected 'fp32', in which all models train, got 'bf16'"),
+        (
+            "distill fedlgd",
+            "--precision=bf16",
+            "precision: expected a float32 one, in which all models train, got",
+        ),
         ("squeeze", "--weights-key=ema", "--weights-key: expected with --weights only, got 'ema'"),
         *((f"recover --method {m}", "--crop=0", "crop: expected a share above 0 and at most 1") for m in DECOUPLED),
         ("recover", "--jitter=16385", "jitter: expected at most 16384 pixels, got 16385"),

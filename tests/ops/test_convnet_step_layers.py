@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydistill.nn import ConvNet
 from pydistill.ops import _convnet_step_layers as layers
@@ -166,16 +167,47 @@ def test_bfloat16_points_the_same_way(sensible):
         assert relative(value, truth[name]) < 0.15, name
 
 
-def test_bfloat16_convolutions_run_in_bfloat16_channels_last(sensible):
-    problem, *_ = sensible
-    net = layers._Net(problem.shape, problem.theta, problem.images, "bf16")
-    inputs, planes, features = net.forward()
-    assert all(t.dtype == torch.bfloat16 for t in (*inputs, *planes, *net.weights))
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (*inputs, *planes))
-    assert all(t.dtype == torch.float32 for t in (features, *net.scales, net.classifier))
+class Layouts(TorchDispatchMode):
+    """Dtypes, sizes and strides of what convolutions are given, and what they and the blocks give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        convolution = function in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+        if convolution or "instance_norm_relu_avg_pool" in str(function):
+            for tensor in (*(args if convolution else ()), *(out if isinstance(out, tuple) else (out,))):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
+                    self.seen.append((str(function), tensor.dtype, tensor.shape, tensor.stride()))
+        return out
 
 
-@pytest.mark.parametrize(("precision", "wanted"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
+@pytest.mark.parametrize("students", [1, 2])
+@pytest.mark.parametrize("net", ["depth 3", "one channel"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32-matmul", "tf32", "tf32-conv", "bf16"])
+def test_convolutions_on_tensor_cores_run_channels_last(precision, net, students):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    last = precision not in ("ieee", "tf32-matmul")
+    problem = Problem(NETS[net], students=students, shared=True, label_kind="logits", dtype=torch.float32)
+    with Layouts() as found:
+        problem.engine(precision)
+    assert len(found.seen) > 40
+    for name, type_of, (_, C, H, W), strides in found.seen:
+        assert type_of == dtype, name
+        wanted = (C * H * W, 1, W * C, C) if last else (C * H * W, H * W, W, 1)
+        print(name, (C,H,W), strides, wanted)
+        assert strides == wanted or C == 1, (name, (C, H, W))
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted"),
+    [
+        *(("ieee", ("ieee", "ieee")), ("fp32", ("ieee", "ieee")), ("bf16", ("ieee", "ieee"))),
+        *(("tf32", ("tf32", "tf32")), ("tf32-conv", ("tf32", "ieee")), ("tf32-matmul", ("ieee", "tf32"))),
+    ],
+)
 def test_precision_sets_the_switches_for_the_time_of_a_step(sensible, monkeypatch, precision, wanted):
     problem, *_ = sensible
     cudnn, seen, convolve = torch.backends.cudnn, [], layers._Net.convolve
@@ -197,7 +229,7 @@ def test_precision_sets_the_switches_for_the_time_of_a_step(sensible, monkeypatc
         assert switches() == before
     finally:
         torch.set_autocast_enabled("cuda", False)
-    assert set(seen) == {(wanted, wanted, True, False, False)}
+    assert set(seen) == {(*wanted, True, False, False)}
 
 
 def test_no_autograd_graph_is_made():
@@ -274,7 +306,7 @@ def test_labels_of_each_student_on_shared_images():
         (TypeError, "labels", {"label_kind": "probs"}),
         (ValueError, "label_kind", {"label_kind": "soft"}),
         (ValueError, "precision", {"precision": "fp16"}),
-        (TypeError, "theta", {"precision": "bf16"}),
+        (TypeError, "precision", {"precision": "bf16"}),
     ],
 )
 def test_what_does_not_fit_is_named(error, name, changes):

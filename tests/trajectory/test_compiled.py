@@ -180,7 +180,7 @@ def test_no_convolution_more_than_it_takes(graphs):
     """Eight of a layer's size in the adjoint: its gradient's own two, and twice two for the tangents. The images do not
     move, so the first layer has six fewer."""
     net = Net().double()
-    students, theta = CompiledStudents(FlatModule(net), "hard", None, 3, "fp32"), FlatModule(net).parameters()[None]
+    students, theta = CompiledStudents(FlatModule(net), "hard", None, 3, "ieee"), FlatModule(net).parameters()[None]
     batch = Batch(torch.randn(9, 3, 16, 16, dtype=torch.float64), torch.arange(9) % 4, False)
     students.gradient(theta, batch, None, None)
     wanted = {"curvature": True, "images": True, "labels": False}

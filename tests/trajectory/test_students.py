@@ -258,7 +258,7 @@ def test_memory_is_spent_from_the_end():
     from pydistill.trajectory.students import ConvNetStudents
 
     shape = ConvNetShape(3, 10, 10, (6, 6), 1, 4)
-    runner = ConvNetStudents(shape, "hard", 3, "fp32", None)
+    runner = ConvNetStudents(shape, "hard", 3, "ieee", None)
     theta = torch.zeros(2, shape.numel)
     size = tape_bytes(shape, 2, 5, torch.float32)
     with pytest.raises(ValueError, match=r"memory: expected at least (\d+) bytes for this unroll, got 0") as error:
@@ -311,7 +311,7 @@ BAD = [
     ({"lr": lambda _: torch.ones(3)}, r"lr: expected one element or \[2\], got shape \[3\]"),
     ({"batches": lambda _: [torch.zeros(3, 2, dtype=torch.int64)]}, r"batches\[0\]: expected a row for each of 2"),
     ({"engine": lambda _: "fast"}, "engine: expected 'auto', 'student', 'compiled' or 'generic', got 'fast'"),
-    ({"precision": lambda _: "fp8"}, "precision: expected 'fp32', 'tf32' or 'bf16', got 'fp8'"),
+    ({"precision": lambda _: "fp8"}, "precision: expected 'auto', 'ieee', .* or 'tf32-matmul', got 'fp8'"),
     ({"memory": lambda _: -1}, "memory: expected 'auto' or a number of bytes, got -1"),
     ({"memory": lambda _: 1 << 30, "mode": lambda _: "full"}, "memory: expected 'auto', mode='full' keeps every step"),
 ]
@@ -331,8 +331,20 @@ def test_bad_input(change, message):
 
 def test_tf32_is_of_gpus():
     net, theta0, _, images, labels, lr = students(1, dtype=torch.float32)
-    with pytest.raises(ValueError, match="precision: expected 'fp32' or 'bf16' on cpu, got 'tf32'"):
-        pydistill.unroll(net, theta0, images, labels, lr, steps=1, label_kind="logits", precision="tf32")
+    for name in ("tf32", "tf32-conv", "tf32-matmul"):
+        with pytest.raises(ValueError, match=f"precision: expected 'ieee' or 'bf16' on cpu, got '{name}'"):
+            pydistill.unroll(net, theta0, images, labels, lr, steps=1, label_kind="logits", precision=name)
+
+
+@pytest.mark.parametrize("engine", ["student", "generic"])
+def test_on_the_cpu_all_names_of_float32_are_the_same(engine):
+    given = students(1, dtype=torch.float32)
+    auto, *others = (
+        gradients(*given, steps=2, label_kind="logits", engine=engine, **options)
+        for options in ({}, {"precision": "auto"}, {"precision": "ieee"}, {"precision": "fp32"})
+    )
+    for found in others:
+        assert all(map(torch.equal, auto, found))
 
 
 def test_bf16_of_float64_is_refused():
@@ -363,7 +375,7 @@ def test_graphs_that_are_kept_change_no_bit(options):
 
 def test_graphs_are_kept_from_the_end():
     net, theta, _, images, labels, _ = students(1)
-    runner = GenericStudents(FlatModule(net), "logits", None, 3, "fp32")
+    runner = GenericStudents(FlatModule(net), "logits", None, 3, "ieee")
     batch = Batch(images, labels, False)
 
     def run(memory):
