@@ -197,7 +197,6 @@ def test_convolutions_on_tensor_cores_run_channels_last(precision, net, students
     for name, type_of, (_, C, H, W), strides in found.seen:
         assert type_of == dtype, name
         wanted = (C * H * W, 1, W * C, C) if last else (C * H * W, H * W, W, 1)
-        print(name, (C,H,W), strides, wanted)
         assert strides == wanted or C == 1, (name, (C, H, W))
 
 

@@ -89,6 +89,7 @@ CALLS: dict[str, tuple[Callable[[], list[Tensor]], int]] = {  # with the capture
     "unroll, ragged, several": (lambda: Unrolled(students=2, batch_size=4).all(), 4),
     "unroll, augmented": (lambda: Unrolled(augment=DiffAugment("color_crop_flip")).all(), 2),
     "unroll, bf16": (lambda: Unrolled(precision="bf16").all(), 2),
+    "unroll, tf32": (lambda: Unrolled(precision="tf32").all(), 2),
     "unroll, recomputed": (lambda: Unrolled(store_every=2).all(), 3),
     "unroll, nothing kept": (lambda: Unrolled(memory=1 << 12).all(), 2),
     "train_students": (trained, 2),

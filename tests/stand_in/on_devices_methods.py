@@ -30,9 +30,12 @@ from pydistill.methods import (
     distill,
     run,
 )
+from pydistill.methods.runs import Interrupted
+from pydistill.trajectory import release_graphs
 from tests.bars import make_net
 from tests.matrices import sample
 from tests.methods.test_methods import CONFIGS as DISTILLING
+from tests.stand_in.precisions import CONV, MATMUL, Precisions, switched_to
 
 CONFIGS = {name: replace(config, iterations=2) for name, config in DISTILLING.items()}
 CONFIGS["fedlgd"] = FedLGD(
@@ -150,6 +153,22 @@ def test_the_decoupled_steps(device: str, tmp_path: Path) -> None:
         assert len(steps(each, tmp_path / each)["accuracy"]) == 1
     for folder in ("teacher", "sre2l", "cda", "dwa", "infer"):
         assert_same_files(tmp_path / device / folder, tmp_path / "cpu" / folder)
+
+
+@pytest.mark.parametrize("name", ["mtt", "dm"])
+def test_a_run_keeps_the_precision_that_it_began_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, inputs = RUNS[name]
+    given = {"out": tmp_path, "device": "cuda", **inputs}
+    stops = iter([False] * 8)
+    with switched_to(*CONV), pytest.raises(Interrupted):
+        run(METHODS[name](**method), stop=lambda: next(stops, True), **given)
+    release_graphs()
+    with switched_to(*MATMUL), Precisions(monkeypatch) as found:
+        run(METHODS[name](**method), resume=True, **given)
+    assert found.seen == {CONV}
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["precision"] == "tf32-conv"
+    with pytest.raises(ValueError, match=r"precision: expected tf32-conv as the run in .* has, got ieee"):
+        run(METHODS[name](**method, precision="ieee"), resume=True, **given)
 
 
 def command(*arguments: Any) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydistill
 from pydistill.augment import DiffAugment
+from pydistill.matching import class_gradients, features
 from pydistill.nn import ConvNet
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._convnet_step_layers import kept_bytes
@@ -24,6 +24,7 @@ from pydistill.seeding import seeded_net
 from pydistill.trajectory import GSAM, Adam, convnet_shape, release_graphs, train_students
 from pydistill.trajectory.experts import train_experts
 from tests.matrices import sample
+from tests.stand_in.precisions import CONV, IEEE, MATMUL, TF32, Precisions, switched_to
 
 DEVICES = ("cuda:0", "cuda:1")
 CLASSES, SIDE, IMAGES = 3, 8, 6
@@ -138,29 +139,97 @@ def test_graphs_of_a_side_stream(device: str) -> None:
     assert_equal(got, unrolled("cpu", convnet, 1, "unroll", {}), device)
 
 
-class Precisions(TorchDispatchMode):
-    """What convolutions are asked to round their factors to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.convolution.default:
-            self.seen.add(torch.backends.cudnn.conv.fp32_precision)
-        return function(*args, **(kwargs or {}))
+ASKED = [  # what is asked for, torch's switches, and what is computed
+    *((options, switches, switches) for options in ({}, {"precision": "auto"}) for switches in (TF32, CONV, MATMUL)),
+    *(({"precision": name}, TF32, IEEE) for name in ("ieee", "fp32", "bf16")),
+    *(({"precision": name}, IEEE, wanted) for name, wanted in (("tf32", TF32), ("tf32-conv", CONV))),
+    ({"precision": "tf32-matmul"}, CONV, MATMUL),
+]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="convolutions are set to IEEE's rounding")
-def test_unasked_the_precision_is_what_torch_is_set_to() -> None:
-    convolutions: Any = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "tf32"
-    try:
-        with Precisions() as found:
-            unrolled("cuda:0", wider, 1, "unroll", {})
-    finally:
-        convolutions.fp32_precision = before
-    assert found.seen == {"tf32"}
+@pytest.mark.parametrize("engine", ["student", "generic"])
+@pytest.mark.parametrize(("options", "switches", "wanted"), ASKED)
+def test_the_precision_is_that_of_the_call_in_the_backward_pass_too(
+    options: dict[str, Any],
+    switches: tuple[str, str],
+    wanted: tuple[str, str],
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release_graphs()
+    module = convnet().cuda()
+    theta0 = 0.3 * drawn(sum(p.numel() for p in module.parameters())).cuda()
+    images, labels = drawn(IMAGES, 2, SIDE, SIDE).cuda().requires_grad_(), torch.arange(IMAGES, device="cuda") % CLASSES
+    with Precisions(monkeypatch) as found:
+        with switched_to(*switches):
+            kept = {} if engine == "generic" else {"store_every": 2}  # with steps that are run again
+            theta = pydistill.unroll(module, theta0, images, labels, 0.1, steps=3, engine=engine, **kept, **options)
+        forward, found.seen = found.seen, set()
+        with switched_to(*(TF32 if wanted == IEEE else IEEE)):
+            torch.autograd.grad(theta.square().sum(), images)
+    assert forward == found.seen == {wanted}
+
+
+@pytest.mark.parametrize("engine", ["student", "generic"])
+def test_the_precision_of_other_calls_is_what_torch_is_set_to(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = convnet().cuda()
+    theta = 0.3 * drawn(sum(p.numel() for p in module.parameters())).cuda().requires_grad_()
+    batch = drawn(IMAGES, 2, SIDE, SIDE).cuda(), torch.arange(IMAGES, device="cuda") % CLASSES
+    with Precisions(monkeypatch) as found:
+        with switched_to(*MATMUL):
+            train_students(module, theta.detach()[None], *batch, epochs=1, lr=0.1, engine=engine)
+            rows = class_gradients(module, theta, *batch, engine=engine)
+        with switched_to(*(IEEE if engine == "student" else MATMUL)):
+            torch.autograd.grad(rows.square().sum(), theta)
+    assert found.seen == {MATMUL}
+
+
+def test_plain_autograd_has_no_precision_of_its_own() -> None:
+    module = convnet().cuda()
+    theta = 0.3 * drawn(sum(p.numel() for p in module.parameters())).cuda()
+    images, labels = drawn(IMAGES, 2, SIDE, SIDE).cuda(), torch.arange(IMAGES, device="cuda") % CLASSES
+    calls = {
+        "mode='full'": lambda **o: pydistill.unroll(module, theta, images, labels, 0.1, steps=1, mode="full", **o),
+        "the compiled engine": lambda **o: pydistill.unroll(
+            module, theta, images, labels, 0.1, steps=1, engine="compiled", **o
+        ),
+        "gradients by autograd": lambda **o: class_gradients(module, theta, images, labels, engine="generic", **o),
+        "features by autograd": lambda **o: features(module, theta, images, **o),
+    }
+    with switched_to(*CONV):
+        for name, call in calls.items():
+            if name != "the compiled engine":  # takes long
+                for precision in ("auto", "tf32-conv", "bf16"):
+                    call(precision=precision)
+            for precision in ("ieee", "tf32"):
+                with pytest.raises(
+                    ValueError, match=f"^precision: expected 'tf32-conv', .* which {name} follow.*, got"
+                ):
+                    call(precision=precision)
+
+
+def test_precisions_of_devices_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with switched_to(*TF32), Precisions(monkeypatch) as found:
+        unrolled("cuda:0", wider, 1, "unroll", {})
+    assert found.seen == {IEEE}
+
+
+def test_experts_go_on_in_the_precision_that_they_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = drawn(IMAGES, 2, SIDE, SIDE).cuda(), torch.arange(IMAGES, device="cuda") % CLASSES
+    options = {"num_experts": 1, "epochs": 2, "batch_size": 4, "engine": "generic"}
+    path = tmp_path / "experts.store"
+
+    def stop(record: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with switched_to(*CONV), pytest.raises(KeyboardInterrupt):
+        train_experts(convnet, *batch, path, on_epoch=stop, **options)
+    with switched_to(*TF32), Precisions(monkeypatch) as found, train_experts(convnet, *batch, path, **options) as store:
+        assert store.options["precision"] == "tf32-conv"
+    assert found.seen == {CONV}
+    with switched_to(*IEEE), train_experts(convnet, *batch, path, overwrite=True, **options) as store:
+        assert "precision" not in store.options
 
 
 @pytest.mark.parametrize("engine", ["student", "generic"])
@@ -194,7 +263,9 @@ STORED = 3 * 4 * sum(p.numel() for p in convnet().parameters())
 TAPE = kept_bytes(convnet_shape(convnet(), (2, SIDE, SIDE)), 1, 4, torch.float32)
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"store_every": 2}, {"mode": "first_order"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"precision": "tf32"}, {"precision": "bf16"}, {"store_every": 2}, {"mode": "first_order"}], ids=str
+)
 def test_memory_changes_no_bit(options: dict[str, Any]) -> None:
     amounts = ("auto", STORED, STORED + TAPE, STORED + 2 * TAPE, 1 << 24)
     found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory, **options}) for memory in amounts]
