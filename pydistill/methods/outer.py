@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safete
 from pydistill.ops._precision import resolved, rounded
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import seeded_generator, torch_seeded
-from pydistill.trajectory import FlatModule, Trajectories
+from pydistill.trajectory import FlatModule, KeptSteps, Trajectories
 
 if TYPE_CHECKING:
     from pydistill.methods.config import Config
@@ -38,6 +38,7 @@ class State:
     tensors: dict[str, Tensor]  # "images" [N, C, H, W], "labels" and whatever else the method moves
     label_kind: LabelKind = "hard"
     iteration: int = 0
+    kept: KeptSteps = field(default_factory=KeptSteps)  # of its students' inner steps
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -47,7 +48,7 @@ class State:
 
     def save(self, path: str | os.PathLike[str], config: Config) -> None:
         """Writes a safetensors file, atomically, with the configuration in its metadata."""
-        more = {"label_kind": self.label_kind, "iteration": self.iteration}
+        more = {"label_kind": self.label_kind, "iteration": self.iteration, **self.kept_steps()}
         write_safetensors(path, self.tensors, f"{config.name}_state", asdict(config), **more)
 
     @classmethod
@@ -59,7 +60,12 @@ class State:
                 raise ValueError(f"{path}: expected a run with {name}={value!r}, got {saved!r}")
         if "images" not in tensors or "labels" not in tensors or not isinstance(header.get("iteration"), int):
             raise ValueError(f"{path}: expected the whole state of a run; images, labels or iteration missing")
-        return cls({name: t.to(device) for name, t in tensors.items()}, header["label_kind"], header["iteration"])
+        kept = KeptSteps(header.get("kept_steps"))
+        return cls({name: t.to(device) for name, t in tensors.items()}, header["label_kind"], header["iteration"], kept)
+
+    def kept_steps(self) -> dict[str, int]:
+        """For the state's file and the metrics; empty as long as it is not decided."""
+        return {} if self.kept.number is None else {"kept_steps": self.kept.number}
 
     def descend(self, name: str, grad: Tensor, lr: float, momentum: float) -> None:
         """A step of SGD with momentum on a tensor; its velocity is kept in the state."""

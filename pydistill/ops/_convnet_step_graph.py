@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ _WARM_UP = 3
 
 # what the process keeps beyond the calls that use it
 MOST = 64  # graphs
-KEPT = 1 << 30  # bytes of their inputs and results
+KEPT = 0.25  # of a device's memory, for their inputs and pools
 
 _recent: OrderedDict[tuple, _Captured] = OrderedDict()  # the least recently used one first
 _lanes: WeakValueDictionary[tuple[torch.device, int], _Lane] = WeakValueDictionary()
@@ -39,9 +39,10 @@ def release_graphs() -> None:
 
     `pydistill.unroll`, `pydistill.trajectory_match`, `pydistill.trajectory.train_students` and
     `pydistill.matching.class_gradients` capture a step once for each signature: net, shapes, dtypes, device and stream,
-    kind of labels, precision. The process keeps the 64 used last, less where their inputs and results take more than
-    1 GiB; what a step needs in between is shared by all graphs of a stream. Calls that are under way, or wait for their
-    backward pass, keep their own. The memory goes back to torch; ``torch.cuda.empty_cache()`` hands it to the device.
+    kind of labels, precision. The process keeps the 64 used last, less where these take more than a quarter of the
+    device's memory: their inputs, and what torch has reserved for their results and for all that a step needs in
+    between, which the graphs of a stream share. Calls that are under way, or wait for their backward pass, keep their
+    own, however large. The memory goes back to torch; ``torch.cuda.empty_cache()`` hands it to the device.
     """
     with _registry:
         dropped = list(_recent.values())
@@ -120,9 +121,15 @@ class StepGraphs:
                 step = self._steps.get(key)
                 if step is None:
                     options = {"label_kind": label_kind, "precision": precision}
-                    step = _kept(key, lambda: lane.capture(lambda *given: function(shape, *given, **options), tensors))
+                    mine = set(self._steps.values())
+                    run = partial(_called, function, shape, options)
+                    step = _kept(key, mine, lambda: lane.capture(run, tensors, mine))
                     self._steps[key] = step
                 return step(tensors)
+
+
+def _called(function: Callable[..., tuple], shape: ConvNetShape, options: dict[str, Any], *tensors: Tensor) -> tuple:
+    return function(shape, *tensors, **options)
 
 
 class _Lane:
@@ -134,19 +141,29 @@ class _Lane:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None  # to capture on: its device's, unlike torch's default one
-        self._captured: WeakSet[_Captured] = WeakSet()
+        self._pool: ReferenceType[_Pool] | None = None  # lives as long as one of its graphs
 
-    def capture(self, function: Callable[..., tuple], tensors: tuple[Tensor, ...]) -> _Captured:
-        """On the current device."""
+    def capture(self, function: Callable[..., tuple], tensors: tuple[Tensor, ...], mine: set[_Captured]) -> _Captured:
+        """On the current device. ``mine``: the graphs that the call already has."""
         if self._stream is None:
             self._stream = torch.cuda.Stream()
-        other = next(iter(self._captured), None)  # a pool ends with its last graph
-        pool = torch.cuda.graph_pool_handle() if other is None else other.pool
+        pool = None if self._pool is None else self._pool()
+        # one that is too large comes to an end when it gets no further graphs
+        if pool is None or (pool.nbytes > _bound(tensors[0].device) and all(step.pool is not pool for step in mine)):
+            pool = _Pool()
+            self._pool = ref(pool)
         with _capturing:
             step = _Captured(function, tensors, pool, self._stream)
         step.lane = self
-        self._captured.add(step)
         return step
+
+
+class _Pool:
+    """Memory that graphs of one lane share, for what they compute. torch gets it back with the last of them."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.nbytes = 0
 
 
 class _Captured:
@@ -155,7 +172,7 @@ class _Captured:
     lane: _Lane  # lives as long as one of its graphs
 
     def __init__(
-        self, function: Callable[..., tuple], tensors: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream
+        self, function: Callable[..., tuple], tensors: tuple[Tensor, ...], pool: _Pool, stream: torch.cuda.Stream
     ):
         self.pool = pool
         # outside the pool: other graphs' intermediate results must not overlap an input
@@ -168,9 +185,12 @@ class _Captured:
         current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # other threads may go on: with the default mode, memory that they ask for would end the capture
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
             # kept alive, so that no later graph of the pool reuses their memory
             self.outputs = function(*self.inputs)
+            # what other threads reserve meanwhile counts, too
+            pool.nbytes += max(0, torch.cuda.memory_reserved() - before)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> tuple:
         torch._foreach_copy_(self.inputs, tensors)  # few launches
@@ -181,9 +201,16 @@ class _Captured:
         )
         return results
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.inputs, *self.outputs) if t is not None)
+
+def _bound(device: torch.device) -> float:
+    return KEPT * torch.cuda.get_device_properties(device).total_memory
+
+
+def _nbytes(device: torch.device) -> int:
+    """Of the inputs and pools of the graphs that the process keeps."""
+    steps = [step for step in _recent.values() if step.inputs[0].device == device]
+    pools = {step.pool for step in steps}
+    return sum(t.nbytes for step in steps for t in step.inputs) + sum(pool.nbytes for pool in pools)
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
@@ -192,18 +219,28 @@ def _layout(tensor: Tensor) -> torch.memory_format:
     return torch.preserve_format if channels_last else torch.contiguous_format
 
 
-def _kept(key: tuple, capture: Callable[[], _Captured]) -> _Captured:
-    """The process's graph of this signature; the lane's lock is held."""
+def _kept(key: tuple, mine: set[_Captured], capture: Callable[[], _Captured]) -> _Captured:
+    """The process's graph of this signature, with the lane's lock held; ``mine``: those that the call already has."""
     with _registry:
         step = _recent.get(key)
         if step is not None:
             _recent.move_to_end(key)
             return step
+        _drop(mine)  # now: a pool of which no graph is left takes no further ones
     step = capture()
-    dropped = []
     with _registry:
         _recent[key] = step
-        # a step and its tangent, however large, for the next call needs both
-        while len(_recent) > MOST or (len(_recent) > 2 and sum(each.nbytes for each in _recent.values()) > KEPT):
-            dropped.append(_recent.popitem(last=False))
+        _drop({step, *mine})
     return step
+
+
+def _drop(mine: set[_Captured]) -> None:
+    """Drop those used longest ago, where they are too many or take too much; what is in ``mine`` takes it anyway."""
+    while len(_recent) > MOST:
+        _recent.popitem(last=False)
+    for device in {step.inputs[0].device for step in _recent.values()}:
+        for key, step in list(_recent.items()):
+            if _nbytes(device) <= _bound(device):
+                break
+            if step.inputs[0].device == device and step not in mine:
+                del _recent[key]

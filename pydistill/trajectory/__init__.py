@@ -4,6 +4,7 @@ from pydistill.ops._convnet_step_graph import release_graphs
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.inner_loop import NonFiniteError
 from pydistill.trajectory.match import trajectory_match
+from pydistill.trajectory.memory import KeptSteps
 from pydistill.trajectory.optimizers import Adam
 from pydistill.trajectory.recognition import convnet_shape
 from pydistill.trajectory.smooth import GSAM, Smoothing
@@ -18,6 +19,7 @@ __all__ = [
     "DivergedError",
     "ExpertStore",
     "FlatModule",
+    "KeptSteps",
     "NonFiniteError",
     "Smoothing",
     "TrainResult",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from pydistill.ops.conv2d import conv2d
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.ops.instance_norm_relu_avg_pool import instance_norm_relu_avg_pool
 from pydistill.trajectory.flat import FlatModule
+from pydistill.trajectory.memory import KeptSteps, Memory, room_for_steps
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes, of_student
 
 _Arguments = ParamSpec("_Arguments")
@@ -54,28 +55,40 @@ class _Graph(NamedTuple):
 class GenericStudents:
     """Any module, by autograd, one student after the other."""
 
-    AUTO = 256 << 20  # bytes of graphs that memory="auto" allows
-
     def __init__(
         self, flat: FlatModule, label_kind: LabelKind, output: int | None, largest_label: int, precision: Resolved
     ):
         self.flat, self.label_kind, self.output = flat, label_kind, output
         self.largest_label, self.precision = largest_label, precision
         self.graphs: dict[int, list[_Graph]] = {}
-        self._room, self._steps = 0, 0
+        self._room, self._steps, self._first = 0, 0, 0
+        self._kept = KeptSteps()
         self._first_kept: int | None = 0  # None: not known yet
         self._moving = (False, False)
 
-    def plan(self, memory: Literal["auto"] | int, steps: int, stored: int, *, images: bool, labels: bool) -> None:
-        """Steps, the last first, keep their graphs within ``memory``; ``stored``: bytes of parameters the unroll keeps.
+    def plan(
+        self,
+        memory: Memory,
+        steps: int,
+        stored: int,
+        device: torch.device,
+        first: int = 0,
+        *,
+        images: bool,
+        labels: bool,
+    ) -> None:
+        """Steps from ``first`` on, the last first, keep their graphs within ``memory``; ``stored``: bytes of parameters
+        the unroll keeps.
 
         The size of a graph is known after the first step. ``images``, ``labels``: whether to differentiate in these.
         """
-        self._room = self.AUTO if memory == "auto" else memory - stored
-        if self._room < 0:
-            wanted = f"at least {stored} bytes for this unroll"
-            raise ValueError(f"memory: expected {wanted}, got {memory}; store_every keeps fewer parameters")
-        self._steps, self._first_kept, self._moving = steps, None, (images, labels)
+        self._kept = memory if isinstance(memory, KeptSteps) else KeptSteps()
+        self._steps, self._first, self._moving = steps, first, (images, labels)
+        if self._kept.number is None:
+            self._room = room_for_steps(memory, device, stored, "; store_every keeps fewer parameters")
+            self._first_kept = None
+        else:
+            self._first_kept = max(first, steps - self._kept.number)
 
     @_rounding
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
@@ -142,7 +155,9 @@ class GenericStudents:
                 with _saved_bytes(measured) as saved:
                     graph, loss, unused, logits = self._graph(row, x, y, buffers, *self._moving)
                 if self._first_kept is None:
-                    self._first_kept = max(0, self._steps - self._room // max(1, len(theta) * saved()))
+                    number = min(self._room // max(1, len(theta) * saved()), self._steps - self._first)
+                    self._kept.number = number
+                    self._first_kept = self._steps - number
                 if keep >= self._first_kept:
                     graphs.append(graph)
                 found.append((loss, graph.grad.detach(), unused, logits))

@@ -18,6 +18,7 @@ from pydistill.trajectory.arguments import check_batches, check_generators, chec
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents, flat_gradient
+from pydistill.trajectory.memory import KeptSteps, Memory
 from pydistill.trajectory.optimizers import SGD, Adam, State
 from pydistill.trajectory.step import Adjoint, Batch, of_student
 from pydistill.trajectory.students import ConvNetStudents, Engine, choose_students
@@ -73,7 +74,7 @@ class InnerLoop:
         check_finite: bool | None,
         engine: Engine,
         precision: Precision,
-        memory: Literal["auto"] | int,
+        memory: Memory,
         mode: str,
     ):
         self.flat = FlatModule(net)
@@ -104,8 +105,9 @@ class InnerLoop:
             raise ValueError(f"warmup: expected at least 0 and fewer than {steps} steps, got {warmup}")
         if augment is not None and not callable(augment):
             raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
-        if memory != "auto" and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
-            raise ValueError(f"memory: expected 'auto' or a number of bytes, got {memory!r}")
+        told = memory != "auto" and not isinstance(memory, KeptSteps)
+        if told and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
+            raise ValueError(f"memory: expected 'auto', a number of bytes or KeptSteps, got {memory!r}")
         self.repeated = batches is not None  # whether a batch may take an image twice
         self.steps = self._draw(steps, batch_size, batches, images)
         self.first: Batch | None = None  # step 0's, where it had to be augmented ahead
@@ -119,7 +121,7 @@ class InnerLoop:
             check_switches(
                 self.students.precision, images.device, images.dtype, "which mode='full' follows, being plain autograd"
             )
-        if memory != "auto" and (mode == "full" or isinstance(self.students, CompiledStudents)):
+        if told and (mode == "full" or isinstance(self.students, CompiledStudents)):
             how = "mode='full' keeps" if mode == "full" else "the compiled engine has none to choose: it keeps"
             what = "every step" if mode == "full" else "parameters alone"
             raise ValueError(f"memory: expected 'auto', {how} {what}, got {memory}")

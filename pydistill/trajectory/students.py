@@ -34,6 +34,7 @@ from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents
 from pydistill.trajectory.kept_statistics import KeptStatistics
+from pydistill.trajectory.memory import AUTO, KeptSteps, Memory, room_for_steps
 from pydistill.trajectory.recognition import Output, Unrecognised, recognised
 from pydistill.trajectory.step import Adjoint, Batch, Descent, check_classes
 
@@ -47,8 +48,6 @@ class ConvNetStudents:
 
     The last steps, as many as a budget allows, keep their tapes, so that the reverse sweep need not run them again.
     """
-
-    AUTO = 256 << 20  # bytes of tapes that memory="auto" allows
 
     _idle: ClassVar[list[Tensor]] = []  # at most one: the tapes' memory that one unroll leaves to the next
 
@@ -70,20 +69,20 @@ class ConvNetStudents:
         self._memory: Tensor | None = None  # of the tapes
 
     def plan(
-        self, memory: Literal["auto"] | int, steps: int, students: int, images: int, theta: Tensor, stored: int
+        self, memory: Memory, steps: int, students: int, images: int, theta: Tensor, stored: int, first: int = 0
     ) -> None:
-        """Decide which steps keep their tape within ``memory``; ``stored``: bytes of parameters the unroll keeps."""
+        """Decide which steps, from ``first`` on, keep their tape within ``memory``; ``stored``: bytes of parameters the
+        unroll keeps."""
         size = self._tape_bytes(theta, images)
         least = stored
         if theta.device.type == "cpu":
             least += workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
-        if memory == "auto":
-            room = self.AUTO if theta.device.type == "cpu" else _free(theta.device) // 4
-        else:
-            room = memory - least
-            if room < 0:
-                raise ValueError(f"memory: expected at least {least} bytes for this unroll, got {memory}")
-        self._first_kept = max(0, steps - room // size)  # the reverse sweep starts at the end
+        number = memory.number if isinstance(memory, KeptSteps) else None
+        if number is None:
+            number = min(room_for_steps(memory, theta.device, least) // size, steps - first)
+            if isinstance(memory, KeptSteps):
+                memory.number = number
+        self._first_kept = max(first, steps - number)  # the reverse sweep starts at the end
         self._tapes_bytes, self._memory = (steps - self._first_kept) * size, None
 
     def _tape_bytes(self, theta: Tensor, images: int) -> int:
@@ -212,7 +211,7 @@ class ConvNetStudents:
             if len(block) < self._tapes_bytes:
                 block = torch.empty(self._tapes_bytes, dtype=torch.uint8, device="cpu")
             self._memory = block
-            if len(block) <= self.AUTO:
+            if len(block) <= AUTO:
                 weakref.finalize(self, self._hand_on, block).atexit = False
         return self._memory
 
@@ -251,12 +250,6 @@ class ConvNetStudents:
                 )
             )
         return found._replace(images=found.images if images else None, labels=found.labels if labels else None)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of a GPU's memory that are free, or held by torch without use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def choose_students(

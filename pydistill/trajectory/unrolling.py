@@ -32,6 +32,7 @@ from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import check_lr
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.inner_loop import InnerLoop, Step, largest_of
+from pydistill.trajectory.memory import Memory
 from pydistill.trajectory.optimizers import Adam, State
 from pydistill.trajectory.step import saved_tensors
 from pydistill.trajectory.students import ConvNetStudents, Engine
@@ -66,7 +67,7 @@ def unroll(
     check_finite: bool | None = ...,
     engine: Engine = ...,
     precision: Precision = ...,
-    memory: Literal["auto"] | int = ...,
+    memory: Memory = ...,
 ) -> Tensor: ...
 @overload
 def unroll(
@@ -95,7 +96,7 @@ def unroll(
     check_finite: bool | None = ...,
     engine: Engine = ...,
     precision: Precision = ...,
-    memory: Literal["auto"] | int = ...,
+    memory: Memory = ...,
 ) -> tuple[Tensor, ...]: ...
 def unroll(
     net: nn.Module,
@@ -123,7 +124,7 @@ def unroll(
     check_finite: bool | None = None,
     engine: Engine = "auto",
     precision: Precision = "auto",
-    memory: Literal["auto"] | int = "auto",
+    memory: Memory = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Train a student for ``steps`` steps of SGD or Adam from theta0; the result is differentiable.
 
@@ -205,10 +206,11 @@ def unroll(
             switches, and on CUDA refuse what they do not say.
         memory: bytes that the student or the generic engine may work in. With room, some steps are kept for the
             backward pass, which otherwise recomputes them, up to a fifth slower: the same bits but for "bf16", which
-            keeps the student engine's activations in bfloat16 on the CPU. "auto": 256 MiB of kept steps, beyond the
-            stored parameters and one step's working memory; the student engine leaves up to as much of each allocated
-            for the next unroll. On CUDA the student engine counts stored parameters and kept steps alone, "auto" is a
-            quarter of the memory that is free when the unroll begins, and no precision changes a bit.
+            keeps the student engine's activations in bfloat16 on the CPU. "auto": beyond the stored parameters and one
+            step's working memory, 256 MiB of kept steps on the CPU, on CUDA a quarter of the memory that is free when
+            the unroll begins; on the CPU the student engine leaves up to as much of each allocated for the next unroll.
+            On CUDA it counts stored parameters and kept steps alone, and no precision changes a bit. Or a
+            `pydistill.trajectory.KeptSteps`, so that several unrolls keep the same number of steps.
             The generic engine keeps its last steps' whole graphs, whose size it learns in the first step; it holds one
             step's graph in any case.
 
@@ -345,10 +347,10 @@ class _Unroll(torch.autograd.Function):
             largest = max(images.shape[-4] if step.index is None else step.index.shape[-1] for step in steps)
             largest *= getattr(loop.augment, "copies", 1)
             stored = trajectory.nbytes if trajectory is not None else 0
-            loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored)
+            loop.students.plan(loop.memory, T, len(theta0), largest, theta0, stored, loop.warmup)
         elif trajectory is not None and not isinstance(loop.students, CompiledStudents):
             needs = dict(zip(("images", "labels"), ctx.needs_input_grad[3:5], strict=True))
-            loop.students.plan(loop.memory, T, trajectory.nbytes, **needs)
+            loop.students.plan(loop.memory, T, trajectory.nbytes, theta0.device, loop.warmup, **needs)
         all_kept = trajectory is not None and options.every == 1
         magnitudes, out = [], {}
         state = State(theta0.detach(), ())

@@ -223,7 +223,7 @@ def test_the_least_recently_used_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_keeps_its_graphs_though_it_needs_more_than_the_process_keeps(
     bound: str, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, bound, 1)
+    monkeypatch.setattr(graph, bound, {"MOST": 1, "KEPT": 0}[bound])
     with counts() as c:
         Unrolled(steps=9, batch_size=4)  # 4, 2, 4, 2, ... images
     assert c.captures == 2
@@ -231,11 +231,35 @@ def test_a_call_keeps_its_graphs_though_it_needs_more_than_the_process_keeps(
 
 
 def test_a_step_and_its_tangent_are_kept_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "KEPT", 1)
+    monkeypatch.setattr(graph, "KEPT", 0)
     for captures in (2, 0):
         with counts() as c:
             Unrolled().gradients()
         assert c.captures == captures
+
+
+def test_what_graphs_reserve_is_counted() -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    shape, images = ConvNetShape(2, SIDE, SIDE, (16, 16), 1, CLASSES), drawn(64, 2, SIDE, SIDE).cuda()
+    theta, labels = drawn(1, shape.numel).cuda(), torch.arange(64, device="cuda") % CLASSES
+    loss, grad = convnet_gradient(shape, theta, images, labels, workspace=Workspace())
+    own = sum(t.nbytes for t in (theta, images, labels, loss, grad))
+    taken = torch.cuda.memory_allocated() - before - own  # here a pool is not used twice
+    assert taken > 4 * own  # most of it is neither an input nor a result
+    assert abs(graph._nbytes(theta.device) - taken) < 0.05 * taken
+
+
+@pytest.mark.parametrize("bound", [0, 1 << 40])
+def test_a_pool_that_is_too_large_ends_with_the_call_that_needs_it(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_bound", lambda device: bound)
+    Unrolled(width=16, batch_size=4).all()
+    (large,) = {step.pool for step in graph._recent.values()}
+    assert len(graph._recent) == 4  # of one call, ragged
+    Unrolled(width=3, batch_size=4).all()
+    pools = {step.pool for step in graph._recent.values()}
+    assert len(pools) == 1
+    assert (len(graph._recent), pools == {large}) == ((8, True) if bound else (4, False))
 
 
 def test_released_graphs_free_their_memory() -> None:

@@ -155,18 +155,25 @@ def test_the_decoupled_steps(device: str, tmp_path: Path) -> None:
         assert_same_files(tmp_path / device / folder, tmp_path / "cpu" / folder)
 
 
-@pytest.mark.parametrize("name", ["mtt", "dm"])
-def test_a_run_keeps_the_precision_that_it_began_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["mtt", "rat_bptt", "dm"])
+def test_a_run_keeps_what_it_decided_when_it_began(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", torch.cuda.memory_reserved)  # torch holds none
     method, inputs = RUNS[name]
-    given = {"out": tmp_path, "device": "cuda", **inputs}
-    stops = iter([False] * 8)
+    given, metrics = {"out": tmp_path, "device": "cuda", **inputs}, tmp_path / "metrics.jsonl"
+    begun = lambda: metrics.exists() and '"distill"' in metrics.read_text()  # noqa: E731
     with switched_to(*CONV), pytest.raises(Interrupted):
-        run(METHODS[name](**method), stop=lambda: next(stops, True), **given)
+        run(METHODS[name](**method), stop=begun, **given)
+    free = 1 << 40
     release_graphs()
     with switched_to(*MATMUL), Precisions(monkeypatch) as found:
         run(METHODS[name](**method), resume=True, **given)
     assert found.seen == {CONV}
     assert json.loads((tmp_path / "config.json").read_text())["config"]["precision"] == "tf32-conv"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    kept = [line.get("kept_steps") for line in lines if line["phase"] == "distill"]
+    assert kept == ([None] * 2 if name == "dm" else [0] * 2)
     with pytest.raises(ValueError, match=r"precision: expected tf32-conv as the run in .* has, got ieee"):
         run(METHODS[name](**method, precision="ieee"), resume=True, **given)
 

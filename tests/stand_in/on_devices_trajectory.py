@@ -21,7 +21,7 @@ from pydistill.nn import ConvNet
 from pydistill.ops._convnet_step_graph import StepGraphs
 from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.seeding import seeded_net
-from pydistill.trajectory import GSAM, Adam, convnet_shape, release_graphs, train_students
+from pydistill.trajectory import GSAM, Adam, KeptSteps, convnet_shape, release_graphs, train_students
 from pydistill.trajectory.experts import train_experts
 from tests.matrices import sample
 from tests.stand_in.precisions import CONV, IEEE, MATMUL, TF32, Precisions, switched_to
@@ -302,6 +302,22 @@ def test_memory_decides_how_many_steps_are_kept(
     unrolled("cuda:0", convnet, 1, "unroll", {"memory": memory})
     assert asked == given[::-1] == [False] * (3 - kept) + [True] * kept  # the last ones
     assert calls == [torch.device("cuda:0")] * (memory == "auto")
+
+
+@pytest.mark.parametrize("engine", ["student", "generic"])
+def test_how_many_steps_are_kept_is_decided_once(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, free = [], 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (free, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", torch.cuda.memory_reserved)  # torch holds none
+    none, all_steps, options = KeptSteps(), KeptSteps(), {"warmup": 1, "at": (2, 3), "engine": engine}
+    found = [unrolled("cuda:0", convnet, 1, "unroll", {"memory": none, **options})]
+    free = 1 << 28
+    found.append(unrolled("cuda:0", convnet, 1, "unroll", {"memory": none, **options}))
+    assert asked == [torch.device("cuda:0")]
+    found.append(unrolled("cuda:0", convnet, 1, "unroll", {"memory": all_steps, **options}))
+    assert (none.number, all_steps.number) == (0, 2)  # of the window
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 def test_memory_below_the_parameters_is_refused() -> None:

@@ -312,7 +312,7 @@ BAD = [
     ({"batches": lambda _: [torch.zeros(3, 2, dtype=torch.int64)]}, r"batches\[0\]: expected a row for each of 2"),
     ({"engine": lambda _: "fast"}, "engine: expected 'auto', 'student', 'compiled' or 'generic', got 'fast'"),
     ({"precision": lambda _: "fp8"}, "precision: expected 'auto', 'ieee', .* or 'tf32-matmul', got 'fp8'"),
-    ({"memory": lambda _: -1}, "memory: expected 'auto' or a number of bytes, got -1"),
+    ({"memory": lambda _: -1}, "memory: expected 'auto', a number of bytes or KeptSteps, got -1"),
     ({"memory": lambda _: 1 << 30, "mode": lambda _: "full"}, "memory: expected 'auto', mode='full' keeps every step"),
 ]
 
@@ -379,7 +379,7 @@ def test_graphs_are_kept_from_the_end():
     batch = Batch(images, labels, False)
 
     def run(memory):
-        runner.plan(memory, 8, 0, images=True, labels=True)
+        runner.plan(memory, 8, 0, theta.device, images=True, labels=True)
         runner.graphs.clear()
         for k in range(8):
             runner.gradient(theta, batch, None, k)

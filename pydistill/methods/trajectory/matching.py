@@ -186,6 +186,7 @@ class Matching(Config):
             momentum=self.student_momentum,
             mode=self.mode,
             precision=self.precision,
+            memory=state.kept,
             reduction="none",
             check_finite=True,
         )
@@ -206,4 +207,5 @@ class Matching(Config):
             state["lr"] = state["lr"].clamp_min(least)
             lr = state["lr"].item()
         record = {"loss": total / self.segments, "lr": lr, "counted": int(number), "grad_norm": norm}
-        return record | {"expert": mine[0].expert, "start_epoch": mine[0].start} | below
+        about = {"expert": mine[0].expert, "start_epoch": mine[0].start, **state.kept_steps()}
+        return record | about | below

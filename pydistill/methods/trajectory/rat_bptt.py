@@ -126,7 +126,7 @@ class RaTBPTT(Config):
         if self.learn_labels:
             state["labels"] = state["labels"].clamp_min(0)
         found, length = read(loss, norm)
-        return {"loss": found, "lr": self.lr_inner, "grad_norm": length}
+        return {"loss": found, "lr": self.lr_inner, "grad_norm": length, **state.kept_steps()}
 
     def _student_loss(
         self, number: int, state: State, wanted: dict[str, Tensor], dataset: Dataset, net: nn.Module
@@ -149,6 +149,7 @@ class RaTBPTT(Config):
             label_kind=state.label_kind,
             optimizer=Adam(),
             precision=self.precision,
+            memory=state.kept,
             check_finite=True,
         )
         real = torch.randperm(len(dataset.train_images), generator=generator, device="cpu")[: self.batch_real]
