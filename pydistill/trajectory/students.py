@@ -73,7 +73,7 @@ class ConvNetStudents:
     ) -> None:
         """Decide which steps, from ``first`` on, keep their tape within ``memory``; ``stored``: bytes of parameters the
         unroll keeps."""
-        size = self._tape_bytes(theta, images)
+        size = self._tape_bytes(students, images, theta)
         least = stored
         if theta.device.type == "cpu":
             least += workspace_bytes(self.shape, "tangent", students, images, theta.dtype, self.precision)
@@ -85,13 +85,13 @@ class ConvNetStudents:
         self._first_kept = max(first, steps - number)  # the reverse sweep starts at the end
         self._tapes_bytes, self._memory = (steps - self._first_kept) * size, None
 
-    def _tape_bytes(self, theta: Tensor, images: int) -> int:
+    def _tape_bytes(self, students: int, images: int, theta: Tensor) -> int:
         of_one = tape_bytes if theta.device.type == "cpu" else kept_bytes
-        return of_one(self.shape, len(theta), images, theta.dtype, self.precision)
+        return of_one(self.shape, students, images, theta.dtype, self.precision)
 
     def _tape(self, step: int, theta: Tensor, images: int) -> Tensor | list[Tensor] | None:
         """For one step; None where there is no room: an unknown augmentation may have made more images."""
-        size = self._tape_bytes(theta, images)
+        size = self._tape_bytes(len(theta), images, theta)
         if theta.device.type != "cpu":
             if size > self._tapes_bytes:
                 return None

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from pydistill.matching import class_gradients, gradient_match
 from pydistill.nn import ConvNet
 from pydistill.ops.convnet_step import Workspace
-from pydistill.trajectory import FlatModule
+from pydistill.trajectory import FlatModule, students
 
 
 def literal_match(real, syn, kind):
@@ -226,6 +226,17 @@ def test_what_requires_a_gradient_gets_one(images_too, theta_too):
             assert (images.grad is not None) == images_too
             assert (theta.grad is not None) == theta_too
             images.grad = theta.grad = None
+
+
+def test_the_derivative_starts_from_what_the_gradients_kept(monkeypatch):
+    tapes, tangent = [], students.convnet_tangent
+    monkeypatch.setattr(
+        students, "convnet_tangent", lambda *a, **options: tapes.append(options["tape"]) or tangent(*a, **options)
+    )
+    net = ConvNet(3, 4, width=8, depth=2, image_size=8)
+    images = torch.randn(8, 3, 8, 8, requires_grad=True)
+    class_gradients(net, FlatModule(net).parameters().detach(), images, torch.arange(8) % 4).square().sum().backward()
+    assert [tape is not None for tape in tapes] == [True]
 
 
 def test_backward_twice_and_a_workspace_that_serves_many():
