@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pydistill._devices import read
 
-__all__ = ["Batches", "OnEpoch", "half_cosine", "train"]
+__all__ = ["Batches", "OnEpoch", "half_cosine", "restore_scaler", "restored", "scaler_state", "train"]
 
 Batches = Callable[[int], Iterable[tuple[int, Callable[[], Tensor]]]]
+_SCALER = {"scale": float, "_growth_tracker": int}  # of a GradScaler's state, what changes
 OnEpoch = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
@@ -32,6 +33,7 @@ def train(
     rate: Callable[[float, int, int], float] | None = None,
     state: dict[str, Tensor] | None = None,
     state_name: str = "optimizer",
+    scaler: torch.amp.GradScaler | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> list[float]:
@@ -48,6 +50,7 @@ def train(
             default it falls along half a cosine over all steps.
         state: what ``on_epoch`` got last, to continue from there.
         state_name: name of the optimiser's numbers in the state.
+        scaler: of the losses of a network in float16, new; its numbers are part of the state.
         on_epoch: called after each epoch with ``epoch`` and mean ``loss``, and with a state; an exception ends it.
         on_step: called after each step; an exception ends it.
 
@@ -56,9 +59,11 @@ def train(
         FloatingPointError: an epoch's loss is not finite.
     """
     done = 0
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     if state is not None:
         done = int(state["epoch"])
         _restore(net, optimizer, state, state_name)
+        restore_scaler(scaler, state)
     if rate is None:
         rate = lambda lr, epoch, step: lr * half_cosine(epoch * steps + step, epochs * steps)  # noqa: E731
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -70,8 +75,9 @@ def train(
                 group["lr"] = rate(highest, epoch, step)
             optimizer.zero_grad()
             value = loss()
-            value.backward()
-            optimizer.step()
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
             values.append(value.detach())
             weights.append(weight)
             if on_step is not None:
@@ -84,7 +90,7 @@ def train(
         losses.append(total / sum(weights))
         if on_epoch is not None:
             record = {"epoch": epoch + 1, "loss": losses[-1]}
-            on_epoch(record, _state(net, optimizer, epoch + 1, state_name))
+            on_epoch(record, _state(net, optimizer, epoch + 1, state_name) | scaler_state(scaler))
     return losses
 
 
@@ -108,5 +114,29 @@ def _restore(net: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, 
             start, _, rest = full.partition(".")
             key, _, owner = rest.partition(".")
             if start == state_name and owner == name:
-                like = value.clone() if key == "step" else value.to(p, copy=True)
-                optimizer.state[p][key] = like
+                optimizer.state[p][key] = restored(optimizer, key, value, p)
+
+
+def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, p: Tensor) -> Tensor:
+    """A number of an optimiser's state of ``p`` as the optimiser itself would hold it: a copy."""
+    if key == "step":
+        return value.to(p.device if optimizer.defaults.get("fused") else "cpu", copy=True)
+    return torch.empty_like(p).copy_(value)  # in the memory format of p, which fused optimisers require
+
+
+def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """What a scaler of losses has learnt; nothing of one that does nothing."""
+    found = scaler.state_dict()
+    kept = {name: found[name] for name in _SCALER if found}
+    return {f"scaler.{name.lstrip('_')}": torch.tensor(value, device="cpu") for name, value in kept.items()}
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, state: dict[str, Tensor]) -> None:
+    """A new scaler as it was when `scaler_state` was called; ValueError if ``state`` holds none."""
+    if not scaler.is_enabled():
+        return
+    try:
+        kept = {name: kind(state[f"scaler.{name.lstrip('_')}"]) for name, kind in _SCALER.items()}
+    except KeyError as error:
+        raise ValueError(f"state: expected one of a training in float16; it lacks {error}") from error
+    scaler.load_state_dict(scaler.state_dict() | kept)

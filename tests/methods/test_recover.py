@@ -174,9 +174,12 @@ def test_dwas_steps_accumulate_as_in_the_published_code(teacher, data):
     assert torch.equal(moved(piled, batches[K]), moved(config, batches[K]))  # the next image number starts afresh
 
 
-@pytest.mark.parametrize("method", [SRe2L, CDA, DWA, INFER])
-def test_shares_and_interruptions_change_no_bit(method, teacher, data, tmp_path):
-    config = method(**SMALL)
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [(SRe2L, None), (CDA, None), (DWA, None), (INFER, None), (SRe2L, "bf16"), (DWA, "bf16"), (INFER, "bf16")],
+)
+def test_shares_and_interruptions_change_no_bit(method, precision, teacher, data, tmp_path):
+    config = method(**SMALL, precision=precision)
     whole = make(config, [teacher], tmp_path / "whole", data)
     real = real_images(config, data, [teacher]) if config.starts_real else None
     for rank in (1, 0):  # as two ranks would, and the second one in two pieces

@@ -40,10 +40,11 @@ def test_a_teacher_is_kept_and_read(teacher, data, tmp_path):
         build("vgg", 1, 2, 8, 4, 2)
 
 
-def test_squeezing_goes_on_bit_for_bit(data):
-    kept = []
-    whole = squeeze(SQUEEZE, data, on_epoch=lambda record, state: kept.append({k: v.clone() for k, v in state.items()}))
-    rest = squeeze(SQUEEZE, data, state=kept[0])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_squeezing_goes_on_bit_for_bit(precision, data):
+    kept, config = [], replace(SQUEEZE, precision=precision)
+    whole = squeeze(config, data, on_epoch=lambda record, state: kept.append({k: v.clone() for k, v in state.items()}))
+    rest = squeeze(config, data, state=kept[0])
     for (name, a), b in zip(whole.net.state_dict().items(), rest.net.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     with pytest.raises(ValueError, match="state: expected one of this network"):
@@ -158,22 +159,25 @@ def share(x, a, b):
     return float(((x - b) * d).sum() / d.square().sum().clamp_min(1e-12)) if d.abs().max() > 0 else 1.0
 
 
+@pytest.mark.parametrize("precision", [None, "bf16"])
 def test_relabelling_goes_on_where_the_store_ends_and_post_training_where_it_stopped(
-    teacher, data, distilled, tmp_path
+    precision, teacher, data, distilled, tmp_path
 ):
+    views, student = (replace(config, precision=precision) for config in (VIEWS, STUDENT))
+
     def stop(epoch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        relabel(VIEWS, distilled, [teacher], tmp_path / "cut", on_epoch=stop)
+        relabel(views, distilled, [teacher], tmp_path / "cut", on_epoch=stop)
     with pytest.raises(ValueError, match=r"cut: expected all of 3 epochs, 2 lack labels \(1, 2\)"):
-        post_train(STUDENT, distilled, VIEWS, SoftLabelStore.open(tmp_path / "cut"), num_classes=3)
-    cut = relabel(VIEWS, distilled, [teacher], tmp_path / "cut")
-    whole = relabel(VIEWS, distilled, [teacher], tmp_path / "whole")
+        post_train(student, distilled, views, SoftLabelStore.open(tmp_path / "cut"), num_classes=3)
+    cut = relabel(views, distilled, [teacher], tmp_path / "cut")
+    whole = relabel(views, distilled, [teacher], tmp_path / "whole")
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
     assert [cut.batches(epoch) for epoch in range(3)] == [whole.batches(epoch) for epoch in range(3)]
     for rank in (1, 0):
-        relabel(VIEWS, distilled, [teacher], tmp_path / f"rank{rank}", rank=rank, world=2)
+        relabel(views, distilled, [teacher], tmp_path / f"rank{rank}", rank=rank, world=2)
     SoftLabelStore.merge([tmp_path / "rank0", tmp_path / "rank1"], tmp_path / "merged")
     assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
 
@@ -181,11 +185,11 @@ def test_relabelling_goes_on_where_the_store_ends_and_post_training_where_it_sto
         kept = []
         options = {"num_classes": data.num_classes}
         once = post_train(
-            *(STUDENT, distilled, VIEWS, store),
+            *(student, distilled, views, store),
             on_epoch=lambda record, state, kept=kept: kept.append({k: v.clone() for k, v in state.items()}),
             **options,
         )
-        again = post_train(STUDENT, distilled, VIEWS, store, state=kept[1], **options)
+        again = post_train(student, distilled, views, store, state=kept[1], **options)
         for a, b in zip(once.state_dict().values(), again.state_dict().values(), strict=True):
             assert torch.equal(a, b)
 

@@ -25,6 +25,7 @@ from pydistill.labels import SoftLabelStore
 from pydistill.methods.decoupled.relabel import Relabel, check_store, replayed, told, views_of
 from pydistill.methods.decoupled.squeeze import NetworkName, Teacher, build, load_images
 from pydistill.methods.method import Inputs, Job, Method, OptionError, check_numbers
+from pydistill.methods.precision import Precision, check_precision, rounded
 from pydistill.methods.training import OnEpoch, train
 from pydistill.seeding import Stream, seeded_net
 
@@ -72,6 +73,8 @@ class PostTrain(Method):
     """Weight decay of AdamW."""
     seed: int = 0
     """Seed of the initial parameters."""
+    precision: Precision | None = None
+    """What students are trained in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32},
@@ -84,6 +87,7 @@ class PostTrain(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, width=1, depth=1, lr=0.0, weight_decay=0, seed=0)
+        check_precision(self.precision)
 
 
 def new_student(
@@ -137,32 +141,37 @@ def post_train(
     net = new_student(config, distilled, views, store, num_classes=num_classes, device=device)
     images = distilled.images.to(device)
     count, side = images.shape[0], images.shape[2]
-    optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=config.weight_decay)
     crops = views.crops(side)
 
-    def soft(epoch: int) -> Iterator[tuple[int, Any]]:
-        assert store is not None
-        for index in store.batches(epoch):
-            labels = store.read(epoch, index).to(device)
-            x = crops(images, replayed(labels))
-            yield 1, lambda x=x, labels=labels: labels.loss(net(x))
+    with rounded(config.precision, images.device) as rounding:
+        net = rounding.laid_out(net).train()
+        optimizer = torch.optim.AdamW(
+            net.parameters(), config.lr, weight_decay=config.weight_decay, fused=rounding.fused
+        )
 
-    def hard(epoch: int) -> Iterator[tuple[int, Any]]:
-        for _, record in views.views(images.shape, epoch):
-            target = to_device(mix_labels(distilled.labels, record, side, num_classes=num_classes), device)
-            x = crops(images, record)
-            yield 1, lambda x=x, target=target: F.cross_entropy(net(x), target)
+        def soft(epoch: int) -> Iterator[tuple[int, Any]]:
+            assert store is not None
+            for index in store.batches(epoch):
+                labels = store.read(epoch, index).to(device)
+                x = crops(images, replayed(labels))
+                yield 1, lambda x=x, labels=labels: labels.loss(rounding(net, x))
 
-    net.train()
-    train(
-        net,
-        optimizer,
-        hard if store is None else soft,
-        epochs=views.epochs,
-        steps=-(-count // views.batch_size),
-        state=state,
-        on_epoch=on_epoch,
-    )
+        def hard(epoch: int) -> Iterator[tuple[int, Any]]:
+            for _, record in views.views(images.shape, epoch):
+                target = to_device(mix_labels(distilled.labels, record, side, num_classes=num_classes), device)
+                x = crops(images, record)
+                yield 1, lambda x=x, target=target: F.cross_entropy(rounding(net, x), target)
+
+        train(
+            net,
+            optimizer,
+            hard if store is None else soft,
+            epochs=views.epochs,
+            steps=-(-count // views.batch_size),
+            state=state,
+            scaler=rounding.scaler(),
+            on_epoch=on_epoch,
+        )
     return net.eval()
 
 
@@ -173,6 +182,7 @@ class PostTrainJob(Job):
 
     def __init__(self, config: PostTrain, inputs: PostTrainInputs, device: torch.device):
         check_numbers(inputs, OptionError, students=1)
+        check_precision(config.precision, device)
         self.config, self.inputs, self.device = config, inputs, device
         self.results: dict[str, Any] = {"accuracy": []}
         self.distilled = DistilledSet.load(inputs.images)

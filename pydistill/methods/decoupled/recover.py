@@ -31,7 +31,8 @@ from pydistill.methods import ranks
 from pydistill.methods.decoupled.squeeze import SetName, Teacher, files_of, load_images
 from pydistill.methods.method import Inputs, Job, Method, OptionError, check_numbers
 from pydistill.methods.picture import write_picture
-from pydistill.methods.training import half_cosine
+from pydistill.methods.precision import Precision, Rounding, check_precision, rounded
+from pydistill.methods.training import half_cosine, restore_scaler, restored, scaler_state
 from pydistill.nn import BNStatMatcher, freeze
 from pydistill.ops import multi_crop
 from pydistill.ops.multi_crop import MAX_SIZE
@@ -104,6 +105,8 @@ class Recover(Method):
     """Most pixels by which a batch is rolled, down and to the right."""
     seed: int = 0
     """Seed of all random draws."""
+    precision: Precision | None = None
+    """What images are recovered in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
 
     def job(self, inputs: RecoverInputs, device: torch.device) -> RecoverJob:
         return RecoverJob(self, inputs, device)
@@ -111,6 +114,7 @@ class Recover(Method):
     def __post_init__(self) -> None:
         numbers = [f.name for f in fields(self) if type(getattr(self, f.name)) in (int, float)]
         check_numbers(self, **dict.fromkeys(numbers, 0) | {"ipc": 1, "batch_size": 1})
+        check_precision(self.precision)
         if self.flip > 1:
             raise ValueError(f"flip: expected at most 1, got {self.flip}")
         for name in self.shares:
@@ -220,11 +224,14 @@ def recover(
     check(config, teachers, real)
     parts = Path(folder) / "parts"
     parts.mkdir(parents=True, exist_ok=True)
+    device = next(teachers[0].net.parameters()).device
     for batch in config.batches(teachers[0].num_classes, len(teachers))[rank::world]:
         path = parts / f"{batch.number:05d}.safetensors"
         if not path.exists():
             start = real if config.starts_real else None
-            images = _make(config, teachers, batch, start, parts, checkpoint_every, before_checkpoint, on_step)
+            with rounded(config.precision, device) as rounding:
+                options = (checkpoint_every, before_checkpoint, on_step)
+                images = _make(config, teachers, batch, start, parts, rounding, *options)
             tensors = {"images": images, "labels": batch.labels, "place": batch.place}
             write_safetensors(path, tensors, _PART, stored(config, teachers))
         _state_path(parts, batch).unlink(missing_ok=True)
@@ -275,6 +282,7 @@ def _make(
     batch: Batch,
     real: Tensor | None,
     parts: Path,
+    rounding: Rounding,
     checkpoint_every: int,
     before_checkpoint: Callable[[dict[str, Any]], None] | None,
     on_step: Callable[[dict[str, Any]], None] | None,
@@ -300,14 +308,16 @@ def _make(
     if not steps:
         return (x if fixed is None else fixed + x).clamp(low, high).cpu()
     labels = batch.labels.to(device)
-    optimizer = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam([x], lr=config.lr, betas=(0.5, 0.9), fused=rounding.fused)
+    scaler = rounding.scaler()
     checkpoint, done = _state_path(parts, batch), 0
     if checkpoint.exists():
         tensors = _read(checkpoint, _STATE, config, teachers)
         done = int(tensors["iteration"])
         x.copy_(tensors["x"])
-        optimizer.state[x] = {"step": tensors["step"].clone()}
-        optimizer.state[x] |= {name: tensors[name].to(device, copy=True) for name in ("exp_avg", "exp_avg_sq")}
+        names = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[x] = {name: restored(optimizer, name, tensors[name], x) for name in names}
+        restore_scaler(scaler, tensors)
     net = config.network(teacher, batch, starts)
     matcher = BNStatMatcher(net, w_var=config.r_var, first=config.first)
     x.requires_grad_()
@@ -315,12 +325,14 @@ def _make(
         shown = config.view(teacher, batch, iteration)
         images, base = (x, None) if fixed is None else (fixed, x)
         view = multi_crop(images, to_device(shown, device), side, base=base)
-        logits = net(view.contiguous(memory_format=torch.channels_last))  # fastest layout for a frozen network
+        # the fastest layout for a frozen network
+        logits = rounding(net, view.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits, labels) + config.r_bn * matcher.loss()
-        (x.grad,) = torch.autograd.grad(loss, x)
+        (x.grad,) = torch.autograd.grad(scaler.scale(loss), x)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * half_cosine(iteration, steps)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         if fixed is None:
             with torch.no_grad():
                 torch.clamp(x, low, high, out=x)
@@ -332,7 +344,7 @@ def _make(
             if before_checkpoint is not None:
                 before_checkpoint(record)
             state = {"x": x, "iteration": torch.tensor(iteration + 1, device="cpu"), **optimizer.state[x]}
-            write_safetensors(checkpoint, state, _STATE, stored(config, teachers))
+            write_safetensors(checkpoint, state | scaler_state(scaler), _STATE, stored(config, teachers))
             if on_step is not None:
                 on_step(record)
     matcher.remove()
@@ -347,8 +359,9 @@ def _state_path(parts: Path, batch: Batch) -> Path:
 def _read(path: Path, kind: str, config: Recover, teachers: Sequence[Teacher]) -> dict[str, Tensor]:
     tensors, header = read_safetensors(path, kind)
     wanted = stored(config, teachers)
-    if header["config"] != wanted:
-        different = sorted(key for key in wanted if header["config"].get(key) != wanted[key])
+    kept = {"precision": None, **header["config"]}  # which older files do not name
+    if kept != wanted:
+        different = sorted(key for key in wanted if kept.get(key) != wanted[key])
         raise ValueError(f"{path}: expected a file of this run; its {', '.join(different) or 'options'} differ")
     return tensors
 
@@ -363,6 +376,7 @@ def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> 
             wanted = f"{first.num_classes} classes and images of {list(first.shape)} as the first's"
             raise ValueError(f"teachers: expected {wanted}, got {teacher.num_classes} and {list(teacher.shape)}")
         BNStatMatcher(teacher.net).remove()  # raises for a network without BatchNorm, or with it in training mode
+    check_precision(config.precision, next(first.net.parameters()).device)
     if not config.starts_real:
         return
     count = config.per_class(first.num_classes, len(teachers))[1]

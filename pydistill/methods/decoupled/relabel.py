@@ -26,6 +26,7 @@ from pydistill.labels import SoftLabels, SoftLabelStore
 from pydistill.methods import ranks
 from pydistill.methods.decoupled.squeeze import Teacher, files_of
 from pydistill.methods.method import Inputs, Job, Method, check_numbers
+from pydistill.methods.precision import Precision, check_precision, rounded
 from pydistill.nn import freeze
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory.experts import data_crc32
@@ -84,6 +85,8 @@ class Relabel(Method):
     """Number of probabilities that topk and topk8 keep."""
     seed: int = 0
     """Seed of all random draws."""
+    precision: Precision | None = None
+    """What teachers run in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"epochs": 200, "batch_size": 25, "crop": 0.5, "flip": 0.0},
@@ -114,6 +117,7 @@ class Relabel(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, epochs=1, batch_size=1, k=1, temperature=0.0, seed=0)
+        check_precision(self.precision)
         self.crops(2)  # raises for numbers that are out of range
         if self.static and self.mix == "cutmix":
             raise ValueError("static: expected mix='mixup' or 'none': cutmix has no label without asking the teachers")
@@ -160,6 +164,7 @@ def relabel(
     for teacher in teachers:
         check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
+    check_precision(config.precision, device)
     images = distilled.images.to(device)
     networks = [freeze(teacher.net) for teacher in teachers]
     nets: Sequence[Callable[[Tensor], Tensor]] = networks
@@ -167,11 +172,6 @@ def relabel(
     if config.format == "features8":
         heads = [last_linear(net, images[:1]) for net in networks]
         nets, classifier = [_Features(net, head) for net, head in zip(networks, heads, strict=True)], _mean_of(heads)
-
-    def ask(x: Tensor) -> Tensor:
-        """The mean logits; for "features8", the features of all teachers."""
-        found = [net(x) for net in nets]
-        return torch.stack(found).mean(0) if classifier is None else torch.cat(found, 1)
 
     if Path(path).exists():
         store = SoftLabelStore.open(path, writable=True)
@@ -197,8 +197,14 @@ def relabel(
             metadata=_metadata(config, distilled) | {"teachers_crc32": _crc32(teachers)},
         )
     crops = config.crops(images.shape[2])
-    whole = torch.cat([ask(part) for part in images.split(config.batch_size)]) if config.static else None
-    with store:
+    with store, rounded(config.precision, device) as rounding:
+
+        def ask(x: Tensor) -> Tensor:
+            """The mean logits; for "features8", the features of all teachers."""
+            found = [rounding(net, x) for net in nets]
+            return torch.stack(found).mean(0) if classifier is None else torch.cat(found, 1)
+
+        whole = torch.cat([ask(part) for part in images.split(config.batch_size)]) if config.static else None
         for epoch in range(rank, config.epochs, world):
             for block, (index, record) in enumerate(config.views(images.shape, epoch)):
                 if store.holds(epoch, block):
@@ -324,6 +330,7 @@ class RelabelJob(Job):
 
     def __init__(self, config: Relabel, inputs: RelabelInputs, device: torch.device):
         self.config, self.inputs, self.results = config, inputs, {}
+        check_precision(config.precision, device)
         self.distilled = DistilledSet.load(inputs.images)
         self.teachers = [Teacher.load(path, device, network=inputs.network) for path in files_of(inputs.teacher)]
         for teacher in self.teachers:

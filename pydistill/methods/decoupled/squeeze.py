@@ -20,6 +20,7 @@ from pydistill.augment import MultiCrop
 from pydistill.data import Dataset, load, read_safetensors, write_safetensors
 from pydistill.evaluate import accuracy
 from pydistill.methods.method import Inputs, Job, Method, OptionError, check_dataset, check_numbers
+from pydistill.methods.precision import Precision, check_precision, rounded
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
 from pydistill.nn.description import describe, from_description, is_untouched
@@ -140,6 +141,8 @@ class Squeeze(Method):
     """Probability of a mirrored image."""
     seed: int = 0
     """Seed of the initial parameters and all random draws."""
+    precision: Precision | None = None
+    """What the network is trained in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32, "epochs": 10, "lr": 0.05, "crop": 0.5, "flip": 0.0},
@@ -155,6 +158,7 @@ class Squeeze(Method):
 
     def __post_init__(self) -> None:
         check_numbers(self, width=1, depth=1, epochs=1, batch_size=1, lr=0.0, momentum=0, weight_decay=0, seed=0)
+        check_precision(self.precision)
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop: expected a share above 0 and at most 1, got {self.crop}")
         if not 0 <= self.flip <= 1:
@@ -309,25 +313,27 @@ def squeeze(
     images, labels = dataset.train_images, dataset.train_labels
     side = dataset.image_size
     crop = MultiCrop(side, scale=(config.crop, 1.0), flip=config.flip)
-    optimizer = torch.optim.SGD(
-        teacher.net.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
+    with rounded(config.precision, images.device) as rounding:
+        net = rounding.laid_out(teacher.net)
+        optimizer = torch.optim.SGD(
+            net.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+            fused=rounding.fused,
+        )
 
-    def batches(epoch: int) -> Iterator[tuple[int, Any]]:
-        generator = seeded_generator(config.seed, Stream.TEACHER_BATCHES, epoch)
-        for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
-            index = to_device(index, images.device)
-            record = crop.draw((len(index), *images.shape[1:]), generator)
-            x, y = crop(images[index], record), labels[index]
-            yield 1, lambda x=x, y=y: F.cross_entropy(teacher.net(x), y)
+        def batches(epoch: int) -> Iterator[tuple[int, Any]]:
+            generator = seeded_generator(config.seed, Stream.TEACHER_BATCHES, epoch)
+            for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
+                index = to_device(index, images.device)
+                record = crop.draw((len(index), *images.shape[1:]), generator)
+                x, y = crop(images[index], record), labels[index]
+                yield 1, lambda x=x, y=y: F.cross_entropy(rounding(net, x), y)
 
-    steps = -(-len(images) // config.batch_size)
-    teacher.net.train()
-    train(teacher.net, optimizer, batches, epochs=config.epochs, steps=steps, state=state, on_epoch=on_epoch)
+        options: dict[str, Any] = {"epochs": config.epochs, "steps": -(-len(images) // config.batch_size)}
+        train(net.train(), optimizer, batches, **options, state=state, scaler=rounding.scaler(), on_epoch=on_epoch)
     teacher.net.eval()
     return teacher
 
@@ -376,6 +382,7 @@ class SqueezeJob(Job):
         if inputs.weights is not None:
             self.teacher = import_weights(config, inputs.weights, self.data, key=inputs.weights_key)
         else:
+            check_precision(config.precision, device)
             untrained(config, self.data)  # refuses images that are too small for the network
 
     def stored(self) -> dict[str, Any]:
