@@ -21,6 +21,10 @@ _BF16_CONVOLUTIONS = {
     "amx": "matrix tiles (AMX)",
     "avx512_bf16": "pairs of factors (AVX512-BF16)",
 }  # by instruction set
+FREEZING = {
+    "CPU": "3x3 convolutions in Winograd's form, ResNet stems, max pooling on our kernels (nn.frozen_convolutions)",
+    "GPUs": "no kernel of ours: channels-last memory, no gradients of weights; then --precision bf16, fp16 or tf32",
+}  # what nn.freeze does, by where the network is
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -84,6 +88,7 @@ def collect() -> dict[str, Any]:
         "CPU threads": torch.get_num_threads(),
         "student engine": _library.unavailable_steps(torch.device("cpu")) or "float32, float64 and bf16",
         "bf16 convolutions": _BF16_CONVOLUTIONS.get(_host.isa(), "rounded factors, in AVX2"),
+        **{f"nn.freeze on {where}": what for where, what in FREEZING.items()},
         "CUDA architectures built": build["cuda_architectures"] or "none",
         "CUDA toolkit of the build": build["cuda_toolkit"] or "none",
         'precision "auto"': _automatic_precision(),
@@ -101,8 +106,7 @@ def main() -> None:
     print("\nstudent engine: ConvNets of 3x3 convolutions, a norm, an activation, a pool and a linear classifier;")
     print("    other nets run on autograd, and pydistill.info.engine(net, image_shape) says why;")
     print("    engine='compiled' compiles their steps (minutes), which 'auto' never does")
-    print("with a GPU, too, stored top-k labels are decoded and graph cuts computed on the CPU;")
-    print("    nn.freeze changes what runs there alone")
+    print("with a GPU, too, stored top-k labels are decoded and graph cuts computed on the CPU")
     for op, table in operators.items():
         print(f"\n{op}")
         for backend, state in table.items():

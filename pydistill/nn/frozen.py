@@ -159,6 +159,9 @@ def freeze(model: nn.Module) -> nn.Module:
     "pydistill" says how many, as a warning if there are none: depthwise and 1x1 convolutions, which networks like
     MobileNet are made of, gain nothing.
 
+    On other devices convolutions and poolings are torch's own: what `freeze` gives there is the layout, which a GPU's
+    matrix units take (under autocast, or with TF32 allowed), and no gradients of weights.
+
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)``.
 
     Args:
@@ -173,7 +176,7 @@ def freeze(model: nn.Module) -> nn.Module:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
         # like .to(memory_format=torch.channels_last), which raises for tensors that are not images
         frozen._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
-    _say(frozen_convolutions(frozen))
+    _say(frozen_convolutions(frozen), {p.device.type for p in frozen.parameters()} - {"cpu"})
     for module in frozen.modules():
         if is_replaced(module):
             module.__class__ = FrozenConv2d  # same state; only forward differs
@@ -221,7 +224,11 @@ def _why_not_replaced(module: nn.Conv2d) -> str | None:
     return None if module.stride == (1, 1) or C * K <= MAX_STRIDED else "it has a stride and too many channels"
 
 
-def _say(convolutions: dict[str, str]) -> None:
+def _say(convolutions: dict[str, str], elsewhere: set[str]) -> None:
+    if elsewhere:
+        where = ", ".join(sorted(elsewhere))
+        _log.info("freeze: on %s all %d convolutions run as torch's own, channels-last", where, len(convolutions))
+        return
     counts = Counter(convolutions.values())
     frozen = counts.pop("frozen", 0)
     reasons = "; ".join(f"{count}: {why}" for why, count in counts.most_common())

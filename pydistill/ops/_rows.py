@@ -1,4 +1,4 @@
-"""Shared by operators on independent rows, samples or vectors: vmap, kept gradients, checks of class numbers."""
+"""Shared by operators on independent rows, samples or vectors: vmap, kept gradients, autocast, class numbers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,27 @@ def batch_into_rows(op: Callable[..., Any], tensors: int) -> Any:
 def compute_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of a row's arithmetic and of its loss."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where a tensor is: losses are float32 there, as torch's own are."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
+def widened(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss in plain torch that under autocast computes in float32, as the kernels do and torch's losses."""
+
+    def wide(value: Any) -> Any:
+        halved = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if halved else value
+
+    def run(first: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not under_autocast(first):
+            return reference(first, *args, **options)
+        with torch.autocast(first.device.type, enabled=False):
+            return reference(*map(wide, (first, *args)), **{name: wide(value) for name, value in options.items()})
+
+    return run
 
 
 def scale_kept(ctx: Any, kept: Tensor, grad: Tensor) -> Tensor | None:

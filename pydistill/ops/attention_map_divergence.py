@@ -25,6 +25,7 @@ from torch import library as torch_library
 from pydistill import reference
 from pydistill._renamed import renamed, warn
 from pydistill.ops._operator import Operator, choose_backend, register_filled
+from pydistill.ops._rows import under_autocast, widened
 
 BACKENDS = ("reference", "cpu", "triton")
 KINDS = ("fkl", "rkl", "jsd", "ce")  # in the order of Kind in csrc/kernels/attention_map_divergence.h
@@ -100,7 +101,7 @@ def attention_map_divergence(
         common = torch.promote_types(common, tensor.dtype)
     tensors = (q_s.to(common), k_s.to(common), q_t.to(common), k_t.to(common))
     if chosen == "reference":
-        return reference.attention_map_divergence(*tensors, kind, T_s, T_t, beta, mask, reduction)
+        return widened(reference.attention_map_divergence)(*tensors, kind, T_s, T_t, beta, mask, reduction)
     if chosen == "triton" and (common == torch.float64 or max(q_s.shape[-1], q_t.shape[-1]) > 128):
         raise NotImplementedError(
             "attention_map_divergence: backend='triton' has no kernel for float64 or for more than 128 features, got "
@@ -118,8 +119,7 @@ def attention_map_divergence(
         loss = loss / rows if rows else loss * math.nan
     elif reduction == "none":
         loss = loss.reshape(q_s.shape[:-1])
-    autocast = q_s.device.type != "meta" and torch.is_autocast_enabled(q_s.device.type)
-    return loss if autocast else loss.to(common)
+    return loss if under_autocast(q_s) else loss.to(common)
 
 
 def _temperature(name: str, T: float | None, q: Tensor) -> float:

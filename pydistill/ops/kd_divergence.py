@@ -23,7 +23,15 @@ from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
-from pydistill.ops._rows import batch_into_rows, check_class_numbers, check_floating, compute_dtype, scale_kept
+from pydistill.ops._rows import (
+    batch_into_rows,
+    check_class_numbers,
+    check_floating,
+    compute_dtype,
+    scale_kept,
+    under_autocast,
+    widened,
+)
 
 BACKENDS = ("reference", "cpu", "triton")
 # in the order of Kind in csrc/kernels/kd_divergence.h
@@ -114,7 +122,7 @@ def kd_divergence(
     if chosen == "reference":
         if kind != "ce":
             target = target.to(student.dtype)
-        loss = reference.kd_divergence(
+        loss = widened(reference.kd_divergence)(
             student,
             target,
             kind=kind,
@@ -128,7 +136,7 @@ def kd_divergence(
             gamma=gamma,
             reduction=reduction,
         )
-        return loss.to(student_logits.dtype)
+        return loss if under_autocast(student) else loss.to(student_logits.dtype)
 
     if chosen == "triton" and student.dtype == torch.float64:
         raise NotImplementedError(
@@ -152,8 +160,7 @@ def kd_divergence(
         loss = loss.reshape(student.shape[:-1])
     else:
         loss = loss.sum() if reduction == "sum" else loss.mean()
-    autocast = student.device.type != "meta" and torch.is_autocast_enabled(student.device.type)
-    return loss if autocast else loss.to(student_logits.dtype)
+    return loss if under_autocast(student) else loss.to(student_logits.dtype)
 
 
 def _check_options(

@@ -23,7 +23,14 @@ from torch import library as torch_library
 from pydistill import reference
 from pydistill._renamed import renamed
 from pydistill.ops._operator import Operator, choose_backend, register_filled
-from pydistill.ops._rows import batch_into_rows, check_class_numbers, check_floating, compute_dtype
+from pydistill.ops._rows import (
+    batch_into_rows,
+    check_class_numbers,
+    check_floating,
+    compute_dtype,
+    under_autocast,
+    widened,
+)
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 KINDS = ("hard", "logits", "probs")  # in the order of Kind in csrc/kernels/soft_cross_entropy.h
@@ -77,12 +84,11 @@ def soft_cross_entropy(
         logits, labels = logits.to(common), labels.to(common)
     chosen = choose_backend("soft_cross_entropy", backend, logits.device, BACKENDS)
     if chosen == "reference":
-        return reference.soft_cross_entropy(logits, labels, label_kind, reduction)
+        return widened(reference.soft_cross_entropy)(logits, labels, label_kind, reduction)
     loss = (_triton if chosen == "triton" else _native).forward(logits, labels, KINDS.index(label_kind))
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
-    autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
-    return loss if autocast else loss.to(logits.dtype)
+    return loss if under_autocast(logits) else loss.to(logits.dtype)
 
 
 def _check(logits: Tensor, labels: Tensor, label_kind: str, reduction: str) -> None:

@@ -21,7 +21,15 @@ from torch import library as torch_library
 
 from pydistill import reference
 from pydistill.ops._operator import Operator, choose_backend, register_filled
-from pydistill.ops._rows import batch_into_rows, check_class_numbers, check_floating, compute_dtype, scale_kept
+from pydistill.ops._rows import (
+    batch_into_rows,
+    check_class_numbers,
+    check_floating,
+    compute_dtype,
+    scale_kept,
+    under_autocast,
+    widened,
+)
 
 BACKENDS = ("reference", "cpu", "triton")
 TAILS = ("smooth", "zeros", "renorm")  # in the order of Tail in csrc/kernels/sparse_label_loss.h
@@ -100,7 +108,7 @@ def of_checked(
     """`sparse_label_loss` of arguments known to fit, such as a store's decoded labels: checks cost as much again."""
     chosen = choose_backend("sparse_label_loss", backend, logits.device, BACKENDS)
     if chosen == "reference":
-        return reference.sparse_label_loss(logits, indices, values, T, tail, step, kind, scale_T2, reduction)
+        return widened(reference.sparse_label_loss)(logits, indices, values, T, tail, step, kind, scale_T2, reduction)
     if chosen == "triton" and logits.dtype == torch.float64:
         raise NotImplementedError(
             "sparse_label_loss: backend='triton' has no kernel for float64; backend='reference' runs anywhere"
@@ -115,8 +123,7 @@ def of_checked(
     loss = (_triton if chosen == "triton" else _native).forward(logits, indices.to(torch.int64), values, *options)[0]
     if reduction != "none":
         loss = loss.sum() if reduction == "sum" else loss.mean()
-    autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
-    return loss if autocast else loss.to(logits.dtype)
+    return loss if under_autocast(logits) else loss.to(logits.dtype)
 
 
 def _check_options(T: float, tail: str, step: float | None, kind: str, reduction: str) -> None:

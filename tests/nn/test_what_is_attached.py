@@ -260,6 +260,12 @@ def test_freeze_replaces_what_is_plain_and_says_what_it_does_not(caplog):
     assert [(record.levelname, record.message[:40]) for record in caplog.records] == [
         ("WARNING", "freeze: 0 of 3 convolutions run on froze")
     ]
+    caplog.clear()
+    with caplog.at_level("INFO", "pydistill"):
+        freeze(net[:4].to("meta"))
+    assert [record.message for record in caplog.records] == [
+        "freeze: on meta all 3 convolutions run as torch's own, channels-last"
+    ]
 
 
 class Taps(nn.Module):

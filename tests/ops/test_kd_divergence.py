@@ -347,7 +347,11 @@ def test_class_numbers_out_of_range_are_nan_where_they_cannot_be_looked_at():
 def test_meta_tensors_and_autocast():
     assert kd_divergence(X.to("meta"), Z.to("meta")).shape == ()
     assert kd_divergence(X.to("meta"), Z.to("meta"), reduction="none").shape == (2,)
+    x, z = X.bfloat16(), Z.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert kd_divergence(X.bfloat16(), Z.bfloat16()).dtype == torch.float32
+        for kind in ("fkl", "jsd", "mse"):
+            found = [kd_divergence(x, z, kind=kind, T=20.0, backend=backend) for backend in ("auto", "reference")]
+            torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+            assert found[0].dtype == torch.float32
     assert kd_divergence(X.bfloat16(), Z.bfloat16()).dtype == torch.bfloat16
     assert kd_divergence(X[:0], Z[:0]).isnan()

@@ -139,11 +139,14 @@ def test_float32_labels_of_half_precision_logits(kind):
 
 
 def test_autocast_gives_float32_as_in_torch():
-    logits = torch.randn(4, 6).bfloat16()
+    logits, soft = torch.randn(4, 6).bfloat16(), torch.randn(4, 6).softmax(1).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual, truth = soft_cross_entropy(logits, torch.arange(4)), F.cross_entropy(logits, torch.arange(4))
-    assert actual.dtype == truth.dtype == torch.float32
+        given = {"label_kind": "probs"}
+        found = [soft_cross_entropy(logits, soft, **given, backend=backend) for backend in ("auto", "reference")]
+    assert actual.dtype == truth.dtype == found[0].dtype == torch.float32
     torch.testing.assert_close(actual, truth)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_vmap_over_hard_labels():

@@ -254,6 +254,8 @@ def test_rows_of_no_distribution_are_nan():
 def test_meta_tensors_and_autocast():
     assert sparse_label_loss(X.to("meta"), INDEX.to("meta"), V.to("meta"), reduction="none").shape == (2,)
     with torch.autocast("cpu", torch.bfloat16):
-        assert sparse_label_loss(X.bfloat16(), INDEX, V).dtype == torch.float32
+        found = [sparse_label_loss(X.bfloat16(), INDEX, V, T=20.0, backend=each) for each in ("auto", "reference")]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert found[0].dtype == torch.float32
     assert sparse_label_loss(X.bfloat16(), INDEX, V).dtype == torch.bfloat16
     assert sparse_label_loss(X[:0], INDEX[:0], V[:0]).isnan()

@@ -24,7 +24,7 @@ FLOORS = (
 # within pydistill.methods; its __init__ is above them all
 METHODS = (
     ("_moved", "method", "ranks"),
-    ("folder", "settings", "training", "outer"),
+    ("folder", "settings", "training", "outer", "precision"),
     ("picture", "runs"),
     ("distilling",),
     ("config",),

@@ -24,6 +24,8 @@ def test_report_names_every_operator_and_reason():
     ).stdout
     assert re.search(r"CPU instruction set +(base|avx2|avx512|avx512_bf16|amx)\n", report)
     assert "stored top-k labels are decoded and graph cuts computed on the CPU" in report
+    assert re.search(r"nn.freeze on CPU +3x3 convolutions in Winograd's form, .*\n", report)
+    assert re.search(r"nn.freeze on GPUs +no kernel of ours: channels-last .* --precision bf16, fp16 or tf32", report)
     facts = info.collect()
     ops = {p.stem for p in (ROOT / "pydistill/ops").glob("*.py") if not p.stem.startswith("_")}
     assert set(facts["operators"]) == ops

@@ -19,6 +19,7 @@ import pydistill
 from pydistill.augment import DiffAugment, MultiCrop
 from pydistill.methods import DWA, Relabel, Squeeze, SRe2L, run
 from pydistill.methods.matching.fedlgd import FedLGD
+from pydistill.methods.precision import rounded
 from pydistill.methods.training import train
 from pydistill.nn import ConvNet
 from pydistill.trajectory import Adam, train_students
@@ -123,16 +124,18 @@ def outer_step(name: str) -> Callable[[], Counts]:
     return count
 
 
-def trained_by_torch() -> Counts:
+def trained_by_torch(precision: str | None = None) -> Callable[[], Counts]:
     """Three steps more of an epoch of a teacher or a student after distillation."""
 
     def call(steps: int) -> None:
-        net = make_net().cuda()
         x, y = drawn(6, 1, 6, 6).cuda(), torch.arange(6, device="cuda") % 3
-        losses = [(1, lambda: F.cross_entropy(net(x), y))] * steps
-        train(net, torch.optim.SGD(net.parameters(), 0.1, 0.9), lambda epoch: losses, epochs=1, steps=steps)
+        with rounded(precision, x.device) as rounding:
+            net = rounding.laid_out(make_net().cuda())
+            losses = [(1, lambda: F.cross_entropy(rounding(net, x), y))] * steps
+            optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, fused=rounding.fused)
+            train(net, optimizer, lambda epoch: losses, epochs=1, steps=steps, scaler=rounding.scaler())
 
-    return difference(call, 2, 5)
+    return lambda: difference(call, 2, 5)
 
 
 def regressed() -> Counts:
@@ -216,8 +219,10 @@ CALLS: dict[str, tuple[Callable[[], Counts], int]] = {
     "class_gradients, generic": (of_classes("generic", (1, 2, 3, 1)), 0),
     "MultiCrop": (cropped, 0),
     "krr_loss": (regressed, 1),
-    "three steps of train": (trained_by_torch, 0),
+    "three steps of train": (trained_by_torch(), 0),
+    "three steps of train, fp16": (trained_by_torch("fp16"), 0),
     "three iterations of sre2l": (recovered(SRe2L(ipc=1)), 0),
+    "three iterations of sre2l, fp16": (recovered(SRe2L(ipc=1, precision="fp16")), 0),
     "three iterations of dwa": (recovered(DWA(ipc=1)), 0),
     "three epochs of relabel": (relabelled, 3),
 }

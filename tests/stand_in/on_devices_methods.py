@@ -6,6 +6,7 @@ Not collected by itself: `test_stand_in.py` runs this file in a process that has
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pydistill.methods import (
     INFER,
     METHODS,
     FedLGD,
+    Method,
     PostTrain,
     Relabel,
     Squeeze,
@@ -30,6 +32,7 @@ from pydistill.methods import (
     distill,
     run,
 )
+from pydistill.methods.decoupled.squeeze import squeeze, untrained
 from pydistill.methods.runs import Interrupted
 from pydistill.trajectory import release_graphs
 from tests.bars import make_net
@@ -137,18 +140,31 @@ def test_runs(name: str, tmp_path: Path) -> None:
     assert_same_files(tmp_path / "cuda", tmp_path / "cpu", values=name not in PICKING)
 
 
+DECOUPLED = (SRe2L, CDA, DWA, INFER)
+
+
+def steps(
+    device: str,
+    out: Path,
+    precision: str | None = None,
+    methods: Sequence[type] = DECOUPLED,
+    run: Callable[..., dict[str, Any]] = run,
+) -> dict[str, Any]:
+    """All steps of the decoupled methods, of two iterations or epochs."""
+    how: dict[str, Any] = {"precision": precision}
+    run(Squeeze(**NET, epochs=2, lr=0.05, **how), out=out / "teacher", image_size=8, device=device)
+    teacher = out / "teacher" / "teacher.safetensors"
+    for method in methods:
+        given = {"teacher": teacher, "device": device, "checkpoint_every": 1}
+        run(method(ipc=2, iterations=2, batch_size=10, **how), out=out / method.name, **given)
+    images = out / "sre2l" / "distilled.safetensors"
+    run(Relabel(epochs=2, **how), out=out / "labels", images=images, teacher=teacher, device=device)
+    labels = out / "labels" / "labels.store"
+    return run(PostTrain(**NET, **how), out=out / "student", images=images, labels=labels, device=device)
+
+
 @pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=pytest.mark.exhaustive)])
 def test_the_decoupled_steps(device: str, tmp_path: Path) -> None:
-    def steps(device: str, out: Path) -> dict[str, Any]:
-        run(Squeeze(**NET, epochs=1, lr=0.05), out=out / "teacher", image_size=8, device=device)
-        teacher = out / "teacher" / "teacher.safetensors"
-        for method in (SRe2L, CDA, DWA, INFER):
-            run(method(ipc=2, iterations=2), out=out / method.name, teacher=teacher, device=device)
-        images = out / "sre2l" / "distilled.safetensors"
-        run(Relabel(epochs=2), out=out / "labels", images=images, teacher=teacher, device=device)
-        labels = out / "labels" / "labels.store"
-        return run(PostTrain(**NET), out=out / "student", images=images, labels=labels, device=device)
-
     for each in ("cpu", device):
         assert len(steps(each, tmp_path / each)["accuracy"]) == 1
     for folder in ("teacher", "sre2l", "cda", "dwa", "infer"):
@@ -176,6 +192,48 @@ def test_a_run_keeps_what_it_decided_when_it_began(name: str, tmp_path: Path, mo
     assert kept == ([None] * 2 if name == "dm" else [0] * 2)
     with pytest.raises(ValueError, match=r"precision: expected tf32-conv as the run in .* has, got ieee"):
         run(METHODS[name](**method, precision="ieee"), resume=True, **given)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", pytest.param("tf32", marks=pytest.mark.exhaustive)])
+def test_precisions_are_near_and_go_on_bit_for_bit(precision: str, tmp_path: Path) -> None:
+    methods = (SRe2L, DWA, INFER)
+    for out, given in (("plain", None), ("whole", precision)):
+        steps("cuda", tmp_path / out, given, methods)
+    found, wanted = (load_file(tmp_path / out / "teacher" / "teacher.safetensors") for out in ("whole", "plain"))
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        if tensor.dim() > 1:
+            assert (found[name] - tensor).norm() < 2**-5 * tensor.norm(), name
+
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 1
+
+    def cut_off(method: Method, **options: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls = 0
+        with pytest.raises(Interrupted):
+            run(method, stop=stop, **options)
+        return run(method, resume=True, **options)
+
+    steps("cuda", tmp_path / "cut", precision, methods, cut_off)
+    for path in sorted((tmp_path / "whole").rglob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes(), path
+    assert (tmp_path / "cut/labels/labels.store").read_bytes() == (tmp_path / "whole/labels/labels.store").read_bytes()
+
+
+def test_a_scale_at_which_gradients_overflow_is_halved(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **options: scaler(*args, init_scale=2.0**40, **options))
+    config, kept = Squeeze(**NET, epochs=1, batch_size=15, precision="fp16"), []
+    trained = squeeze(config, on("cuda", dataset), on_epoch=lambda record, state: kept.append(state)).net
+    assert len(dataset.train_images) == 45
+    assert kept[0]["scaler.scale"] == 2.0**37
+    for one, other in zip(trained.parameters(), untrained(config, dataset).net.parameters(), strict=True):
+        assert torch.equal(one.cpu(), other)  # no step was taken
 
 
 def command(*arguments: Any) -> None:
