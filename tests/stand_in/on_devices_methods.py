@@ -32,8 +32,10 @@ from pydistill.methods import (
     distill,
     run,
 )
+from pydistill.methods.decoupled.recover import merge, recover
 from pydistill.methods.decoupled.squeeze import squeeze, untrained
 from pydistill.methods.runs import Interrupted
+from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import release_graphs
 from tests.bars import make_net
 from tests.matrices import sample
@@ -225,15 +227,41 @@ def test_precisions_are_near_and_go_on_bit_for_bit(precision: str, tmp_path: Pat
     assert (tmp_path / "cut/labels/labels.store").read_bytes() == (tmp_path / "whole/labels/labels.store").read_bytes()
 
 
-def test_a_scale_at_which_gradients_overflow_is_halved(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scale_at_which_gradients_overflow_is_halved_and_kept(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **options: scaler(*args, init_scale=2.0**40, **options))
-    config, kept = Squeeze(**NET, epochs=1, batch_size=15, precision="fp16"), []
-    trained = squeeze(config, on("cuda", dataset), on_epoch=lambda record, state: kept.append(state)).net
+    config, kept = Squeeze(**NET, epochs=12, batch_size=15, precision="fp16"), []
+    data, start = on("cuda", dataset), untrained(config, dataset).net
+
+    def keep(record: dict[str, Any], state: dict[str, Tensor]) -> None:
+        kept.append({name: value.clone() for name, value in state.items()})
+
+    trained = squeeze(config, data, on_epoch=keep)
     assert len(dataset.train_images) == 45
     assert kept[0]["scaler.scale"] == 2.0**37
-    for one, other in zip(trained.parameters(), untrained(config, dataset).net.parameters(), strict=True):
-        assert torch.equal(one.cpu(), other)  # no step was taken
+    for name, parameter in start.named_parameters():
+        assert torch.equal(kept[0][f"net.{name}"].cpu(), parameter)  # no step was taken
+        assert not torch.equal(kept[-1][f"net.{name}"].cpu(), parameter)
+    again = squeeze(config, data, state=kept[2])
+    for one, other in zip(trained.net.state_dict().values(), again.net.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["iteration"] == 9:
+            raise KeyboardInterrupt
+
+    recovery, found = SRe2L(ipc=1, iterations=40, jitter=1, precision="fp16"), []
+    for folder in ("whole", "cut"):
+        if folder == "cut":
+            with pytest.raises(KeyboardInterrupt):
+                recover(recovery, [trained], tmp_path / folder, checkpoint_every=3, on_step=stop)
+        recover(recovery, [trained], tmp_path / folder)
+        found.append(merge(recovery, [trained], tmp_path / folder).images)
+    assert torch.equal(*found)
+    noise = torch.randn(found[0].shape, generator=seeded_generator(0, Stream.NOISE_START, 0))
+    assert (found[0] - noise.clamp(*trained.bounds())).abs().max() > 0.1  # steps were taken in the end
 
 
 def command(*arguments: Any) -> None:
