@@ -64,6 +64,8 @@ def train(
         done = int(state["epoch"])
         _restore(net, optimizer, state, state_name)
         restore_scaler(scaler, state)
+    elif scaler.is_enabled():
+        _begin(optimizer)
     if rate is None:
         rate = lambda lr, epoch, step: lr * half_cosine(epoch * steps + step, epochs * steps)  # noqa: E731
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -92,6 +94,15 @@ def train(
             record = {"epoch": epoch + 1, "loss": losses[-1]}
             on_epoch(record, _state(net, optimizer, epoch + 1, state_name) | scaler_state(scaler))
     return losses
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum from zero, which without dampening changes no step: where the first one is left out for an overflow,
+    torch's fused SGD would begin with the contents of fresh memory."""
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _state(net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, state_name: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -115,8 +116,15 @@ def test_training_in_bf16_rounds_and_keeps_float32(data):
     assert not torch.equal(*(next(net.parameters()) for net in nets))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_scale_of_losses_is_part_of_the_state(fused):
+@pytest.mark.parametrize(
+    "made",
+    [
+        torch.optim.Adam,
+        partial(torch.optim.Adam, fused=True),
+        partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
+    ],
+)
+def test_the_scale_of_losses_is_part_of_the_state(made):
     """It grows and falls in the run, as gradients overflow; a run that goes on has the same bits."""
     torch.manual_seed(0)
     start, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
@@ -124,7 +132,7 @@ def test_the_scale_of_losses_is_part_of_the_state(fused):
     def run(state=None):
         net, kept, scales = copy.deepcopy(start), [], []
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=2)
-        optimizer = torch.optim.Adam(net.parameters(), 0.1, fused=fused)
+        optimizer = made(net.parameters(), 0.01)
 
         def on_epoch(record, state):
             kept.append({name: value.clone() for name, value in state.items()})
@@ -135,6 +143,7 @@ def test_the_scale_of_losses_is_part_of_the_state(fused):
                 yield 1, lambda: 8 * net(x).square().mean()
 
         train(net, optimizer, batches, epochs=6, steps=4, state=state, scaler=scaler, on_epoch=on_epoch)
+        assert all(parameter.isfinite().all() for parameter in net.parameters())
         return net, kept, scales
 
     whole, kept, scales = run()
