@@ -26,8 +26,9 @@ def check_precision(precision: str | None, device: torch.device | None = None) -
     """`OptionError` for a precision that does not exist, or that ``device`` does not have; None is torch's own."""
     if precision is not None and precision not in get_args(Precision):
         raise OptionError("precision", f"expected None or one of {', '.join(get_args(Precision))}, got {precision!r}")
-    if device is not None and device.type == "cpu" and precision in ("tf32", "fp16"):
-        raise OptionError("precision", f"expected ieee or bf16 on the CPU, got {precision}: it takes a CUDA device")
+    if device is not None and device.type != "cuda" and precision in ("tf32", "fp16"):
+        where = "the CPU" if device.type == "cpu" else device.type
+        raise OptionError("precision", f"expected ieee or bf16 on {where}, got {precision}: it takes a CUDA device")
 
 
 class Rounding:
@@ -70,7 +71,7 @@ def rounded(precision: str | None, device: torch.device) -> Iterator[Rounding]:
         precision: None: as torch's switches say; "ieee": float32 without TF32; "tf32": float32, with factors of
             products rounded to TF32 (a CUDA device); "bf16": autocast in bfloat16; "fp16": autocast in float16, with
             losses scaled so that small gradients do not vanish (a CUDA device). On the CPU "bf16" needs half the memory
-            of activations, and is slower than float32 unless the processor multiplies in bfloat16.
+            of activations, and trains more slowly than float32 unless the processor multiplies in bfloat16.
         device: where the networks are. "ieee" and "tf32" set torch's switches for it, which are the process's, until
             the block is left.
 
