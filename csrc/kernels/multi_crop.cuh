@@ -101,12 +101,16 @@ struct Filter {
   __device__ Span pixels(int r) const { return near((2 * r + 1) * in, size, in); }
   __device__ Span places(int x) const { return near((2 * x + 1) * size, in, size); }
 
-  template <class A>
-  __device__ A share(int r) const {  // normalises a place's weights to sum to one
+  __device__ int total(int r) const {
     int total = 0;
     const Span span = pixels(r);
     for (int x = span.begin; x < span.end; ++x) total += weight(x, r);
-    return 1 / static_cast<A>(total);
+    return total;
+  }
+  // Not times an inverse, which may not be exactly one where the whole weight is one pixel's.
+  template <class A>
+  __device__ A share(int x, int r, int total) const {
+    return static_cast<A>(weight(x, r)) / static_cast<A>(total);
   }
 };
 
@@ -163,13 +167,13 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T>) kernel(const Call 
         const Filter down(part.height, part.rows), across(part.width, part.columns);
         const int r = shown(i, part.origin_y, part.roll_y, part.rows, false);
         const int s = shown(j, part.origin_x, part.roll_x, part.columns, part.flip);
-        const A share_y = down.share<A>(r), share_x = across.share<A>(s);
+        const int total_y = down.total(r), total_x = across.total(s);
         const Span rows = down.pixels(r), columns = across.pixels(s);
         A own[channels_at_once] = {};
         for (int y = rows.begin; y < rows.end; ++y) {
-          const A weight_y = static_cast<A>(down.weight(y, r)) * share_y;
+          const A weight_y = down.share<A>(y, r, total_y);
           for (int x = columns.begin; x < columns.end; ++x) {
-            const A weight = weight_y * (static_cast<A>(across.weight(x, s)) * share_x);
+            const A weight = weight_y * across.share<A>(x, s, total_x);
             for (int l = 0; l < channels_at_once; ++l) {
               if (first + l >= call.C) continue;
               A v = load(call.from, part.source, first + l, part.top + y, part.left + x);
@@ -196,13 +200,13 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T>) kernel(const Call 
         for (int r = rows.begin; r < rows.end; ++r) {
           const int to_y = showing(r, part.origin_y, part.roll_y, part.rows, false);
           if (to_y < part.to_top || to_y >= part.to_bottom) continue;
-          const A weight_y = static_cast<A>(down.weight(y, r)) * down.share<A>(r);
+          const A weight_y = down.share<A>(y, r, down.total(r));
           for (int s = columns.begin; s < columns.end; ++s) {
             const int to_x = showing(s, part.origin_x, part.roll_x, part.columns, part.flip);
             if (to_x < part.to_left || to_x >= part.to_right) continue;
             const A seen = static_cast<A>(part.alpha) * seen_through(b, p, to_y, to_x);
             if (seen == 0) continue;
-            const A weight = seen * (weight_y * (static_cast<A>(across.weight(x, s)) * across.share<A>(s)));
+            const A weight = seen * (weight_y * across.share<A>(x, s, across.total(s)));
             for (int l = 0; l < channels_at_once; ++l) {
               if (first + l < call.C) sum[l] += weight * load(call.from, b, first + l, to_y, to_x);
             }

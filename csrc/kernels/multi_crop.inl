@@ -107,8 +107,9 @@ struct Axis {
         total += q;
         w[x - low] = static_cast<T>(q);
       }
-      const double share = 1 / static_cast<double>(total);
-      for (int32_t t = 0; t < high - low; ++t) w[t] = static_cast<T>(static_cast<double>(w[t]) * share);
+      // not times an inverse, which may not be exactly one where the whole weight is one pixel's
+      for (int32_t t = 0; t < high - low; ++t)
+        w[t] = static_cast<T>(static_cast<double>(w[t]) / static_cast<double>(total));
     }
   }
 };

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from pydistill import reference
 from pydistill._devices import to_device
-from pydistill.ops._operator import Operator, choose_backend
+from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._records import MAX_SIZE, check_constant, check_images
 from pydistill.reference.multi_crop import COLUMNS  # the order of Column in csrc/kernels/multi_crop.h
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 MAX_PARTS = 4
 
 
@@ -79,7 +80,8 @@ def multi_crop(
         out_size: height and width of the results, an int for both.
         base: ``[1, C, H, W]``, dtype and device of images, added to each of them first.
         mean, std: one number per channel each, in units of the images; both or neither. Constants.
-        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu" or "cuda".
+        backend: "auto" (the device's kernel), "reference" (plain torch, any device), "cpu", "cuda" or "triton" (of the
+            CPU's tensors in Triton's interpreter, TRITON_INTERPRET=1).
 
     Returns:
         ``[B, C, *out_size]``, contiguous, in the dtype of images.
@@ -95,7 +97,8 @@ def multi_crop(
     chosen = choose_backend("multi_crop", backend, images.device, BACKENDS)
     if chosen == "reference":
         return reference.multi_crop(images, record, size, base, *((None, None) if norm is None else norm))
-    return _forward(images, base, record, norm, *size, False)
+    ops = _triton if chosen == "triton" else _native
+    return ops.forward(images, base, record, norm, *size, False)
 
 
 def _check(images: Tensor, record: Tensor, base: Tensor | None) -> None:
@@ -157,37 +160,6 @@ def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _batch_forward(info: Any, in_dims: tuple, images: Tensor, base: Any, record: Tensor, norm: Any, *options: Any):
-    """The vmap rule: more images and more records; images that all batches share stay as they are."""
-    V = info.batch_size
-    if base is not None and in_dims[1] is not None:  # a base for each batch is no longer one for all images
-        images = _to_front(images, in_dims[0], V) + base.movedim(in_dims[1], 0)
-        base, image_dim = None, 0
-    else:
-        image_dim = in_dims[0]
-    rows = _to_front(record, in_dims[2], V)
-    if image_dim is None:
-        rows = rows.flatten(0, 1)
-    else:
-        images = images.movedim(image_dim, 0)
-        rows, images = _moved(rows, images.shape[1]), images.flatten(0, 1)
-    out = _forward.raw(images, base, rows, norm, *options)
-    return out.unflatten(0, (V, record.shape[1 if in_dims[2] == 0 else 0])), 0
-
-
-def _batch_backward(
-    info: Any, in_dims: tuple, grad: Tensor, record: Tensor, norm: Any, images: int, *options: Any
-) -> tuple:
-    V = info.batch_size
-    *size, with_images, with_base = options
-    rows = _moved(_to_front(record, in_dims[1], V), images)
-    grad = _to_front(grad, in_dims[0], V).flatten(0, 1)
-    found, _ = _backward.raw(grad, rows, norm, V * images, *size, True, False)
-    found = found.unflatten(0, (V, images))
-    shared = found.sum(1, keepdim=True) if with_base else found.new_empty(V, 0)
-    return (found if with_images else found.new_empty(V, 0), shared), (0, 0)
-
-
 def _fake_forward(
     images: Tensor, base: Tensor | None, record: Tensor, norm: Tensor | None, height: int, width: int, linear: bool
 ) -> Tensor:
@@ -213,48 +185,99 @@ def _fake_backward(
 # In every formula below: `saved` are the operator's tensors, `options` its other arguments.
 
 
-def _forward_vjp(saved: tuple, options: tuple, ctx: Any, grad: Tensor) -> tuple:
-    images, _, record, norm = saved
-    with_images, with_base = ctx.needs_input_grad[:2]
-    sizes = (images.shape[0], *images.shape[2:])
-    to_images, to_base = _backward(grad, record, norm, *sizes, with_images, with_base)
-    return to_images if with_images else None, to_base if with_base else None, None, None
+class _Operators:
+    """The two operators of one library, "pydistill" or "pydistill_triton"."""
+
+    def __init__(self, library: str):
+        self.forward: Operator = Operator(
+            "multi_crop",
+            tensors=4,
+            fake=_fake_forward,
+            vjp=self._forward_vjp,
+            jvp=self._forward_jvp,
+            vmap=self._batch_forward,
+            selective=True,
+            library=library,
+        )
+        self.backward: Operator = Operator(
+            "multi_crop_backward",
+            tensors=3,
+            fake=_fake_backward,
+            vjp=self._backward_vjp,
+            jvp=self._backward_jvp,
+            vmap=self._batch_backward,
+            library=library,
+        )
+
+    def _forward_vjp(self, saved: tuple, options: tuple, ctx: Any, grad: Tensor) -> tuple:
+        images, _, record, norm = saved
+        with_images, with_base = ctx.needs_input_grad[:2]
+        sizes = (images.shape[0], *images.shape[2:])
+        to_images, to_base = self.backward(grad, record, norm, *sizes, with_images, with_base)
+        return to_images if with_images else None, to_base if with_base else None, None, None
+
+    def _forward_jvp(self, saved: tuple, options: tuple, images_t: Tensor, base_t: Tensor | None, *_: Any) -> Tensor:
+        return self.forward(images_t, base_t, saved[2], saved[3], *options[:2], True)
+
+    def _backward_vjp(self, saved: tuple, options: tuple, to_images: Tensor | None, to_base: Tensor | None) -> tuple:
+        grad, record, norm = saved
+        images, _, _, with_images, with_base = options
+        size = grad.shape[2:]
+        if with_images:
+            return self.forward(to_images, to_base if with_base else None, record, norm, *size, True), None, None
+        if with_base:
+            assert to_base is not None
+            each = to_base.expand(images, *to_base.shape[1:])
+            return self.forward(each, None, record, norm, *size, True), None, None
+        return torch.zeros_like(grad), None, None
+
+    def _backward_jvp(self, saved: tuple, options: tuple, grad_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.backward(grad_t, *saved[1:], *options)
+
+    def _batch_forward(
+        self, info: Any, in_dims: tuple, images: Tensor, base: Any, record: Tensor, norm: Any, *options: Any
+    ):
+        """The vmap rule: more images and more records; images that all batches share stay as they are."""
+        V = info.batch_size
+        if base is not None and in_dims[1] is not None:  # a base for each batch is no longer one for all images
+            images = _to_front(images, in_dims[0], V) + base.movedim(in_dims[1], 0)
+            base, image_dim = None, 0
+        else:
+            image_dim = in_dims[0]
+        rows = _to_front(record, in_dims[2], V)
+        if image_dim is None:
+            rows = rows.flatten(0, 1)
+        else:
+            images = images.movedim(image_dim, 0)
+            rows, images = _moved(rows, images.shape[1]), images.flatten(0, 1)
+        out = self.forward.raw(images, base, rows, norm, *options)
+        return out.unflatten(0, (V, record.shape[1 if in_dims[2] == 0 else 0])), 0
+
+    def _batch_backward(
+        self, info: Any, in_dims: tuple, grad: Tensor, record: Tensor, norm: Any, images: int, *options: Any
+    ) -> tuple:
+        V = info.batch_size
+        *size, with_images, with_base = options
+        rows = _moved(_to_front(record, in_dims[1], V), images)
+        grad = _to_front(grad, in_dims[0], V).flatten(0, 1)
+        found, _ = self.backward.raw(grad, rows, norm, V * images, *size, True, False)
+        found = found.unflatten(0, (V, images))
+        shared = found.sum(1, keepdim=True) if with_base else found.new_empty(V, 0)
+        return (found if with_images else found.new_empty(V, 0), shared), (0, 0)
 
 
-def _forward_jvp(saved: tuple, options: tuple, images_t: Tensor, base_t: Tensor | None, *_: Any) -> Tensor:
-    return _forward(images_t, base_t, saved[2], saved[3], *options[:2], True)
+def _triton_fill(form: str) -> Any:
+    def fill(outputs: Any, *args: Any) -> None:
+        from pydistill.triton import multi_crop as kernels  # Triton need not be installed
+
+        getattr(kernels, form)(outputs, *args)
+
+    return fill
 
 
-def _backward_vjp(saved: tuple, options: tuple, to_images: Tensor | None, to_base: Tensor | None) -> tuple:
-    grad, record, norm = saved
-    images, _, _, with_images, with_base = options
-    size = grad.shape[2:]
-    if with_images:
-        return _forward(to_images, to_base if with_base else None, record, norm, *size, True), None, None
-    if with_base:
-        assert to_base is not None
-        return _forward(to_base.expand(images, *to_base.shape[1:]), None, record, norm, *size, True), None, None
-    return torch.zeros_like(grad), None, None
+# kept as long as the operators: torch drops those of a garbage-collected library
+_triton_library = torch_library.Library("pydistill_triton", "FRAGMENT")
+register_filled(_triton_library, "multi_crop", _fake_forward, _triton_fill("forward"))
+register_filled(_triton_library, "multi_crop_backward", _fake_backward, _triton_fill("backward"))
 
-
-def _backward_jvp(saved: tuple, options: tuple, grad_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _backward(grad_t, saved[1], saved[2], *options)
-
-
-_forward: Operator = Operator(
-    "multi_crop",
-    tensors=4,
-    fake=_fake_forward,
-    vjp=_forward_vjp,
-    jvp=_forward_jvp,
-    vmap=_batch_forward,
-    selective=True,
-)
-_backward: Operator = Operator(
-    "multi_crop_backward",
-    tensors=3,
-    fake=_fake_backward,
-    vjp=_backward_vjp,
-    jvp=_backward_jvp,
-    vmap=_batch_backward,
-)
+_native, _triton = _Operators("pydistill"), _Operators("pydistill_triton")

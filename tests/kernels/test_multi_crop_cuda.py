@@ -97,6 +97,16 @@ def test_against_plain_torch(host: HostMachine, dtype: torch.dtype, parts: int) 
             assert torch.equal(got, again), "the order shows"
 
 
+def test_crops_that_are_not_resized_are_bitwise(host: HostMachine) -> None:
+    for dtype, size in ((torch.float32, 41), (torch.float64, 49)):  # of which the product with the inverse is not one
+        images, whole = (
+            normal(1, 1, size, 2, dtype=dtype),
+            {"height": size, "width": 2, "to_height": size, "to_width": 2},
+        )
+        record = torch.tensor([[[float((whole | {"alpha": 1}).get(column, 0)) for column in COLUMNS]]])
+        assert torch.equal(run(host, "forward", images, 1, record, (1, 1, size, 2, 1, size, 2)), images)
+
+
 def test_linear_leaves_the_mean_out(host: HostMachine) -> None:
     images, record, norm = normal(2, 3, 8, 8), record_of(2, 2, (8, 8), (6, 6)), norm_of(3)
     sizes = (2, 3, 8, 8, 2, 6, 6)

@@ -90,6 +90,7 @@ USES = {
         lambda x, base, r, **o: multi_crop(x, r, 4, base=base, mean=(0.1, 0.2), std=(0.5, 0.6), **o),
         (drawn(2, 2, 6, 5), drawn(1, 2, 6, 5)),
         (CROPS,),
+        backends=("cuda", "triton"),
         order=1,
     ),
     "bn_stat_match": Use(
@@ -250,17 +251,9 @@ def test_an_old_driver_or_another_architecture_leaves_triton(monkeypatch: pytest
             assert torch.equal(found, instance_norm_relu_avg_pool(x, w, b, backend="triton"))
 
 
-NO_TRITON = ("multi_crop",)
-
-
 @pytest.mark.parametrize("why", ["built without", "AMD"])
 @pytest.mark.parametrize("name", USES)
-def test_machines_without_the_cuda_operators(
-    name: str, why: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    if name in NO_TRITON:
-        reason = "there is no kernel of Triton's"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=NotImplementedError, reason=reason))
+def test_machines_without_the_cuda_operators(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_cuda_error", "pydistill was built without _C_cuda")
     if why == "AMD":
         monkeypatch.setattr(torch.version, "hip", "7.0")
