@@ -81,6 +81,8 @@ def unfit(capability: tuple[int, int], architectures: str, toolkit: str, driver:
 
 
 _build = _host.build_info()
+if importlib.util.find_spec("pydistill._C_cuda") is None:  # the facts are that library's: without it there are none
+    _build |= dict.fromkeys(("cuda_architectures", "cuda_toolkit"), "")
 
 
 @functools.cache

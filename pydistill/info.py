@@ -78,7 +78,7 @@ def engine(
 
 def collect() -> dict[str, Any]:
     """Everything that `main` prints, as plain values."""
-    build = _host.build_info()
+    build = _library._build
     return {
         "pydistill": pydistill.__version__,
         "torch": torch.__version__,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,9 +27,27 @@ def test_every_kernel_is_launched_on_its_tensors_device_along_one_axis(source: P
 
 
 @needs_triton
-def test_more_programs_than_a_gpu_runs() -> None:
+@pytest.mark.parametrize(
+    ("hip", "num_warps", "most"),
+    [(None, 4, 2**31 - 1), ("7.0", 4, 2**24 - 1), ("7.0", 1, 2**26 - 1), ("7.0", 8, 2**23 - 1)],  # 2^32 - 1 threads
+)
+def test_more_programs_than_a_gpu_runs(
+    hip: str | None, num_warps: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pydistill.triton._launch import run_programs
-    from pydistill.triton.row_products import row_products_kernel
 
-    with pytest.raises(ValueError, match=r"row_products_kernel: a GPU runs at most 2\^31 - 1 programs"):
-        run_programs(row_products_kernel, 2**31, torch.device("cpu"), {})
+    class Kernel:
+        started: ClassVar[list[tuple[int, ...]]] = []
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **options: self.started.append((*grid, options["num_warps"]))
+
+        @staticmethod
+        def fn() -> None: ...
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    kernel, device = Kernel(), torch.device("cpu")
+    run_programs(kernel, most, device, {}, num_warps=num_warps)
+    with pytest.raises(ValueError, match=f"fn: a GPU runs at most {most} programs at once, this needs {most + 1}"):
+        run_programs(kernel, most + 1, device, {}, num_warps=num_warps)
+    assert kernel.started == [(most, num_warps)]

@@ -1,6 +1,7 @@
 """What the build says when it cannot continue: one sentence, and what to do."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,40 @@ def test_one_clear_sentence(tmp_path, options, message):
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
     assert result.stderr.count("CMake Error") == 1, result.stderr
+
+
+def commands(tmp_path, cuda):
+    """How each file but those of CUDA would be made: by the file's name, in words that do not depend on the folder."""
+    folder = tmp_path / cuda
+    subprocess.run(
+        [
+            "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}",
+            "-DSKBUILD_PROJECT_NAME=pydistill", "-DSKBUILD_PROJECT_VERSION=0", f"-DPYDISTILL_CUDA={cuda}",
+            f"-Dpybind11_DIR={tmp_path}",
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    listed = subprocess.run(["ninja", "-C", folder, "-t", "commands"], check=True, capture_output=True, text=True)
+    lines = [shlex.split(line.replace(str(folder), "")) for line in listed.stdout.splitlines()]
+    made = {words[words.index("-o") + 1]: words for words in lines if "-o" in words}
+    return {name: words for name, words in made.items() if "_C_cuda" not in name}
+
+
+@pytest.mark.exhaustive
+def test_without_cuda_one_file_is_missing_and_the_others_are_the_same(tmp_path):
+    """But for what `_host` says of that file, which nobody asks for where it is not."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on PATH, so there is no build with CUDA")
+    module = "function(pybind11_add_module name)\nlist(REMOVE_ITEM ARGN MODULE NO_EXTRAS)\n"
+    (tmp_path / "pybind11Config.cmake").write_text(module + "add_library(${name} MODULE ${ARGN})\nendfunction()\n")
+    found, without = commands(tmp_path, "ON"), commands(tmp_path, "OFF")
+    assert any(name.endswith("_C.so") for name in without)
+    assert any("library.cpp" in name for name in without)
+    assert found.keys() == without.keys()
+    for name, words in without.items():
+        both = [[word for word in line if not word.startswith("-DPYDISTILL_CUDA_")] for line in (found[name], words)]
+        assert both[0] == both[1]
+        assert "csrc/host/" in name or both == [found[name], words]
 
 
 @pytest.mark.parametrize(
