@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import pkgutil
 import re
 import sys
@@ -47,6 +48,19 @@ def emulate() -> None:
     """CUDA kernels run on the host machine of ``cuda_vocabulary.h``, Triton's in its interpreter (TRITON_INTERPRET=1,
     if they are to run)."""
     _import_package(building.operators_library())
+    _interpret()
+
+
+def leave_out() -> None:
+    """There is no library of CUDA kernels, as in a build without them: Triton's run in its interpreter."""
+    torch.version.cuda = "13.0"
+    sys.path.remove(str(building.REPOSITORY))  # or the package would find what was built there
+    assert importlib.util.find_spec(MODULE) is None  # which imports the package
+    sys.path.append(str(building.REPOSITORY))
+    _interpret()
+
+
+def _interpret() -> None:
     from triton.runtime.interpreter import GridExecutor
 
     run = GridExecutor.__call__
@@ -104,5 +118,6 @@ def triton_operators() -> list[str]:
 
 KERNELS: dict[str, Callable[[], None]] = {
     "emulated": emulate,
+    "left out": leave_out,
     "borrowed": lambda: borrow(building.devices_library()),
 }
