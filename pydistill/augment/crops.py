@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill._devices import to_device
 from pydistill.ops.multi_crop import COLUMNS, MAX_SIZE, multi_crop
 
@@ -213,8 +214,7 @@ def crop_schedule(
     Raises:
         ValueError: an argument is out of range.
     """
-    if kind not in ("step", "linear", "cosine"):
-        raise ValueError(f"kind: expected 'step', 'linear' or 'cosine', got {kind!r}")
+    check_choice("kind", kind, ("step", "linear", "cosine"))
     if iteration < 0 or iterations < 1:
         raise ValueError(f"iteration, iterations: expected >= 0 and >= 1, got {iteration} and {iterations}")
     for name, value in (("milestone", milestone), ("lowest", lowest)):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice, meant
 from pydistill._devices import to_device
 from pydistill.ops.augment import COLUMNS, IDENTITY, augment_images
 
@@ -65,6 +66,10 @@ class DiffAugment:
         record = augment.draw(images.shape, generator)
         augmented = augment(images, record)
 
+    Subclasses may override `draw`, `shape_after` and `__call__`: the loops call these three and nothing else, on the
+    student engine as on autograd, and keep a record as `draw` returned it. (Records of this class itself are moved to
+    a GPU together; a subclass moves its own, in `__call__`.)
+
     Args:
         strategy: names out of "color", "crop", "cutout", "flip", "scale" and "rotate", joined by "_"; "none" or "" for
             none of them. A name given twice is twice as likely in mode "single".
@@ -109,10 +114,9 @@ class DiffAugment:
             if name not in OPERATIONS:
                 raise ValueError(
                     f"strategy: expected names out of {', '.join(OPERATIONS)}, joined by '_', or 'none', got {name!r} "
-                    f"in {self.strategy!r}"
+                    f"in {self.strategy!r}{meant(name, OPERATIONS)}"
                 )
-        if self.mode not in ("single", "all"):
-            raise ValueError(f"mode: expected 'single' or 'all', got {self.mode!r}")
+        check_choice("mode", self.mode, ("single", "all"))
         if self.mode == "all" and list(self.operations) != [name for name in OPERATIONS if name in self.operations]:
             raise ValueError(
                 f"strategy: mode='all' applies operations in the order {'_'.join(OPERATIONS)}, got {self.strategy!r}"
@@ -145,6 +149,8 @@ class DiffAugment:
             The record, float32 ``[B, 13]``, ``[2 * B, 13]`` for ``flip_batch``, on the generator's device: see
             `pydistill.ops.augment_images` for its columns.
         """
+        if len(shape) != 4:
+            raise ValueError(f"shape: expected that of images [B, C, H, W], got {list(shape)}")
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -228,8 +234,14 @@ def diff_augment(
         ``[B, C, H, W]``.
 
     Raises:
-        ValueError: as `DiffAugment`.
+        TypeError, ValueError: images that are not ``[B, C, H, W]``, a seed that is not an int, or as `DiffAugment`.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    if images.dim() != 4:
+        raise ValueError(f"images: expected [B, C, H, W], got shape {list(images.shape)}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
     options = {} if param is None else {name: getattr(param, name) for name in _RATIOS}
     if param is not None:
         if param.aug_mode not in ("S", "M"):

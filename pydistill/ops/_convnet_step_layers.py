@@ -27,6 +27,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.ops.instance_norm_relu_avg_pool import FORMS
 from pydistill.reference.convnet_shape import ConvNetShape
 
@@ -229,8 +230,7 @@ class _Net(_Parameters):
     """The students at theta, and their layers."""
 
     def __init__(self, shape: ConvNetShape, theta: Tensor, images: Tensor, precision: Precision):
-        if precision not in ("fp32", "tf32", "bf16"):
-            raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
+        check_choice("precision", precision, ("fp32", "tf32", "bf16"))
         if theta.dtype not in (torch.float32, torch.float64) or (precision != "fp32" and theta.dtype != torch.float32):
             raise TypeError(f"theta: expected float32, or float64 with precision='fp32', got {theta.dtype}")
         if images.dtype != theta.dtype or images.device != theta.device:
@@ -322,8 +322,7 @@ class _CrossEntropy:
 
     def __init__(self, logits: Tensor, labels: Tensor, label_kind: LabelKind):
         E, N, K = logits.shape
-        if label_kind not in ("hard", "logits", "probs"):
-            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
+        check_choice("label_kind", label_kind, ("hard", "logits", "probs"))
         hard = label_kind == "hard"
         wanted = torch.int64 if hard else logits.dtype
         if labels.dtype != wanted or labels.device != logits.device:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pydistill._devices import to_device
 from pydistill.augment import DiffAugment, MultiCrop
 from pydistill.ops.convnet_step import LabelKind, Precision
-from pydistill.trajectory.arguments import check_batches, check_generators, check_training_set
+from pydistill.trajectory.arguments import check_batches, check_generators, check_rate, check_training_set
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents, flat_gradient
@@ -90,8 +90,7 @@ class InnerLoop:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+            check_rate(name, value)
         if optimizer != "sgd" and not isinstance(optimizer, Adam):
             raise ValueError(f"optimizer: expected 'sgd' or a pydistill.trajectory.Adam, got {optimizer!r}")
         if momentum and optimizer != "sgd":

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill import _host
+from pydistill._arguments import check_choice
 from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
@@ -133,8 +134,7 @@ class ExpertStore(StoreFile):
         """
         path = Path(path)
         _check_counts(experts=experts, epochs=epochs)
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected 'fp32' or 'bf16', got {dtype!r}")
+        check_choice("dtype", dtype, _DTYPES)
         check_replaceable(path, overwrite)
         header = {
             "experts": experts,
@@ -233,7 +233,7 @@ class ExpertStore(StoreFile):
         if saw is None and "replay_buffers" in self.options:
             warnings.warn(
                 f"{self.path}: expected experts that saw images as these are, {are}; their import did not say whether "
-                "they did: zca=True or False there (--zca, --no-zca) does",
+                "they did: zca=True or zca=False there does (pydistill experts: --zca, --no-zca)",
                 stacklevel=2,
             )
         elif saw not in (None, zca):

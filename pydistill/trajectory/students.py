@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.ops.attention_map import Axis
 from pydistill.ops.convnet_step import (
@@ -275,10 +276,8 @@ def choose_students(
 
     Raises ``ValueError`` with the reason where ``engine="student"`` is not possible.
     """
-    if engine not in ("auto", "student", "compiled", "generic"):
-        raise ValueError(f"engine: expected 'auto', 'student', 'compiled' or 'generic', got {engine!r}")
-    if precision not in ("fp32", "tf32", "bf16"):
-        raise ValueError(f"precision: expected 'fp32', 'tf32' or 'bf16', got {precision!r}")
+    check_choice("engine", engine, ("auto", "student", "compiled", "generic"))
+    check_choice("precision", precision, ("fp32", "tf32", "bf16"))
     if precision != "fp32" and images.dtype != torch.float32:
         raise TypeError(f"precision: expected float32 images and theta0 for {precision!r}, got {images.dtype}")
     if precision == "tf32" and images.device.type != "cuda":

@@ -27,6 +27,7 @@ from pydistill.trajectory.arguments import (
     check_generators,
     check_lr,
     check_positive,
+    check_rate,
     check_training_set,
     is_of_other_size,
 )
@@ -182,10 +183,7 @@ def train_students(
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
     for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        check_rate(name, value)
     for name, option, kind in (("sharpness", sharpness, GSAM), ("smoothing", smoothing, Smoothing)):
         if option is not None and not isinstance(option, kind):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(option).__name__}")
@@ -196,7 +194,8 @@ def train_students(
             raise ValueError("velocity0: expected None without momentum")
         if velocity0.shape != theta0.shape or velocity0.dtype != theta0.dtype or velocity0.device != theta0.device:
             got = f"{velocity0.dtype} {list(velocity0.shape)} on {velocity0.device}"
-            raise ValueError(f"velocity0: expected dtype, shape and device of theta0, got {got}")
+            wanted = f"{theta0.dtype} {list(theta0.shape)} on {theta0.device} as theta0"
+            raise ValueError(f"velocity0: expected {wanted}, got {got}")
     for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")

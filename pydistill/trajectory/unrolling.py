@@ -28,6 +28,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from pydistill._arguments import check_choice
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import check_lr
 from pydistill.trajectory.compiled import CompiledStudents
@@ -243,10 +244,8 @@ def unroll(
     )
     lr = check_lr(lr, theta0)
     wanted = (steps,) if at is None else _check_at(at, warmup, steps)
-    if mode not in ("exact", "first_order", "full"):
-        raise ValueError(f"mode: expected 'exact', 'first_order' or 'full', got {mode!r}")
-    if store not in ("device", "host"):
-        raise ValueError(f"store: expected 'device' or 'host', got {store!r}")
+    check_choice("mode", mode, ("exact", "first_order", "full"))
+    check_choice("store", store, ("device", "host"))
     if store_every < 1:
         raise ValueError(f"store_every: expected at least 1, got {store_every}")
     students = theta0 if theta0.dim() == 2 else theta0[None]  # [E, P]

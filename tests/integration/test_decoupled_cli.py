@@ -28,7 +28,7 @@ def run(*arguments):
 def fails(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     return capsys.readouterr().err
 
 

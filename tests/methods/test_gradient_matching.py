@@ -144,7 +144,7 @@ def test_presets_are_the_papers():
         ({"lr_img": -1.0}, r"lr_img: expected a finite number of at least 0, got -1\.0"),
         ({"start": "blank"}, "start: expected one of noise, real, got 'blank'"),
         ({"distance": "l1"}, "distance: expected one of row_cos, cos, mse, got 'l1'"),
-        ({"augment": "flip_melt"}, "strategy: expected names out of color, .*, got 'melt' in 'flip_melt'"),
+        ({"augment": "flip_melt"}, "augment: expected names out of color, .*, got 'melt' in 'flip_melt'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

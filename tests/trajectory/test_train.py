@@ -314,7 +314,7 @@ WRONG = [
     (
         {"velocity0": torch.zeros(E, 3), "momentum": 0.9},
         ValueError,
-        r"velocity0: expected dtype, shape and device of theta0, got torch\.float32 \[3, 3\] on cpu",
+        r"velocity0: expected torch\.float32 \[2, .* as theta0, got torch\.float32 \[3, 3\] on cpu",
     ),
     ({"epochs": 1.0}, TypeError, "epochs: expected an int, got float"),
     ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),

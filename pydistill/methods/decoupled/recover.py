@@ -105,6 +105,9 @@ class Recover(Method):
     seed: int = 0
     """Seed of all random draws."""
 
+    def unused(self, inputs: RecoverInputs) -> dict[str, str]:
+        return {} if self.starts_real else {"root": f": {self.name} starts from noise"}
+
     def job(self, inputs: RecoverInputs, device: torch.device) -> RecoverJob:
         return RecoverJob(self, inputs, device)
 
@@ -161,6 +164,10 @@ class RandomImages(Recover):
 
     start: Literal["random", "kmeans"] = "random"
     """Which real images: drawn at random, or those nearest to the centres of each class's logits."""
+
+    def unused(self, inputs: RecoverInputs) -> dict[str, str]:
+        optimised = ("iterations", "lr", "r_bn", "first", "r_var", "crop", "flip", "jitter")
+        return dict.fromkeys((*optimised, "checkpoint_every"), ": real images are taken as they are")
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
         return [replace(batch, moves=False) for batch in super().batches(num_classes, num_teachers)]
@@ -425,4 +432,4 @@ class RecoverJob(Job):
             distilled = merge(self.config, self.teachers, run.folder)
             distilled.save(run.folder / "distilled.safetensors")
             write_picture(run, distilled, per_class)
-        self.results["images"] = per_class
+        self.results["images"] = per_class * self.teachers[0].num_classes

@@ -1,0 +1,70 @@
+"""What is said of an argument that is not one of its choices."""
+
+import re
+
+import pytest
+import torch
+
+from pydistill import soft_cross_entropy
+from pydistill._arguments import check_choice, not_one_of
+from pydistill.augment import DiffAugment, diff_augment
+from pydistill.data import load
+from pydistill.info import engine
+from pydistill.labels import SoftLabelDataset
+from pydistill.methods import DM, MTT, Relabel, run
+from pydistill.nn import make
+from pydistill.ops import kd_divergence
+from pydistill.select import graph_cut_greedy
+
+IMAGES = torch.zeros(2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load("digts"), "name: expected one of digits, .*, got 'digts'; did you mean digits?"),
+        (lambda: load("CIFAR-10"), "got 'CIFAR-10'; did you mean cifar10?"),
+        (lambda: make("resnet_18", 3, 10, 32), "got 'resnet_18'; did you mean resnet18?"),
+        (lambda: kd_divergence(None, None, kind="softce"), "kind: expected one of .*; did you mean soft_ce?"),
+        (lambda: soft_cross_entropy(None, None, label_kind="prob"), "got 'prob'; did you mean probs?"),
+        (lambda: Relabel(format="top_k8"), "format: expected one of fp32, .*; did you mean topk8?"),
+        (lambda: MTT.preset("digit", 1), "got 'digit'; did you mean digits?"),
+        (lambda: MTT(augment="colour_crop"), "got 'colour' in 'colour_crop'; did you mean color?"),
+    ],
+)
+def test_the_nearest_choice_is_offered(call, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        call()
+
+
+def test_nothing_like_it():
+    assert not_one_of(("mean", "sum"), "none") == "expected 'mean' or 'sum', got 'none'"
+    assert not_one_of(("sum",), 3) == "expected 'sum', got 3"
+    assert not_one_of("abcde", None) == "expected one of a, b, c, d, e, got None"
+    check_choice("reduction", "sum", ("mean", "sum"))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: DM(ipc="1"), ValueError, "ipc: expected a whole number, got '1'"),
+        (lambda: DM(ipc=None), ValueError, "ipc: expected a whole number, got None"),
+        (lambda: DM(ipc=1.5), ValueError, "ipc: expected a whole number, got 1.5"),
+        (lambda: MTT(lr_img="3"), ValueError, "lr_img: expected a number, got '3'"),
+        (lambda: Relabel(crop="3"), ValueError, "crop: expected a number, got '3'"),
+        (lambda: run(DM(), out=None), TypeError, "out: expected the path of a folder, got None"),
+        (lambda: load("digits", image_size="8"), TypeError, "image_size: expected a whole number, got '8'"),
+        (lambda: make("convnet", 3, 10, "32"), TypeError, "image_size: expected a whole number of pixels or (height"),
+        (lambda: make("convnet", 3, 10, 32, width=1.5), TypeError, "width: expected a whole number, got 1.5"),
+        (lambda: diff_augment(IMAGES, "color", seed=1.5), TypeError, "seed: expected an int, got 1.5"),
+        (lambda: diff_augment(IMAGES[0], "color"), ValueError, "images: expected [B, C, H, W], got shape [1, 4, 4]"),
+        (lambda: DiffAugment("flip").draw((4, 4)), ValueError, "shape: expected that of images [B, C, H, W], got [4"),
+        (lambda: graph_cut_greedy(torch.ones(3, 2), 1.5), TypeError, "budget: expected a whole number, got 1.5"),
+        (lambda: graph_cut_greedy([1, 2], 1), TypeError, "embeddings: expected a tensor, got list"),
+        (lambda: engine(make("mlp", 1, 2, 4), (4, 4)), TypeError, "image: expected (C, H, W), got (4, 4)"),
+        (lambda: SoftLabelDataset(IMAGES, "labels.store"), TypeError, "store: expected an open SoftLabelStore, got '"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
