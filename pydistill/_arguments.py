@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
@@ -36,6 +36,13 @@ def check_whole(argument: str, value: object, least: int | None = None) -> None:
         raise TypeError(f"{argument}: expected a whole number, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{argument}: expected at least {least}, got {value}")
+
+
+def check_image_shape(shape: object) -> None:
+    """For ``[B, C, H, W]``, as an argument ``shape``."""
+    if not isinstance(shape, Sequence) or len(shape) != 4 or not all(isinstance(size, int) for size in shape):
+        got = list(shape) if isinstance(shape, (tuple, list)) else f"a {type(shape).__name__}"
+        raise ValueError(f"shape: expected that of images, [B, C, H, W], got {got}")
 
 
 def no_file(path: Path, name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pydistill._arguments import check_choice, meant
+from pydistill._arguments import check_choice, check_image_shape, meant
 from pydistill._devices import to_device
 from pydistill.ops.augment import COLUMNS, IDENTITY, augment_images
 
@@ -116,6 +116,9 @@ class DiffAugment:
                     f"strategy: expected names out of {', '.join(OPERATIONS)}, joined by '_', or 'none', got {name!r} "
                     f"in {self.strategy!r}{meant(name, OPERATIONS)}"
                 )
+        for flag in ("siamese", "flip_batch", "align_corners"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"{flag}: expected True or False, got {getattr(self, flag)!r}")
         check_choice("mode", self.mode, ("single", "all"))
         if self.mode == "all" and list(self.operations) != [name for name in OPERATIONS if name in self.operations]:
             raise ValueError(
@@ -125,6 +128,8 @@ class DiffAugment:
         for name, low in {**lowest, "prob_flip": 0.0, "saturation": 0.0, "contrast": 0.0, "ratio_scale": 1.0}.items():
             value = getattr(self, name)
             high = 1.0 if name == "prob_flip" else math.inf
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
             if not low <= value <= high or value == math.inf:
                 wanted = f"from {low:g} to 1" if name == "prob_flip" else f">= {low:g}"
                 raise ValueError(f"{name}: expected a finite number {wanted}, got {value}")
@@ -149,8 +154,7 @@ class DiffAugment:
             The record, float32 ``[B, 13]``, ``[2 * B, 13]`` for ``flip_batch``, on the generator's device: see
             `pydistill.ops.augment_images` for its columns.
         """
-        if len(shape) != 4:
-            raise ValueError(f"shape: expected that of images [B, C, H, W], got {list(shape)}")
+        check_image_shape(shape)
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -208,6 +212,8 @@ class DiffAugment:
         """``[B, C, H, W]`` images, or with ``flip_batch`` ``[2 * B, C, H, W]``, augmented by the record of `draw`."""
         if not self.operations and not self.flip_batch:
             return images
+        if not isinstance(record, Tensor):
+            raise TypeError(f"record: expected what draw returns, a tensor, got {type(record).__name__}")
         record = to_device(record, images.device)
         return augment_images(images, record, flip_batch=self.flip_batch, align_corners=self.align_corners)
 

@@ -151,6 +151,8 @@ class DistilledSet:
             "lr": torch.tensor(self.lr, dtype=torch.float64, device="cpu"),
         }
         about = folder / EXPORT_HEADER
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder, it is a file")
         for path in (about, *(folder / f"{name}.pt" for name in tensors)):
             if path.exists() and not overwrite:
                 raise FileExistsError(f"{path}: expected no file there, which overwrite=True replaces")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _host
-from pydistill._arguments import check_choice
+from pydistill._arguments import check_choice, check_whole
 from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._renamed import renamed, warn
 from pydistill._store_file import check_of
@@ -138,8 +138,8 @@ class SoftLabelStore(LabelReader):
         _check_at_least(0, record_bytes=record_bytes)
         check_choice("format", format, FORMATS)
         check_choice("target", target, ("logits", "probs"))
-        if not 0 < T < float("inf"):
-            raise ValueError(f"T: expected a positive number, got {T}")
+        if not isinstance(T, (int, float)) or not 0 < T < float("inf"):
+            raise ValueError(f"T: expected a positive number, got {T!r}")
         check_choice("sources", sources, ("batch", "images"))
         if target == "probs" and format in ("logits8", "features8"):
             raise ValueError(f"target: expected 'logits' for {format!r}, got 'probs'")
@@ -483,5 +483,4 @@ def _parts(shards: list[SoftLabelStore], epoch: int, images: np.ndarray) -> list
 
 def _check_at_least(least: int, **counts: int) -> None:
     for name, value in counts.items():
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_whole(name, value, least)

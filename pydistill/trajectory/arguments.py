@@ -75,6 +75,13 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
+def check_augment(augment: Any) -> None:
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
+    if isinstance(augment, type):
+        raise TypeError(f"augment: expected an object, as {augment.__name__}() makes one, got the class")
+
+
 def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
     if not isinstance(lr, Tensor):
         if not isinstance(lr, (int, float)):
@@ -111,6 +118,8 @@ def check_batches(
 ) -> list[Tensor]:
     if batch_size is not None:
         raise ValueError("batches: expected either batches or batch_size, got both")
+    if not isinstance(batches, (Sequence, Tensor)):
+        raise TypeError(f"batches: expected {steps} index tensors, one a step, got {type(batches).__name__}")
     if len(batches) != steps:
         raise ValueError(f"batches: expected {steps} index tensors, one a step, got {len(batches)}")
     for k, index in enumerate(batches):

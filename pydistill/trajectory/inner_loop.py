@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from pydistill._devices import to_device
 from pydistill.augment import DiffAugment, MultiCrop
 from pydistill.ops.convnet_step import LabelKind, Precision
-from pydistill.trajectory.arguments import check_batches, check_generators, check_rate, check_training_set
+from pydistill.trajectory.arguments import (
+    check_augment,
+    check_batches,
+    check_generators,
+    check_rate,
+    check_training_set,
+)
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents, flat_gradient
@@ -100,8 +106,7 @@ class InnerLoop:
             raise TypeError(f"warmup: expected an int, got {type(warmup).__name__}")
         if not 0 <= warmup < steps:
             raise ValueError(f"warmup: expected at least 0 and fewer than {steps} steps, got {warmup}")
-        if augment is not None and not callable(augment):
-            raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
+        check_augment(augment)
         if memory != "auto" and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
             raise ValueError(f"memory: expected 'auto' or a number of bytes, got {memory!r}")
         self.repeated = batches is not None  # whether a batch may take an image twice

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill import _host
-from pydistill._arguments import check_choice
+from pydistill._arguments import check_choice, check_whole
 from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
@@ -443,5 +443,4 @@ def _parameters_of(net: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_whole(name, value, 1)

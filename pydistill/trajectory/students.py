@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from pydistill._arguments import check_choice
+from pydistill._arguments import check_choice, check_whole
 from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.ops.attention_map import Axis
 from pydistill.ops.convnet_step import (
@@ -278,6 +278,8 @@ def choose_students(
     """
     check_choice("engine", engine, ("auto", "student", "compiled", "generic"))
     check_choice("precision", precision, ("fp32", "tf32", "bf16"))
+    if output is not None and output != "any":
+        check_whole("output", output)
     if precision != "fp32" and images.dtype != torch.float32:
         raise TypeError(f"precision: expected float32 images and theta0 for {precision!r}, got {images.dtype}")
     if precision == "tf32" and images.device.type != "cuda":

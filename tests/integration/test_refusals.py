@@ -111,7 +111,6 @@ def test_squeeze_without_momentum(tmp_path):
         ("distill mtt", "--lr-expert=1 --experts=x", "--lr-expert: expected none with --experts FILE, whose file says"),
         ("distill fedlgd", "--split=class --alpha=1", "--alpha: expected none with --split class, got 1.0"),
         ("distill unip", "--layer=1 --target-nmi=0.1", "--target-nmi: expected none with --layer 1, got 0.1"),
-        ("select dq", "--students=0 --lr-student=1", "--lr-student: expected none with --students 0, got 1.0"),
         ("squeeze", "--network=resnet18 --depth=3", "--depth: expected none with --network resnet18, got 3"),
         ("squeeze", "--weights=x --epochs=1", "--epochs: expected none with --weights FILE, which is not trained,"),
         ("squeeze", "--dataset=cifar10 --image-size=8", "--image-size: expected none: cifar10 has a size of its own"),
@@ -179,6 +178,12 @@ def test_a_run_goes_on_with_its_files(capsys, tmp_path, made):
     main(["recover", f"--out={out}", "--resume", f"--teacher={second}"])
 
 
+def test_several_networks_where_one_is_used(capsys, tmp_path, made):
+    teacher = made["teacher"].removeprefix("--teacher=")
+    error = refused(capsys, "recover", "--teacher", teacher, teacher, f"--out={tmp_path / 'out'}")
+    assert error == "pydistill: --teacher: expected one for sre2l, got 2\n"
+
+
 def test_images_are_counted(capsys, tmp_path, made):
     main(["recover", made["teacher"], "--ipc=2", "--iterations=1", f"--out={tmp_path / 'out'}"])
     assert "images 20; " in capsys.readouterr().out
@@ -188,6 +193,8 @@ def test_the_folder_of_a_run_instead_of_its_file(capsys, tmp_path, made):
     folders = {name: Path(option.split("=")[1]).parent for name, option in made.items()}
     main(["evaluate", str(folders["images"]), "--students=1", "--epochs=1", "--width=4", "--depth=1"])
     main(["export", str(folders["images"]), str(tmp_path / "exported")])
+    (tmp_path / "file").touch()
+    assert "file: expected a folder, it is a file" in refused(capsys, "export", folders["images"], tmp_path / "file")
     error = refused(capsys, "evaluate", folders["teacher"])
     assert "expected a folder of distilled.safetensors, or images.pt and labels.pt, found neither" in error
     for words, option, file in (

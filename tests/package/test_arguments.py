@@ -5,18 +5,24 @@ import re
 import pytest
 import torch
 
-from pydistill import soft_cross_entropy
+from pydistill import soft_cross_entropy, unroll
 from pydistill._arguments import check_choice, not_one_of
-from pydistill.augment import DiffAugment, diff_augment
+from pydistill.augment import DiffAugment, MultiCrop, diff_augment
 from pydistill.data import load
 from pydistill.info import engine
 from pydistill.labels import SoftLabelDataset
 from pydistill.methods import DM, MTT, Relabel, run
 from pydistill.nn import make
 from pydistill.ops import kd_divergence
-from pydistill.select import graph_cut_greedy
+from pydistill.select import graph_cut_greedy, kmeans
 
 IMAGES = torch.zeros(2, 1, 4, 4)
+
+
+def unrolled(**options):
+    net = make("mlp", 1, 2, 4, 3)
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    return unroll(net, theta, IMAGES, torch.arange(2), 0.1, steps=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,22 @@ def test_nothing_like_it():
         (lambda: make("convnet", 3, 10, 32, width=1.5), TypeError, "width: expected a whole number, got 1.5"),
         (lambda: diff_augment(IMAGES, "color", seed=1.5), TypeError, "seed: expected an int, got 1.5"),
         (lambda: diff_augment(IMAGES[0], "color"), ValueError, "images: expected [B, C, H, W], got shape [1, 4, 4]"),
-        (lambda: DiffAugment("flip").draw((4, 4)), ValueError, "shape: expected that of images [B, C, H, W], got [4"),
+        (lambda: DiffAugment("flip").draw((4, 4)), ValueError, "shape: expected that of images, [B, C, H, W], got [4"),
+        (lambda: DiffAugment(prob_flip="a"), TypeError, "prob_flip: expected a number, got 'a'"),
+        (lambda: DiffAugment(siamese="no"), TypeError, "siamese: expected True or False, got 'no'"),
+        (lambda: DiffAugment()(IMAGES, None), TypeError, "record: expected what draw returns, a tensor, got NoneType"),
+        (lambda: MultiCrop(8)(IMAGES, None), TypeError, "record: expected what draw returns, a tensor, got NoneType"),
+        (lambda: MultiCrop(8).draw(IMAGES), ValueError, "shape: expected that of images, [B, C, H, W], got a Tensor"),
+        (lambda: MultiCrop("8"), TypeError, "out_size: expected a whole number of pixels or (height, width), got '8'"),
+        (lambda: MultiCrop(8, scale=0.5), TypeError, "scale: expected (low, high), got 0.5"),
+        (lambda: MultiCrop(8, flip="a"), TypeError, "flip: expected a number, got 'a'"),
+        (lambda: unrolled(augment=DiffAugment), TypeError, "augment: expected an object, as DiffAugment() makes one"),
+        (lambda: unrolled(at=3), TypeError, "at: expected step numbers, got 3"),
+        (lambda: unrolled(batches=3), TypeError, "batches: expected 2 index tensors, one a step, got int"),
+        (lambda: unrolled(store_every="a"), TypeError, "store_every: expected a whole number, got 'a'"),
+        (lambda: unrolled(output="a"), TypeError, "output: expected a whole number, got 'a'"),
+        (lambda: unrolled(output=9), ValueError, "output: expected None for a net that returns a tensor, got 9"),
+        (lambda: kmeans(torch.ones(3), 1), ValueError, "x: expected floating [N, d] with a row and a column at least"),
         (lambda: graph_cut_greedy(torch.ones(3, 2), 1.5), TypeError, "budget: expected a whole number, got 1.5"),
         (lambda: graph_cut_greedy([1, 2], 1), TypeError, "embeddings: expected a tensor, got list"),
         (lambda: engine(make("mlp", 1, 2, 4), (4, 4)), TypeError, "image: expected (C, H, W), got (4, 4)"),

@@ -79,6 +79,7 @@ class Recover(Method):
     inputs: ClassVar[type[Inputs]] = RecoverInputs
     shared: ClassVar[bool] = True
     starts_real: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = False  # squeezed networks
     shares: ClassVar[tuple[str, ...]] = ("crop",)
     start = "random"  # no field, except in methods that start from real images
 
@@ -364,6 +365,8 @@ def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> 
     """Raises for what `recover` refuses before it begins."""
     if not teachers:
         raise ValueError("teachers: expected at least one, got none")
+    if len(teachers) > 1 and not config.takes_several:
+        raise ValueError(f"teachers: expected one for {config.name}, got {len(teachers)}")
     first = teachers[0]
     for teacher in teachers:
         if (teacher.num_classes, teacher.shape) != (first.num_classes, first.shape):

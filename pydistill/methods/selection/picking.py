@@ -84,10 +84,6 @@ class Picking(Method):
         check_numbers(self, teacher_lr=0.0)
         check_augment(self)
 
-    def unused(self, inputs: PickInputs) -> dict[str, str]:
-        names = ("student_epochs", "lr_student")
-        return {} if inputs.students else dict.fromkeys(names, " with students=0")
-
     def job(self, inputs: PickInputs, device: torch.device) -> PickJob:
         return PickJob(self, inputs, device)
 
