@@ -55,6 +55,9 @@ class DistilledSet:
     zca: ZCA | None = None
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels", "mean", "std"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(getattr(self, name)).__name__}")
         if self.images.ndim != 4 or self.images.dtype != torch.float32:
             raise ValueError(f"images: expected float32 [N, C, H, W], got {_describe(self.images)}")
         count, channels = self.images.shape[:2]

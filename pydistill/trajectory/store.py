@@ -331,6 +331,8 @@ class ExpertStore(StoreFile):
             ValueError: a file is truncated, foreign or damaged, does not fit ``net``, or holds experts that cannot be
                 matched; says where.
         """
+        if isinstance(paths, str) or not isinstance(paths, Sequence):
+            raise TypeError(f"paths: expected a sequence of paths, got {paths!r}")
         path, files = Path(path), [Path(each) for each in paths]
         if not files:
             raise ValueError("paths: expected a replay buffer or more, got none")
@@ -382,6 +384,9 @@ class ExpertStore(StoreFile):
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
     def _check_place(self, expert: int, epoch: int) -> None:
+        for name, number in (("expert", expert), ("epoch", epoch)):
+            if not isinstance(number, (int, np.integer)):
+                raise TypeError(f"{name}: expected a whole number, got {number!r}")
         if not 0 <= expert < len(self):
             raise IndexError(f"{self.path}: expert: expected one of 0..{len(self) - 1}, got {expert}")
         if not 0 <= epoch <= self.epochs:

@@ -5,24 +5,35 @@ import re
 import pytest
 import torch
 
-from pydistill import soft_cross_entropy, unroll
+from pydistill import ExpertStore, soft_cross_entropy, unroll
 from pydistill._arguments import check_choice, not_one_of
 from pydistill.augment import DiffAugment, MultiCrop, diff_augment
-from pydistill.data import load
+from pydistill.data import DistilledSet, load
+from pydistill.evaluate import evaluate
 from pydistill.info import engine
 from pydistill.labels import SoftLabelDataset
-from pydistill.methods import DM, MTT, Relabel, run
+from pydistill.methods import DM, MTT, Relabel, distill, run
 from pydistill.nn import make
 from pydistill.ops import kd_divergence
 from pydistill.select import graph_cut_greedy, kmeans
+from pydistill.trajectory.experts import train_experts
 
-IMAGES = torch.zeros(2, 1, 4, 4)
+IMAGES, LABELS, MOMENTS = torch.zeros(2, 1, 4, 4), torch.arange(2), torch.ones(2, 1)
+
+
+def evaluated(**options):
+    data = {"images": IMAGES, "labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
+    return evaluate(**{"make_net": lambda: make("mlp", 1, 2, 4, 3), **data, "lr": 0.1, "epochs": 1, **options})
+
+
+def experts(**options):
+    return train_experts(lambda: None, IMAGES, LABELS, "e.store", **{"num_experts": 1, "epochs": 1, **options})
 
 
 def unrolled(**options):
     net = make("mlp", 1, 2, 4, 3)
     theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
-    return unroll(net, theta, IMAGES, torch.arange(2), 0.1, steps=2, **options)
+    return unroll(net, theta, IMAGES, LABELS, 0.1, steps=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,26 @@ def test_nothing_like_it():
         (lambda: unrolled(store_every="a"), TypeError, "store_every: expected a whole number, got 'a'"),
         (lambda: unrolled(output="a"), TypeError, "output: expected a whole number, got 'a'"),
         (lambda: unrolled(output=9), ValueError, "output: expected None for a net that returns a tensor, got 9"),
+        (
+            lambda: evaluated(make_net=make("mlp", 1, 2, 4)),
+            TypeError,
+            "make_net: expected a function that builds a",
+        ),
+        (lambda: evaluated(students=3), TypeError, "students: expected their numbers, such as range(5), got 3"),
+        (lambda: evaluated(seed=1.5), TypeError, "seed: expected a whole number of at least 0, got 1.5"),
+        (lambda: evaluated(seed=-1), ValueError, "seed: expected a whole number of at least 0, got -1"),
+        (lambda: evaluated(test_images=None), TypeError, "test_images: expected a tensor, got NoneType"),
+        (lambda: experts(epochs=1.5), TypeError, "epochs: expected a whole number, got 1.5"),
+        (lambda: experts(momentum="a"), TypeError, "momentum: expected a number, got str"),
+        (
+            lambda: ExpertStore.import_replay_buffers("a.pt", None, "b"),
+            TypeError,
+            "paths: expected a sequence of paths",
+        ),
+        (lambda: DistilledSet(None, LABELS, 0.1, *MOMENTS), TypeError, "images: expected a tensor, got NoneType"),
+        (lambda: DistilledSet(IMAGES, LABELS, 0.1, None, None), TypeError, "mean: expected a tensor, got NoneType"),
+        (lambda: distill(DM(), None, make("convnet", 1, 2, 8)), TypeError, "dataset: expected a Dataset, got None"),
+        (lambda: distill(DM(), load("digits"), None), TypeError, "net: expected a Module, got None"),
         (lambda: kmeans(torch.ones(3), 1), ValueError, "x: expected floating [N, d] with a row and a column at least"),
         (lambda: graph_cut_greedy(torch.ones(3, 2), 1.5), TypeError, "budget: expected a whole number, got 1.5"),
         (lambda: graph_cut_greedy([1, 2], 1), TypeError, "embeddings: expected a tensor, got list"),
