@@ -112,8 +112,17 @@ def unavailable(backend: str, device: torch.device | None = None) -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# read once, at the import, for torch.compile does not look into the module
-_baseline = _host.isa() == "base" and platform.machine() in ("x86_64", "AMD64")
+def _instruction_set() -> tuple[str, str | None]:
+    try:
+        return _host.isa(), None
+    except RuntimeError as error:
+        return "", str(error)
+
+
+# read once, at the import, for torch.compile does not look into the module; why PYDISTILL_ISA is refused, the commands
+# say in a line, and the first kernel in an error
+_isa, isa_error = _instruction_set()
+_baseline = _isa == "base" and platform.machine() in ("x86_64", "AMD64")
 
 
 def unavailable_steps(device: torch.device) -> str | None:

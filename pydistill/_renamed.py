@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -51,4 +52,6 @@ def warn(message: str, depth: int = 1) -> None:
     """For whoever called the function that calls this, or is ``depth`` calls above it."""
     if torch.compiler.is_dynamo_compiling():  # which follows no warning
         return
+    if sys._getframe(1 + depth).f_globals.get("__name__") == "importlib._bootstrap":
+        return  # `from module import name` asks twice: first whether the name is there
     warnings.warn(f"{message}; the old name goes with 1.0", DeprecationWarning, stacklevel=2 + depth)

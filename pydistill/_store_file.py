@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pydistill._arguments import no_file
 from pydistill._atomic import PathLike, replacing, sync
 
 __all__ = ["StoreFile", "check_of", "round_up"]
@@ -59,7 +60,8 @@ class StoreFile:
     def __init__(self, path: PathLike, *, writable: bool = False):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: expected {self._kind}, found no file")
+            name = f"{self._kind.split()[1]}s.store"  # as runs call it
+            raise FileNotFoundError(f"{self.path}: expected {self._kind}, {no_file(self.path, name)}")
         self._file = self.path.open("r+b" if writable else "rb")
         self._writable = writable
         try:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydistill._arguments import no_file
+
 __all__ = ["read_state_dict", "read_torch"]
 
 _ARCHIVE = b"PK\3\4"
@@ -79,7 +81,7 @@ def read_torch(path: Path, wanted: str, *, mmap: bool = False, verified: bool = 
         ValueError: it is truncated, foreign, damaged, or asks to import something else, which is named.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
+        raise FileNotFoundError(f"{path}: expected {wanted}, {no_file(path, '')}")
     with path.open("rb") as file:
         is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE  # torch's own criterion
     if is_archive and not verified:

@@ -156,6 +156,12 @@ def evaluate(
     Raises:
         TypeError, ValueError: as `pydistill.train_students` does.
     """
+    tensors = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not isinstance(students, Sequence) or not all(isinstance(student, int) for student in students):
+        raise TypeError(f"students: expected their numbers, such as range(5), got {students!r}")
     if not len(test_images) or test_labels.shape != test_images.shape[:1]:
         wanted = f"[{len(test_images)}] with an image or more"
         raise ValueError(f"test_labels: expected shape {wanted}, got {list(test_labels.shape)}")

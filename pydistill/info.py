@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,8 @@ def engine(
         "student: " and the recognised shape, or "generic: " and what the student engine cannot run. Those nets run on
         autograd: compiling a step takes minutes, and is done only for ``engine="compiled"``.
     """
+    if not isinstance(image, Sequence) or len(image) != 3 or not all(isinstance(size, int) for size in image):
+        raise TypeError(f"image: expected (C, H, W), got {image!r}")
     try:
         return f"student: {convnet_shape(net, image, FlatModule(net).dtype, device, output=output)}"
     except Unrecognised as reason:
@@ -98,6 +101,8 @@ def collect() -> dict[str, Any]:
 
 
 def main() -> None:
+    if _library.isa_error is not None:
+        sys.exit(f"pydistill.info: {_library.isa_error}")
     facts = collect()
     operators = facts.pop("operators")
     width = max(map(len, facts))

@@ -82,6 +82,10 @@ def seeded_generator(seed: int, *key: int) -> torch.Generator:
 
     Trailing zeros make no difference, so keys for the same purpose must have the same length.
     """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed: expected a whole number of at least 0, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed}")
     return torch.Generator().manual_seed(int(SeedSequence((seed, *key)).generate_state(1, "uint64")[0]))
 
 
@@ -105,5 +109,7 @@ def torch_seeded(generator: torch.Generator, device: torch.device | str = "cpu")
 def seeded_net(make_net: Callable[[], Net], seed: int, *key: int, device: torch.device | str = "cpu") -> Net:
     """Builds a network whose initial parameters depend on ``seed`` and ``key`` only; the global random state is
     unchanged."""
+    if isinstance(make_net, nn.Module) or not callable(make_net):
+        raise TypeError(f"make_net: expected a function that builds a network, got a {type(make_net).__name__}")
     with torch_seeded(seeded_generator(seed, *key), device):
         return make_net().to(device)

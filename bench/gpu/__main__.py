@@ -30,13 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="leave out what has its line in --out")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     options = parser.parse_args(arguments)
+    refusal = None
     if unknown := set(options.items) - set(known):
-        parser.error(f"no item {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if not torch.cuda.is_available():
-        print(f"bench.gpu: no CUDA device is visible to torch {torch.__version__}, so nothing was run", file=sys.stderr)
+        refusal = f"no item {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+    elif not torch.cuda.is_available():
+        refusal = f"no CUDA device is visible to torch {torch.__version__}, so nothing was run"
+    elif not options.resume and lines_in(options.out):
+        refusal = f"--out: {options.out} has results; --resume goes on with them"
+    if refusal is not None:
+        print(f"bench.gpu: {refusal}", file=sys.stderr)
         return 2
-    if not options.resume and lines_in(options.out):
-        parser.error(f"--out: {options.out} has results; --resume goes on with them")
 
     def restart(minutes: float) -> None:
         again = ["--out", str(options.out), "--resume", "--minutes", str(max(minutes, 0.0)), *options.items]

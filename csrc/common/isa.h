@@ -58,7 +58,11 @@ inline Isa isa() {
       for (int i = 0; i < kIsas; ++i)
         if (std::string(name) == kIsaNames[i]) {
           if (supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
-          throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) + ": this processor does not have it");
+          std::string here;
+          for (int j = 0; j < kIsas; ++j)
+            if (supported(static_cast<Isa>(j))) here += (j ? ", " : "") + std::string(kIsaNames[j]);
+          throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) +
+                                   ": expected what this processor has: " + here);
         }
       throw std::runtime_error("PYDISTILL_ISA=" + std::string(name) +
                                ": expected base, avx2, avx512, avx512_bf16 or amx");

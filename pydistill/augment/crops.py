@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice, check_image_shape
 from pydistill._devices import to_device
 from pydistill.ops.multi_crop import COLUMNS, MAX_SIZE, multi_crop
 
@@ -56,9 +57,16 @@ class MultiCrop:
     shared: bool = False
 
     def __post_init__(self) -> None:
+        if not all(isinstance(side, int) for side in self.size):
+            raise TypeError(f"out_size: expected a whole number of pixels or (height, width), got {self.out_size!r}")
+        for name in ("flip", "roll", "alpha"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if min(self.size) < (2 if self.mix == "mosaic" else 1) or max(self.size) > MAX_SIZE:
             raise ValueError(f"out_size: expected sides of 1 to {MAX_SIZE} (2 for a mosaic), got {self.out_size!r}")
         for name in ("scale", "ratio"):
+            if not isinstance(getattr(self, name), (tuple, list)) or len(getattr(self, name)) != 2:
+                raise TypeError(f"{name}: expected (low, high), got {getattr(self, name)!r}")
             low, high = getattr(self, name)
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name}: expected (low, high) with 0 < low <= high, got {(low, high)}")
@@ -76,7 +84,7 @@ class MultiCrop:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the results."""
-        both = (self.out_size, self.out_size) if isinstance(self.out_size, int) else tuple(self.out_size)
+        both = self.out_size if isinstance(self.out_size, (tuple, list)) else (self.out_size, self.out_size)
         return cast(tuple[int, int], both)
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -101,6 +109,7 @@ class MultiCrop:
         Raises:
             ValueError: ``sources`` have another shape or name a nonexistent image.
         """
+        check_image_shape(shape)
         N, _, H, W = shape
         device = "cpu" if generator is None else generator.device
         if sources is None:
@@ -124,6 +133,8 @@ class MultiCrop:
 
     def __call__(self, images: Tensor, record: Tensor, *, base: Tensor | None = None) -> Tensor:
         """``[B, C, *size]`` of ``[N, C, H, W]`` images, with ``base`` ``[1, C, H, W]`` added to each of them first."""
+        if not isinstance(record, Tensor):
+            raise TypeError(f"record: expected what draw returns, a tensor, got {type(record).__name__}")
         return multi_crop(images, to_device(record, images.device), self.size, base=base, mean=self.mean, std=self.std)
 
     def _record(self, columns: dict[str, Column], sources: Tensor) -> Tensor:
@@ -213,8 +224,7 @@ def crop_schedule(
     Raises:
         ValueError: an argument is out of range.
     """
-    if kind not in ("step", "linear", "cosine"):
-        raise ValueError(f"kind: expected 'step', 'linear' or 'cosine', got {kind!r}")
+    check_choice("kind", kind, ("step", "linear", "cosine"))
     if iteration < 0 or iterations < 1:
         raise ValueError(f"iteration, iterations: expected >= 0 and >= 1, got {iteration} and {iterations}")
     for name, value in (("milestone", milestone), ("lowest", lowest)):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice, check_image_shape, meant
 from pydistill._devices import to_device
 from pydistill.ops.augment import COLUMNS, IDENTITY, augment_images
 
@@ -65,6 +66,10 @@ class DiffAugment:
         record = augment.draw(images.shape, generator)
         augmented = augment(images, record)
 
+    Subclasses may override `draw`, `shape_after` and `__call__`: the loops call these three and nothing else, on the
+    student engine as on autograd, and keep a record as `draw` returned it. (Records of this class itself are moved to
+    a GPU together; a subclass moves its own, in `__call__`.)
+
     Args:
         strategy: names out of "color", "crop", "cutout", "flip", "scale" and "rotate", joined by "_"; "none" or "" for
             none of them. A name given twice is twice as likely in mode "single".
@@ -109,10 +114,12 @@ class DiffAugment:
             if name not in OPERATIONS:
                 raise ValueError(
                     f"strategy: expected names out of {', '.join(OPERATIONS)}, joined by '_', or 'none', got {name!r} "
-                    f"in {self.strategy!r}"
+                    f"in {self.strategy!r}{meant(name, OPERATIONS)}"
                 )
-        if self.mode not in ("single", "all"):
-            raise ValueError(f"mode: expected 'single' or 'all', got {self.mode!r}")
+        for flag in ("siamese", "flip_batch", "align_corners"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"{flag}: expected True or False, got {getattr(self, flag)!r}")
+        check_choice("mode", self.mode, ("single", "all"))
         if self.mode == "all" and list(self.operations) != [name for name in OPERATIONS if name in self.operations]:
             raise ValueError(
                 f"strategy: mode='all' applies operations in the order {'_'.join(OPERATIONS)}, got {self.strategy!r}"
@@ -121,6 +128,8 @@ class DiffAugment:
         for name, low in {**lowest, "prob_flip": 0.0, "saturation": 0.0, "contrast": 0.0, "ratio_scale": 1.0}.items():
             value = getattr(self, name)
             high = 1.0 if name == "prob_flip" else math.inf
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
             if not low <= value <= high or value == math.inf:
                 wanted = f"from {low:g} to 1" if name == "prob_flip" else f">= {low:g}"
                 raise ValueError(f"{name}: expected a finite number {wanted}, got {value}")
@@ -145,6 +154,7 @@ class DiffAugment:
             The record, float32 ``[B, 13]``, ``[2 * B, 13]`` for ``flip_batch``, on the generator's device: see
             `pydistill.ops.augment_images` for its columns.
         """
+        check_image_shape(shape)
         return self._record(shape, _Draws(1 if self.siamese else self._rows(shape), generator))
 
     def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -202,6 +212,8 @@ class DiffAugment:
         """``[B, C, H, W]`` images, or with ``flip_batch`` ``[2 * B, C, H, W]``, augmented by the record of `draw`."""
         if not self.operations and not self.flip_batch:
             return images
+        if not isinstance(record, Tensor):
+            raise TypeError(f"record: expected what draw returns, a tensor, got {type(record).__name__}")
         record = to_device(record, images.device)
         return augment_images(images, record, flip_batch=self.flip_batch, align_corners=self.align_corners)
 
@@ -228,8 +240,14 @@ def diff_augment(
         ``[B, C, H, W]``.
 
     Raises:
-        ValueError: as `DiffAugment`.
+        TypeError, ValueError: images that are not ``[B, C, H, W]``, a seed that is not an int, or as `DiffAugment`.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    if images.dim() != 4:
+        raise ValueError(f"images: expected [B, C, H, W], got shape {list(images.shape)}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
     options = {} if param is None else {name: getattr(param, name) for name in _RATIOS}
     if param is not None:
         if param.aug_mode not in ("S", "M"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -17,10 +16,12 @@ import rich.console
 import tyro
 
 from pydistill import __version__
+from pydistill._arguments import meant
 from pydistill.cli import runs
 from pydistill.cli.console import Stop, plain_console
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
+from pydistill.cli.options import by_options, parsed
 from pydistill.methods import DECOUPLED, METHODS
 from pydistill.methods.method import Method, OptionError
 from pydistill.methods.runs import Interrupted
@@ -51,10 +52,11 @@ class Bench:
         sys.exit(importlib.import_module(f"{folder}.run").brief(self.cases))
 
 
-def _parsed(command: type, name: str, argv: list[str], *given: Any) -> None:
+def _with_options(command: type[Any], name: str, argv: list[str], *given: Any) -> None:
     """Runs a command whose options are its fields."""
-    config = (tyro.conf.FlagCreatePairsOff,)
-    tyro.cli(command, args=argv, prog=f"pydistill {name}", config=config).run(*given)
+    made = parsed(command, name, argv)
+    with by_options(made):
+        made.run(*given)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(
             "experts",
             "train the experts that trajectories are matched to, or make them of replay buffers",
-            lambda argv, console, stop: _parsed(Experts, "experts", argv, console, stop),
+            lambda argv, console, stop: _with_options(Experts, "experts", argv, console, stop),
         ),
     ),
     f"The decoupled methods ({', '.join(DECOUPLED)}), step by step": (
@@ -102,17 +104,17 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(
             "evaluate",
             "train fresh students on a distilled file and test them, a row for each architecture",
-            lambda argv, console, stop: _parsed(Evaluate, "evaluate", argv, console, stop),
+            lambda argv, console, stop: _with_options(Evaluate, "evaluate", argv, console, stop),
         ),
         Command(
             "export",
             "write images.pt, labels.pt and lr.pt, as the method repositories and DD-Ranking read them",
-            lambda argv, console, stop: _parsed(Export, "export", argv, console),
+            lambda argv, console, stop: _with_options(Export, "export", argv, console),
         ),
         Command(
             "bench",
             "time the kernels on this machine beside plain PyTorch and torch.compile",
-            lambda argv, console, stop: _parsed(Bench, "bench", argv),
+            lambda argv, console, stop: _with_options(Bench, "bench", argv),
             stops=False,
         ),
     ),
@@ -125,7 +127,8 @@ def overview(word: str = "") -> str:
         f"usage: pydistill {word or 'COMMAND'} [OPTIONS]",
         "",
         "Dataset distillation from the command line. `pydistill COMMAND --help` has a command's options, after",
-        "`distill METHOD` the method's. What is cut off goes on with --resume.",
+        "`distill METHOD` the method's. What is cut off goes on with --resume. The exit status is 2 if options or",
+        "files are refused (a line says which, what was expected, what came), 1 if work failed, 130 after a signal.",
     ]
     for group, commands in COMMANDS.items():
         entries = [
@@ -145,16 +148,15 @@ def _chosen(argv: Sequence[str]) -> tuple[Command, list[str]]:
         if list(argv[: len(words)]) == words:
             return command, list(argv[len(words) :])
     firsts = sorted({command.words.split()[0] for command in commands})
-    if argv[0] in firsts:
-        expected = ", ".join(sorted(command.words for command in commands if command.words.startswith(argv[0])))
-        return _refused(f"expected one of {expected}, got {' '.join(argv[:2])!r}")
-    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(argv[0], firsts, 1))
-    return _refused(f"expected one of {', '.join(firsts)}, got {argv[0]!r}{near}")
+    count = 2 if argv[0] in firsts else 1
+    known = firsts if count == 1 else sorted(c.words for c in commands if c.words.split()[0] == argv[0])
+    got = " ".join(argv[:count])
+    raise ValueError(f"expected one of {', '.join(known)}, got {got!r}{meant(got, known)}")
 
 
-def _refused(message: str) -> NoReturn:
+def _failed(message: object, status: int) -> NoReturn:
     print(f"pydistill: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> None:
@@ -175,8 +177,8 @@ def run(argv: list[str]) -> None:
     except Interrupted:
         sys.exit(130)
     except OptionError as error:
-        print(f"pydistill: --{error.option.replace('_', '-')}: {error.reason}", file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
-        print(f"pydistill: {error}", file=sys.stderr)
-        sys.exit(1)
+        _failed(f"--{error.option.replace('_', '-')}: {error.reason}", 2)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        _failed(error, 2)
+    except (RuntimeError, OSError, FloatingPointError) as error:
+        _failed(error, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import rich.console
 import torch
@@ -20,7 +20,7 @@ from pydistill.cli.console import Bars, Stop, accuracy_table, add_row
 from pydistill.data import EXPORT_HEADER, REPOSITORY_NORMALISATION, Dataset, DistilledSet, load, write_atomic
 from pydistill.evaluate import evaluate
 from pydistill.methods.folder import as_json
-from pydistill.methods.method import DatasetName, device_of
+from pydistill.methods.method import DatasetName, OptionError, device_of
 from pydistill.methods.settings import SHAPES
 from pydistill.nn import NetName, make
 from pydistill.trajectory.train import EVAL_BATCH
@@ -34,8 +34,9 @@ class Evaluate:
     second half of the epochs.
     """
 
-    file: tyro.conf.Positional[Path]
-    """A distilled.safetensors from pydistill distill, or a folder of images.pt, labels.pt and optionally lr.pt."""
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """A distilled.safetensors from pydistill distill, or its folder; or a folder of images.pt, labels.pt and optionally
+    lr.pt."""
     net: tuple[NetName, ...] = ("convnet",)
     """The students' architectures, one or more."""
     dataset: DatasetName | None = None
@@ -82,6 +83,9 @@ class Evaluate:
             raise ValueError(f"--dataset: expected the set to test on, {self.file} does not say what it was made from")
         if self.students < 1 or self.batch_size < 1 or not self.net:
             raise ValueError("--students, --net, --batch-size: expected at least 1 of each")
+        for option in ("width", "depth"):
+            if "convnet" not in self.net and getattr(self, option) is not None:
+                raise OptionError(option, f"expected none without convnet in --net, got {getattr(self, option)}")
         if self.json and not self.json.parent.is_dir():
             raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {self.json}")
         size = distilled.images.shape[2] if name in ("digits", "image-folder") else None
@@ -143,9 +147,9 @@ class Export:
     What these cannot hold is in distilled.json beside them; pydistill evaluate takes the folder as well as the file.
     """
 
-    file: tyro.conf.Positional[Path]
-    """A distilled.safetensors from pydistill distill."""
-    folder: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """A distilled.safetensors from pydistill distill, or its folder."""
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Where to write; created if missing."""
     normalised: Literal["own", "repositories"] = "own"
     """Which mean and deviation: own, the file's, which are those of the real pixels; repositories, the constants of the
@@ -154,7 +158,7 @@ class Export:
     """Replace existing files."""
 
     def run(self, console: rich.console.Console) -> None:
-        distilled = DistilledSet.load(self.file)
+        distilled = DistilledSet.load(_in_run(self.file))
         if self.normalised == "repositories":
             space = _repository_normalisation(distilled.config.get("dataset"), self.file)
             distilled = distilled.renormalised(*map(torch.tensor, space))
@@ -163,7 +167,17 @@ class Export:
         console.print(f"{len(distilled.images)} images, normalised by mean {mean} and deviation {std} -> {self.folder}")
 
 
+def _in_run(path: Path) -> Path:
+    """A distilled file, where its run's folder is given."""
+    inside = path / "distilled.safetensors"
+    return inside if inside.is_file() else path
+
+
 def _distilled(command: Evaluate) -> DistilledSet:
+    command = replace(command, file=_in_run(command.file))
+    if command.file.is_dir() and not any((command.file / f"images{ending}.pt").is_file() for ending in ("", "_best")):
+        wanted = "distilled.safetensors, or images.pt and labels.pt"
+        raise FileNotFoundError(f"{command.file}: expected a folder of {wanted}, found neither")
     ours = not command.file.is_dir() or (command.file / EXPORT_HEADER).exists()
     if ours and command.zca:
         raise ValueError(f"--zca: expected none, {command.file} says whether its images are whitened")

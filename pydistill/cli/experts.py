@@ -156,7 +156,7 @@ class Experts:
     def _import(self, console: rich.console.Console) -> None:
         assert self.replay_buffers  # or there is nothing to import
         defaults = {f.name: f.default for f in dataclasses.fields(Experts)}
-        if changed := [name for name in _TRAINING if getattr(self, name) != defaults[name]]:
+        if changed := [n for n in (*_TRAINING, "method", "root", "device") if getattr(self, n) != defaults[n]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise ValueError(f"{flags}: expected none with --import, which trains nothing")
         if self.zca and self.no_zca:

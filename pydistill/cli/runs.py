@@ -13,7 +13,9 @@ from typing import Any, Literal, get_type_hints
 import rich.console
 import tyro
 
+from pydistill._arguments import not_one_of
 from pydistill.cli.console import Bars, Stop
+from pydistill.cli.options import by_options, given_in, names_of, parsed, value_of
 from pydistill.cli.tables import table_of
 from pydistill.data import read_safetensors
 from pydistill.methods import DECOUPLED, METHODS, Config
@@ -48,8 +50,6 @@ class _Step(_Place):
     out: Path | None = None
     """Folder that receives the teacher.safetensors of squeeze, the distilled.safetensors of recover, the labels.store
     of relabel or the student.safetensors of post-train; new or empty."""
-    resume: bool = False
-    """Continue the run in --out, where it was cut off; the other options have to be given again."""
 
 
 def distill(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
@@ -57,20 +57,19 @@ def distill(argv: list[str], console: rich.console.Console, stop: Stop) -> None:
     typed = argv[0] if argv and not argv[0].startswith("-") else None
     name, rest = typed or "mtt", argv[1:] if typed else argv
     methods = {n: m for n, m in METHODS.items() if m.group in ("images", "networks")}
-    kept = _options_to_resume(name, rest) if "--resume" in argv else None
-    if kept is not None and typed is None:
-        name = kept.get("method", name)
-    if name not in methods:
-        reason = f"expected one of {', '.join(methods)}, got {name!r}; pydistill --help has all commands"
-        raise ValueError(f"method: {reason}")
-    method = methods[name]
-    if kept is None:
+    if typed is not None and typed not in methods:
+        raise ValueError(f"distill: {not_one_of(methods, typed)}; pydistill --help has all commands")
+    if "--resume" not in rest:
+        method = methods[name]
         config, inputs = _presets(method, rest)
     else:
-        if kept.get("method", name) != name:
-            raise OptionError("method", f"expected {kept['method']} as the run has, got {name}")
-        config, inputs = _of_run(method, kept, Path(str(value_of(rest, "--out"))))
-    _run(f"distill {name}", config, inputs, rest, console, stop)
+        out, kept = _to_resume(rest, name)
+        made = kept.get("command", kept.get("method", name))
+        if made not in methods or (typed is not None and made != typed):
+            raise ValueError(f"distill: expected {made} as the run in {out} is, got {typed or 'none'}")
+        method = methods[made]
+        config, inputs = _of_run(method, kept, out)
+    _run(f"distill {method.name}", config, inputs, rest, console, stop)
 
 
 def select(name: str, argv: list[str], console: rich.console.Console, stop: Stop) -> None:
@@ -82,7 +81,21 @@ def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) 
     """``argv``: what follows a step of the decoupled methods; --method selects the presets of one of them."""
     chosen = value_of(argv, "--method")
     if chosen is not None and chosen not in DECOUPLED:
-        raise ValueError(f"--method: expected one of {', '.join(DECOUPLED)}, got {chosen!r}")
+        raise OptionError("method", not_one_of(DECOUPLED, chosen))
+    if "--resume" in argv:
+        out, kept = _to_resume(argv, name)
+        made = kept.get("command", kept.get("method"))
+        if made != name:
+            raise OptionError("out", f"expected a run of {name} to go on with, {out} has one of {made}")
+        if name == "recover" and chosen not in (None, kept["method"]):
+            raise OptionError("method", f"expected {kept['method']} as the run in {out} has, got {chosen}")
+        config, inputs = _of_run(DECOUPLED[kept["method"]] if name == "recover" else METHODS[name], kept, out)
+    else:
+        config, inputs = _step_presets(name, argv, chosen)
+    _run(name, config, inputs, argv, console, stop, _Step(out=Path(_FOLDERS[name])))
+
+
+def _step_presets(name: str, argv: list[str], chosen: str | None) -> tuple[Method, Inputs]:
     method: type[Method] = DECOUPLED[chosen or "sre2l"] if name == "recover" else METHODS[name]
     made = {"recover": ("--teacher", "teacher"), "relabel": ("--images", "distilled")}
     made["post-train"] = made["relabel"]
@@ -98,8 +111,7 @@ def step(name: str, argv: list[str], console: rich.console.Console, stop: Stop) 
         config = method.nearest_preset(dataset)
     given = {"dataset": dataset} if name == "squeeze" else {}
     wanted = [f.name for f in fields(method.inputs) if f.default is MISSING]
-    inputs = method.inputs.for_method(config, **given, **dict.fromkeys(wanted, tyro.MISSING))
-    _run(name, config, inputs, argv, console, stop, _Step(out=Path(_FOLDERS[name])))
+    return config, method.inputs.for_method(config, **given, **dict.fromkeys(wanted, tyro.MISSING))
 
 
 def _presets(method: type[Method], argv: list[str]) -> tuple[Method, Inputs]:
@@ -114,21 +126,33 @@ def _presets(method: type[Method], argv: list[str]) -> tuple[Method, Inputs]:
     return config, method.inputs.for_method(config, dataset=dataset)
 
 
-def _options_to_resume(name: str, argv: list[str]) -> dict[str, Any]:
+def _to_resume(argv: list[str], of: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the run to go on with, and its options."""
     out = value_of(argv, "--out")
     if not out:
-        raise OptionError("resume", "expected --out with the folder of the run to go on with")
-    return options_in(Path(out), name)
+        option = "out" if given_in(argv, ["out"]) else "resume"
+        expected = "the folder of the run to go on with"
+        reason = f"expected {expected}, got none" if option == "out" else f"expected --out with {expected}"
+        raise OptionError(option, reason)
+    return Path(out), options_in(Path(out), of)
 
 
 def _of_run(method: type[Method], kept: dict[str, Any], out: Path) -> tuple[Method, Inputs]:
-    """The hyper-parameters and inputs of the run to resume, as far as its folder has them."""
+    """The hyper-parameters and inputs of the run to resume; `tyro.MISSING` for needed inputs that its folder lacks."""
     path, wanted = out / "config.json", f"the options of a run of {method.name}"
-    known = {f.name for f in fields(method.inputs)}
-    given = {name: value for name, value in kept.items() if name in known}
-    given |= {name: Path(given[name]) for name in ("root", "experts") if given.get(name)}
+    found: dict[str, Any] = {}
+    for f in fields(method.inputs):
+        if f.name in kept:
+            value = kept[f.name]
+            if "Path" in str(f.type) and value is not None:
+                value = tuple(map(Path, value)) if isinstance(value, list) else Path(value)
+            found[f.name] = value
+        elif f.default is MISSING:
+            found[f.name] = tyro.MISSING
     try:
-        return method(**kept["config"]), method.inputs(**given)
+        own = {f.name for f in fields(method)}  # type: ignore[arg-type]  # every method is a dataclass
+        options = kept["config"] if "config" in kept else {name: kept[name] for name in own}
+        return method(**options), method.inputs(**found)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected {wanted}; it holds other fields ({error})") from error
 
@@ -143,16 +167,20 @@ def _run(
     place: _New | None = None,
 ) -> None:
     place = place or (_Place() if default.resumable else _New())
-    given, place, config = _parsed(words, {"run": inputs, "folder": place, "method": default}, argv)
+    given, place, config = _of_parts(words, {"run": inputs, "folder": place, "method": default}, argv)
+    with by_options(given, place, config):
+        _go(words, given, place, config, argv, console, stop)
+
+
+def _go(
+    words: str, given: Any, place: _New, config: Method, argv: list[str], console: rich.console.Console, stop: Stop
+) -> None:
     resume = getattr(place, "resume", False)
     out = place.out
-    if resume and out is None:
-        raise OptionError("resume", "expected --out with the folder of the run to go on with")
     if out is None and "WORLD_SIZE" in os.environ:
         raise OptionError("out", "expected a folder, which several processes have to agree on")
     if not resume:
-        differs = {f.name for f in fields(given) if getattr(given, f.name) != getattr(inputs, f.name)}
-        given.check_given({name: getattr(given, name) for name in differs})
+        config.check_used(given, given_in(argv, names_of(config, given)))
     began = time.monotonic()
     with Bars(console) as bars:
         out = out or Path("runs") / f"{_name(config, given)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -179,14 +207,13 @@ def _run(
         console.print(f"{figures}{time.monotonic() - began:.0f} s; {files} {verb} in {out}")
 
 
-def _parsed(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
+def _of_parts(words: str, parts: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
     """What ``argv`` makes of the parts; their names are titles of the help, in this order."""
     default = parts["method"]
     types = [(name, tyro.conf.OmitArgPrefixes[type(part)]) for name, part in parts.items()]  # type: ignore[misc]  # made here
     command = make_dataclass("Command", types)
     command.__doc__ = f"{default.about}.\n\n{_description(default)}"
-    config = (tyro.conf.FlagCreatePairsOff,)
-    found = tyro.cli(command, args=argv, prog=f"pydistill {words}", default=command(**parts), config=config)
+    found = parsed(command, words, argv, default=command(**parts))
     return tuple(getattr(found, name) for name in parts)
 
 
@@ -205,17 +232,4 @@ def _how_to_go_on(words: str, run: Run) -> str:
         resumable = run.method.resumable
         return "nothing was begun, the same command starts anew" if resumable else "the same command starts anew"
     folder = shlex.quote(str(run.folder))
-    if isinstance(run.method, Config):
-        return f"go on with: pydistill distill --out {folder} --resume"
-    return f"go on with the same options and: --out {folder} --resume"
-
-
-def value_of(argv: list[str], flag: str) -> str | None:
-    """The last value of ``flag`` in ``argv``, before the actual parsing, which refuses a flag without one."""
-    found = None
-    for i, part in enumerate(argv):
-        if part.startswith(f"{flag}="):
-            found = part.removeprefix(f"{flag}=")
-        elif part == flag and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-            found = argv[i + 1]
-    return found
+    return f"go on with: pydistill {words.split()[0]} --out {folder} --resume"

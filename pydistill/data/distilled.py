@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill._atomic import write_atomic
 from pydistill._torch_files import read_torch
 from pydistill.data.dataset import Dataset
@@ -54,11 +55,13 @@ class DistilledSet:
     zca: ZCA | None = None
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels", "mean", "std"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(getattr(self, name)).__name__}")
         if self.images.ndim != 4 or self.images.dtype != torch.float32:
             raise ValueError(f"images: expected float32 [N, C, H, W], got {_describe(self.images)}")
         count, channels = self.images.shape[:2]
-        if self.label_kind not in ("hard", "logits", "probs"):
-            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {self.label_kind!r}")
+        check_choice("label_kind", self.label_kind, ("hard", "logits", "probs"))
         if self.label_kind == "hard":
             right, wanted = self.labels.ndim == 1 and self.labels.dtype == torch.int64, f"int64 [{count}]"
         else:
@@ -151,9 +154,11 @@ class DistilledSet:
             "lr": torch.tensor(self.lr, dtype=torch.float64, device="cpu"),
         }
         about = folder / EXPORT_HEADER
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder, it is a file")
         for path in (about, *(folder / f"{name}.pt" for name in tensors)):
             if path.exists() and not overwrite:
-                raise FileExistsError(f"{path}: expected no file there, since nothing said to overwrite it")
+                raise FileExistsError(f"{path}: expected no file there, which overwrite=True replaces")
         folder.mkdir(parents=True, exist_ok=True)
         about.unlink(missing_ok=True)  # the description of the tensors exists only while all of them do
         (folder / "zca.pt").unlink(missing_ok=True)
@@ -212,9 +217,7 @@ class DistilledSet:
         if label_kind is None:
             label_kind = header.get("label_kind") if labels.is_floating_point() else "hard"
         if label_kind is None:
-            raise ValueError(
-                f"label_kind: expected 'logits' or 'probs' (--label-kind), {folder} does not say which its labels are"
-            )
+            raise ValueError(f"label_kind: expected 'logits' or 'probs', {folder} does not say which its labels are")
         centre, spread = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (mean, std))
         labels = labels.float() if labels.is_floating_point() else labels.long()
         if label_kind == "hard" and labels.numel() and labels.min() < 0:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from pydistill._arguments import no_file
 from pydistill._atomic import write_atomic
 
 __all__ = ["read_safetensors", "write_safetensors"]
@@ -46,7 +47,7 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
     """
     path, wanted = Path(path), f"a pydistill file of kind {kind!r}, version 1"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected {wanted}, found no file")
+        raise FileNotFoundError(f"{path}: expected {wanted}, {no_file(path, f'{kind}.safetensors')}")
     try:
         with safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}

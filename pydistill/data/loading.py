@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pydistill._arguments import check_choice, check_whole
 from pydistill.data.cifar import load_cifar10, load_cifar100
 from pydistill.data.dataset import Dataset, normalised_dataset
 
@@ -43,12 +44,11 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
         RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed, or torchvision does not
             work with this torch.
     """
-    if name not in DATASETS:
-        raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
+    check_choice("name", name, DATASETS)
     if image_size is not None and name not in ("digits", "image-folder"):
         raise ValueError(f"image_size: expected none, {name} has a size of its own, got {image_size}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    if image_size is not None:
+        check_whole("image_size", image_size, 1)
     if name == "digits":
         if root is not None:
             raise ValueError(f"root: expected none, digits come with scikit-learn, got {str(root)!r}")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.ops._operator import check_plain_backend
 
 __all__ = ["contrastive_ce"]
@@ -190,8 +191,7 @@ def _check(
     exclude_self: bool,
     reduction: str,
 ) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     for name, tensor in (("q", q), ("k", k)):
         if name == "k" and tensor is None:
             continue

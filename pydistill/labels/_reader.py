@@ -312,5 +312,7 @@ class LabelReader(StoreFile):
             )
 
     def _check_epoch(self, epoch: int) -> None:
+        if not isinstance(epoch, (int, np.integer)):
+            raise TypeError(f"epoch: expected a whole number, got {epoch!r}")
         if not 0 <= epoch < self.epochs:
             raise IndexError(f"{self.path}: epoch: expected one of 0..{self.epochs - 1}, got {epoch}")

@@ -53,6 +53,8 @@ class SoftLabelDataset(Dataset):
     """
 
     def __init__(self, images: Tensor | Dataset[Any] | Sequence[Any] | None, store: SoftLabelStore, epoch: int = 0):
+        if not isinstance(store, SoftLabelStore):
+            raise TypeError(f"store: expected an open SoftLabelStore, got {store!r}")
         count = store.num_images if images is None else len(images)  # type: ignore[arg-type]  # a Dataset may have none
         if count != store.num_images:
             raise ValueError(f"images: expected {store.num_images} as the store {store.path} has, got {count}")
@@ -79,7 +81,11 @@ class SoftLabelDataset(Dataset):
         return self.store.num_images
 
     def __getitem__(self, index: int) -> tuple[Any, SoftLabels]:
-        """The image and a `SoftLabels` of one row."""
+        """The image and a `SoftLabels` of one row; IndexError for an image that there is not."""
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise TypeError(f"index: expected a whole number, got {index!r}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected one of 0..{len(self) - 1}, got {index}")
         return None if self.images is None else self.images[index], self._read([index])
 
     def __getitems__(self, indices: list[int]) -> list[_Batch]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._arguments import check_choice
+
 __all__ = ["LoRAConv", "LoRALinear", "add_lora", "lora_logits"]
 
 
@@ -71,8 +73,7 @@ def _check(x: Tensor, W: Tensor, A: Tensor, Bm: Tensor, scale: float, reduction:
         raise ValueError(f"Bm: expected {wanted}, got {list(Bm.shape)}")
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    if reduction not in ("none", "mean"):
-        raise ValueError(f"reduction: expected 'none' or 'mean', got {reduction!r}")
+    check_choice("reduction", reduction, ("none", "mean"))
 
 
 class LoRALinear(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _host
+from pydistill._arguments import check_choice
 from pydistill._devices import to_device
 from pydistill.labels import linear8
 from pydistill.labels._reader import RowLayout
@@ -198,8 +199,7 @@ class SoftLabels:
                 f"logits: expected [{len(self)}, {self.layout.num_classes}] as the labels, got {list(logits.shape)}"
             )
         if self.layout.k:
-            if reduction not in ("batchmean", "sum", "none"):
-                raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
+            check_choice("reduction", reduction, ("batchmean", "sum", "none"))
             check_floating("logits", logits)
             return of_checked(logits, self.indices, self.values, T, scale_T2=scale_T2, reduction=reduction)
         return kd_divergence(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _host
+from pydistill._arguments import check_choice, check_whole
 from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._renamed import renamed, warn
 from pydistill._store_file import check_of
@@ -135,14 +136,11 @@ class SoftLabelStore(LabelReader):
         """
         _check_at_least(1, num_images=num_images, num_classes=num_classes, epochs=epochs, batch_size=batch_size)
         _check_at_least(0, record_bytes=record_bytes)
-        if format not in FORMATS:
-            raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-        if target not in ("logits", "probs"):
-            raise ValueError(f"target: expected 'logits' or 'probs', got {target!r}")
-        if not 0 < T < float("inf"):
-            raise ValueError(f"T: expected a positive number, got {T}")
-        if sources not in ("batch", "images"):
-            raise ValueError(f"sources: expected 'batch' or 'images', got {sources!r}")
+        check_choice("format", format, FORMATS)
+        check_choice("target", target, ("logits", "probs"))
+        if not isinstance(T, (int, float)) or not 0 < T < float("inf"):
+            raise ValueError(f"T: expected a positive number, got {T!r}")
+        check_choice("sources", sources, ("batch", "images"))
         if target == "probs" and format in ("logits8", "features8"):
             raise ValueError(f"target: expected 'logits' for {format!r}, got 'probs'")
         layer = _check_classifier(classifier, format, num_classes)
@@ -485,5 +483,4 @@ def _parts(shards: list[SoftLabelStore], epoch: int, images: np.ndarray) -> list
 
 def _check_at_least(least: int, **counts: int) -> None:
     for name, value in counts.items():
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_whole(name, value, least)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.matching.class_mean import check_classes, class_mean_match
 from pydistill.ops.attention_map import AXES, Axis, attention_map, check_power
 
@@ -68,8 +69,7 @@ def attention_match(
             checked on the CPU only; elsewhere a class that one side lacks makes the loss NaN).
     """
     check_power(p)
-    if axis not in AXES:
-        raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
+    check_choice("axis", axis, AXES)
     _check_lists("feats", feats_real, feats_syn, 4)
     maps_real, maps_syn = (_maps(feats, p, axis, backend) for feats in (feats_real, feats_syn))
     return match_maps(
@@ -97,10 +97,8 @@ def match_maps(
 
     Other arguments, results and errors are those of `attention_match`.
     """
-    if norm not in ("l2", "l1", "none"):
-        raise ValueError(f"norm: expected 'l2', 'l1' or 'none', got {norm!r}")
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction: expected 'sum', 'mean' or 'none', got {reduction!r}")
+    check_choice("norm", norm, ("l2", "l1", "none"))
+    check_choice("reduction", reduction, ("sum", "mean", "none"))
     _check_lists("maps", maps_real, maps_syn, 2)
     num_classes = check_classes(labels_real, labels_syn, num_classes)
     found = [

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.ops._operator import check_plain_backend
 
 __all__ = ["check_classes", "class_mean_match", "class_means"]
@@ -50,8 +51,7 @@ def class_mean_match(
         TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or option does not fit, or `check_classes` finds the labels wrong.
     """
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction: expected 'sum', 'mean' or 'none', got {reduction!r}")
+    check_choice("reduction", reduction, ("sum", "mean", "none"))
     check_plain_backend("class_mean_match", backend)
     _check_features("real", f_real, labels_real)
     _check_features("syn", f_syn, labels_syn)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.ops.row_products import row_products
 
 __all__ = ["gradient_match"]
@@ -57,10 +58,8 @@ def gradient_match(
         ValueError: the sides differ in length or shape (the message names the entry), shapes do not fit, or an option
             is not known.
     """
-    if kind not in ("row_cos", "cos", "mse"):
-        raise ValueError(f"kind: expected 'row_cos', 'cos' or 'mse', got {kind!r}")
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction: expected 'sum', 'mean' or 'none', got {reduction!r}")
+    check_choice("kind", kind, ("row_cos", "cos", "mse"))
+    check_choice("reduction", reduction, ("sum", "mean", "none"))
     if isinstance(grads_real, Tensor) and isinstance(grads_syn, Tensor):
         real, syn, shapes, one = *_flat(grads_real, grads_syn, shapes), grads_real.dim() == 1
     elif isinstance(grads_real, Tensor) or isinstance(grads_syn, Tensor):

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill._devices import read
 from pydistill.ops._operator import check_plain_backend
 
@@ -415,9 +416,7 @@ def _check(inputs: dict[str, Tensor], lam: float, reduction: str, chunk: int | N
             raise ValueError(f"{name}: expected {shape}, got {list(inputs[name].shape)}")
     if not isinstance(lam, (int, float)) or not 0 <= lam < math.inf:
         raise ValueError(f"lam: expected a finite number of at least 0, got {lam!r}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    if form not in ("auto", "kernel", "weights", "primal"):
-        raise ValueError(f"form: expected 'auto', 'kernel', 'weights' or 'primal', got {form!r}")
+    check_choice("reduction", reduction, ("mean", "sum"))
+    check_choice("form", form, ("auto", "kernel", "weights", "primal"))
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk: expected a whole number of at least 1, got {chunk!r}")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from pydistill._arguments import meant
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
-from pydistill.methods.distilling import DistillInputs, DistillJob
-from pydistill.methods.method import Method, check_choices
+from pydistill.methods.distilling import OF_EXPERTS, DistillInputs, DistillJob
+from pydistill.methods.method import Method, check_augment, check_choices
 from pydistill.ops._precision import resolved
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule, Trajectories
@@ -69,13 +70,15 @@ class Config(Method):
                 raise ValueError(f"{f.name}: expected a finite number of at least {least}, got {value}")
         if self.student_lr and not getattr(self, self.student_lr) > 0:
             raise ValueError(f"{self.student_lr}: expected a positive number, got {getattr(self, self.student_lr)}")
-        self.augmentation()  # raises for an unknown operation
+        check_augment(self)
 
     @classmethod
     def preset(cls, dataset: str, ipc: int) -> Self:  # type: ignore[override]  # its presets have an ipc, too
         """The paper's (or, for small sets, our) choice; ValueError names the available ones."""
         if dataset not in cls.presets:
-            raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
+            known = ", ".join(cls.presets)
+            near = meant(dataset, cls.presets)
+            raise ValueError(f"preset: expected {cls.name}'s for one of {known}, got {dataset!r}{near}")
         if ipc not in cls.presets[dataset]:
             known = ", ".join(map(str, cls.presets[dataset]))
             raise ValueError(f"preset: expected {cls.name}'s for {dataset} with ipc {known}, got {ipc!r}")
@@ -99,6 +102,15 @@ class Config(Method):
     def resumed(self, kept: dict[str, Any]) -> Self:
         was = kept.get("config", {}).get("precision", "auto")
         return replace(self, precision=was) if self.precision == "auto" else self
+
+    def unused(self, inputs: DistillInputs) -> dict[str, str]:
+        if not self.needs_experts:
+            unused = dict.fromkeys(("experts", *OF_EXPERTS), f": {self.name} matches no trajectories")
+        elif inputs.experts is not None:
+            unused = dict.fromkeys(OF_EXPERTS, " with experts=FILE, whose file says it")
+        else:
+            return {}
+        return unused | ({"batch_train": " with whole_epochs=0"} if inputs.whole_epochs == 0 else {})
 
     def job(self, inputs: DistillInputs, device: torch.device) -> DistillJob:
         return DistillJob(self, inputs, device)

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from pydistill.methods.runs import Run
     from pydistill.methods.trajectory.matching import Matching
 
-__all__ = ["DistillInputs", "DistillJob", "completed", "train_experts_with_progress"]
+__all__ = ["OF_EXPERTS", "DistillInputs", "DistillJob", "completed", "train_experts_with_progress"]
 
 _HOW = ("root", "experts", "device", "checkpoint_every")  # how a run was done, not what it made
-_OF_EXPERTS = ("num_experts", "train_epochs", "lr_expert")  # what a file of experts replaces
+OF_EXPERTS = ("num_experts", "train_epochs", "lr_expert")  # what a file of experts replaces
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,10 @@ class DistillInputs(DatasetInputs):
 
     @classmethod
     def for_method(cls, method: Any, **given: Any) -> Self:
-        cls.check_given(given)
         setting = setting_of(given.get("dataset", "digits"))
         if method.needs_experts:
             setting = replace(setting, train_epochs=max(method.epochs_needed()[0], setting.train_epochs))
         return super().for_method(method, **asdict(setting) | given)
-
-    @classmethod
-    def check_given(cls, given: dict[str, Any]) -> None:
-        if given.get("experts") is not None:
-            for name in _OF_EXPERTS:
-                if name in given:
-                    raise OptionError(name, f"expected none with --experts, whose file says it, got {given[name]}")
 
     def stored(self) -> dict[str, Any]:
         paths = {name: getattr(self, name) for name in ("root", "experts")}
@@ -226,7 +218,7 @@ class DistillJob(Job):
 
     def _keep(self, run: Run) -> None:
         distilled, config = self.distilled, self.config
-        silent = _HOW + (_OF_EXPERTS if self.inputs.experts or not config.needs_experts else ())
+        silent = _HOW + (OF_EXPERTS if self.inputs.experts or not config.needs_experts else ())
         options = {**asdict(config), "method": config.name, **self.inputs.stored()}
         distilled.config |= {k: v for k, v in options.items() if k not in silent} | {"pydistill": __version__}
         distilled.save(run.folder / "distilled.safetensors")

@@ -44,7 +44,7 @@ class Folder:
 
     def _check_empty(self) -> None:
         if self.path.exists() and any(each.name != _LOCK for each in self.path.iterdir()):
-            more = "" if self.resume is None else "; --resume goes on with a run"
+            more = "" if self.resume is None else "; resume=True goes on with a run"
             raise OptionError("out", f"expected a new or empty folder, {self.path} is not empty{more}")
 
     def check_same(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
@@ -65,6 +65,15 @@ class Folder:
         known = {name: value for name, value in self._kept.items() if name in options and name != "method"}
         given = _plain(options)
         self._refuse_other(known, {name: given[name] for name in known}, free)
+
+    def check_files(self, files: dict[str, Any]) -> None:
+        """ValueError for other files than the run's, as far as those are still there: they may have been moved."""
+        for name, now in files.items() if self.resume else ():
+            if name not in self._kept or (before := self._kept[name]) == now:
+                continue
+            if not all(Path(path).exists() for path in ([before] if isinstance(before, str) else before or ())):
+                continue
+            raise OptionError(name, f"expected {before} as the run in {self.path} has, got {now}")
 
     def _refuse_other(self, kept: dict[str, Any], given: dict[str, Any], free: Collection[str]) -> None:
         for name, (before, now) in _differences(kept, given).items():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
+from pydistill._arguments import meant, not_one_of
+from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, load
 
 if TYPE_CHECKING:
@@ -26,13 +28,14 @@ __all__ = [
     "Job",
     "Method",
     "OptionError",
+    "check_augment",
     "check_choices",
     "check_dataset",
     "check_numbers",
     "device_of",
 ]
 
-HOW = ("root", "device", "checkpoint_every")
+HOW = ("root", "device", "checkpoint_every", "network", "weights_key")
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 
 
@@ -62,10 +65,6 @@ def check_numbers(options: Any, error: Callable[[str, str], ValueError] | None =
     for name, low in least.items():
         value = getattr(options, name)
         positive = isinstance(low, float)
-        whole = _whole(options, name)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            reason = f"expected a {'whole ' if whole else ''}number, got {value!r}"
-            raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
         if not (low < value if positive else low <= value) or not value < math.inf:
             number = "" if isinstance(value, int) else "a finite number of "
             wanted = "a positive finite number" if positive else f"{number}at least {low}"
@@ -73,14 +72,30 @@ def check_numbers(options: Any, error: Callable[[str, str], ValueError] | None =
             raise ValueError(f"{name}: {reason}") if error is None else error(name, reason)
 
 
+def check_augment(options: Any) -> None:
+    """ValueError if the field ``augment`` is not the strategy of a `DiffAugment`."""
+    try:
+        DiffAugment(options.augment)
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).replace("strategy:", "augment:", 1)) from error
+
+
 def check_choices(options: Any, error: Callable[[str, str], ValueError] | None = None, /) -> None:
-    """ValueError for a field declared as bool or as a ``Literal`` written out that holds something else."""
+    """ValueError for a field declared as a number, bool or as a ``Literal`` written out that holds something else."""
     for f in fields(options):
         choices, value = _choices(f.type), getattr(options, f.name)
-        if choices and not any(type(value) is type(each) and value == each for each in choices):
-            expected = "True or False" if choices == (True, False) else f"one of {', '.join(map(str, choices))}"
-            reason = f"expected {expected}, got {value!r}"
+        kind = str(f.type).removesuffix(" | None")
+        may_be_none = value is None and kind != f.type
+        if kind in _NUMBERS and not may_be_none and (isinstance(value, bool) or not isinstance(value, _NUMBERS[kind])):
+            reason = f"expected a {'whole ' if kind == 'int' else ''}number, got {value!r}"
             raise ValueError(f"{f.name}: {reason}") if error is None else error(f.name, reason)
+        if choices and not any(type(value) is type(each) and value == each for each in choices):
+            flag = choices == (True, False)
+            reason = f"expected True or False, got {value!r}" if flag else not_one_of(choices, value)
+            raise ValueError(f"{f.name}: {reason}") if error is None else error(f.name, reason)
+
+
+_NUMBERS: dict[str, Any] = {"int": int, "float": (int, float)}
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
@@ -89,11 +104,6 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
         return True, False
     written = re.fullmatch(r"Literal(\[[^|]*\])", annotation) if isinstance(annotation, str) else None
     return tuple(ast.literal_eval(written[1])) if written else ()
-
-
-def _whole(options: Any, name: str) -> bool:
-    """Whether a field is declared as an int."""
-    return any(f.name == name and f.type in ("int", int) for f in fields(options))
 
 
 class Method:
@@ -118,7 +128,9 @@ class Method:
     def preset(cls, dataset: str) -> Self:
         """The values for a data set; ValueError names the available ones."""
         if dataset not in cls.presets:
-            raise ValueError(f"preset: expected {cls.name}'s for one of {', '.join(cls.presets)}, got {dataset!r}")
+            known = ", ".join(cls.presets)
+            near = meant(dataset, cls.presets)
+            raise ValueError(f"preset: expected {cls.name}'s for one of {known}, got {dataset!r}{near}")
         return cls(**cls.presets[dataset])
 
     @classmethod
@@ -129,6 +141,17 @@ class Method:
     def resumed(self, kept: dict[str, Any]) -> Self:
         """These with what the run that is resumed has found out for itself; ``kept``: its options."""
         return self
+
+    def unused(self, inputs: Any) -> dict[str, str]:
+        """Hyper-parameters and inputs that have no effect beside these, each with the reason."""
+        return {}
+
+    def check_used(self, inputs: Any, given: Collection[str]) -> None:
+        """`OptionError` for an option that is given, and has no effect."""
+        for name, reason in self.unused(inputs).items():
+            if name in given:
+                value = getattr(inputs if hasattr(inputs, name) else self, name)
+                raise OptionError(name, f"expected none{reason}, got {value}")
 
     def job(self, inputs: Any, device: torch.device) -> Job:
         """What a run does; reads the inputs, and raises for what does not fit before anything is written."""
@@ -158,8 +181,7 @@ class Inputs:
 
     def how(self) -> dict[str, Any]:
         """How a run is done and not what it makes, as JSON values: kept with it, and free when it is resumed."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name in HOW}
-        return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in found.items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name in HOW or self._is_file(f)}
 
     def resumed(self, kept: dict[str, Any]) -> Self:
         """These inputs with the device and the folder of data of the run that is resumed, where none are given."""
@@ -174,8 +196,20 @@ class Inputs:
         return {name: value for name, value in values.items() if not isinstance(value, (Path, tuple))}
 
     @classmethod
-    def check_given(cls, given: dict[str, Any]) -> None:
-        """ValueError if the given inputs, by name, contradict each other."""
+    def _is_file(cls, f: Field[Any]) -> bool:
+        """Whether a field names files that the run reads, and that may lie elsewhere when it is resumed."""
+        return "Path" in str(f.type) and f.name not in ("root", "experts")
+
+    def files(self) -> dict[str, Any]:
+        """The files that the run reads, as JSON values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if self._is_file(f)}
+
+
+def _plain(value: Any) -> Any:
+    """An input as a JSON value."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -203,7 +237,7 @@ class DatasetInputs(Inputs):
 def check_dataset(name: str, names: Any = DatasetName) -> None:
     """ValueError for a data set that is not one of ``names``, a Literal."""
     if name not in get_args(names):
-        raise OptionError("dataset", f"expected one of {', '.join(get_args(names))}, got {name!r}")
+        raise OptionError("dataset", not_one_of(get_args(names), name))
 
 
 def device_of(name: str) -> torch.device:

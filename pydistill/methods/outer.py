@@ -103,6 +103,11 @@ def distill(
         FloatingPointError: a student's parameters, a loss, a gradient or a learnt rate becomes non-finite; names the
             iteration, and which rates may be too large.
     """
+    kinds = {"dataset": (dataset, Dataset), "net": (net, nn.Module)}
+    kinds |= {} if state is None else {"state": (state, State)}
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {value!r:.80}")
     device = dataset.train_images.device
     config = config.on(device)
     experts = config.check(dataset, net, experts)

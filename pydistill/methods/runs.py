@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydistill.data import read_safetensors, write_atomic, write_safetensors
 from pydistill.methods.folder import Folder, append_line, as_json, kept_lines, options_in
-from pydistill.methods.method import HOW, Inputs, Job, Method, OptionError, device_of
+from pydistill.methods.method import Inputs, Job, Method, OptionError, device_of
 from pydistill.methods.ranks import joined, wait_for_ranks, world
 
 __all__ = ["Interrupted", "Progress", "Run", "run"]
@@ -80,8 +80,9 @@ class Run:
             raise ValueError(f"{self.method.name}: expected one process, whose work no others share, got {world()[1]}")
         resume = self.resume if self.method.resumable else None
         folder = Folder(self.folder, self.method.name, resume=resume, first=self.first)
-        free = (*self.method.free, *HOW)
+        free = (*self.method.free, *self.inputs.how())
         folder.check_given(self._given(), free)  # before any other check
+        folder.check_files(self.inputs.files())
         job = self.method.job(self.inputs, self.device)
         self._options = job.stored()
         record = {**self._options, **self.inputs.how()}
@@ -241,6 +242,10 @@ def run(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: expected hyper-parameters, such as HeLlO.preset('digits'), got {method!r}")
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out: expected the path of a folder, got {out!r}")
     given = method.inputs.for_method(method, **inputs)
+    if not resume:
+        method.check_used(given, inputs)
     made = Run(method, given, out=out, resume=resume, on_progress=on_progress, tell=tell, stop=stop)
     return made.go().results

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pydistill._arguments import check_choice
 from pydistill._renamed import renamed
 from pydistill.nn import _what_runs as what_runs
 from pydistill.nn._bn_patterns import BATCH_NORMS, Graph, Place
@@ -99,8 +100,7 @@ class BNStatMatcher:
                 raise ValueError(
                     f"model: {name or 'itself'}: it has a BNStatMatcher already; remove that matcher first"
                 )
-        if kind not in ("norm", "sq"):
-            raise ValueError(f"kind: expected 'norm' or 'sq', got {kind!r}")
+        check_choice("kind", kind, ("norm", "sq"))
         if layer_weights is not None and len(layer_weights) != len(found):
             raise ValueError(f"layer_weights: expected {len(found)}, one for each BatchNorm, got {len(layer_weights)}")
         weights = [1.0] * len(found) if layer_weights is None else [float(w) for w in layer_weights]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from pydistill._arguments import check_whole
 from pydistill.nn.acceleration import accelerate
 from pydistill.nn.student import Student
 
@@ -62,9 +63,8 @@ class ConvNet(Student):
         super().__init__(channels, num_classes, image_size)
         for name, value, known in (("norm", norm, _NORMS), ("act", act, _ACTIVATIONS), ("pool", pool, _POOLS)):
             self._require(name, value, tuple(known))
-        for name, count in (("width", width), ("depth", depth)):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
+        check_whole("width", width, 1)
+        check_whole("depth", depth, 1)
         self.width, self.depth = width, depth
         size: tuple[int, ...] = self.image_size
         make_norm, make_pool = _NORMS[norm], _POOLS[pool]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydistill._arguments import check_choice
 from pydistill.nn.alexnet import AlexNet
 from pydistill.nn.convnet import ConvNet
 from pydistill.nn.mlp import MLP
 from pydistill.nn.small_resnet import SmallResNet18
-from pydistill.nn.student import Student, is_large
+from pydistill.nn.student import Student, is_large, sides
 from pydistill.nn.vgg import VGG11
 from pydistill.nn.vit import ViT
 
@@ -50,12 +51,10 @@ def make(
     Raises:
         ValueError: an unknown name, an option that the network does not have, or as for the network itself.
     """
-    if name not in _NETS:
-        raise ValueError(f"name: expected one of {', '.join(NETS)}, got {name!r}")
+    check_choice("name", name, NETS)
     net, options = _NETS[name]
     if name == "convnet" and depth is None:
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        depth = 4 if is_large(size) else 3
+        depth = 4 if is_large(sides(image_size)) else 3
     takes = {"convnet": ("width", "depth", "norm"), "mlp": ("width",), "vit": ("width", "depth")}.get(name, ("norm",))
     for option, value in (("width", width), ("depth", depth), ("norm", norm)):
         if value is None:

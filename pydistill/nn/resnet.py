@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from pydistill._arguments import check_choice
+
 _STRIDES = (1, 2, 2, 2)  # of the four stages
 
 
@@ -69,8 +71,7 @@ class _ResNet(nn.Module):
         for name, value in (("num_classes", num_classes), ("channels", channels), ("width", width)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"stem: expected 'imagenet' or 'cifar', got {stem!r}")
+        check_choice("stem", stem, ("imagenet", "cifar"))
         small = stem == "cifar"
         self.conv1 = nn.Conv2d(channels, width, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)

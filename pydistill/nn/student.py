@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from pydistill._arguments import check_choice, check_whole
 
 
 class Student(nn.Module):
@@ -25,11 +26,10 @@ class Student(nn.Module):
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int]):
         super().__init__()
         self.channels = channels
-        both = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.image_size = cast(tuple[int, int], both)
-        for name, value in (("channels", channels), ("num_classes", num_classes), ("image_size", min(self.image_size))):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.image_size = sides(image_size)
+        check_whole("channels", channels, 1)
+        check_whole("num_classes", num_classes, 1)
+        check_whole("image_size", min(self.image_size), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, channels, H, W]`` to logits ``[N, num_classes]``."""
@@ -43,12 +43,19 @@ class Student(nn.Module):
         return torch.flatten(self.features(x), 1)
 
     def _require(self, name: str, value: str, known: tuple[str, ...]) -> None:
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_choice(name, value, known)
 
     def _require_room(self, size: tuple[int, ...], least: int = 1) -> None:
         if min(size) < least:
             raise ValueError(f"image_size: too small for {type(self).__name__}, got {self.image_size}")
+
+
+def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width; TypeError for anything but a whole number or two."""
+    both = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(both) != 2 or not all(isinstance(side, int) for side in both):
+        raise TypeError(f"image_size: expected a whole number of pixels or (height, width), got {image_size!r}")
+    return both[0], both[1]
 
 
 def is_large(size: tuple[int, int]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _library
+from pydistill._arguments import check_choice
 from pydistill.ops._operator import choose_backend
 from pydistill.ops._precision import Precision, Resolved, resolved
 from pydistill.ops.attention_map import AXES, check_power
@@ -87,8 +88,7 @@ def _check_all(
     if shape.norm == "batch" and images.shape[-4] * last.height * last.width == 1:
         raise ValueError("images: expected more than one value a channel for a batch norm, got one image of one pixel")
     if labels is not None:
-        if label_kind not in KINDS:
-            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
+        check_choice("label_kind", label_kind, KINDS)
         expected = (images.shape[-4],) if label_kind == "hard" else (images.shape[-4], shape.classes)
         dtype = torch.int64 if label_kind == "hard" else theta.dtype
         if labels.dtype != dtype:
@@ -115,8 +115,7 @@ def _check_all(
 
 def mask_of(shape: ConvNetShape, p: float, attended: Sequence[int], axis: str) -> int:
     check_power(p)
-    if axis not in AXES:
-        raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
+    check_choice("axis", axis, AXES)
     if list(attended) != sorted({block for block in attended if 0 <= block < len(shape.layers)}):
         raise ValueError(f"attended: expected ascending blocks out of 0..{len(shape.layers) - 1}, got {list(attended)}")
     return sum(1 << block for block in attended)

@@ -26,6 +26,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill.ops._precision import Resolved, named, rounded, rounds_convolutions, switching
 from pydistill.ops.instance_norm_relu_avg_pool import FORMS
 from pydistill.reference.convnet_shape import ConvNetShape
@@ -319,8 +320,7 @@ class _CrossEntropy:
 
     def __init__(self, logits: Tensor, labels: Tensor, label_kind: LabelKind):
         E, N, K = logits.shape
-        if label_kind not in ("hard", "logits", "probs"):
-            raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
+        check_choice("label_kind", label_kind, ("hard", "logits", "probs"))
         hard = label_kind == "hard"
         wanted = torch.int64 if hard else logits.dtype
         if labels.dtype != wanted or labels.device != logits.device:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import _library
+from pydistill._arguments import check_choice
 
 Formula = Callable[..., Any]
 
@@ -151,9 +152,7 @@ def choose_backend(op: str, backend: str, device: torch.device, available: Seque
 
     Raises ``ValueError`` for an unknown backend, ``NotImplementedError`` with the reason if it cannot run.
     """
-    names = ("auto", "reference", "cpu", "cuda", "triton")
-    if backend not in names:
-        raise ValueError(f"backend: expected one of {', '.join(names)}, got {backend!r}")
+    check_choice("backend", backend, ("auto", "reference", "cpu", "cuda", "triton"))
     if backend == "reference":
         return backend
     # "meta" tensors hold shapes only: the CPU's registration answers for them

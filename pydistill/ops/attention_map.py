@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._arguments import check_choice
 from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._rows import batch_into_rows
 
@@ -67,8 +68,7 @@ def attention_map(
     if x.dim() != 4:
         raise ValueError(f"x: expected [N, C, H, W], got shape {list(x.shape)}")
     check_power(p)
-    if axis not in AXES:
-        raise ValueError(f"axis: expected 'spatial', 'channel' or 'both', got {axis!r}")
+    check_choice("axis", axis, AXES)
     chosen = choose_backend("attention_map", backend, x.device, BACKENDS)
     if chosen == "reference":
         return reference.attention_map(x, p, axis)

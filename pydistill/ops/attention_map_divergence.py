@@ -23,6 +23,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._arguments import check_choice
 from pydistill._renamed import renamed, warn
 from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._rows import under_autocast, widened
@@ -133,10 +134,8 @@ def _temperature(name: str, T: float | None, q: Tensor) -> float:
 def _check(
     q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, kind: str, beta: float, mask: Tensor | None, reduction: str
 ) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected 'fkl', 'rkl', 'jsd' or 'ce', got {kind!r}")
-    if reduction not in ("batchmean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
+    check_choice("kind", kind, KINDS)
+    check_choice("reduction", reduction, ("batchmean", "sum", "none"))
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta!r}")
     named = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import reference
+from pydistill._arguments import check_choice
 from pydistill._devices import to_device
 from pydistill._renamed import renamed
 from pydistill.ops._bn_match_pool import forward as bn_match_pool
@@ -214,8 +215,7 @@ def _check_forward(
 
 
 def _check(x: Tensor, running_mean: Tensor, running_var: Tensor, kind: str, unbiased: bool) -> None:
-    if kind not in ("norm", "sq"):
-        raise ValueError(f"kind: expected 'norm' or 'sq', got {kind!r}")
+    check_choice("kind", kind, ("norm", "sq"))
     for name, tensor in (("x", x), ("running_mean", running_mean), ("running_var", running_var)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")

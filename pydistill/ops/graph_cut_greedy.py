@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._arguments import check_whole
 from pydistill.ops._operator import choose_backend
 
 BACKENDS = ("reference", "cpu")
@@ -38,6 +39,7 @@ def graph_cut_greedy(
     check_samples(embeddings, factors)
     if factors is not None and factors.device != embeddings.device:
         raise ValueError(f"factors: expected device {embeddings.device} as the embeddings, got {factors.device}")
+    check_whole("budget", budget)
     if not 1 <= budget <= len(embeddings):
         raise ValueError(f"budget: expected 1..N for {len(embeddings)} embeddings, got {budget}")
     if not 0 <= lam < float("inf"):
@@ -60,6 +62,8 @@ def check_samples(embeddings: Tensor, factors: Tensor | None) -> None:
 
 
 def check_rows(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dim() != 2 or not x.is_floating_point() or 0 in x.shape:
         got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise ValueError(f"{name}: expected floating [N, d] with a row and a column at least, got {got}")

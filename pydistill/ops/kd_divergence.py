@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._arguments import check_choice
 from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._rows import (
     batch_into_rows,
@@ -166,14 +167,11 @@ def kd_divergence(
 def _check_options(
     kind: str, T: float, target_is: str, ce_weight: float, beta: float, gamma: float, reduction: str
 ) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if target_is not in ("logits", "probs"):
-        raise ValueError(f"target_is: expected 'logits' or 'probs', got {target_is!r}")
+    check_choice("kind", kind, KINDS)
+    check_choice("target_is", target_is, ("logits", "probs"))
     if kind == "mse" and target_is == "probs":
         raise ValueError("target_is: expected 'logits' for kind='mse', got 'probs'")
-    if reduction not in ("batchmean", "mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'batchmean', 'mean', 'sum' or 'none', got {reduction!r}")
+    check_choice("reduction", reduction, ("batchmean", "mean", "sum", "none"))
     for name, value in (("T", T), ("gamma", gamma)):
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a positive number, got {value!r}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._arguments import check_choice
 from pydistill._renamed import renamed
 from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._rows import (
@@ -92,10 +93,8 @@ def soft_cross_entropy(
 
 
 def _check(logits: Tensor, labels: Tensor, label_kind: str, reduction: str) -> None:
-    if label_kind not in KINDS:
-        raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    check_choice("label_kind", label_kind, KINDS)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     for name, tensor in (("logits", logits), ("labels", labels)):
         if name == "logits" or label_kind != "hard" or not isinstance(tensor, Tensor):
             check_floating(name, tensor)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from pydistill import reference
+from pydistill._arguments import check_choice
 from pydistill.ops._operator import Operator, choose_backend, register_filled
 from pydistill.ops._rows import (
     batch_into_rows,
@@ -127,12 +128,9 @@ def of_checked(
 
 
 def _check_options(T: float, tail: str, step: float | None, kind: str, reduction: str) -> None:
-    if tail not in TAILS:
-        raise ValueError(f"tail: expected 'smooth', 'zeros' or 'renorm', got {tail!r}")
-    if kind not in ("kl", "ce"):
-        raise ValueError(f"kind: expected 'kl' or 'ce', got {kind!r}")
-    if reduction not in ("batchmean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
+    check_choice("tail", tail, TAILS)
+    check_choice("kind", kind, ("kl", "ce"))
+    check_choice("reduction", reduction, ("batchmean", "sum", "none"))
     for name, value in (("T", T), ("step", step)):
         positive = isinstance(value, int | float) and math.isfinite(value) and value > 0
         if not (positive or (name == "step" and value is None)):

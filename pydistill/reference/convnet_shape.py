@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from pydistill._arguments import check_choice
+
 KERNEL = 3  # side of every convolution in pixels
 
 Norm = Literal["instance", "batch", "group", "layer", "none", "running"]  # in the order of ConvNetStep::Norm
@@ -60,8 +62,7 @@ class ConvNetShape:
             ("activation", self.activation, Activation),
             ("pool", self.pool, Pool),
         ):
-            if value not in get_args(known):
-                raise ValueError(f"{name}: expected one of {get_args(known)}, got {value!r}")
+            check_choice(name, value, get_args(known))
         if not self.widths:
             raise ValueError("widths: expected at least one block, got none")
         sizes = [("channels", self.channels), ("height", self.height), ("width_px", self.width_px)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_whole
 from pydistill.ops.graph_cut_greedy import check_rows
 
 __all__ = ["herding"]
@@ -30,6 +31,7 @@ def herding(embeddings: Tensor, k: int, labels: Tensor | None = None) -> Tensor:
             embeddings that are not finite.
     """
     check_rows("embeddings", embeddings)
+    check_whole("k", k)
     if labels is None:
         if not 1 <= k <= len(embeddings):
             raise ValueError(f"k: expected 1..N for {len(embeddings)} embeddings, got {k}")

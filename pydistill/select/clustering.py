@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_whole
+from pydistill.ops.graph_cut_greedy import check_rows
+
 
 @torch.no_grad()
 def kmeans(x: Tensor, k: int, *, iterations: int = 50, generator: torch.Generator | None = None) -> Tensor:
@@ -22,7 +25,10 @@ def kmeans(x: Tensor, k: int, *, iterations: int = 50, generator: torch.Generato
     Raises:
         ValueError: ``k`` is not in 1..N, or x has another shape.
     """
-    if x.dim() != 2 or not 1 <= k <= len(x):
+    check_rows("x", x)
+    check_whole("k", k)
+    check_whole("iterations", iterations, 0)
+    if not 1 <= k <= len(x):
         raise ValueError(f"k: expected 1..N for x [N, d], got {k} for {list(x.shape)}")
     index = int(torch.randint(len(x), (), generator=generator, device="cpu"))
     centres = x[index : index + 1]
@@ -60,6 +66,11 @@ def representatives(features: Tensor, labels: Tensor, ipc: int, generator: torch
     Raises:
         ValueError: a class has fewer than ``ipc`` samples.
     """
+    check_rows("features", features)
+    check_whole("ipc", ipc, 1)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != features.shape[:1]:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels: expected int64 [{len(features)}], got {got}")
     chosen = []
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero()[:, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_whole
 from pydistill.select._similarity import Cosines
 
 __all__ = ["facility_location_greedy"]
@@ -39,6 +40,7 @@ def facility_location_greedy(embeddings: Tensor, budget: int, *, factors: Tensor
     """
     rows = Cosines(embeddings, factors)
     n, device = len(rows), embeddings.device
+    check_whole("budget", budget)
     if not 1 <= budget <= n:
         raise ValueError(f"budget: expected 1..N for {n} embeddings, got {budget}")
     bound = 0.5 * (n + rows.dot(rows.sum()))  # [N]: upper bounds of the gains; initially the gains themselves

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from pydistill import ops
+from pydistill._arguments import check_whole
+from pydistill.ops.graph_cut_greedy import check_samples
 
 __all__ = ["graph_cut_greedy"]
 
@@ -43,6 +45,9 @@ def graph_cut_greedy(
         ValueError: ``bins * budget`` is not in 1..N, lam is negative, or the embeddings or factors have a wrong shape,
             or values that are not finite.
     """
+    check_samples(embeddings, factors)
+    check_whole("budget", budget)
+    check_whole("bins", bins)
     if bins < 1 or (bins > 1 and bins * budget > len(embeddings)):
         raise ValueError(f"budget: expected 1..N in all for {len(embeddings)} embeddings, got {bins} bins of {budget}")
     e, b = embeddings.cpu(), None if factors is None else factors.cpu()

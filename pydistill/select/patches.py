@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._arguments import check_choice
+
 __all__ = ["best_crops", "drop_patches", "mosaic", "patch_importance"]
 
 
@@ -89,8 +91,7 @@ def drop_patches(
         raise ValueError(f"importance: expected a grid that divides images of {H}x{W}, got {h}x{w}")
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
-    if fill not in ("mean", "bilinear"):
-        raise ValueError(f"fill: expected 'mean' or 'bilinear', got {fill!r}")
+    check_choice("fill", fill, ("mean", "bilinear"))
     if not importance.isfinite().all():
         raise ValueError("importance: expected finite values, got others")
     count = math.ceil(keep * h * w - 1e-9)

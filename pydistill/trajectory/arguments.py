@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice
 from pydistill._devices import once, to_device
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.trajectory.flat import FlatModule
@@ -22,11 +24,7 @@ def check_training_set(
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.device != theta0.device:
             raise ValueError(f"{name}: expected device {theta0.device} as theta0, got {tensor.device}")
-    if not theta0.is_floating_point():
-        raise TypeError(f"theta0: expected a floating dtype, got {theta0.dtype}")
-    P = flat.numel
-    if theta0.shape[-1:] != (P,) or theta0.dim() not in (1, 2) or not len(theta0):
-        raise ValueError(f"theta0: expected shape [{P}] or [E, {P}] for this net, got {list(theta0.shape)}")
+    check_theta(flat, theta0)
     E = len(theta0) if theta0.dim() == 2 else None
     if images.dim() != 4 and (E is None or images.dim() != 5 or len(images) != E):
         shapes = "[N, C, H, W]" if E is None else f"[N, C, H, W] or [{E}, N, C, H, W]"
@@ -50,8 +48,7 @@ def check_training_set(
         if low < 0:
             raise ValueError(f"labels: expected class numbers >= 0, got {low}")
         return high, own_labels
-    if label_kind not in ("logits", "probs"):
-        raise ValueError(f"label_kind: expected 'hard', 'logits' or 'probs', got {label_kind!r}")
+    check_choice("label_kind", label_kind, ("hard", "logits", "probs"))
     if labels.dtype != theta0.dtype:
         raise TypeError(
             f"labels: expected dtype {theta0.dtype} as theta0 for label_kind={label_kind!r}, got {labels.dtype}"
@@ -60,6 +57,29 @@ def check_training_set(
         shapes = f"[{N}, K]" if E is None else f"[{N}, K] or [{E}, {N}, K]"
         raise ValueError(f"labels: expected shape {shapes}, got {list(labels.shape)}")
     return per_student[1] - 1, own_labels
+
+
+def check_theta(flat: FlatModule, theta0: Tensor) -> None:
+    if not theta0.is_floating_point():
+        raise TypeError(f"theta0: expected a floating dtype, got {theta0.dtype}")
+    P = flat.numel
+    if theta0.shape[-1:] != (P,) or theta0.dim() not in (1, 2) or not len(theta0):
+        raise ValueError(f"theta0: expected shape [{P}] or [E, {P}] for this net, got {list(theta0.shape)}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """For momentum and weight decay."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def check_augment(augment: Any) -> None:
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
+    if isinstance(augment, type):
+        raise TypeError(f"augment: expected an object, as {augment.__name__}() makes one, got the class")
 
 
 def check_lr(lr: Tensor | float, theta0: Tensor) -> Tensor:
@@ -98,6 +118,8 @@ def check_batches(
 ) -> list[Tensor]:
     if batch_size is not None:
         raise ValueError("batches: expected either batches or batch_size, got both")
+    if not isinstance(batches, (Sequence, Tensor)):
+        raise TypeError(f"batches: expected {steps} index tensors, one a step, got {type(batches).__name__}")
     if len(batches) != steps:
         raise ValueError(f"batches: expected {steps} index tensors, one a step, got {len(batches)}")
     for k, index in enumerate(batches):

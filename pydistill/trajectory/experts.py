@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pydistill._arguments import check_whole
 from pydistill._atomic import PathLike
 from pydistill.ops._precision import resolved
 from pydistill.seeding import Stream, seeded_generator, seeded_net
+from pydistill.trajectory.arguments import check_rate
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.recognition import trains_at_once
 from pydistill.trajectory.store import ExpertStore, StoreDtype
@@ -101,8 +103,8 @@ def train_experts(
         FloatingPointError: an expert's loss or parameters stop being finite; its number, epoch and step are named.
     """
     for name, value in (("num_experts", num_experts), ("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_whole(name, value, 1)
+    check_rate("momentum", momentum)
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images: expected [N, C, H, W] with at least one image, got shape {list(images.shape)}")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:

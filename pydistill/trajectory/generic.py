@@ -112,7 +112,12 @@ class GenericStudents:
         with torch.autocast(x.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
             logits = forward()
         if self.output is not None:
-            logits = logits[self.output]
+            if isinstance(logits, Tensor):
+                raise ValueError(f"output: expected None for a net that returns a tensor, got {self.output}")
+            try:
+                logits = logits[self.output]
+            except IndexError:
+                raise ValueError(f"output: expected an element of {len(logits)}, got {self.output}") from None
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"net: its forward returned a {type(logits).__name__}, expected a tensor of logits; "

@@ -14,7 +14,13 @@ from pydistill._devices import to_device
 from pydistill.augment import DiffAugment, MultiCrop
 from pydistill.ops._precision import Precision, check_switches
 from pydistill.ops.convnet_step import LabelKind
-from pydistill.trajectory.arguments import check_batches, check_generators, check_training_set
+from pydistill.trajectory.arguments import (
+    check_augment,
+    check_batches,
+    check_generators,
+    check_rate,
+    check_training_set,
+)
 from pydistill.trajectory.compiled import CompiledStudents
 from pydistill.trajectory.flat import FlatModule
 from pydistill.trajectory.generic import GenericStudents, flat_gradient
@@ -92,8 +98,7 @@ class InnerLoop:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+            check_rate(name, value)
         if optimizer != "sgd" and not isinstance(optimizer, Adam):
             raise ValueError(f"optimizer: expected 'sgd' or a pydistill.trajectory.Adam, got {optimizer!r}")
         if momentum and optimizer != "sgd":
@@ -103,8 +108,7 @@ class InnerLoop:
             raise TypeError(f"warmup: expected an int, got {type(warmup).__name__}")
         if not 0 <= warmup < steps:
             raise ValueError(f"warmup: expected at least 0 and fewer than {steps} steps, got {warmup}")
-        if augment is not None and not callable(augment):
-            raise TypeError(f"augment: expected a callable or None, got {type(augment).__name__}")
+        check_augment(augment)
         told = memory != "auto" and not isinstance(memory, KeptSteps)
         if told and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 0):
             raise ValueError(f"memory: expected 'auto', a number of bytes or KeptSteps, got {memory!r}")

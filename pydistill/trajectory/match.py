@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pydistill.trajectory.flat import l2_to_reference
+from pydistill._arguments import check_choice
+from pydistill.trajectory.arguments import check_theta
+from pydistill.trajectory.flat import FlatModule, l2_to_reference
 from pydistill.trajectory.unrolling import unroll
 
 
@@ -45,8 +47,7 @@ def trajectory_match(
             the host would have to wait to see it, the loss is then not finite).
         FloatingPointError: as `pydistill.unroll`.
     """
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    check_choice("reduction", reduction, ("mean", "none"))
     if "at" in options:
         raise TypeError("at: expected no such option; trajectory_match takes targets={step: parameters}")
     if not isinstance(theta0, Tensor):
@@ -58,6 +59,8 @@ def trajectory_match(
     for name, _, goal in pairs:
         if not isinstance(goal, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(goal).__name__}")
+        if goal.shape != theta0.shape:
+            check_theta(FlatModule(net), theta0)  # or it is that one which is wrong
         if goal.shape != theta0.shape or goal.dtype != theta0.dtype or goal.device != theta0.device:
             raise ValueError(
                 f"{name}: expected {theta0.dtype} {list(theta0.shape)} on {theta0.device} as theta0, "

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill import _host
+from pydistill._arguments import check_choice, check_whole
 from pydistill._atomic import PathLike, check_replaceable, replacing
 from pydistill._store_file import StoreFile, check_of, round_up
 from pydistill.trajectory.flat import FlatModule
@@ -133,8 +134,7 @@ class ExpertStore(StoreFile):
         """
         path = Path(path)
         _check_counts(experts=experts, epochs=epochs)
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected 'fp32' or 'bf16', got {dtype!r}")
+        check_choice("dtype", dtype, _DTYPES)
         check_replaceable(path, overwrite)
         header = {
             "experts": experts,
@@ -233,7 +233,7 @@ class ExpertStore(StoreFile):
         if saw is None and "replay_buffers" in self.options:
             warnings.warn(
                 f"{self.path}: expected experts that saw images as these are, {are}; their import did not say whether "
-                "they did: zca=True or False there (--zca, --no-zca) does",
+                "they did: zca=True or zca=False there does (pydistill experts: --zca, --no-zca)",
                 stacklevel=2,
             )
         elif saw not in (None, zca):
@@ -331,6 +331,8 @@ class ExpertStore(StoreFile):
             ValueError: a file is truncated, foreign or damaged, does not fit ``net``, or holds experts that cannot be
                 matched; says where.
         """
+        if isinstance(paths, str) or not isinstance(paths, Sequence):
+            raise TypeError(f"paths: expected a sequence of paths, got {paths!r}")
         path, files = Path(path), [Path(each) for each in paths]
         if not files:
             raise ValueError("paths: expected a replay buffer or more, got none")
@@ -382,6 +384,9 @@ class ExpertStore(StoreFile):
         return self._states_at + (2 * expert + epoch % 2) * _pages(self._state_bytes)
 
     def _check_place(self, expert: int, epoch: int) -> None:
+        for name, number in (("expert", expert), ("epoch", epoch)):
+            if not isinstance(number, (int, np.integer)):
+                raise TypeError(f"{name}: expected a whole number, got {number!r}")
         if not 0 <= expert < len(self):
             raise IndexError(f"{self.path}: expert: expected one of 0..{len(self) - 1}, got {expert}")
         if not 0 <= epoch <= self.epochs:
@@ -443,5 +448,4 @@ def _parameters_of(net: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_whole(name, value, 1)

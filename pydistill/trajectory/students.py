@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_choice, check_whole
 from pydistill.ops._convnet_step_layers import kept_bytes
 from pydistill.ops._precision import Precision, Resolved, check_switches, resolved
 from pydistill.ops.attention_map import Axis
@@ -268,8 +269,9 @@ def choose_students(
 
     Raises ``ValueError`` with the reason where ``engine="student"`` is not possible.
     """
-    if engine not in ("auto", "student", "compiled", "generic"):
-        raise ValueError(f"engine: expected 'auto', 'student', 'compiled' or 'generic', got {engine!r}")
+    check_choice("engine", engine, ("auto", "student", "compiled", "generic"))
+    if output is not None and output != "any":
+        check_whole("output", output)
     to = resolved(precision, images.device, images.dtype)
     if engine in ("auto", "student"):
         if torch.is_autocast_enabled(images.device.type):

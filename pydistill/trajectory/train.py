@@ -20,13 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pydistill._arguments import check_whole
 from pydistill._devices import to_device
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import (
+    check_augment,
     check_eval_data,
     check_generators,
     check_lr,
     check_positive,
+    check_rate,
     check_training_set,
     is_of_other_size,
 )
@@ -176,16 +179,10 @@ def train_students(
     if isinstance(theta0, Tensor) and theta0.dim() != 2:
         raise ValueError(f"theta0: expected shape [E, {flat.numel}] for this net, got {list(theta0.shape)}")
     largest_label, own_labels = check_training_set(flat, theta0, images, labels, label_kind)
-    for name, count in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+    check_whole("epochs", epochs, 1)
+    check_whole("batch_size", batch_size, 1)
     for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        check_rate(name, value)
     for name, option, kind in (("sharpness", sharpness, GSAM), ("smoothing", smoothing, Smoothing)):
         if option is not None and not isinstance(option, kind):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(option).__name__}")
@@ -196,8 +193,10 @@ def train_students(
             raise ValueError("velocity0: expected None without momentum")
         if velocity0.shape != theta0.shape or velocity0.dtype != theta0.dtype or velocity0.device != theta0.device:
             got = f"{velocity0.dtype} {list(velocity0.shape)} on {velocity0.device}"
-            raise ValueError(f"velocity0: expected dtype, shape and device of theta0, got {got}")
-    for name, function in (("augment", augment), ("on_step", on_step), ("on_epoch", on_epoch)):
+            wanted = f"{theta0.dtype} {list(theta0.shape)} on {theta0.device} as theta0"
+            raise ValueError(f"velocity0: expected {wanted}, got {got}")
+    check_augment(augment)
+    for name, function in (("on_step", on_step), ("on_epoch", on_epoch)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
     given = check_generators(generator, len(theta0))

@@ -21,13 +21,14 @@ The trajectory-matching papers (Cazenavette et al., CVPR 2022) backpropagate thr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from pydistill._arguments import check_choice, check_whole
 from pydistill.ops.convnet_step import LabelKind, Precision
 from pydistill.trajectory.arguments import check_lr
 from pydistill.trajectory.compiled import CompiledStudents
@@ -249,12 +250,9 @@ def unroll(
     )
     lr = check_lr(lr, theta0)
     wanted = (steps,) if at is None else _check_at(at, warmup, steps)
-    if mode not in ("exact", "first_order", "full"):
-        raise ValueError(f"mode: expected 'exact', 'first_order' or 'full', got {mode!r}")
-    if store not in ("device", "host"):
-        raise ValueError(f"store: expected 'device' or 'host', got {store!r}")
-    if store_every < 1:
-        raise ValueError(f"store_every: expected at least 1, got {store_every}")
+    check_choice("mode", mode, ("exact", "first_order", "full"))
+    check_choice("store", store, ("device", "host"))
+    check_whole("store_every", store_every, 1)
     students = theta0 if theta0.dim() == 2 else theta0[None]  # [E, P]
     if mode == "full":
         thetas = loop.run_full(students, images, labels, lr, wanted)
@@ -446,6 +444,8 @@ def _per_rate(each: Tensor, lr: Tensor) -> Tensor:
 
 
 def _check_at(at: Sequence[int], warmup: int, steps: int) -> tuple[int, ...]:
+    if not isinstance(at, Iterable):
+        raise TypeError(f"at: expected step numbers, got {at!r}")
     wanted = tuple(at)
     if not wanted:
         raise ValueError("at: expected at least one step number, got none")

@@ -46,10 +46,10 @@ def records(folder: Path, phase: str) -> list[dict]:
 
 
 def refused(capsys, *arguments):
-    """The one line that a command prints before it exits with 1."""
+    """The one line that a command prints before it exits with 2."""
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, arguments)))
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     return error

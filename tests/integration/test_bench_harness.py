@@ -220,5 +220,5 @@ def test_gpu_without_a_device_says_so(
 @pytest.mark.parametrize("arguments", [["nothing"], ["--minutes", "some"], ["--providers", "layers"]])
 def test_gpu_refuses_bad_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
-        gpu_program.main(arguments)
+        raise SystemExit(gpu_program.main(arguments))
     assert refused.value.code == 2

@@ -163,7 +163,7 @@ def test_a_folder_that_a_method_repository_wrote_is_evaluated(tmp_path, capsys):
     torch.save(logits, folder / "labels_best.pt")
     of = ("--dataset", "fashion-mnist", "--root", tmp_path / "fashion")
     assert "--lr: expected a learning rate" in refused(capsys, "evaluate", folder, *of, "--label-kind", "logits")
-    assert "'logits' or 'probs' (--label-kind), " in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
+    assert "--label-kind: expected 'logits' or 'probs', " in refused(capsys, "evaluate", folder, *of, "--lr", 0.01)
     assert "got None" in refused(capsys, "evaluate", folder, "--lr", 0.01)
     assert "fashion-mnist or cifar10; got digits" in refused(capsys, "evaluate", folder, "--dataset", "digits")
     options = ("--lr", 0.01, "--epochs", 10, "--students", 3, "--label-kind", "logits")

@@ -1,5 +1,11 @@
 """Options that no run can have are refused in one line, before a folder is made, in every command."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,11 +39,14 @@ def command(words, made):
 
 
 def complaint(capsys, *arguments):
-    """What a command says before it fails: in a line, or in the box about its options, which breaks lines."""
+    """The line that a command says before it exits with 2."""
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
-    assert stopped.value.code in (1, 2)
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pydistill: ")
+    assert error.count("\n") == 1
+    return error
 
 
 @pytest.mark.parametrize("words", [*DISTILLING, *PICKING, "squeeze", *NEEDS, "experts", "evaluate"])
@@ -76,7 +85,7 @@ def test_a_precision_that_is_not_here(capsys, tmp_path, words):
             "--precision=bf16",
             "precision: expected a float32 one, in which all models train, got",
         ),
-        ("squeeze", "--weights-key=ema", "--weights-key: expected with --weights only, got 'ema'"),
+        ("squeeze", "--weights-key=ema", "--weights-key: expected with --weights FILE only, got 'ema'"),
         *((f"recover --method {m}", "--crop=0", "crop: expected a share above 0 and at most 1") for m in DECOUPLED),
         ("recover", "--jitter=16385", "jitter: expected at most 16384 pixels, got 16385"),
         ("recover --method cda", "--milestone=0", "milestone: expected a share above 0 and at most 1, got 0.0"),
@@ -96,16 +105,124 @@ def test_squeeze_without_momentum(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        *((d, "--experts=x", f"--experts: expected none: {d.split()[1]} matches no trajectories, got x")
+          for d in DISTILLING if "experts" in METHODS[d.split()[1]].inputs.__dataclass_fields__
+          and not METHODS[d.split()[1]].needs_experts),
+        ("distill dm", "--train-epochs=50", "--train-epochs: expected none: dm matches no trajectories, got 50"),
+        ("distill dc", "--batch-train=8 --whole-epochs=0", "--batch-train: expected none with --whole-epochs 0, got 8"),
+        ("distill mtt", "--lr-expert=1 --experts=x", "--lr-expert: expected none with --experts FILE, whose file says"),
+        ("distill fedlgd", "--split=class --alpha=1", "--alpha: expected none with --split class, got 1.0"),
+        ("distill unip", "--layer=1 --target-nmi=0.1", "--target-nmi: expected none with --layer 1, got 0.1"),
+        ("squeeze", "--network=resnet18 --depth=3", "--depth: expected none with --network resnet18, got 3"),
+        ("squeeze", "--weights=x --epochs=1", "--epochs: expected none with --weights FILE, which is not trained,"),
+        ("squeeze", "--dataset=cifar10 --image-size=8", "--image-size: expected none: cifar10 has a size of its own"),
+        ("recover", "--root=x", "--root: expected none: sre2l starts from noise, got x"),
+        ("recover --method random", "--lr=1", "--lr: expected none: real images are taken as they are, got 1.0"),
+        ("relabel", "--k=3", "--k: expected none with --format fp16, got 3"),
+        ("relabel", "--mix=none --alpha=1", "--alpha: expected none with --mix none, got 1.0"),
+        ("post-train", "--network=resnet18 --depth=3", "--depth: expected none with --network resnet18, got 3"),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_is_refused(capsys, tmp_path, made, words, options, message):
+    assert message in refused(capsys, *command(words, made), *options.split(), "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_without_effect_in_python(tmp_path):
+    with pytest.raises(OptionError, match="experts: expected none: dc matches no trajectories, got x"):
+        run(DC.preset("digits", 1), out=tmp_path / "out", experts="x")
+
+
+def test_what_the_environment_asks_for_is_refused_in_a_line():
+    environment = os.environ | {"PYDISTILL_ISA": "sse9"}
+    for module, arguments in (("pydistill.cli", ["distill"]), ("pydistill.cli", ["--help"]), ("pydistill.info", [])):
+        program = [sys.executable, "-m", module, *arguments]
+        found = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=100)
+        assert found.returncode == (2 if module == "pydistill.cli" else 1)
+        said = f"{module.removesuffix('.cli')}: PYDISTILL_ISA=sse9: expected base, avx2, avx512, avx512_bf16 or amx\n"
+        assert (found.stdout, found.stderr) == ("", said)
+
+
+@pytest.mark.parametrize("step", ["squeeze", *NEEDS])
+def test_a_step_goes_on_with_the_options_of_its_run(capsys, tmp_path, made, step):
+    small = {"squeeze": ("--width=4", "--depth=2", "--image-size=8", "--epochs=1")}
+    small |= {"recover": ("--ipc=2", "--iterations=1"), "relabel": ("--epochs=1", "--mix=none")}
+    small |= {"post-train": ("--width=4", "--depth=1", "--hard")}
+    out = tmp_path / "out"
+    main([*command(step, made), *small[step], f"--out={out}"])
+    kept = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    main([step, f"--out={out}", "--resume"])
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == kept
+    changed, before, now = {
+        "squeeze": ("--width", 4, 8), "recover": ("--ipc", 2, 3), "relabel": ("--epochs", 1, 2),
+        "post-train": ("--depth", 1, 2),
+    }[step]  # fmt: skip
+    error = refused(capsys, step, f"--out={out}", "--resume", changed, now)
+    assert error == f"pydistill: {changed}: expected {before} as the run in {out} has, got {now}\n"
+    other = "squeeze" if step != "squeeze" else "relabel"
+    assert f"--out: expected a run of {other} to go on with" in refused(capsys, other, f"--out={out}", "--resume")
+    assert "distill: expected " in refused(capsys, "distill", f"--out={out}", "--resume")
+
+
+def test_a_run_goes_on_with_its_files(capsys, tmp_path, made):
+    """Which may have been moved, but not be others."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for path in (first, second):
+        shutil.copy(made["teacher"].removeprefix("--teacher="), path)
+    out = tmp_path / "out"
+    main(["recover", f"--teacher={first}", "--ipc=1", "--iterations=1", f"--out={out}"])
+    error = refused(capsys, "recover", f"--out={out}", "--resume", f"--teacher={second}")
+    assert f"--teacher: expected ['{first}'] as the run in {out} has, got ['{second}']" in error
+    error = refused(capsys, "recover", f"--out={out}", "--resume", "--method=cda")
+    assert f"--method: expected sre2l as the run in {out} has, got cda" in error
+    first.unlink()
+    assert f"{first}: expected a pydistill file" in refused(capsys, "recover", f"--out={out}", "--resume")
+    main(["recover", f"--out={out}", "--resume", f"--teacher={second}"])
+
+
+def test_several_networks_where_one_is_used(capsys, tmp_path, made):
+    teacher = made["teacher"].removeprefix("--teacher=")
+    error = refused(capsys, "recover", "--teacher", teacher, teacher, f"--out={tmp_path / 'out'}")
+    assert error == "pydistill: --teacher: expected one for sre2l, got 2\n"
+
+
+def test_images_are_counted(capsys, tmp_path, made):
+    main(["recover", made["teacher"], "--ipc=2", "--iterations=1", f"--out={tmp_path / 'out'}"])
+    assert "images 20; " in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_instead_of_its_file(capsys, tmp_path, made):
+    folders = {name: Path(option.split("=")[1]).parent for name, option in made.items()}
+    main(["evaluate", str(folders["images"]), "--students=1", "--epochs=1", "--width=4", "--depth=1"])
+    main(["export", str(folders["images"]), str(tmp_path / "exported")])
+    (tmp_path / "file").touch()
+    assert "file: expected a folder, it is a file" in refused(capsys, "export", folders["images"], tmp_path / "file")
+    error = refused(capsys, "evaluate", folders["teacher"])
+    assert "expected a folder of distilled.safetensors, or images.pt and labels.pt, found neither" in error
+    for words, option, file in (
+        ("recover", "teacher", "teacher.safetensors"),
+        ("relabel", "images", "distilled.safetensors"),
+        ("post-train", "labels", "labels.store"),
+    ):
+        folder = folders[option]
+        error = refused(capsys, *command(words, made), f"--{option}={folder}", f"--out={tmp_path / 'out'}")
+        assert error.endswith(f"found a folder; did you mean {folder / file}?\n")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("recover --teacher --out OUT", "--teacher: expected the file of a squeezed network at least, got none"),
-        ("relabel --images --out OUT", "Missing value for argument '--images'"),
-        ("post-train --images --labels --out OUT", "Missing value for argument '--images'"),
-        ("squeeze --dataset --out OUT", "Missing value for argument '--dataset'"),
-        ("squeeze --method --out OUT", "Missing value for argument '--method'"),
-        ("distill --ipc --out OUT", "Missing value for argument '--ipc'"),
-        ("distill --resume --out --seed", "--resume: expected --out with the folder of the run to go on with"),
-        ("distill --resume --out=", "--resume: expected --out with the folder of the run to go on with"),
+        ("relabel --images --out OUT", "--images: expected a value, got none"),
+        ("post-train --images --labels --out OUT", "--images: expected a value, got none"),
+        ("squeeze --dataset --out OUT", "--dataset: expected a value, got none"),
+        ("squeeze --method --out OUT", "--method: expected a value, got none"),
+        ("distill --ipc --out OUT", "--ipc: expected a value, got none"),
+        ("distill --resume --out --seed", "--out: expected the folder of the run to go on with"),
+        ("distill --resume --out=", "--out: expected the folder of the run to go on with, got none"),
+        ("distill --resume --seed 3", "--resume: expected --out with the folder of the run to go on with"),
         ("experts --out OUT --import", "--import: expected a replay buffer at least, got none"),
     ],
 )

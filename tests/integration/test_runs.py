@@ -31,10 +31,10 @@ def run(*arguments):
 
 
 def refused(capsys, *arguments):
-    """The one line that a command prints before it exits with 1."""
+    """The one line that a command prints before it exits with 2."""
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     return error
@@ -57,29 +57,29 @@ def made(tmp_path_factory):
 
 
 REFUSED = {
-    "distill mtt --train-epochs 2 --max-start-epoch 5": "--train-epochs: expected at least 6 (max_start_epoch=5 and",
+    "distill mtt --train-epochs 2 --max-start-epoch 5": "--train-epochs: expected at least 6 (--max-start-epoch 5 and",
     "distill mtt --student-epochs 0": "--student-epochs: expected at least 1, got 0",
     "distill mtt --whole-epochs -1": "--whole-epochs: expected at least 0, got -1",
     "distill mtt --lr-student 0": "--lr-student: expected a positive finite number, got 0.0",
     "distill mtt --lr-expert nan": "--lr-expert: expected a positive finite number, got nan",
     "distill mtt --batch-train 0": "--batch-train: expected at least 1, got 0",
-    "distill rat_bptt --classes 11": "classes: expected at most the 10 there are, got 11",
-    "distill fedlgd --clients 900": "clients: expected few enough that each has images",
-    "distill unip --image-size 10": "patch_size: expected a divisor of image_size",
+    "distill rat_bptt --classes 11": "--classes: expected at most the 10 there are, got 11",
+    "distill fedlgd --clients 900": "--clients: expected few enough that each has images",
+    "distill unip --image-size 10": "--patch-size: expected a divisor of image_size",
     "distill hello --ipc 5000": "--ipc: expected at most",
-    "distill hello --image-size 2": "image_size: too small for Encoder",
+    "distill hello --image-size 2": "--image-size: too small for Encoder",
     "distill krr_st --batch-real 5000": "--batch-real: expected at most 1433, got 5000",
-    "distill krr_st --depth 9": "image_size: too small for Encoder",
-    "select dq --ipc 5 --bins 2 --bin-size 2": "ipc: expected at most 4, the images in the bins of a class, got 5",
-    "select dq --keep 0.5 --patch-size 3": "patch_size: expected a divisor of the images' [16, 16] pixels, got 3",
-    "select pca --factor 3": "factor: expected a divisor of 16 and 16, got 3",
+    "distill krr_st --depth 9": "--image-size: too small for Encoder",
+    "select dq --ipc 5 --bins 2 --bin-size 2": "--ipc: expected at most 4, the images in the bins of a class, got 5",
+    "select dq --keep 0.5 --patch-size 3": "--patch-size: expected a divisor of the images' [16, 16] pixels, got 3",
+    "select pca --factor 3": "--factor: expected a divisor of 16 and 16, got 3",
     "select pca --depth 9": "depth",
-    "squeeze --dataset fashion-mnist --root {tmp}/absent": "root: expected the folder that holds the files of fashion",
+    "squeeze --dataset fashion-mnist --root {tmp}/absent": "--root: expected the folder that holds the files of",
     "squeeze --depth 9": "depth",
-    "squeeze --dataset image-folder --image-size 8 --root {tmp}": "image-folder|root: expected train",
+    "squeeze --dataset image-folder --image-size 8 --root {tmp}": "image-folder|--root: expected train",
     "recover --teacher {teacher} --checkpoint-every 0": "--checkpoint-every: expected at least 1, got 0",
-    "recover --method dwa --teacher {teacher} --root {tmp}": "root: expected none, digits come with scikit-learn",
-    "relabel --images {images} --teacher {other}": "teachers: expected images of [1, 8, 8], got [1, 10, 10]",
+    "recover --method dwa --teacher {teacher} --root {tmp}": "--root: expected none, digits come with scikit-learn",
+    "relabel --images {images} --teacher {other}": "--teacher: expected images of [1, 8, 8], got [1, 10, 10]",
     "post-train --images {images} --labels {labels} --students 0": "--students: expected at least 1, got 0",
     "post-train --images {images} --labels {labels} --depth 9": "depth",
     "post-train --images {images} --labels {foreign}": "foreign.store: expected labels and views that relabel made",

@@ -105,6 +105,16 @@ def test_wrong_data_sets_are_refused(store, tmp_path):
         SoftLabelDataset(IMAGES[1:], store)
     with pytest.raises(IndexError, match=r"epoch: expected one of 0\.\.2, got 3"):
         SoftLabelDataset(IMAGES, store, epoch=3)
+    with pytest.raises(TypeError, match=r"epoch: expected a whole number, got 1\.5"):
+        SoftLabelDataset(IMAGES, store, epoch=1.5)
+    for images in (IMAGES, None):
+        data = SoftLabelDataset(images, store)
+        for index in (25, -1):
+            with pytest.raises(IndexError, match=rf"index: expected one of 0\.\.24, got {index}"):
+                data[index]
+        for index in (1.5, "a", None, [0, 1]):
+            with pytest.raises(TypeError, match="index: expected a whole number, got "):
+                data[index]
     with create(tmp_path / "other") as other:
         fill(other, [0])
         with pytest.raises(ValueError, match="store: expected one that is open for reading"):

@@ -136,10 +136,10 @@ def test_flipped_images_are_augmented_as_their_originals_are_drawn(dataset, meth
 
 def test_wrong_options_are_named(dataset):
     for options, message in (
-        ({"norm": "max"}, "norm: expected one of l2, l1, none, got 'max'"),
-        ({"net_norm": "layer"}, "net_norm: expected one of instance, batch, got 'layer'"),
+        ({"norm": "max"}, "norm: expected 'l2', 'l1' or 'none', got 'max'"),
+        ({"net_norm": "layer"}, "net_norm: expected 'instance' or 'batch', got 'layer'"),
         ({"power": 0.0}, r"power: expected a number above zero, got 0\.0"),
-        ({"start": "blank"}, "start: expected one of noise, real, got 'blank'"),
+        ({"start": "blank"}, "start: expected 'noise' or 'real', got 'blank'"),
         ({"batch_real": 0}, "batch_real: expected a finite number of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -240,11 +240,11 @@ def test_what_cannot_be_done_is_refused(dataset):
     with pytest.raises(ValueError, match="net: expected one with embed and classifier, Linear lacks them"):
         distill(FedLGD(), dataset, nn.Linear(36, 3))
     for options, message in (
-        ({"split": "even"}, "split: expected one of dirichlet, class, got 'even'"),
-        ({"regulariser": "kl"}, "regulariser: expected one of supcon, mmd, got 'kl'"),
+        ({"split": "even"}, "split: expected 'dirichlet' or 'class', got 'even'"),
+        ({"regulariser": "kl"}, "regulariser: expected 'supcon' or 'mmd', got 'kl'"),
         ({"alpha": 0.0}, r"alpha, temperature: expected positive numbers, got 0\.0, 0\.07"),
         ({"clients": 0}, "clients: expected a finite number of at least 1, got 0"),
-        ({"augment": "melt"}, "strategy: expected names out of color"),
+        ({"augment": "melt"}, "augment: expected names out of color"),
     ):
         with pytest.raises(ValueError, match=message):
             FedLGD(**options)

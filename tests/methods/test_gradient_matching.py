@@ -142,9 +142,9 @@ def test_presets_are_the_papers():
         ({"outer_loop": 0}, "outer_loop: expected a finite number of at least 1, got 0"),
         ({"batch_real": 0}, "batch_real: expected a finite number of at least 1, got 0"),
         ({"lr_img": -1.0}, r"lr_img: expected a finite number of at least 0, got -1\.0"),
-        ({"start": "blank"}, "start: expected one of noise, real, got 'blank'"),
-        ({"distance": "l1"}, "distance: expected one of row_cos, cos, mse, got 'l1'"),
-        ({"augment": "flip_melt"}, "strategy: expected names out of color, .*, got 'melt' in 'flip_melt'"),
+        ({"start": "blank"}, "start: expected 'noise' or 'real', got 'blank'"),
+        ({"distance": "l1"}, "distance: expected 'row_cos', 'cos' or 'mse', got 'l1'"),
+        ({"augment": "flip_melt"}, "augment: expected names out of color, .*, got 'melt' in 'flip_melt'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -140,7 +140,7 @@ def test_a_state_of_another_run_is_refused(dataset, experts, tmp_path):
         ({"lr_img": -1.0}, r"lr_img: expected a finite number of at least 0, got -1\.0"),
         ({"lr_lr": float("nan")}, "lr_lr: expected a finite number of at least 0, got nan"),
         ({"min_start_epoch": 2}, "min_start_epoch: expected less than 2, got 2"),
-        ({"augment": "flip_melt"}, "strategy: expected names out of color, .*, got 'melt' in 'flip_melt'"),
+        ({"augment": "flip_melt"}, "augment: expected names out of color, .*, got 'melt' in 'flip_melt'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -162,7 +162,7 @@ def test_the_command_writes_a_set_that_evaluate_reads(method, tmp_path, capsys):
     assert "random" not in json.loads((again / "results.json").read_text())
     with pytest.raises(SystemExit) as refused:
         main(["select", method, "--out", str(folder), *SMALL])
-    assert refused.value.code == 1
+    assert refused.value.code == 2
     assert "--out: expected a new or empty folder" in capsys.readouterr().err
 
 
@@ -189,5 +189,5 @@ def test_a_stopped_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
 def test_the_command_names_what_is_wrong(arguments, message, capsys):
     with pytest.raises(SystemExit) as refused:
         main(["select", *arguments])
-    assert refused.value.code == 1
+    assert refused.value.code == 2
     assert message in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_a_teacher_is_kept_and_read(teacher, data, tmp_path):
         import_weights(replace(SQUEEZE, width=7), tmp_path / "w.pth", data)
     with pytest.raises(FileNotFoundError, match="expected the weights of a convnet, found no file"):
         import_weights(SQUEEZE, tmp_path / "none.pth", data)
-    with pytest.raises(ValueError, match="network: expected one of convnet, resnet18, resnet50, got 'vgg'"):
+    with pytest.raises(ValueError, match="network: expected 'convnet', 'resnet18' or 'resnet50', got 'vgg'"):
         build("vgg", 1, 2, 8, 4, 2)
 
 
@@ -250,7 +250,7 @@ def test_imagenets_weights_need_no_images(tmp_path):
         (lambda: Relabel(batch_size=0), "batch_size: expected at least 1, got 0"),
         (lambda: Relabel(temperature=0), "temperature: expected a positive finite number, got 0"),
         (lambda: Relabel(flip=-1), "flip: expected a probability, got -1"),
-        (lambda: Relabel(mix="cut"), "mix: expected one of cutmix, mixup, none, got 'cut'"),
+        (lambda: Relabel(mix="cut"), "mix: expected 'cutmix', 'mixup' or 'none', got 'cut'"),
         (lambda: Relabel(static="no"), "static: expected True or False, got 'no'"),
     ],
 )

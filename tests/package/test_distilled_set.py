@@ -288,7 +288,7 @@ def test_folders_of_tensors_that_do_not_fit_are_refused(tmp_path, contents, erro
 
 def test_a_folder_does_not_guess_what_its_soft_labels_are(tmp_path):
     save_export(tmp_path, header=None)
-    with pytest.raises(ValueError, match=r"label_kind: expected 'logits' or 'probs' \(--label-kind\), .* does not say"):
+    with pytest.raises(ValueError, match=r"label_kind: expected 'logits' or 'probs', .* does not say"):
         DistilledSet.import_tensors(tmp_path, mean=[0.5] * 3, std=[1.0] * 3)
 
 

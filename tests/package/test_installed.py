@@ -86,7 +86,7 @@ def test_every_command_is_tried():
 
 def test_benchmarks_run(site, tmp_path):
     done = python(site, tmp_path, "-m", "pydistill.cli", "bench", "no such case")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "pydistill: no case no such case; there are unroll_step, " in done.stderr
     quick = ("unroll_memory", "--quick", "--providers", "exact", "--out", "found")
     done = python(site, tmp_path, "-m", "pydistill.bench.run", *quick)
@@ -102,5 +102,5 @@ def test_the_gpu_s_benchmark_is_there(site, tmp_path):
     assert not (tmp_path / "gpu.jsonl").exists()
     for option in (("--resume",), ("--minutes", "3")):
         done = python(site, tmp_path, "-m", "pydistill.cli", "bench", *option)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "pydistill: --minutes, --resume: expected with --gpu only" in done.stderr

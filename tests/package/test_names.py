@@ -153,5 +153,8 @@ def test_a_name_has_one_home_and_the_former_one_warns(former):
         found = getattr(importlib.import_module(module), name)
     assert found is getattr(home, name)
     assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=f"{former} is") as caught:
+        exec(f"from {module} import {name}", {})
+    assert len(caught) == 1
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
         _ = importlib.import_module(module).nothing

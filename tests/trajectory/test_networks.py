@@ -125,8 +125,8 @@ def test_variants_run(norm, pool):
     ("options", "message"),
     [
         ({"norm": "instancenorm"}, "norm: expected one of instance, group, batch, layer, none, got 'instancenorm'"),
-        ({"act": "swish"}, "act: expected one of"),
-        ({"pool": "avgpooling"}, "pool: expected one of"),
+        ({"act": "swish"}, "act: expected 'relu', 'leakyrelu' or 'sigmoid'"),
+        ({"pool": "avgpooling"}, "pool: expected 'avg', 'max' or 'none'"),
         ({"depth": 0}, "depth: expected at least 1, got 0"),
         ({"depth": 4, "image_size": 8}, r"depth: 4 blocks leave nothing of a \(8, 8\) image"),
     ],

@@ -243,6 +243,9 @@ def test_theta0_of_a_wrong_kind_is_named_by_the_match():
     net, theta0, _, images, labels, lr = problem()
     with pytest.raises(TypeError, match="theta0: expected a tensor, got str"):
         pydistill.trajectory_match(net, "theta", theta0, images, labels, lr, steps=2)
+    for wrong in (theta0[..., :-1], theta0[None, None]):
+        with pytest.raises(ValueError, match=r"theta0: expected shape \[\d+\] or \[E, \d+\] for this net"):
+            pydistill.trajectory_match(net, wrong, theta0, images, labels, lr, steps=2)
 
 
 def test_a_repos_loop_over_the_wrapper():
@@ -348,7 +351,8 @@ BAD = [
     ({"batches": [torch.tensor([0])] * 2, "batch_size": 1}, ValueError, "either batches or batch_size, got both"),
     ({"at": (3,)}, ValueError, r"at: expected step numbers in 1..2, got 3"),
     ({"mode": "tesla"}, ValueError, "mode: expected 'exact', 'first_order' or 'full', got 'tesla'"),
-    ({"momentum": -1.0}, ValueError, "momentum: expected a number >= 0, got -1.0"),
+    ({"momentum": -1.0}, ValueError, "momentum: expected a finite number >= 0, got -1.0"),
+    ({"momentum": torch.ones(2)}, TypeError, "momentum: expected a number, got Tensor"),
     ({"store": "disk"}, ValueError, "store: expected 'device' or 'host', got 'disk'"),
     ({"store_every": 0}, ValueError, "store_every: expected at least 1, got 0"),
     ({"augment": 3}, TypeError, "augment: expected a callable or None, got int"),

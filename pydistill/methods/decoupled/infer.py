@@ -29,6 +29,7 @@ class INFER(Recover):
     about: ClassVar[str] = "real images, and compensators that all classes share"
     paper: ClassVar[str] = "Zhang et al., ICLR 2025"
     starts_real: ClassVar[bool] = True
+    takes_several: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"iterations": 200, "jitter": 2},
         "fashion-mnist": {"iterations": 300, "jitter": 2, "r_bn": 0.01},

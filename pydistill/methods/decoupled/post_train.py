@@ -82,6 +82,9 @@ class PostTrain(Method):
         **{name: {} for name in ("cifar10", "cifar100", "tiny-imagenet", "imagenet-1k")},
     }
 
+    def unused(self, inputs: PostTrainInputs) -> dict[str, str]:
+        return {} if self.network == "convnet" else {"depth": f" with network={self.network}"}
+
     def job(self, inputs: PostTrainInputs, device: torch.device) -> PostTrainJob:
         return PostTrainJob(self, inputs, device)
 

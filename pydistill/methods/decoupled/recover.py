@@ -80,6 +80,7 @@ class Recover(Method):
     inputs: ClassVar[type[Inputs]] = RecoverInputs
     shared: ClassVar[bool] = True
     starts_real: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = False  # squeezed networks
     shares: ClassVar[tuple[str, ...]] = ("crop",)
     start = "random"  # no field, except in methods that start from real images
 
@@ -107,6 +108,9 @@ class Recover(Method):
     """Seed of all random draws."""
     precision: Precision | None = None
     """What images are recovered in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
+
+    def unused(self, inputs: RecoverInputs) -> dict[str, str]:
+        return {} if self.starts_real else {"root": f": {self.name} starts from noise"}
 
     def job(self, inputs: RecoverInputs, device: torch.device) -> RecoverJob:
         return RecoverJob(self, inputs, device)
@@ -165,6 +169,10 @@ class RandomImages(Recover):
 
     start: Literal["random", "kmeans"] = "random"
     """Which real images: drawn at random, or those nearest to the centres of each class's logits."""
+
+    def unused(self, inputs: RecoverInputs) -> dict[str, str]:
+        optimised = ("iterations", "lr", "r_bn", "first", "r_var", "crop", "flip", "jitter")
+        return dict.fromkeys((*optimised, "checkpoint_every"), ": real images are taken as they are")
 
     def batches(self, num_classes: int, num_teachers: int) -> list[Batch]:
         return [replace(batch, moves=False) for batch in super().batches(num_classes, num_teachers)]
@@ -370,6 +378,8 @@ def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> 
     """Raises for what `recover` refuses before it begins."""
     if not teachers:
         raise ValueError("teachers: expected at least one, got none")
+    if len(teachers) > 1 and not config.takes_several:
+        raise ValueError(f"teachers: expected one for {config.name}, got {len(teachers)}")
     first = teachers[0]
     for teacher in teachers:
         if (teacher.num_classes, teacher.shape) != (first.num_classes, first.shape):
@@ -439,4 +449,4 @@ class RecoverJob(Job):
             distilled = merge(self.config, self.teachers, run.folder)
             distilled.save(run.folder / "distilled.safetensors")
             write_picture(run, distilled, per_class)
-        self.results["images"] = per_class
+        self.results["images"] = per_class * self.teachers[0].num_classes

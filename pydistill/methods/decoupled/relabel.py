@@ -112,6 +112,10 @@ class Relabel(Method):
     def _for(cls, values: Self, method: str) -> Self:
         return replace(values, **cls.infer) if method == "infer" else values
 
+    def unused(self, inputs: RelabelInputs) -> dict[str, str]:
+        unused = {} if self.format.startswith("topk") else {"k": f" with format={self.format}"}
+        return unused | ({"alpha": " with mix=none"} if self.mix == "none" else {})
+
     def job(self, inputs: RelabelInputs, device: torch.device) -> RelabelJob:
         return RelabelJob(self, inputs, device)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._arguments import check_choice
 from pydistill._devices import to_device
 from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
@@ -62,8 +63,7 @@ def build(network: NetworkName, channels: int, num_classes: int, image_size: int
     if network == "convnet":
         return ConvNet(channels, num_classes, width, depth, image_size, norm="batch")
     nets = {"resnet18": ResNet18, "resnet50": ResNet50}
-    if network not in nets:
-        raise ValueError(f"network: expected one of convnet, {', '.join(nets)}, got {network!r}")
+    check_choice("network", network, ("convnet", *nets))
     return nets[network](num_classes, channels, "imagenet" if image_size >= 128 else "cifar", width)
 
 
@@ -152,6 +152,15 @@ class Squeeze(Method):
         "tiny-imagenet": {"epochs": 50, "lr": 0.2, "weight_decay": 1e-4, "crop": 0.08},
         "imagenet-1k": {"epochs": 90, "batch_size": 256, "weight_decay": 1e-4, "crop": 0.08},
     }
+
+    def unused(self, inputs: SqueezeInputs) -> dict[str, str]:
+        unused = {} if self.network == "convnet" else {"depth": f" with network={self.network}"}
+        if inputs.dataset in ("fashion-mnist", "cifar10", "cifar100"):
+            unused["image_size"] = f": {inputs.dataset} has a size of its own"
+        if inputs.weights is not None:
+            training = ("epochs", "batch_size", "lr", "momentum", "weight_decay", "crop", "flip", "seed")
+            unused |= dict.fromkeys(training, " with weights=FILE, which is not trained")
+        return unused
 
     def job(self, inputs: SqueezeInputs, device: torch.device) -> SqueezeJob:
         return SqueezeJob(self, inputs, device)
@@ -376,7 +385,7 @@ class SqueezeJob(Job):
     def __init__(self, config: Squeeze, inputs: SqueezeInputs, device: torch.device):
         self.config, self.inputs, self.results = config, inputs, {}
         if inputs.weights is None and inputs.weights_key is not None:
-            raise OptionError("weights_key", f"expected with --weights only, got {inputs.weights_key!r}")
+            raise OptionError("weights_key", f"expected with weights=FILE only, got {inputs.weights_key!r}")
         imagenet = inputs.weights is not None and inputs.dataset == "imagenet-1k"
         self.data = None if imagenet else load_images(inputs.dataset, inputs.root, inputs.image_size).to(device)
         if inputs.weights is not None:

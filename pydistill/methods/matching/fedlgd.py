@@ -25,6 +25,7 @@ from pydistill.data import Dataset
 from pydistill.divergence import contrastive_ce
 from pydistill.matching import class_mean_match, gradient_match, mmd
 from pydistill.methods.config import Config
+from pydistill.methods.distilling import DistillInputs
 from pydistill.methods.outer import State, fresh_parameters
 from pydistill.methods.ranks import sum_over_ranks, world
 from pydistill.nn.student import Student
@@ -105,11 +106,16 @@ class FedLGD(Config):
     momentum: float = 0.5
     """Momentum of the images' updates, within a round."""
 
+    def unused(self, inputs: DistillInputs) -> dict[str, str]:
+        unused = super().unused(inputs)
+        if self.split != "dirichlet":
+            unused["alpha"] = f" with split={self.split}"
+        if self.regulariser != "supcon":
+            unused["temperature"] = f" with regulariser={self.regulariser}"
+        return unused
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, known in (("split", ("dirichlet", "class")), ("regulariser", ("supcon", "mmd"))):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
         if self.precision == "bf16":
             raise ValueError("precision: expected a float32 one, in which all models train, got 'bf16'")
         if not self.alpha > 0 or not self.temperature > 0:

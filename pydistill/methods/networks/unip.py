@@ -93,6 +93,9 @@ class UNIP(Method):
         if not -1 <= self.layer < self.teacher_depth:
             raise ValueError(f"layer: expected -1 or one of {self.teacher_depth} blocks, got {self.layer}")
 
+    def unused(self, inputs: DatasetInputs) -> dict[str, str]:
+        return {} if self.layer < 0 else {"target_nmi": f" with layer={self.layer}"}
+
     def job(self, inputs: DatasetInputs, device: torch.device) -> UNIPJob:
         return UNIPJob(self, inputs, device)
 

@@ -14,7 +14,7 @@ from pydistill import __version__
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, DistilledSet
 from pydistill.evaluate import evaluate, train_student
-from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, OptionError, check_numbers
+from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, OptionError, check_augment, check_numbers
 from pydistill.methods.picture import write_picture
 from pydistill.methods.settings import convnet, setting_of
 from pydistill.nn.student import Student
@@ -82,7 +82,7 @@ class Picking(Method):
             if f.type == "int":
                 check_numbers(self, **{f.name: int(f.name != "seed")})
         check_numbers(self, teacher_lr=0.0)
-        DiffAugment(self.augment)  # raises for an unknown operation
+        check_augment(self)
 
     def job(self, inputs: PickInputs, device: torch.device) -> PickJob:
         return PickJob(self, inputs, device)

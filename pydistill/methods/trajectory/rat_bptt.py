@@ -90,8 +90,6 @@ class RaTBPTT(Config):
         super().__post_init__()
         if self.total < self.window:
             raise ValueError(f"total: expected at least the window of {self.window}, got {self.total}")
-        if self.start not in ("noise", "real"):
-            raise ValueError(f"start: expected 'noise' or 'real', got {self.start!r}")
 
     def check(self, dataset: Dataset, net: nn.Module, experts: Any) -> None:
         if world()[1] > self.segments:
