@@ -77,7 +77,7 @@ def is_wrong(tiny: bool) -> Line:
 
 
 def takes_long(tiny: bool) -> Line:
-    time.sleep(5)
+    time.sleep(60)
     return {}
 
 
@@ -91,9 +91,9 @@ def test_items_are_apart_and_time_ends(tmp_path: Path) -> None:
 
     some = [Item("one", fails), Item("two", is_wrong), Item("three", sees_the_lines), Item("four", takes_long)]
     began = time.monotonic()
-    assert run_items([*some, Item("five", fails)], out, 0.5 / 60)
+    assert run_items([*some, Item("five", fails)], out, 2 / 60)
     lines = lines_in(out)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     assert [(line["item"], line["status"]) for line in lines] == [
         ("one", "failed"),
         ("two", "wrong"),
