@@ -2,15 +2,16 @@
 
 Environment and ceilings; each operator on each backend that loads, against the CPU in float64; the exact trajectory
 gradient beside the eager loop, with what it asks of the driver; peak memory; one torch.compile; then the other loops.
-A line of JSON for each, at once; a table at the end. Times are of the device's own clock.
+A line of JSON for each, at once; a table at the end. Times are of the device's own clock. Items run in another process,
+which is ended and started anew where one hangs, dies or loses the device.
 
-Exit status: 1 if an item is wrong or fails; 2 if there is no CUDA device.
+Exit status: 1 if an item is wrong, fails or dies; 2 if there is no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import faulthandler
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,14 @@ from pathlib import Path
 import torch
 
 from .items import items
-from .session import lines_in, run_items, summary
+from .session import leave, lines_in, run_items, summary, supervise
+
+
+def run_here(names: Sequence[str], out: Path, minutes: float, stacks: Path, tiny: bool) -> None:
+    """What a process of the items does."""
+    with stacks.open("a") as file:
+        faulthandler.enable(file)
+        leave(run_items([item for item in items() if item.name in names], out, minutes, tiny=tiny, stacks=stacks))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,15 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.gpu: {refusal}", file=sys.stderr)
         return 2
 
-    def restart(minutes: float) -> None:
-        again = ["--out", str(options.out), "--resume", "--minutes", str(max(minutes, 0.0)), *options.items]
-        program = [sys.executable, "-m", __package__, *again, *(["--tiny"] if options.tiny else [])]
-        os.execv(sys.executable, program)
-
-    chosen = [item for name, item in known.items() if not options.items or name in options.items]
-    lines = run_items(chosen, options.out, options.minutes, tiny=options.tiny, restart=restart)
+    chosen = [name for name in known if not options.items or name in options.items]
+    supervise(run_here, chosen, options.out, options.minutes, tiny=options.tiny)
+    lines = lines_in(options.out)
     print(summary(lines))
-    return int(any(line["status"] in ("wrong", "failed") for line in lines))
+    return int(any(line["status"] in ("wrong", "failed", "died") for line in lines))
 
 
 if __name__ == "__main__":

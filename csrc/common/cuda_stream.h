@@ -3,7 +3,7 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <stdexcept>
 
@@ -20,7 +20,7 @@ inline void* current_cuda_stream(int32_t device) {
     return reinterpret_cast<Function*>(symbol);
   }();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <optional>
@@ -116,11 +117,11 @@ struct BnStatMatchOps {
     const int64_t shape[] = {N, C, P}, strides[] = {C * P, rows ? 1 : P, rows ? C : 1};
     // not an empty, transposed tensor: autograd would take that for a view
     int32_t type, device, index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, shape, strides, type, device, index, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, shape, strides, type, device, index, &handle));
     Tensor t(handle);
     Backend::allocated(t);
     return t;

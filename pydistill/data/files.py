@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pydistill._arguments import no_file
@@ -28,11 +26,13 @@ def write_safetensors(
     The object has ``kind``, ``version``, ``config``, what ``more`` adds, and ``crc32`` of all that and of the tensors,
     for which safetensors itself has no checksum. Equal content gives equal bytes.
     """
+    from safetensors.torch import save  # here, so that all but files works where only torch and NumPy are
+
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since safetensors writes several in an order that differs between processes.
     about = {"kind": kind, "version": 1, "config": config, **more}
     header = {"pydistill": json.dumps(about | {"crc32": _crc32(about, content)})}
-    write_atomic(path, safetensors_bytes(content, header))
+    write_atomic(path, save(content, header))
 
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,6 +45,8 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
         ValueError: the file is truncated or damaged, is not a safetensors file, or is marked as something other than
             ``kind``.
     """
+    from safetensors import SafetensorError, safe_open
+
     path, wanted = Path(path), f"a pydistill file of kind {kind!r}, version 1"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected {wanted}, {no_file(path, f'{kind}.safetensors')}")

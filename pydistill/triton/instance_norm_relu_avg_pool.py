@@ -221,7 +221,14 @@ def instance_norm_relu_avg_pool_kernel(
         sum_ah = tl.zeros((TILE_H, TILE_W, LANES), COMPUTE)
         sum_a_t = tl.zeros((TILE_H, TILE_W, LANES), COMPUTE)
         sum_ah_t = tl.zeros((TILE_H, TILE_W, LANES), COMPUTE)
+        # Pass 4 has its means from this loop, though they are equal: Triton 3.6 changes their layout within the loop,
+        # takes the changed ones outside of it, too, and refuses its own work.
+        mean_4 = tl.zeros((1, 1, LANES), COMPUTE)
+        mean_t_4 = tl.zeros((1, 1, LANES), COMPUTE)
         for tile in range(tiles):
+            mean_4 = mean
+            if TANGENTS:
+                mean_t_4 = mean_t
             if STREAMED:
                 h, w = _offsets(tile // tiles_w * TILE_H, TILE_H, 0), _offsets(tile % tiles_w * TILE_W, TILE_W, 1)
                 inside = (h < H) & (w < W) & present
@@ -258,6 +265,7 @@ def instance_norm_relu_avg_pool_kernel(
         else:
             tl.store(grad_weight + share, total_ah, mask=present)
             tl.store(grad_bias + share, total_a, mask=present)
+        mean, mean_t = mean_4, mean_t_4
 
     # Pass 4: the images
     for tile in range(tiles):

@@ -63,6 +63,7 @@ def choose(backend: str, device: str = "cuda") -> str:
 def test_reasons_and_info(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_library, "_triton_missing", False)
+    monkeypatch.setattr(_library, "_cuda_error", "not built")  # nor is a device there to be asked what it is
     assert "no GPU is visible" in _library.unavailable("triton")
     assert info.backends()["instance_norm_relu_avg_pool"]["triton"].startswith("no GPU is visible")
     with pytest.raises(NotImplementedError, match="backend='triton' cannot run: no GPU is visible"):

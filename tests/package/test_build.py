@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrices import sample
+
 ROOT = Path(__file__).parents[2]
 
 
-def configure(tmp_path, *, torch_version=None, torch=True, **environment):
+def configure(tmp_path, *, torch_version=None, torch=True, cuda="OFF", **environment):
     """CMake's configuration step for a Python whose only package, if any, is a torch of some version."""
     env = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
@@ -24,7 +26,7 @@ def configure(tmp_path, *, torch_version=None, torch=True, **environment):
     return subprocess.run(
         [
             "cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={env / 'bin/python'}",
-            "-DSKBUILD_PROJECT_NAME=pydistill", "-DSKBUILD_PROJECT_VERSION=0", "-DPYDISTILL_CUDA=OFF",
+            "-DSKBUILD_PROJECT_NAME=pydistill", "-DSKBUILD_PROJECT_VERSION=0", f"-DPYDISTILL_CUDA={cuda}",
         ],
         env={**os.environ, **environment},
         capture_output=True,
@@ -89,18 +91,24 @@ def test_without_cuda_one_file_is_missing_and_the_others_are_the_same(tmp_path):
         assert "csrc/host/" in name or both == [found[name], words]
 
 
-@pytest.mark.parametrize(
-    ("nvcc", "architectures"),
-    [
-        ("12.1.105", "80-real;90-real;90-virtual"),
-        ("12.4.131", "80-real;90-real;90-virtual"),
-        ("12.8.61", "80-real;90-real;100-real;100-virtual"),
-        ("13.0.88", "80-real;90-real;100-real;100-virtual"),
-    ],
-)
-def test_architectures_follow_the_compiler(tmp_path, nvcc, architectures):
-    script = tmp_path / "which.cmake"
-    call = f'pydistill_cuda_architectures({nvcc} found)\nmessage("${{found}}")\n'
-    script.write_text(f'include("{ROOT}/cmake/architectures.cmake")\n{call}')
-    result = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (0, architectures + "\n")
+NVCCS = {
+    "12.1.105": "80-real, 90-real, 90-virtual",
+    "12.4.131": "80-real, 90-real, 90-virtual",
+    "12.8.61": "80-real, 90-real, 100-real, 100-virtual",
+    "13.0.88": "80-real, 90-real, 100-real, 100-virtual",
+}
+
+
+@pytest.mark.parametrize("version", sample(NVCCS, ["12.4.131"]))
+def test_architectures_follow_the_compiler(tmp_path, version):
+    toolkit = tmp_path / "toolkit"
+    for folder in ("bin", "include", "lib64"):
+        (toolkit / folder).mkdir(parents=True)
+    for library in ("cudadevrt", "cudart_static"):
+        (toolkit / f"lib64/lib{library}.a").write_text("!<arch>\n")
+    nvcc = toolkit / "bin" / "nvcc"
+    stand_in = Path(__file__).with_name("stand_in_nvcc.py")
+    nvcc.write_text(f'#!/bin/sh\nexec {sys.executable} -S {stand_in} {toolkit} {version} "$@"\n')
+    nvcc.chmod(0o755)
+    result = configure(tmp_path, torch_version="2.11.0+cu130", cuda="ON", CUDACXX=str(nvcc))
+    assert f"pydistill: nvcc {version} for {NVCCS[version]}\n" in result.stdout, result.stdout + result.stderr

@@ -100,6 +100,11 @@ def test_the_gpu_s_benchmark_is_there(site, tmp_path):
     assert done.returncode == 2
     assert "bench.gpu: no CUDA device is visible" in done.stderr
     assert not (tmp_path / "gpu.jsonl").exists()
+    # a bare machine has torch and NumPy
+    absent = ["safetensors", "tyro", "rich", "psutil", "PIL", "matplotlib", "sklearn", "scipy", "torchvision", "timm"]
+    bare = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+    done = python(site, tmp_path, "-c", bare + "from pydistill.bench.gpu import __main__; sys.exit(__main__.main([]))")
+    assert done.returncode == 2, done.stderr
     for option in (("--resume",), ("--minutes", "3")):
         done = python(site, tmp_path, "-m", "pydistill.cli", "bench", *option)
         assert done.returncode == 2
