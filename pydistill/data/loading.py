@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pydistill._arguments import check_choice, check_whole
 from pydistill.data.cifar import load_cifar10, load_cifar100
 from pydistill.data.dataset import Dataset, normalised_dataset
+from pydistill.data.folders import folder_splits
+from pydistill.data.sources import ImageSource
 
 __all__ = ["DATASETS", "load"]
 
@@ -30,8 +33,9 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
     Args:
         name: ``"digits"`` (scikit-learn's 8x8 digits, enlarged bilinearly to 16x16; every fifth image of each class is
             a test image), ``"fashion-mnist"`` (the four IDX files, gzipped or not), ``"cifar10"`` and ``"cifar100"``
-            (the python batches) or ``"image-folder"`` (``root/train/<class>/*`` and ``root/test`` or ``root/val``,
-            read by torchvision).
+            (the python batches) or ``"image-folder"`` (``root/train/<class>/*`` and ``root/test`` or ``root/val``, by
+            the rules of torchvision's ``ImageFolder``, or Tiny-ImageNet as it is unzipped; `read_picture` says what
+            becomes of a picture).
         root: the folder with the files. For Fashion-MNIST the default is where Debian's package puts it; digits take
             none; the other two need one.
         image_size: height and width in pixels to which an image folder's pictures are resized and cropped (default
@@ -41,8 +45,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, image_size: i
         ValueError: an unknown name, an argument that the set does not take, or a truncated or foreign file; says
             which and what was expected.
         FileNotFoundError: a missing folder or file.
-        RuntimeError: scikit-learn (digits) or torchvision (image folder) is not installed, or torchvision does not
-            work with this torch.
+        RuntimeError: scikit-learn (digits) or Pillow (image folder) is not installed.
     """
     check_choice("name", name, DATASETS)
     if image_size is not None and name not in ("digits", "image-folder"):
@@ -129,33 +132,14 @@ def _read_idx(folder: Path, stem: str, dims: int) -> np.ndarray:
 
 
 def _load_image_folder(folder: Path, image_size: int) -> Dataset:
-    try:
-        from torchvision.datasets import ImageFolder
-        from torchvision.transforms import v2
-    except ModuleNotFoundError as error:
-        raise RuntimeError("image-folder needs torchvision, which is not installed: pip install torchvision") from error
-    except (ImportError, OSError, RuntimeError) as error:  # torchvision's compiled operators are for another torch
-        kind = f"whl/cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "whl/cpu"
-        raise RuntimeError(
-            f"image-folder needs torchvision, and the one that is installed is broken beside torch {torch.__version__} "
-            f"({error}): install the torchvision of this torch from where torch comes from, such as pip install "
-            f"--force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/{kind}"
-        ) from error
-    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
-    if not (folder / "train").is_dir() or not tests:
-        raise FileNotFoundError(f"root: expected train/<class>/* and test/<class>/* (or val) in {folder}")
-    to_pixels = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), *to_pixels])
-    parts, classes = [], []
-    for part in (folder / "train", tests[0]):
-        try:
-            pictures = ImageFolder(str(part), transform)
-            loaded = [picture for picture, _ in pictures]
-        except (OSError, SyntaxError) as error:  # pillow raises either for a file that is not a whole picture
-            raise ValueError(f"{part}: expected a folder of pictures for each class: {error}") from error
-        parts.append((torch.stack(loaded), torch.tensor(pictures.targets, dtype=torch.int64, device="cpu")))
-        classes.append(pictures.classes)
-    if classes[0] != classes[1]:
-        differing = sorted(set(classes[0]) ^ set(classes[1]))
-        raise ValueError(f"root: expected the same classes for training and test in {folder}, {differing} differ")
-    return normalised_dataset("image-folder", parts[0], parts[1], classes[0])
+    splits = folder_splits(folder, image_size)
+    train, test = ((_as_pixels(source), source.labels) for source in splits)
+    return normalised_dataset("image-folder", train, test, splits[0].class_names)
+
+
+def _as_pixels(source: ImageSource) -> Tensor:
+    """All images of a source, float32 in [0, 1]."""
+    images = torch.empty((len(source), *source.shape), dtype=torch.float32, device="cpu")
+    for index in torch.arange(len(source), device="cpu").split(256):
+        images[index] = torch.from_numpy(source.read(index)).float()
+    return images.mul_(1 / 255)

@@ -1,0 +1,113 @@
+"""Image sources: labelled images that are read on demand, as bytes of one size."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydistill._atomic import PathLike
+from pydistill.data.pictures import read_picture
+
+__all__ = ["ArrayImages", "ImageSource", "Names", "PictureSource"]
+
+
+class ImageSource:
+    """Labelled images of one size that are read on demand, in any order.
+
+    A source can be pickled for the workers of a data loader; what grows with the number of images is in tensors,
+    which those workers share however they are started.
+
+    Attributes:
+        labels: int64 ``[N]`` in ``[0, K)``.
+        class_names: ``K`` names, in label order.
+        shape: ``(C, H, W)`` of an image.
+    """
+
+    labels: Tensor
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        """Some images, uint8 ``[B, C, H, W]``, a copy.
+
+        Raises:
+            IndexError: there is no such image.
+            ValueError: an image is damaged; says where it is.
+        """
+        indices = np.asarray(indices)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"indices: expected images 0 to {len(self) - 1}, got {indices.min()} to {indices.max()}")
+        images = np.empty((len(indices), *self.shape), np.uint8)
+        self._read_into(images, indices)
+        return images
+
+    def _read_into(self, images: np.ndarray, indices: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class ArrayImages(ImageSource):
+    """A source in memory.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``.
+        class_names: in label order.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str]):
+        self.images, self.labels, self.class_names = images, labels, tuple(class_names)
+        _, channels, height, width = images.shape
+        self.shape = channels, height, width
+
+    def _read_into(self, images: np.ndarray, indices: np.ndarray) -> None:
+        np.take(self.images.numpy(), indices, 0, images)
+
+
+class PictureSource(ImageSource):
+    """A source of pictures in files of whatever kind, which subclasses find.
+
+    Args:
+        size: height and width in pixels, as `read_picture` gives them.
+    """
+
+    def __init__(self, size: int):
+        self.shape = 3, size, size
+
+    def name(self, index: int) -> str:
+        """What messages call a picture: where it is."""
+        raise NotImplementedError
+
+    def _encoded(self, index: int) -> PathLike | bytes:
+        """A picture's file, or its content."""
+        raise NotImplementedError
+
+    def _read_into(self, images: np.ndarray, indices: np.ndarray) -> None:
+        for place, index in enumerate(indices.tolist()):
+            images[place] = read_picture(self._encoded(index), self.shape[1], self.name(index))
+
+
+class Names(Sequence[str]):
+    """Many file names in two tensors: a list of a million strings takes four times the memory, in each process."""
+
+    def __init__(self, names: Iterable[str]):
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        self._text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+        self._ends = torch.frombuffer(ends, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        start, end = self._ends[index : index + 2].tolist()
+        return os.fsdecode(self._text[start:end].numpy().tobytes())
