@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.data.streamed import StreamedImages
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory import FlatModule, train_students
@@ -25,7 +26,7 @@ __all__ = ["accuracy", "evaluate", "linear_probe", "train_student"]
 
 def accuracy(
     net: nn.Module,
-    images: Tensor,
+    images: Tensor | StreamedImages,
     labels: Tensor,
     *,
     batch_size: int = EVAL_BATCH,

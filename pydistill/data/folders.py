@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,9 @@ class FolderImages(PictureSource):
                     if file.lower().endswith(EXTENSIONS):
                         labels.append(label)
                         yield os.path.join(inside, file)
+
+    def crc32(self) -> int:
+        return zlib.crc32(self._names.crc32().to_bytes(4, "little"), super().crc32())
 
     def name(self, index: int) -> str:
         return self._encoded(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 
@@ -26,8 +27,11 @@ class ImageSource:
         labels: int64 ``[N]`` in ``[0, K)``.
         class_names: ``K`` names, in label order.
         shape: ``(C, H, W)`` of an image.
+        decodes: whether reading takes long enough for workers that read ahead; where it does not, handing images over
+            from one process to another takes longer.
     """
 
+    decodes: bool = False
     labels: Tensor
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]
@@ -35,8 +39,22 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+    def crc32(self) -> int:
+        """A checksum of what distinguishes the source from others, without reading its images."""
+        return zlib.crc32(self.labels.numpy().data)
+
+    @property
+    def histogram(self) -> Tensor | None:
+        """How often the images have each value in each channel, int64 ``[C, 256]``, if that is known."""
+        return None
+
+    def read(self, indices: Sequence[int] | np.ndarray | Tensor, damaged: dict[int, str] | None = None) -> np.ndarray:
         """Some images, uint8 ``[B, C, H, W]``, a copy.
+
+        Args:
+            indices: integers ``[B]``, in any order.
+            damaged: receives a message for each picture that is damaged, by its place in ``indices``; such a picture is
+                black. None: it raises.
 
         Raises:
             IndexError: there is no such image.
@@ -46,10 +64,10 @@ class ImageSource:
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices: expected images 0 to {len(self) - 1}, got {indices.min()} to {indices.max()}")
         images = np.empty((len(indices), *self.shape), np.uint8)
-        self._read_into(images, indices)
+        self._read_into(images, indices, damaged)
         return images
 
-    def _read_into(self, images: np.ndarray, indices: np.ndarray) -> None:
+    def _read_into(self, images: np.ndarray, indices: np.ndarray, damaged: dict[int, str] | None) -> None:
         raise NotImplementedError
 
 
@@ -67,8 +85,11 @@ class ArrayImages(ImageSource):
         _, channels, height, width = images.shape
         self.shape = channels, height, width
 
-    def _read_into(self, images: np.ndarray, indices: np.ndarray) -> None:
-        np.take(self.images.numpy(), indices, 0, images)
+    def crc32(self) -> int:
+        return zlib.crc32(self.images.numpy().data, super().crc32())
+
+    def _read_into(self, images: np.ndarray, indices: np.ndarray, damaged: dict[int, str] | None) -> None:
+        np.take(self.images.numpy(), indices, 0, images, mode="clip")  # unchecked: `read` has
 
 
 class PictureSource(ImageSource):
@@ -77,6 +98,8 @@ class PictureSource(ImageSource):
     Args:
         size: height and width in pixels, as `read_picture` gives them.
     """
+
+    decodes = True
 
     def __init__(self, size: int):
         self.shape = 3, size, size
@@ -89,9 +112,19 @@ class PictureSource(ImageSource):
         """A picture's file, or its content."""
         raise NotImplementedError
 
-    def _read_into(self, images: np.ndarray, indices: np.ndarray) -> None:
-        for place, index in enumerate(indices.tolist()):
-            images[place] = read_picture(self._encoded(index), self.shape[1], self.name(index))
+    def _order(self, indices: np.ndarray) -> np.ndarray:
+        """The places in ``indices`` in the order in which they are best read."""
+        return np.arange(len(indices))
+
+    def _read_into(self, images: np.ndarray, indices: np.ndarray, damaged: dict[int, str] | None) -> None:
+        for place in self._order(indices).tolist():
+            index = int(indices[place])
+            try:
+                images[place] = read_picture(self._encoded(index), self.shape[1], self.name(index))
+            except ValueError as error:
+                if damaged is None:
+                    raise
+                images[place], damaged[place] = 0, str(error)
 
 
 class Names(Sequence[str]):
@@ -104,6 +137,9 @@ class Names(Sequence[str]):
             ends.append(len(text))
         self._text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
         self._ends = torch.frombuffer(ends, dtype=torch.int64)
+
+    def crc32(self) -> int:
+        return zlib.crc32(self._ends.numpy().data, zlib.crc32(self._text.numpy().data))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

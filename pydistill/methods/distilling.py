@@ -111,7 +111,7 @@ class DistillJob(Job):
         config = config.on(device)
         self.config, self.inputs, self.device = config, inputs, device
         self.results: dict[str, Any] = {}
-        self.dataset = inputs.load(device, zca=config.zca)
+        self.dataset = inputs.load(device, zca=config.zca, streams=config.streams)
         self.title = self.dataset.name
         self.net = seeded_net(self.make_net, config.seed, device=device)
         self.dataset.sample(config.ipc)  # refuses more than there are
@@ -237,7 +237,7 @@ class DistillJob(Job):
         ]
         drawn, classes = (torch.stack(each) for each in zip(*draws, strict=True))
         synthetic = distilled.images.to(self.device), distilled.labels.to(self.device)
-        whole = dataset.train_images, dataset.train_labels
+        whole = dataset.train_images[: len(dataset.train_images) if inputs.whole_epochs else 0], dataset.train_labels
         sets = {
             "random": ((drawn, classes), inputs.lr_student, inputs.student_epochs, 256),
             "distilled": (synthetic, distilled.lr, inputs.student_epochs, 256),

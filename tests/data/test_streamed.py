@@ -1,0 +1,127 @@
+"""Streamed sets give the bits of sets in memory, in memory that does not depend on the number of images."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydistill.data import DistilledSet, StreamedDataset, load, open_sources, pack, stream
+from pydistill.data import streamed as module
+from pydistill.evaluate import accuracy
+from pydistill.methods import DM, MTT, TESLA, run
+from pydistill.methods.decoupled.recover import RandomImages, real_images
+from pydistill.methods.decoupled.squeeze import Squeeze, load_images, squeeze
+from tests.data.pictures import make_folders, make_tiny_imagenet, picture
+
+CONFIG = Squeeze(network="convnet", width=4, depth=1, epochs=2, batch_size=4)
+
+
+@pytest.fixture
+def sets(tmp_path, request):
+    """A set in memory and the same streamed."""
+    folder = make_folders(tmp_path / "set", {"train": 5, "val": 2})
+    return load("image-folder", folder, image_size=8), stream("image-folder", folder, image_size=8)
+
+
+@pytest.fixture
+def _nothing_held(monkeypatch):
+    monkeypatch.setattr(module, "_HELD", 0)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 26])
+def test_the_bits_of_a_set_in_memory(monkeypatch, sets, limit):
+    monkeypatch.setattr(module, "_HELD", limit)
+    whole, streamed = sets
+    for name in ("mean", "std", "train_labels", "test_labels"):
+        assert torch.equal(getattr(whole, name), getattr(streamed, name)), name
+    for name in ("name", "class_names", "channels", "image_size", "num_classes"):
+        assert getattr(whole, name) == getattr(streamed, name)
+    assert streamed.train_images.shape == whole.train_images.shape
+    for index in (torch.tensor([7, 0, 7]), slice(2, 6), whole.train_labels == 1):
+        assert torch.equal(streamed.train_images[index], whole.train_images[index])
+    for ours, theirs in zip(streamed.test_images.split(3), whole.test_images.split(3), strict=True):
+        assert torch.equal(ours, theirs)
+    drawn = [each.sample(2, torch.Generator().manual_seed(1)) for each in sets]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*drawn, strict=True))
+    moved = streamed.to("meta")
+    assert isinstance(moved, StreamedDataset)
+    assert moved.train_images[:1].device.type == moved.train_labels.device.type == "meta"
+    with pytest.raises(ValueError, match="image-folder: expected a set in memory to whiten"):
+        streamed.whitened()
+
+
+@pytest.mark.usefixtures("_nothing_held")
+def test_squeeze_and_what_recovery_starts_from_have_the_bits_of_a_set_in_memory(sets):
+    streamed = sets[1]
+    streamed.train_images.workers = 1
+    teachers = [squeeze(CONFIG, each) for each in sets]
+    for ours, theirs in zip(*(t.net.state_dict().values() for t in teachers), strict=True):
+        assert torch.equal(ours, theirs)
+    found = [accuracy(teachers[0].net, each.test_images, each.test_labels, batch_size=3) for each in sets]
+    assert found[0] == found[1]
+    for start in ("random", "kmeans"):
+        config = RandomImages(ipc=2, start=start)
+        ours, theirs = (real_images(config, each, teachers[:1]) for each in sets)
+        assert torch.equal(ours, theirs)
+
+
+def peak(act) -> int:
+    """The most memory, in bytes, that this process had in use during a call."""
+    Path("/proc/self/clear_refs").write_text("5")
+    act()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's count of peak memory")
+@pytest.mark.usefixtures("_nothing_held")
+def test_memory_does_not_depend_on_the_number_of_images(tmp_path):
+    picture(0, 40, 40).save(tmp_path / "picture.png")
+    roots = []
+    for count in (100, 500):  # of 2 x 49 kB as numbers
+        for part, number in (("train", count), ("val", 1)):
+            for name in ("a", "b"):
+                (tmp_path / str(count) / part / name).mkdir(parents=True)
+                for i in range(number):
+                    os.link(tmp_path / "picture.png", tmp_path / str(count) / part / name / f"{i}.png")
+        roots.append(tmp_path / str(count))
+
+    def use(root):
+        data = stream("image-folder", root, image_size=64)
+        net = torch.nn.Sequential(torch.nn.AvgPool2d(64), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+        for _ in data.train_images.batches(torch.randperm(len(data.train_images)).split(20)):
+            pass
+        accuracy(net, data.train_images, data.train_labels, batch_size=20)
+
+    use(roots[0])  # what is allocated once
+    small, large = (peak(lambda root=root: use(root)) for root in roots)
+    assert large - small < 4_000_000  # the larger set's bytes are 9.8 MB more
+
+
+def test_methods_that_take_class_batches_read_a_packed_set_on_demand(tmp_path):
+    folder = make_folders(tmp_path / "set", {"train": 5, "val": 2})
+    pack(*open_sources("image-folder", folder, image_size=16), tmp_path / "packed", name="image-folder")
+    config = DM(ipc=1, iterations=2, batch_real=3, augment="flip")
+    options = {"dataset": "image-folder", "image_size": 16, "width": 4, "depth": 1}
+    options |= {"students": 1, "student_epochs": 1, "whole_epochs": 1}
+    found = []
+    for root in (folder, tmp_path / "packed"):
+        job = config.job(DM.inputs.for_method(config, root=root, **options), torch.device("cpu"))
+        assert isinstance(job.dataset.train_images, torch.Tensor) == root.is_dir()
+        assert isinstance(job.dataset.test_images, torch.Tensor)
+        found.append(run(config, out=tmp_path / f"out {root.name}", root=root, **options))
+    assert found[0]["whole"] == found[1]["whole"]
+    sets = [DistilledSet.load(tmp_path / f"out {name}" / "distilled.safetensors") for name in ("set", "packed")]
+    assert torch.equal(sets[0].images, sets[1].images)
+
+
+def test_the_presets_of_the_imagenets_can_be_reached(tmp_path):
+    folder = make_tiny_imagenet(tmp_path)
+    assert load("tiny-imagenet", folder).image_size == 64
+    assert load("imagenet-1k", folder).image_size == 224
+    for name, method in (("tiny-imagenet", MTT), ("imagenet-1k", TESLA)):
+        config = method.preset(name, 1)
+        inputs = method.inputs.for_method(config, dataset=name, root=folder)
+        assert (inputs.depth, inputs.whole_epochs) == (4, 0)
+    assert (load_images("imagenet-1k", folder, 8).mean * 1000).round().tolist() == [485, 456, 406]
