@@ -16,7 +16,7 @@ from pydistill.data.sources import ArrayImages, ImageSource
 __all__ = ["StreamedImages", "batches_of", "held", "mean_and_std"]
 
 _HELD = 1 << 26  # bytes of a source that is held in memory, since it is small
-_BATCH = 256
+_BATCH = 64
 
 
 class StreamedImages:
