@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pydistill.data.pictures import EXTENSIONS
@@ -40,7 +41,7 @@ class FolderImages(PictureSource):
                 f"{folder}: expected {wanted}; got none, and {loose} pictures: sort them into such folders"
             )
         self._names = Names(self._walk(labels := array("q")))
-        self.labels = torch.frombuffer(labels, dtype=torch.int64) if labels else torch.empty(0, dtype=torch.int64)
+        self.labels = torch.from_numpy(np.frombuffer(labels, np.int64))
         counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
         if empty := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
             wanted = f"pictures ({', '.join(EXTENSIONS)}) in the folder of each class"

@@ -33,11 +33,11 @@ def read_ahead(
     if not workers or not source.decodes:
         yield from map(reads.read, batches)
         return
-    # a generator of its own: a loader without one draws from torch's
-    loader = DataLoader(
-        reads, None, sampler=batches, num_workers=min(workers, len(batches)), generator=torch.Generator()
-    )
-    for found in loader:
+    # a generator of its own: a loader without one draws from torch's; and it draws where torch's default device is
+    with torch.device("cpu"):
+        options: dict[str, Any] = {"num_workers": min(workers, len(batches)), "generator": torch.Generator("cpu")}
+        ahead = iter(DataLoader(reads, None, sampler=batches, **options))
+    for found in ahead:
         if isinstance(found, Exception):
             raise found
         yield found

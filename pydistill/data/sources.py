@@ -123,7 +123,8 @@ class PictureSource(ImageSource):
                 images[place] = read_picture(self._encoded(index), self.shape[1], self.name(index))
             except ValueError as error:
                 if damaged is None:
-                    raise
+                    remedy = "remove it, or leave it out by packing the set with skip_damaged (pack --skip-damaged)"
+                    raise ValueError(f"{error}: {remedy}") from error
                 images[place], damaged[place] = 0, str(error)
 
 
@@ -135,8 +136,8 @@ class Names(Sequence[str]):
         for name in names:
             text += os.fsencode(name)
             ends.append(len(text))
-        self._text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
-        self._ends = torch.frombuffer(ends, dtype=torch.int64)
+        self._text = torch.from_numpy(np.frombuffer(text, np.uint8))
+        self._ends = torch.from_numpy(np.frombuffer(ends, np.int64))
 
     def crc32(self) -> int:
         return zlib.crc32(self._ends.numpy().data, zlib.crc32(self._text.numpy().data))

@@ -1,11 +1,13 @@
 """Streamed sets give the bits of sets in memory, in memory that does not depend on the number of images."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from pydistill.cli import main
 from pydistill.data import DistilledSet, StreamedDataset, load, open_sources, pack, stream
 from pydistill.data import streamed as module
 from pydistill.evaluate import accuracy
@@ -30,6 +32,20 @@ def sets(tmp_path, request):
 @pytest.fixture
 def _nothing_held(monkeypatch):
     monkeypatch.setattr(module, "_HELD", 0)
+
+
+@pytest.mark.usefixtures("_nothing_held")
+def test_another_default_device_changes_nothing(tmp_path):
+    folder = make_folders(tmp_path, {"train": 5, "val": 2})
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            data = stream("image-folder", folder, image_size=8, workers=1)
+            found.append((data.mean, data.train_labels, next(data.train_images.split(4)), *data.sample(2)[:1]))
+    for cpu, other in zip(*found, strict=True):
+        assert other.device.type == "cpu"
+        assert cpu.shape == other.shape
+    assert torch.equal(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 26])
@@ -93,8 +109,6 @@ def test_memory_does_not_depend_on_the_number_of_images(tmp_path):
     def use(root):
         data = stream("image-folder", root, image_size=64)
         net = torch.nn.Sequential(torch.nn.AvgPool2d(64), torch.nn.Flatten(), torch.nn.Linear(3, 2))
-        for _ in data.train_images.batches(torch.randperm(len(data.train_images)).split(20)):
-            pass
         accuracy(net, data.train_images, data.train_labels, batch_size=20)
 
     for _ in range(2):
@@ -135,11 +149,16 @@ def test_the_decoupled_steps_on_folders_packed_and_resumed(tmp_path):
         run(config, **options, resume=True)
         teacher, images = out / "teacher" / "teacher.safetensors", out / "images" / "distilled.safetensors"
         run(RandomImages(ipc=2), teacher=(teacher,), root=root, workers=0, out=images.parent)
+        tested = out / "tested.json"
+        sizes = ["--students", "1", "--epochs", "1", "--width", "4", "--depth", "1"]
+        main(["evaluate", str(images), "--root", str(root), *sizes, "--json", str(tested)])
         run(Relabel(epochs=1), images=images, teacher=(teacher,), out=out / "labels")
         labels = out / "labels" / "labels.store"
         found = run(PostTrain(**net), images=images, labels=labels, root=root, out=out / "student")
         assert len(found["accuracy"]) == 1
-        made[root] = [path.read_bytes() for path in (teacher, images, out / "student" / "student.safetensors")]
+        results = json.loads(tested.read_text())["nets"]
+        student = out / "student" / "student.safetensors"
+        made[root] = results, [path.read_bytes() for path in (teacher, images, student)]
     assert made[folder] == made[tmp_path / "packed"]
     streamed = stream("image-folder", folder, image_size=8)
     undisturbed = squeeze(config, streamed).net.state_dict()
