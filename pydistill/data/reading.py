@@ -37,10 +37,13 @@ def read_ahead(
     with torch.device("cpu"):
         options: dict[str, Any] = {"num_workers": min(workers, len(batches)), "generator": torch.Generator("cpu")}
         ahead = iter(DataLoader(reads, None, sampler=batches, **options))
-    for found in ahead:
-        if isinstance(found, Exception):
-            raise found
-        yield found
+    try:
+        for found in ahead:
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    finally:
+        del ahead  # the workers end with it, also where a traceback keeps this frame
 
 
 class _Reads(Dataset[Any]):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pydistill._devices import to_device
+from pydistill._on_demand import OnDemand
 from pydistill.data.reading import read_ahead
 from pydistill.data.sources import ArrayImages, ImageSource
 
@@ -19,7 +20,7 @@ _HELD = 1 << 26  # bytes of a source that is held in memory, since it is small
 _BATCH = 64
 
 
-class StreamedImages:
+class StreamedImages(OnDemand):
     """Normalised images that are read and decoded on demand: what `Dataset` has instead of a tensor for a large set.
 
     It is indexed like the tensor ``[N, C, H, W]`` and gives copies; in memory are only those. `batches` reads ahead. A
@@ -33,7 +34,6 @@ class StreamedImages:
     """
 
     dtype = torch.float32
-    ndim = 4
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class StreamedImages:
         return len(self._source)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The images at some places: int64 or bool ``[B]``, or a slice."""
         places = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
-        return self._normalised(torch.from_numpy(self.source.read(places)))
+        images = torch.from_numpy(self.source.read(places.flatten()))
+        return self._normalised(images.view(*places.shape, *self.source.shape))
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images at each of some ``[B]`` places in turn; the workers end with the iterator."""
@@ -71,7 +71,6 @@ class StreamedImages:
             yield self._normalised(images)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images in order, ``size`` at a time."""
         return self.batches(torch.arange(len(self), device="cpu").split(size))
 
     def to(self, device: torch.device | str) -> StreamedImages:

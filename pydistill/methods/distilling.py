@@ -237,7 +237,7 @@ class DistillJob(Job):
         ]
         drawn, classes = (torch.stack(each) for each in zip(*draws, strict=True))
         synthetic = distilled.images.to(self.device), distilled.labels.to(self.device)
-        whole = dataset.train_images[: len(dataset.train_images) if inputs.whole_epochs else 0], dataset.train_labels
+        whole = dataset.train_images, dataset.train_labels
         sets = {
             "random": ((drawn, classes), inputs.lr_student, inputs.student_epochs, 256),
             "distilled": (synthetic, distilled.lr, inputs.student_epochs, 256),

@@ -233,11 +233,10 @@ class DatasetInputs(Inputs):
     def load(self, device: torch.device, *, zca: bool = False, streams: bool = False) -> Dataset:
         """The data set, on the device.
 
-        With ``streams`` the training images of packed pictures are read when they are asked for; test images never.
+        With ``streams``, packed pictures are read when they are asked for.
         """
         if streams and not zca and self.dataset in PICTURES and self.root is not None and self.root.is_file():
-            streamed = stream(self.dataset, self.root, image_size=self.image_size)
-            return replace(streamed.to(device), test_images=streamed.test_images[:].to(device))
+            return stream(self.dataset, self.root, image_size=self.image_size).to(device)
         dataset = load(self.dataset, self.root, image_size=self.image_size)
         return (dataset.whitened() if zca else dataset).to(device)
 

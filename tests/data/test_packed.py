@@ -12,6 +12,7 @@ from pydistill.data import packed as module
 from pydistill.data.reading import cores, read_ahead
 from tests.data.pictures import make_folders
 from tests.interrupted import Disk, KilledError
+from tests.package.test_data import write_fashion_mnist
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,15 @@ def test_damaged_files_are_refused_by_name(folder, tmp_path):
     path.write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match="a: expected a packed image set, which starts with"):
         load("image-folder", path)
+
+
+def test_sets_that_are_no_pictures_keep_their_bits(tmp_path):
+    write_fashion_mnist(tmp_path)
+    pack(*open_sources("fashion-mnist", tmp_path), tmp_path / "packed", name="fashion-mnist")
+    found, unpacked = load("fashion-mnist", tmp_path / "packed"), load("fashion-mnist", tmp_path)
+    for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
+        assert torch.equal(getattr(found, name), getattr(unpacked, name)), name
+    assert found.class_names == unpacked.class_names
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):

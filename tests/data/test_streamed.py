@@ -11,12 +11,13 @@ from pydistill.cli import main
 from pydistill.data import DistilledSet, StreamedDataset, load, open_sources, pack, stream
 from pydistill.data import streamed as module
 from pydistill.evaluate import accuracy
-from pydistill.methods import DM, MTT, TESLA, run
+from pydistill.methods import DATM, DM, MTT, TESLA, run
 from pydistill.methods.decoupled.post_train import PostTrain
 from pydistill.methods.decoupled.recover import RandomImages, real_images
 from pydistill.methods.decoupled.relabel import Relabel
 from pydistill.methods.decoupled.squeeze import Squeeze, Teacher, load_images, squeeze
 from pydistill.methods.runs import Interrupted
+from pydistill.trajectory import ExpertStore
 from tests.data.pictures import make_folders, make_tiny_imagenet, picture
 
 CONFIG = Squeeze(network="convnet", width=4, depth=1, epochs=2, batch_size=4)
@@ -117,21 +118,33 @@ def test_memory_does_not_depend_on_the_number_of_images(tmp_path):
     assert large - small < 7_000_000  # the larger set has 14.7 MB of bytes more
 
 
-def test_methods_that_take_class_batches_read_a_packed_set_on_demand(tmp_path):
+@pytest.mark.usefixtures("_nothing_held")
+@pytest.mark.parametrize(
+    "config",
+    [
+        DM(ipc=1, iterations=2, batch_real=3, augment="flip"),
+        MTT(ipc=1, iterations=2, max_start_epoch=1, expert_epochs=1, syn_steps=2),
+        DATM(ipc=1, iterations=2, max_start_epoch=1, expert_epochs=1, syn_steps=2),
+    ],
+    ids=lambda config: config.name,
+)
+def test_distillation_of_a_packed_set_reads_on_demand_to_the_same_bits(tmp_path, config):
     folder = make_folders(tmp_path / "set", {"train": 5, "val": 2})
     pack(*open_sources("image-folder", folder, image_size=16), tmp_path / "packed", name="image-folder")
-    config = DM(ipc=1, iterations=2, batch_real=3, augment="flip")
-    options = {"dataset": "image-folder", "image_size": 16, "width": 4, "depth": 1}
-    options |= {"students": 1, "student_epochs": 1, "whole_epochs": 1}
-    found = []
+    options = {"dataset": "image-folder", "image_size": 16, "width": 4, "depth": 1, "num_experts": 2, "train_epochs": 1}
+    options |= {"students": 2, "student_epochs": 1, "whole_epochs": 1, "batch_train": 4}
+    results, made = [], []
     for root in (folder, tmp_path / "packed"):
-        job = config.job(DM.inputs.for_method(config, root=root, **options), torch.device("cpu"))
+        job = config.job(config.inputs.for_method(config, root=root, **options), torch.device("cpu"))
         assert isinstance(job.dataset.train_images, torch.Tensor) == root.is_dir()
-        assert isinstance(job.dataset.test_images, torch.Tensor)
-        found.append(run(config, out=tmp_path / f"out {root.name}", root=root, **options))
-    assert found[0]["whole"] == found[1]["whole"]
-    sets = [DistilledSet.load(tmp_path / f"out {name}" / "distilled.safetensors") for name in ("set", "packed")]
-    assert torch.equal(sets[0].images, sets[1].images)
+        out = tmp_path / f"out {root.name}"
+        results.append(run(config, out=out, root=root, **options))
+        made.append(DistilledSet.load(out / "distilled.safetensors").images)
+        if config.needs_experts:
+            made[-1] = (made[-1], ExpertStore(out / "experts.store").tensor())
+    assert results[0] == results[1]
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.usefixtures("_nothing_held")
