@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill.data.streamed import StreamedImages
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory import FlatModule, train_students
@@ -25,7 +26,7 @@ __all__ = ["accuracy", "evaluate", "linear_probe", "train_student"]
 
 def accuracy(
     net: nn.Module,
-    images: Tensor,
+    images: Tensor | StreamedImages,
     labels: Tensor,
     *,
     batch_size: int = EVAL_BATCH,
@@ -134,11 +135,11 @@ def evaluate(
 
     Args:
         make_net: builds a network that gives logits ``[B, K]``; the networks built are left trained.
-        images: float32 ``[N, C, H, W]`` to train on, or one set per student, ``[len(students), N, C, H, W]``; the work
-            is done on their device.
+        images: float32 ``[N, C, H, W]`` (or `StreamedImages`) to train on, or one set per student,
+            ``[len(students), N, C, H, W]``; the work is done on their device.
         labels: int64 ``[N]`` or, with ``label_kind``, float ``[N, K]``; with ``[len(students)]`` in front if the images
             have it.
-        test_images: float32 ``[M, C, H, W]``.
+        test_images: float32 ``[M, C, H, W]``, or `StreamedImages`.
         test_labels: int64 ``[M]``.
         lr: learning rate; for a distilled set, the one learnt along with it.
         epochs: passes of each student over its images.

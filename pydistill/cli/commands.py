@@ -22,6 +22,7 @@ from pydistill.cli.console import Stop, plain_console
 from pydistill.cli.evaluate import Evaluate, Export
 from pydistill.cli.experts import Experts
 from pydistill.cli.options import by_options, parsed
+from pydistill.cli.pack import Pack
 from pydistill.methods import DECOUPLED, METHODS
 from pydistill.methods.method import Method, OptionError
 from pydistill.methods.runs import Interrupted
@@ -100,6 +101,13 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(f"select {m.name}", f"{m.about} ({m.paper})", partial(runs.select, m.name)) for m in _of("selection")
     ),
     "Distil a network": _distilling("networks"),
+    "Prepare a data set": (
+        Command(
+            "pack",
+            "resize and decode its pictures once, into one file that every --root takes",
+            lambda argv, console, stop: _with_options(Pack, "pack", argv, console, stop),
+        ),
+    ),
     "Use the results": (
         Command(
             "evaluate",

@@ -17,7 +17,9 @@ from torch import nn
 from pydistill import __version__
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Bars, Stop, accuracy_table, add_row
-from pydistill.data import EXPORT_HEADER, REPOSITORY_NORMALISATION, Dataset, DistilledSet, load, write_atomic
+from pydistill.data import EXPORT_HEADER, REPOSITORY_NORMALISATION, Dataset, DistilledSet, load, stream, write_atomic
+from pydistill.data.loading import PICTURES
+from pydistill.data.reading import cores
 from pydistill.evaluate import evaluate
 from pydistill.methods.folder import as_json
 from pydistill.methods.method import DatasetName, OptionError, device_of
@@ -88,13 +90,17 @@ class Evaluate:
                 raise OptionError(option, f"expected none without convnet in --net, got {getattr(self, option)}")
         if self.json and not self.json.parent.is_dir():
             raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {self.json}")
-        size = distilled.images.shape[2] if name in ("digits", "image-folder") else None
-        dataset = load(name, self.root, image_size=size).to(device)
+        size = distilled.images.shape[2] if name == "digits" or name in PICTURES else None
+        if name in PICTURES and not self.zca:  # of which only the test images are read
+            space = distilled.mean, distilled.std
+            dataset: Dataset = stream(name, self.root, image_size=size, workers=cores(), space=space).to(device)
+        else:
+            dataset = load(name, self.root, image_size=size).to(device)
         if self.zca:
             white = dataset.whitened()
             distilled = replace(distilled, mean=white.mean, std=white.std, zca=white.zca)
         _check_fits(self.file, distilled, dataset)
-        test_images = distilled.normalise(dataset.test_images, dataset)
+        test_images = distilled.normalise(dataset.test_images[:], dataset)
         options = {
             "lr": _given(self.lr, distilled.lr),
             "epochs": _given(self.epochs, config["student_epochs"], 1000),

@@ -16,11 +16,10 @@ from torch import nn
 
 from pydistill.augment import DiffAugment
 from pydistill.cli.console import Bars, Stop
-from pydistill.data import load
 from pydistill.methods import METHODS
 from pydistill.methods.distilling import completed, train_experts_with_progress
 from pydistill.methods.folder import append_line, keep_lines, locked
-from pydistill.methods.method import DatasetName, device_of
+from pydistill.methods.method import DatasetInputs, DatasetName, device_of
 from pydistill.methods.runs import Interrupted
 from pydistill.methods.settings import SETTINGS, SHAPES
 from pydistill.methods.trajectory.matching import Matching
@@ -127,8 +126,8 @@ class Experts:
     def _train(self, console: rich.console.Console, stop: Stop) -> None:
         assert self.dataset is not None  # it is resolved
         device = device_of(self.device)
-        dataset = load(self.dataset, self.root, image_size=self.image_size)
-        dataset = (dataset.whitened() if self.zca else dataset).to(device)
+        inputs = DatasetInputs(self.dataset, self.root, self.image_size)
+        dataset = inputs.load(device, zca=self.zca, streams=True)
         shape = dataset.channels, dataset.num_classes, dataset.image_size
         make_net = partial(make, self.net, *shape, width=self.width, depth=self.depth, norm=self.norm)
         began, metrics = time.monotonic(), self.out.with_name(f"{self.out.name}.jsonl")

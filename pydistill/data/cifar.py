@@ -10,23 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydistill.data.dataset import Dataset, normalised_dataset
+from pydistill.data.sources import ArrayImages
 
-__all__ = ["load_cifar10", "load_cifar100"]
+__all__ = ["cifar10", "cifar100"]
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def load_cifar10(folder: Path) -> Dataset:
+def cifar10(folder: Path) -> tuple[ArrayImages, ArrayImages]:
+    """The training and test images of CIFAR-10."""
     nested = folder / "cifar-10-batches-py"
     folder = nested if nested.is_dir() else folder
     batches = [_read_cifar_batch(folder / f"data_batch_{i}", 10) for i in range(1, 6)]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     test = _read_cifar_batch(folder / "test_batch", 10)
-    return normalised_dataset("cifar10", (images, labels), test, CIFAR10_CLASSES)
+    return ArrayImages(images, labels, CIFAR10_CLASSES), ArrayImages(*test, CIFAR10_CLASSES)
 
 
-def load_cifar100(folder: Path) -> Dataset:
+def cifar100(folder: Path) -> tuple[ArrayImages, ArrayImages]:
+    """The training and test images of CIFAR-100."""
     nested = folder / "cifar-100-python"
     folder = nested if nested.is_dir() else folder
     train, test = (_read_cifar_batch(folder / name, 100) for name in ("train", "test"))
@@ -35,7 +37,7 @@ def load_cifar100(folder: Path) -> Dataset:
     if not isinstance(names, list) or len(names) != 100:
         raise ValueError(f"{folder / 'meta'}: expected {wanted}; got others")
     names = tuple(name.decode("latin1") if isinstance(name, bytes) else str(name) for name in names)
-    return normalised_dataset("cifar100", train, test, names)
+    return ArrayImages(*train, names), ArrayImages(*test, names)
 
 
 def _read_cifar_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def _read_cifar_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{path}: expected {wanted}; got {got} for 'data'")
     if not isinstance(labels, list) or len(labels) != len(data) or not all(label in range(classes) for label in labels):
         raise ValueError(f"{path}: expected {wanted}; got other '{key}' for its {len(data)} images")
-    images = torch.from_numpy(data.reshape(-1, 3, 32, 32).astype(np.float32)).div_(255)
+    images = torch.from_numpy(data.reshape(-1, 3, 32, 32))
     return images, torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 

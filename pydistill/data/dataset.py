@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pydistill.data.streamed import StreamedImages
 from pydistill.whitening import ZCA
 
-__all__ = ["Dataset", "normalised_dataset"]
+__all__ = ["Dataset", "StreamedDataset", "normalised_dataset"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,22 @@ class Dataset:
                 order = torch.cat([order[preferred[order]], order[~preferred[order]]])
             chosen.append(order[:ipc])
         index = torch.cat(chosen)
-        return self.train_images[index].clone(), self.train_labels[index].clone()
+        return self.train_images[index], self.train_labels[index]  # copies
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedDataset(Dataset):
+    """A data set whose images are read on demand; what takes samples, batches or a pass takes it as any other.
+
+    Attributes:
+        train_images, test_images: indexed like the tensors of a `Dataset`.
+    """
+
+    train_images: StreamedImages  # type: ignore[assignment]
+    test_images: StreamedImages  # type: ignore[assignment]
+
+    def whitened(self, eps: float = 0.1) -> Dataset:
+        raise ValueError(f"{self.name}: expected a set in memory to whiten, got one that is streamed")
 
 
 def normalised_dataset(

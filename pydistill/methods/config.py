@@ -38,6 +38,7 @@ class Config(Method):
     free: ClassVar[tuple[str, ...]] = ("iterations",)
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {}  # by data set and images per class
     needs_experts: ClassVar[bool] = False
+    streams: ClassVar[bool] = False  # whether training images may be read when they are needed
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)  # counts that may be zero
     student_lr: ClassVar[str] = ""  # field with the learning rate of students on the result, which must be positive
 

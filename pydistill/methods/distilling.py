@@ -111,7 +111,7 @@ class DistillJob(Job):
         config = config.on(device)
         self.config, self.inputs, self.device = config, inputs, device
         self.results: dict[str, Any] = {}
-        self.dataset = inputs.load(device, zca=config.zca)
+        self.dataset = inputs.load(device, zca=config.zca, streams=config.streams)
         self.title = self.dataset.name
         self.net = seeded_net(self.make_net, config.seed, device=device)
         self.dataset.sample(config.ipc)  # refuses more than there are

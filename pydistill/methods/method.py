@@ -14,7 +14,8 @@ import torch
 
 from pydistill._arguments import meant, not_one_of
 from pydistill.augment import DiffAugment
-from pydistill.data import Dataset, load
+from pydistill.data import Dataset, load, stream
+from pydistill.data.loading import PICTURES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,8 +36,8 @@ __all__ = [
     "device_of",
 ]
 
-HOW = ("root", "device", "checkpoint_every", "network", "weights_key")
-DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+HOW = ("root", "device", "checkpoint_every", "workers", "network", "weights_key")
+DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder", "tiny-imagenet", "imagenet-1k"]
 
 
 class OptionError(ValueError):
@@ -219,17 +220,23 @@ class DatasetInputs(Inputs):
     dataset: DatasetName = "digits"
     """The real images; digits come with scikit-learn, the others are read from --root."""
     root: Path | None = None
-    """Folder of the data set's files; fashion-mnist looks in /usr/share/datasets/fashion-mnist by itself."""
+    """Folder of the data set's files, or what pack made of it; fashion-mnist looks in /usr/share/datasets/fashion-mnist
+    by itself."""
     image_size: int | None = None
-    """Size in pixels to which digits (16) and image folders (32) are resized."""
+    """Size in pixels to which digits (16), image folders (32) and the two ImageNets (64, 224) are resized."""
 
     @classmethod
     def for_method(cls, method: Any, **given: Any) -> Self:
         check_dataset(given.get("dataset", "digits"))
         return super().for_method(method, **given)
 
-    def load(self, device: torch.device, *, zca: bool = False) -> Dataset:
-        """The data set, on the device."""
+    def load(self, device: torch.device, *, zca: bool = False, streams: bool = False) -> Dataset:
+        """The data set, on the device.
+
+        With ``streams``, packed pictures are read when they are asked for.
+        """
+        if streams and not zca and self.dataset in PICTURES and self.root is not None and self.root.is_file():
+            return stream(self.dataset, self.root, image_size=self.image_size).to(device)
         dataset = load(self.dataset, self.root, image_size=self.image_size)
         return (dataset.whitened() if zca else dataset).to(device)
 

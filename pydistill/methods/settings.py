@@ -35,6 +35,8 @@ SETTINGS: dict[str, Setting] = {
     "cifar10": _PAPERS,
     "cifar100": _PAPERS,
     "image-folder": replace(_PAPERS, batch_train=32),  # or a few hundred pictures give only a step or two per epoch
+    # ConvNets of four blocks for 64 pixels; a pass over the whole set, 50 times for each student, only if asked for
+    **{name: replace(_PAPERS, depth=4, whole_epochs=0) for name in ("tiny-imagenet", "imagenet-1k")},
 }
 
 
@@ -45,6 +47,8 @@ SHAPES = {
     "cifar10": (3, 10, 32),
     "cifar100": (3, 100, 32),
     "image-folder": (3, 10, 32),
+    "tiny-imagenet": (3, 200, 64),
+    "imagenet-1k": (3, 1000, 224),
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pydistill._arguments import check_choice
 from pydistill._devices import once, to_device
+from pydistill._on_demand import OnDemand
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.trajectory.flat import FlatModule
 
@@ -20,7 +21,7 @@ def check_training_set(
 ) -> tuple[int, bool]:
     """The largest class number (soft labels: number of classes minus one); whether students have their own labels."""
     for name, tensor in (("theta0", theta0), ("images", images), ("labels", labels)):
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, (Tensor, OnDemand) if name == "images" else Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.device != theta0.device:
             raise ValueError(f"{name}: expected device {theta0.device} as theta0, got {tensor.device}")
@@ -153,7 +154,7 @@ def check_positive(lr: Tensor) -> Tensor:
 
 
 def is_of_other_size(eval_data: Any, image: Sequence[int]) -> bool:
-    known = isinstance(eval_data, (tuple, list)) and eval_data and isinstance(eval_data[0], Tensor)
+    known = isinstance(eval_data, (tuple, list)) and eval_data and isinstance(eval_data[0], (Tensor, OnDemand))
     return bool(known) and eval_data[0].shape[1:] != tuple(image)
 
 
@@ -161,7 +162,7 @@ def check_eval_data(eval_data: tuple[Tensor, Tensor], images: Tensor, image: Seq
     if not isinstance(eval_data, (tuple, list)) or len(eval_data) != 2:
         raise TypeError(f"eval_data: expected a pair of images and labels, got {type(eval_data).__name__}")
     x, y = eval_data
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+    if not isinstance(x, (Tensor, OnDemand)) or not isinstance(y, Tensor):
         raise TypeError(f"eval_data: expected two tensors, got {type(x).__name__} and {type(y).__name__}")
     if x.dtype != images.dtype or y.dtype != torch.int64:
         raise TypeError(f"eval_data: expected {images.dtype} images and int64 labels, got {x.dtype} and {y.dtype}")

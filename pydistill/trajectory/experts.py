@@ -36,8 +36,10 @@ _IMAGES_AT_ONCE = 1024
 
 def data_crc32(images: Tensor, labels: Tensor) -> int:
     """The checksum by which a store recognises the images ``[N, C, H, W]`` and labels ``[N]`` of its experts."""
-    pixels, classes = (tensor.cpu().contiguous().numpy() for tensor in (images, labels))
-    return zlib.crc32(classes.data, zlib.crc32(pixels.data))
+    found = 0
+    for part in (*images.split(256), labels):
+        found = zlib.crc32(part.cpu().contiguous().numpy().data, found)
+    return found
 
 
 def train_experts(

@@ -128,7 +128,7 @@ def train_students(
             module's parameters, buffers and mode are left unchanged: students train in training mode, each from the
             buffers that ``net`` has.
         theta0: ``[E, P]`` starting parameters, in ``net.parameters()`` order.
-        images: ``[N, C, H, W]``, dtype and device of theta0; or a student's own, ``[E, N, C, H, W]``.
+        images: ``[N, C, H, W]``, dtype and device of theta0, or `StreamedImages`; or a student's ``[E, N, C, H, W]``.
         labels: int64 ``[N]`` for label_kind "hard"; dtype of theta0 and ``[N, K]`` for "logits" (a softmax is taken)
             and "probs"; or a student's own, with ``[E]`` in front.
         epochs: passes over the images, each in an order of its own.

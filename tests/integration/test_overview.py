@@ -53,7 +53,7 @@ def test_a_command_of_several_has_their_help(capsys):
         (["select"], "expected one of select dq, select pca, got 'select'"),
         (["select", "mtt"], "expected one of select dq, select pca, got 'select mtt'"),
         (["recovr"], "got 'recovr'; did you mean recover?"),
-        (["frobnicate"], "expected one of bench, distill, evaluate, experts, export, post-train, recover"),
+        (["frobnicate"], "expected one of bench, distill, evaluate, experts, export, pack, post-train, recover"),
         (["--method", "mtt"], "got '--method'"),
     ],
 )

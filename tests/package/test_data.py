@@ -11,8 +11,8 @@ import torch
 
 from pydistill.data import load
 from pydistill.data.loading import FASHION_MNIST_ROOT
+from tests.data.pictures import make_folders
 from tests.package.foreign import RunsCode
-from tests.peers import peer
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -195,33 +195,15 @@ def test_foreign_cifar10_batches_are_refused_by_name(tmp_path, content, message)
         load("cifar10", tmp_path)
 
 
-def test_image_folder(tmp_path):
-    peer("torchvision")
-    from PIL import Image
-
-    for part, count in (("train", 3), ("val", 1)):
-        for name, shade in (("dark", 10), ("light", 200)):
-            (tmp_path / part / name).mkdir(parents=True)
-            for index in range(count):
-                Image.new("RGB", (20, 30), (shade, shade, shade)).save(tmp_path / part / name / f"{index}.png")
-    found = load("image-folder", tmp_path, image_size=8)
-    assert found.train_images.shape == (6, 3, 8, 8)
-    assert found.class_names == ("dark", "light")
-    assert found.test_labels.tolist() == [0, 1]
-    torch.testing.assert_close(found.mean, torch.full((3,), 105 / 255))
-    (tmp_path / "train" / "dark" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="train: expected a folder of pictures"):
-        load("image-folder", tmp_path, image_size=8)
-
-
 @pytest.mark.parametrize(
     ("name", "hidden", "message"),
     [
         ("digits", ("sklearn", "sklearn.datasets"), r"pip install 'pydistill\[demo\]'"),
-        ("image-folder", ("torchvision", "torchvision.datasets"), "pip install torchvision"),
+        ("image-folder", ("PIL", "PIL.Image"), r"pip install 'pydistill\[cli\]'"),
     ],
 )
 def test_a_missing_package_is_named_with_how_to_install_it(tmp_path, monkeypatch, name, hidden, message):
+    make_folders(tmp_path, {"train": 1, "val": 1})
     for module in hidden:
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(RuntimeError, match=message):

@@ -12,7 +12,8 @@ PACKAGE = Path(pydistill.__file__).parent
 # from the ground up: a room imports from the floors below its own, and from itself
 FLOORS = (
     ("_C", "_C_cuda", "_host", "_arguments"),
-    ("_atomic", "_devices", "_library", "_renamed", "_torch_files", "seeding", "whitening", "reference", "triton"),
+    ("_atomic", "_devices", "_library", "_on_demand", "_renamed", "_torch_files"),
+    ("seeding", "whitening", "reference", "triton"),
     ("_store_file", "ops"),
     ("nn", "augment", "divergence", "select"),
     ("trajectory", "data"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.pictures import make_folders
+
 ROOT = Path(__file__).parents[2]
 DISTILL = "--width 4 --image-size 8 --students 1"
 EXPERTS = "--num-experts 1 --train-epochs 2 --expert-epochs 1 --max-start-epoch 1 --syn-steps 1"
@@ -32,6 +34,7 @@ COMMANDS = (
     "experts --width 4 --depth 2 --image-size 8 --num-experts 1 --epochs 1 --out experts.store",
     "evaluate mtt/distilled.safetensors --students 1 --epochs 1",
     "export mtt/distilled.safetensors exported",
+    "pack pictures packed --image-size 8 --workers 0",
 )
 SCRIPT = """
 import sys
@@ -69,6 +72,7 @@ def python(site, folder, *arguments):
 def test_every_command_explains_itself_and_runs(site, tmp_path):
     helps = sorted({" ".join(line.split()[: 2 if line.startswith(("distill", "select")) else 1]) for line in COMMANDS})
     lines = ["--help", "bench --help", *(f"{line} --help" for line in helps), *COMMANDS]
+    make_folders(tmp_path / "pictures", {"train": 1, "val": 1})
     done = python(site, tmp_path, "-c", SCRIPT, site, *lines)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 

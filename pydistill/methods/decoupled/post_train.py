@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pydistill._devices import to_device
 from pydistill.augment import mix_labels
-from pydistill.data import DistilledSet
+from pydistill.data import DistilledSet, StreamedDataset, StreamedImages
 from pydistill.evaluate import accuracy
 from pydistill.labels import SoftLabelStore
 from pydistill.methods.decoupled.relabel import Relabel, check_store, replayed, told, views_of
@@ -47,6 +47,8 @@ class PostTrainInputs(Inputs):
     """Train on the images' classes instead of the stored labels, on the same views."""
     root: Path | None = None
     """Folder of the data set's files, for its test images."""
+    workers: int | None = None
+    """Processes that decode pictures; by default one for each core, up to 8."""
     students: int = 1
     """Number of students, with consecutive seeds from --seed."""
 
@@ -194,8 +196,17 @@ class PostTrainJob(Job):
         if (dataset := self.distilled.config.get("dataset")) is None:
             wanted = "a set that says what it was made from, to be tested on that"
             raise ValueError(f"{inputs.images}: expected {wanted}")
-        self.data = load_images(dataset, inputs.root, self.distilled.images.shape[2])
-        self.test_images = self.distilled.normalise(self.data.test_images, self.data).to(device)
+        distilled = self.distilled
+        space = (distilled.mean, distilled.std) if distilled.zca is None else None
+        options: dict[str, Any] = {"workers": inputs.workers, "space": space}
+        self.data = load_images(dataset, inputs.root, distilled.images.shape[2], **options)
+        if isinstance(self.data, StreamedDataset) and distilled.zca is not None:
+            wanted = "images that are not whitened, to be tested on streamed ones"
+            raise ValueError(f"{inputs.images}: expected {wanted}")
+        test: Tensor | StreamedImages = self.data.test_images
+        if not isinstance(self.data, StreamedDataset):
+            test = distilled.normalise(self.data.test_images, self.data)
+        self.test_images = test.to(device)
         self.options: dict[str, Any] = {"num_classes": self.data.num_classes, "device": device}
         self.soft = None if inputs.hard else self.store
         new_student(config, self.distilled, self.views, self.soft, **self.options)  # refuses what does not fit

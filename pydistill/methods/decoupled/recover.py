@@ -66,6 +66,8 @@ class RecoverInputs(Inputs):
     """The squeezed network's file; infer takes several."""
     root: Path | None = None
     """Folder of the data set's files, where the method starts from real images."""
+    workers: int | None = None
+    """Processes that decode pictures; by default one for each core, up to 8."""
     checkpoint_every: int = 100
     """Iterations between two checkpoints of a batch."""
     network: str | None = None
@@ -407,7 +409,9 @@ class RecoverJob(Job):
         self.teachers = [Teacher.load(path, device, network=inputs.network) for path in files_of(inputs.teacher)]
         about, self.real = self.teachers[0].config, None
         if config.starts_real:
-            data = load_images(about["dataset"], inputs.root, about["image_size"])
+            space = self.teachers[0].mean, self.teachers[0].std
+            options: dict[str, Any] = {"workers": inputs.workers, "space": space}
+            data = load_images(about["dataset"], inputs.root, about["image_size"], **options)
             self.real = real_images(config, data, self.teachers)
         check(config, self.teachers, self.real)
 

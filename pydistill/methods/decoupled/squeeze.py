@@ -18,9 +18,12 @@ from pydistill._arguments import check_choice
 from pydistill._devices import to_device
 from pydistill._torch_files import read_state_dict
 from pydistill.augment import MultiCrop
-from pydistill.data import Dataset, load, read_safetensors, write_safetensors
+from pydistill.data import Dataset, load, read_safetensors, stream, write_safetensors
+from pydistill.data.loading import PICTURES
+from pydistill.data.reading import check_workers, cores
+from pydistill.data.streamed import batches_of
 from pydistill.evaluate import accuracy
-from pydistill.methods.method import Inputs, Job, Method, OptionError, check_dataset, check_numbers
+from pydistill.methods.method import DatasetName, Inputs, Job, Method, OptionError, check_dataset, check_numbers
 from pydistill.methods.precision import Precision, check_precision, rounded
 from pydistill.methods.training import OnEpoch, train
 from pydistill.nn import ConvNet, ResNet18, ResNet50
@@ -45,8 +48,7 @@ __all__ = [
 ]
 
 NetworkName = Literal["convnet", "resnet18", "resnet50"]
-SetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet-1k", "image-folder"]
-_FOLDERS = {"tiny-imagenet": 64, "imagenet-1k": 224}  # sets read as image folders, and their image size
+SetName = DatasetName
 _KIND = "teacher"
 _BUILT_OF = ("network", "channels", "image_size", "width", "depth")  # of a teacher's config
 _IMAGENET: dict[str, Any] = {
@@ -75,14 +77,29 @@ def files_of(teacher: Any) -> tuple[Path, ...]:
     return tuple(Path(file) for file in files)
 
 
-def load_images(name: str, root: str | os.PathLike[str] | None, image_size: int | None) -> Dataset:
-    """A data set by its name in the presets, in the requested size."""
-    if name in _FOLDERS:
-        size = image_size or _FOLDERS[name]
-        data = load("image-folder", root, image_size=size)
-        return Dataset(**{**vars(data), "name": name})
-    sized = name in ("digits", "image-folder")
-    return load(name, root, image_size=image_size if sized else None)
+def load_images(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    image_size: int | None,
+    *,
+    workers: int | None = None,
+    space: tuple[Tensor, Tensor] | None = None,
+) -> Dataset:
+    """A data set by its name in the presets, in the requested size; pictures in folders and packed sets are streamed.
+
+    Args:
+        name, root, image_size: of the set.
+        workers: processes that decode what is streamed; by default one for each core, up to 8.
+        space: mean and deviation by which what is streamed is normalised; by default its own, for ImageNet the usual.
+    """
+    if name in PICTURES or (root is not None and Path(root).is_file()):
+        workers = min(cores(), 8) if workers is None else workers
+        check_workers(workers)
+        if space is None and name == _IMAGENET["name"]:
+            space = _IMAGENET["mean"], _IMAGENET["std"]
+        sized = image_size if name in PICTURES else None
+        return stream(name, root, image_size=sized, workers=workers, space=space)
+    return load(name, root, image_size=image_size if name == "digits" else None)
 
 
 @dataclass(frozen=True)
@@ -90,11 +107,13 @@ class SqueezeInputs(Inputs):
     """The real images, or weights from elsewhere."""
 
     dataset: SetName = "digits"
-    """The real images; tiny-imagenet (64 pixels) and imagenet-1k (224) are read as image folders."""
+    """The real images."""
     root: Path | None = None
-    """Folder of the data set's files."""
+    """Folder of the data set's files, or what pack made of it."""
     image_size: int | None = None
-    """Size in pixels to which digits (16) and image folders (32) are resized."""
+    """Size in pixels to which digits (16), image folders (32) and the two ImageNets (64, 224) are resized."""
+    workers: int | None = None
+    """Processes that decode pictures; by default one for each core, up to 8."""
     weights: Path | None = None
     """A torch checkpoint to use instead of training; imagenet-1k then needs no images."""
     weights_key: str | None = None
@@ -102,7 +121,7 @@ class SqueezeInputs(Inputs):
 
     @classmethod
     def for_method(cls, method: Any, **given: Any) -> Self:
-        check_dataset(given.get("dataset", "digits"), SetName)
+        check_dataset(given.get("dataset", "digits"))
         return super().for_method(method, **given)
 
 
@@ -335,10 +354,10 @@ def squeeze(
 
         def batches(epoch: int) -> Iterator[tuple[int, Any]]:
             generator = seeded_generator(config.seed, Stream.TEACHER_BATCHES, epoch)
-            for index in torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size):
-                index = to_device(index, images.device)
-                record = crop.draw((len(index), *images.shape[1:]), generator)
-                x, y = crop(images[index], record), labels[index]
+            order = torch.randperm(len(images), generator=generator, device="cpu").split(config.batch_size)
+            for index, real in zip(order, batches_of(images, order), strict=True):
+                record = crop.draw(real.shape, generator)
+                x, y = crop(real, record), labels[to_device(index, labels.device)]
                 yield 1, lambda x=x, y=y: F.cross_entropy(rounding(net, x), y)
 
         options: dict[str, Any] = {"epochs": config.epochs, "steps": -(-len(images) // config.batch_size)}
@@ -387,7 +406,9 @@ class SqueezeJob(Job):
         if inputs.weights is None and inputs.weights_key is not None:
             raise OptionError("weights_key", f"expected with weights=FILE only, got {inputs.weights_key!r}")
         imagenet = inputs.weights is not None and inputs.dataset == "imagenet-1k"
-        self.data = None if imagenet else load_images(inputs.dataset, inputs.root, inputs.image_size).to(device)
+        if not imagenet:
+            data = load_images(inputs.dataset, inputs.root, inputs.image_size, workers=inputs.workers)
+        self.data = None if imagenet else data.to(device)
         if inputs.weights is not None:
             self.teacher = import_weights(config, inputs.weights, self.data, key=inputs.weights_key)
         else:

@@ -32,6 +32,7 @@ class ClassPairs(Config):
     """Hyper-parameters under the names of the authors' code."""
 
     student_lr: ClassVar[str] = "lr_net"
+    streams: ClassVar[bool] = True
 
     batch_real: int = 256
     """Real images of each class in an iteration, or all there are if fewer."""

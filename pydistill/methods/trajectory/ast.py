@@ -75,7 +75,7 @@ class AST(Matching):
     def initial_images(self, dataset: Dataset, net: nn.Module, experts: Any) -> tuple[Tensor, Tensor]:
         if not self.representative:
             return super().initial_images(dataset, net, experts)
-        theta = experts.segment(0, 0, self.max_start_epoch - 1 + self.expert_epochs)[1].to(dataset.train_images)
+        theta = experts.segment(0, 0, self.max_start_epoch - 1 + self.expert_epochs)[1].to(dataset.train_images.device)
         flat = FlatModule(net)
         with torch.no_grad():
             logits = torch.cat([flat(theta, x) for x in dataset.train_images.split(500)])

@@ -81,7 +81,7 @@ class DATM(Matching):
     def initial(self, dataset: Dataset, net: nn.Module, experts: Any) -> State:
         """Images that the first expert gets right, and the mean logits of the experts that get them right."""
         flat, last = FlatModule(net), self.max_start_epoch - 1 + self.expert_epochs
-        thetas = [experts.segment(e, 0, last)[1].to(dataset.train_images) for e in range(experts.shape[0])]
+        thetas = [experts.segment(e, 0, last)[1].to(dataset.train_images.device) for e in range(experts.shape[0])]
         with torch.no_grad():
             predicted = torch.cat([flat(thetas[0], x).argmax(1) for x in dataset.train_images.split(500)])
         right = predicted == dataset.train_labels

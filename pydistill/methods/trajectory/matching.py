@@ -63,6 +63,7 @@ class Matching(Config):
     """
 
     needs_experts: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed", "min_start_epoch")
     student_lr: ClassVar[str] = "lr_teacher"
 

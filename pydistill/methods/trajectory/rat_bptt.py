@@ -47,6 +47,7 @@ class RaTBPTT(Config):
     about: ClassVar[str] = "backpropagate through a window of a student's training"
     paper: ClassVar[str] = "Feng, Vedantam, Kempe, ICLR 2024"
     student_lr: ClassVar[str] = "lr_eval"
+    streams: ClassVar[bool] = True
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)
     presets: ClassVar[dict[str, dict[int, dict[str, Any]]]] = {
         "digits": {1: _SMALL, 10: _SMALL},

@@ -30,7 +30,7 @@ class TESLA(Matching):
         **SMALL,
         "cifar10": MTT.presets["cifar10"] | {1: _row(50, 2, 5, 1000.0, 1e-7, zca=True)},
         "cifar100": MTT.presets["cifar100"],
-        "imagenet": {1: _row(10, 3, 10, 1e4, 1e-4, batch_syn=100, soft_labels=True)},
+        "imagenet-1k": {1: _row(10, 3, 10, 1e4, 1e-4, batch_syn=100, soft_labels=True)},
     }
 
     mode: Literal["exact", "first_order", "full"] = "first_order"
