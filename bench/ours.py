@@ -268,7 +268,7 @@ def crops(problem: multi_crop.Crops) -> Callable[[Tensor], Tensor]:
     return lambda images: op(images, record, size, mean=multi_crop.MEAN, std=multi_crop.STD)
 
 
-def datadam(problem: distribution.Images, precision: str = "fp32") -> distribution.Thunk:
+def datadam(problem: distribution.Images, precision: str = "auto") -> distribution.Thunk:
     """``precision``: of the real images' convolutions."""
     from pydistill import matching
 
@@ -282,7 +282,7 @@ def datadam(problem: distribution.Images, precision: str = "fp32") -> distributi
         synthetic = problem.synthetic.clone().requires_grad_()
         with torch.no_grad():
             real = features(problem.real, precision)
-        own = features(synthetic, "fp32")
+        own = features(synthetic, "auto")
         loss = distribution.MAPS_WEIGHT * matching.match_maps(real.spatial, own.spatial, *labels, **options)
         embedded = matching.class_mean_match(real.embedding, own.embedding, *labels, **options)
         loss = loss + distribution.EMBEDDING_WEIGHT * embedded
@@ -297,7 +297,7 @@ def dm(problem: distribution.Images) -> distribution.Thunk:
     theta = nn.utils.parameters_to_vector(problem.net.parameters())
 
     def embed(images: Tensor) -> Tensor:
-        return matching.features(problem.net, theta, images, p=problem.power, axis=None, precision="fp32").embedding
+        return matching.features(problem.net, theta, images, p=problem.power, axis=None).embedding
 
     def run() -> distribution.Matched:
         synthetic = problem.synthetic.clone().requires_grad_()

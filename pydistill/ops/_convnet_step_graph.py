@@ -226,21 +226,26 @@ def _kept(key: tuple, mine: set[_Captured], capture: Callable[[], _Captured]) ->
         if step is not None:
             _recent.move_to_end(key)
             return step
-        _drop(mine)  # now: a pool of which no graph is left takes no further ones
+        dropped = _dropped(mine)
+    dropped.clear()  # now: a pool of which no graph is left takes no further ones
     step = capture()
     with _registry:
         _recent[key] = step
-        _drop({step, *mine})
+        dropped = _dropped({step, *mine})
+    dropped.clear()
     return step
 
 
-def _drop(mine: set[_Captured]) -> None:
-    """Drop those used longest ago, where they are too many or take too much; what is in ``mine`` takes it anyway."""
+def _dropped(mine: set[_Captured]) -> list[_Captured]:
+    """Takes those used longest ago out of the process's, where they are too many or too large. ``mine`` stay: the call
+    holds them. The others are to be freed without the lock."""
+    dropped = []
     while len(_recent) > MOST:
-        _recent.popitem(last=False)
+        dropped.append(_recent.popitem(last=False)[1])
     for device in {step.inputs[0].device for step in _recent.values()}:
         for key, step in list(_recent.items()):
             if _nbytes(device) <= _bound(device):
                 break
             if step.inputs[0].device == device and step not in mine:
-                del _recent[key]
+                dropped.append(_recent.pop(key))
+    return dropped
