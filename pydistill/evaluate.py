@@ -159,7 +159,7 @@ def evaluate(
     """
     tensors = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, (Tensor, StreamedImages) if name.endswith("images") else Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not isinstance(students, Sequence) or not all(isinstance(student, int) for student in students):
         raise TypeError(f"students: expected their numbers, such as range(5), got {students!r}")

@@ -32,6 +32,8 @@ RESULTS = (
     "results.json",
 )
 
+PRECISIONS = "auto, ieee, bf16, tf32, tf32-conv, tf32-matmul, fp32"
+
 
 def wait_for(process, condition):
     deadline = time.monotonic() + 180
@@ -374,7 +376,7 @@ def test_wrong_arguments_are_named_and_leave_nothing(tmp_path, capsys, arguments
         (["--iterations"], "--iterations: expected a value, got none"),
         (["--iterations", "1.5"], "--iterations: expected a whole number, got '1.5'"),
         (["--lr-img", "fast"], "--lr-img: expected a number, got 'fast'"),
-        (["--precision", "fp33"], "--precision: expected one of fp32, tf32, bf16, got 'fp33'; did you mean fp32?"),
+        (["--precision", "fp33"], f"--precision: expected one of {PRECISIONS}, got 'fp33'; did you mean fp32?"),
         (["mtt", "tesla"], "tesla: pydistill distill mtt has no such option"),
     ],
 )
