@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydistill._on_demand import OnDemand
 from pydistill.data.streamed import StreamedImages
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import Stream, seeded_generator, seeded_net
@@ -159,7 +160,7 @@ def evaluate(
     """
     tensors = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, (Tensor, StreamedImages) if name.endswith("images") else Tensor):
+        if not isinstance(tensor, (Tensor, OnDemand) if name.endswith("images") else Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not isinstance(students, Sequence) or not all(isinstance(student, int) for student in students):
         raise TypeError(f"students: expected their numbers, such as range(5), got {students!r}")

@@ -150,8 +150,9 @@ def _of_run(method: type[Method], kept: dict[str, Any], out: Path) -> tuple[Meth
         elif f.default is MISSING:
             found[f.name] = tyro.MISSING
     try:
-        own = {f.name for f in fields(method)}  # type: ignore[arg-type]  # every method is a dataclass
-        options = kept["config"] if "config" in kept else {name: kept[name] for name in own}
+        own = {f.name for f in fields(method)} - {"precision"}  # type: ignore[arg-type]  # every method is a dataclass
+        more = {"precision": kept["precision"]} if "precision" in kept else {}  # which older runs do not name
+        options = kept["config"] if "config" in kept else {name: kept[name] for name in own} | more
         return method(**options), method.inputs(**found)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected {wanted}; it holds other fields ({error})") from error
