@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 
 from pydistill.data import Dataset, load
+from pydistill.methods.precision import decided
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -126,9 +127,20 @@ class Method:
         """The preset of a data set, or the defaults where it has none."""
         return cls.preset(dataset) if dataset in cls.presets else cls()
 
-    def resumed(self, kept: dict[str, Any]) -> Self:
-        """These with what the run that is resumed has found out for itself; ``kept``: its options."""
-        return self
+    def on(self, device: torch.device, kept: dict[str, Any] | None = None) -> Self:
+        """These as a run on ``device`` has them: where the precision is "auto", with what is `decided` for that.
+
+        Args:
+            device: of the run.
+            kept: the options of the run that is resumed, whose precision is taken; what was not decided yet is written
+                into them.
+        """
+        precision = getattr(self, "precision", None)
+        if precision is None:
+            return self
+        options = {} if kept is None else kept.get("config", kept)
+        options["precision"] = decided(device, options.get("precision"))
+        return replace(self, precision=options["precision"]) if precision == "auto" else self  # type: ignore[type-var]
 
     def job(self, inputs: Any, device: torch.device) -> Job:
         """What a run does; reads the inputs, and raises for what does not fit before anything is written."""

@@ -25,16 +25,16 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("method", [Squeeze, Relabel, PostTrain, *DECOUPLED.values()])
 def test_unknown_precisions_are_refused(method):
-    wanted = r"precision: expected None or one of ieee, tf32, bf16, fp16, got 'fp8'"
+    wanted = "precision: expected 'auto', 'ieee', 'bf16', 'tf32', 'tf32-conv', 'tf32-matmul' or 'fp16', got 'fp8'"
     with pytest.raises(ValueError, match=wanted):
         method(precision="fp8")
-    assert method().precision is None
+    assert method().precision == "auto"
 
 
-@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32", "tf32-conv"])
 def test_the_cpu_refuses_what_it_lacks(precision, teacher, data, tmp_path):
     """The set and the store of another device's precision are read and used."""
-    wanted = f"precision: expected ieee or bf16 on the CPU, got {precision}: it takes a CUDA device"
+    wanted = f"precision: expected 'ieee' or 'bf16' on cpu, got '{precision}'"
     distilled = make(RandomImages(ipc=2), [teacher], tmp_path / "random", data)
     views = Relabel(epochs=1, precision=precision)
     calls = [
@@ -63,7 +63,7 @@ def test_torchs_switches_are_set_and_given_back():
             raise KeyboardInterrupt
         assert inside == ["ieee", "ieee"]
         assert [switch.fp32_precision for switch in switches] == ["bf16", "bf16"]
-        with rounded(None, CPU):
+        with rounded("auto", CPU):
             assert [switch.fp32_precision for switch in switches] == ["bf16", "bf16"]
     finally:
         for switch, value in zip(switches, before, strict=True):
@@ -87,18 +87,19 @@ def gradient(net, x, y, precision):
 def test_bf16_rounds_factors_alone(teacher, data):
     """Statistics, losses and gradients of the images are float32, and as near as eight bits let them be."""
     x, y = data.train_images[:12], data.train_labels[:12]
-    plain, half = (gradient(teacher.net, x, y, precision) for precision in (None, "bf16"))
+    plain, half = (gradient(teacher.net, x, y, precision) for precision in ("auto", "bf16"))
     apart = ((half - plain).norm() / plain.norm()).item()
     assert 2**-12 < apart < 2**-4
-    assert torch.equal(gradient(teacher.net, x, y, "ieee"), plain)
+    for name in ("ieee", "fp32"):
+        assert torch.equal(gradient(teacher.net, x, y, name), plain)
 
 
 def test_bf16_changes_labels_by_its_rounding(teacher, data, tmp_path):
     distilled = make(RandomImages(ipc=2), [teacher], tmp_path / "random", data)
     views = Relabel(epochs=1, batch_size=3, format="fp32", temperature=1.0)
-    for precision in (None, "bf16"):
-        relabel(replace(views, precision=precision), distilled, [teacher], tmp_path / str(precision))
-    stores = [SoftLabelStore.open(tmp_path / name) for name in ("None", "bf16")]
+    for precision in ("auto", "bf16"):
+        relabel(replace(views, precision=precision), distilled, [teacher], tmp_path / precision)
+    stores = [SoftLabelStore.open(tmp_path / name) for name in ("auto", "bf16")]
     for index in stores[0].batches(0):
         one, other = (store.read(0, index).densify() for store in stores)
         assert other.dtype == torch.float32
@@ -109,7 +110,7 @@ def test_bf16_changes_labels_by_its_rounding(teacher, data, tmp_path):
 
 
 def test_training_in_bf16_rounds_and_keeps_float32(data):
-    nets = [squeeze(replace(SQUEEZE, epochs=1, precision=precision), data).net for precision in (None, "bf16")]
+    nets = [squeeze(replace(SQUEEZE, epochs=1, precision=precision), data).net for precision in ("auto", "bf16")]
     for one, other in zip(*(net.state_dict().values() for net in nets), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(other, one, rtol=0.1, atol=0.1)

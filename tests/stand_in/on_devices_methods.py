@@ -148,7 +148,7 @@ DECOUPLED = (SRe2L, CDA, DWA, INFER)
 def steps(
     device: str,
     out: Path,
-    precision: str | None = None,
+    precision: str = "auto",
     methods: Sequence[type] = DECOUPLED,
     run: Callable[..., dict[str, Any]] = run,
 ) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def test_a_run_keeps_what_it_decided_when_it_began(name: str, tmp_path: Path, mo
 @pytest.mark.parametrize("precision", ["bf16", "fp16", pytest.param("tf32", marks=pytest.mark.exhaustive)])
 def test_precisions_are_near_and_go_on_bit_for_bit(precision: str, tmp_path: Path) -> None:
     methods = (SRe2L, DWA, INFER)
-    for out, given in (("plain", None), ("whole", precision)):
+    for out, given in (("plain", "auto"), ("whole", precision)):
         steps("cuda", tmp_path / out, given, methods)
     found, wanted = (load_file(tmp_path / out / "teacher" / "teacher.safetensors") for out in ("whole", "plain"))
     for name, tensor in wanted.items():
