@@ -51,8 +51,8 @@ class Config(Method):
     """Distil ZCA-whitened images."""
     precision: Precision = field(default="auto", kw_only=True)
     """Precision of the students' convolutions, and on a GPU of all float32 products: ieee (also called fp32), bf16, or
-    on a GPU tf32 (tf32-conv, tf32-matmul: convolutions or matrix products alone). auto is ieee on the CPU, and on a
-    GPU what torch's switches say when the run begins, which it keeps: tf32-conv by torch's default."""
+    on a GPU tf32 (tf32-conv, tf32-matmul: convolutions or matrix products alone). auto is, on a GPU, what torch's
+    switches say when the run begins, which it keeps: tf32-conv by torch's default; on the CPU ieee."""
     seed: int = field(default=0, kw_only=True)
     """Seed of all random draws."""
 

@@ -108,7 +108,7 @@ class Recover(Method):
     precision: Precision = "auto"
     """What images are recovered in: ieee (also called fp32), bf16, or on a GPU fp16, tf32 (tf32-conv, tf32-matmul:
     convolutions or matrix products alone). auto is, on a GPU, what torch's switches say when the run begins, which it
-    keeps; on the CPU as they say."""
+    keeps: tf32-conv by torch's default; on the CPU ieee, unless torch's switches say otherwise."""
 
     def job(self, inputs: RecoverInputs, device: torch.device) -> RecoverJob:
         return RecoverJob(self, inputs, device)

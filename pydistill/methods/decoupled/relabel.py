@@ -88,7 +88,7 @@ class Relabel(Method):
     precision: Precision = "auto"
     """What teachers run in: ieee (also called fp32), bf16, or on a GPU fp16, tf32 (tf32-conv, tf32-matmul:
     convolutions or matrix products alone). auto is, on a GPU, what torch's switches say when the run begins, which it
-    keeps; on the CPU as they say."""
+    keeps: tf32-conv by torch's default; on the CPU ieee, unless torch's switches say otherwise."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"epochs": 200, "batch_size": 25, "crop": 0.5, "flip": 0.0},
