@@ -52,7 +52,7 @@ def _automatic(has: Sequence[str]) -> str:
 
 
 def _automatic_precision() -> str:
-    told = "what torch's switches say on GPUs, ieee on the CPU"
+    told = "on GPUs what torch's switches say when a run begins, on the CPU ieee"
     return f"{told}: now {resolved('auto', torch.device('cuda'))}" if torch.cuda.is_available() else told
 
 

@@ -14,7 +14,7 @@ from pydistill.augment import DiffAugment
 from pydistill.data import Dataset
 from pydistill.methods.distilling import OF_EXPERTS, DistillInputs, DistillJob
 from pydistill.methods.method import Method, check_augment, check_choices
-from pydistill.ops._precision import resolved
+from pydistill.ops._precision import Precision, check_name
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory import FlatModule, Trajectories
 from pydistill.trajectory.students import choose_students
@@ -51,17 +51,16 @@ class Config(Method):
     by _."""
     zca: bool = field(default=False, kw_only=True)
     """Distil ZCA-whitened images."""
-    precision: Literal["auto", "ieee", "bf16", "tf32", "tf32-conv", "tf32-matmul", "fp32"] = field(
-        default="auto", kw_only=True
-    )
+    precision: Precision = field(default="auto", kw_only=True)
     """Precision of the students' convolutions, and on a GPU of all float32 products: ieee (also called fp32), bf16, or
-    on a GPU tf32 (tf32-conv, tf32-matmul: convolutions or matrix products alone). auto is ieee on the CPU, and on a
-    GPU what torch's switches say when the run begins, which it keeps: tf32-conv by torch's default."""
+    on a GPU tf32 (tf32-conv, tf32-matmul: convolutions or matrix products alone). auto is, on a GPU, what torch's
+    switches say when the run begins, which it keeps: tf32-conv by torch's default; on the CPU ieee."""
     seed: int = field(default=0, kw_only=True)
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_name(self.precision)
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -95,14 +94,6 @@ class Config(Method):
             return cls(ipc=ipc)
         nearest = min(table, key=lambda known: (abs(math.log(known / ipc)), known))
         return replace(cls.preset(dataset, nearest), ipc=ipc)
-
-    def on(self, device: torch.device) -> Self:
-        """The same with the precision "auto" as it is now on this device."""
-        return replace(self, precision=resolved("auto", device)) if self.precision == "auto" else self
-
-    def resumed(self, kept: dict[str, Any]) -> Self:
-        was = kept.get("config", {}).get("precision", "auto")
-        return replace(self, precision=was) if self.precision == "auto" else self
 
     def unused(self, inputs: DistillInputs) -> dict[str, str]:
         if not self.needs_experts:

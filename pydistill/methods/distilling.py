@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +22,6 @@ from pydistill.methods.outer import State, distill
 from pydistill.methods.picture import write_picture
 from pydistill.methods.ranks import wait_for_ranks
 from pydistill.methods.settings import convnet, setting_of
-from pydistill.ops._precision import resolved, rounded
 from pydistill.seeding import Stream, seeded_generator, seeded_net
 from pydistill.trajectory.experts import data_crc32, train_experts
 from pydistill.trajectory.store import ExpertStore
@@ -108,7 +106,6 @@ class DistillJob(Job):
             if inputs.train_epochs < needed:
                 reason = f"expected at least {needed} ({why}), got {inputs.train_epochs}"
                 raise OptionError("train_epochs", reason)
-        config = config.on(device)
         self.config, self.inputs, self.device = config, inputs, device
         self.results: dict[str, Any] = {}
         self.dataset = inputs.load(device, zca=config.zca, streams=config.streams)
@@ -149,13 +146,7 @@ class DistillJob(Job):
 
     def phases(self) -> Sequence[Callable[[Run], None]]:
         trains = self.experts is None and self.config.needs_experts
-        phases = (*((self.train_experts,) if trains else ()), self.distil, self.test)
-        return [partial(self._in_precision, phase) for phase in phases]
-
-    def _in_precision(self, phase: Callable[[Run], None], run: Run) -> None:
-        """What a phase leaves to torch's switches is as when the run began, too."""
-        with rounded(resolved(self.config.precision, self.device), self.device):
-            phase(run)
+        return (*((self.train_experts,) if trains else ()), self.distil, self.test)
 
     def _ready_experts(self, path: Path) -> ExpertStore:
         """The experts in a file, once they are known to be of this data set and network."""

@@ -23,39 +23,37 @@ class Folder:
     """The folder of a run. Making the object writes nothing; the folder's contents are read only while it is `held`.
 
     Args:
-        path: a folder that is new or empty; with ``resume`` that of a run.
-        of: what runs, such as "mtt", for messages.
-        resume: continue the run that is there; None: it cannot be resumed.
+        path: a folder that is new or empty; with ``kept`` that of a run.
+        kept: the options of the run that is there, from `options_in`, to continue it.
+        resumable: whether the run that is begun can be continued.
         first: whether this process writes; one of torchrun's ranks does.
 
     Raises:
         ValueError: a folder that is not new or empty, or not a folder.
-        FileNotFoundError: there is no run to resume.
     """
 
-    def __init__(self, path: Path, of: str, *, resume: bool | None, first: bool = True):
-        self.path, self.resume, self.first = path, resume, first
+    def __init__(self, path: Path, kept: dict[str, Any] | None, *, resumable: bool = True, first: bool = True):
+        self.path, self.resumable, self.first = path, resumable, first
+        self._kept = kept
         if path.exists() and not path.is_dir():
             raise OptionError("out", f"expected a folder, {path} is a file")
-        if resume:
-            self._kept = options_in(path, of)
-        elif first:
+        if first and kept is None:
             self._check_empty()
 
     def _check_empty(self) -> None:
         if self.path.exists() and any(each.name != _LOCK for each in self.path.iterdir()):
-            more = "" if self.resume is None else "; resume=True goes on with a run"
+            more = "; resume=True goes on with a run" if self.resumable else ""
             raise OptionError("out", f"expected a new or empty folder, {self.path} is not empty{more}")
 
     def check_same(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
         """ValueError if the run to resume differs from ``options`` in one that is not named in ``free``."""
-        if not self.resume:
+        if self._kept is None:
             return
         self._refuse_other(self._kept, _plain(options), free)
 
     def check_given(self, options: dict[str, Any], free: Collection[str] = ()) -> None:
         """`check_same` for the options that the run's folder has by name; first checks which method's run it is."""
-        if not self.resume:
+        if self._kept is None:
             return
         made = self._kept.get("command", self._kept.get("method"))
         steps = {"squeeze", "recover", "relabel", "post-train"}
@@ -68,7 +66,9 @@ class Folder:
 
     def check_files(self, files: dict[str, Any]) -> None:
         """ValueError for other files than the run's, as far as those are still there: they may have been moved."""
-        for name, now in files.items() if self.resume else ():
+        if self._kept is None:
+            return
+        for name, now in files.items():
             if name not in self._kept or (before := self._kept[name]) == now:
                 continue
             if not all(Path(path).exists() for path in ([before] if isinstance(before, str) else before or ())):
@@ -92,7 +92,7 @@ class Folder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / _LOCK, f"expected a folder that no other process writes to, got {self.path}"):
-            if not self.resume:
+            if self._kept is None:
                 self._check_empty()
             yield
 

@@ -16,6 +16,7 @@ from pydistill._arguments import meant, not_one_of
 from pydistill.augment import DiffAugment
 from pydistill.data import Dataset, load, stream
 from pydistill.data.loading import PICTURES
+from pydistill.methods.precision import decided
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,9 +140,20 @@ class Method:
         """The preset of a data set, or the defaults where it has none."""
         return cls.preset(dataset) if dataset in cls.presets else cls()
 
-    def resumed(self, kept: dict[str, Any]) -> Self:
-        """These with what the run that is resumed has found out for itself; ``kept``: its options."""
-        return self
+    def on(self, device: torch.device, kept: dict[str, Any] | None = None) -> Self:
+        """These as a run on ``device`` has them: where the precision is "auto", with what is `decided` for that.
+
+        Args:
+            device: of the run.
+            kept: the options of the run that is resumed, whose precision is taken; what was not decided yet is written
+                into them.
+        """
+        precision = getattr(self, "precision", None)
+        if precision is None:
+            return self
+        options = {} if kept is None else kept.get("config", kept)
+        options["precision"] = decided(device, options.get("precision"))
+        return replace(self, precision=options["precision"]) if precision == "auto" else self  # type: ignore[type-var]
 
     def unused(self, inputs: Any) -> dict[str, str]:
         """Hyper-parameters and inputs that have no effect beside these, each with the reason."""

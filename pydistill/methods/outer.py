@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pydistill._devices import to_device
 from pydistill.data import Dataset, DistilledSet, read_safetensors, write_safetensors
-from pydistill.ops._precision import resolved, rounded
+from pydistill.methods.precision import agree, switches
 from pydistill.ops.convnet_step import LabelKind
 from pydistill.seeding import seeded_generator, torch_seeded
 from pydistill.trajectory import FlatModule, KeptSteps, Trajectories
@@ -56,7 +56,8 @@ class State:
         """Reads what `save` wrote; ValueError for a damaged file or another configuration (iterations may differ)."""
         tensors, header = read_safetensors(path, f"{config.name}_state")
         for name, value in asdict(config).items():
-            if name != "iterations" and (saved := header["config"].get(name)) != value:
+            saved = header["config"].get(name, "auto" if name == "precision" else None)
+            if name != "iterations" and not (agree(saved, value) if name == "precision" else saved == value):
                 raise ValueError(f"{path}: expected a run with {name}={value!r}, got {saved!r}")
         if "images" not in tensors or "labels" not in tensors or not isinstance(header.get("iteration"), int):
             raise ValueError(f"{path}: expected the whole state of a run; images, labels or iteration missing")
@@ -113,7 +114,7 @@ def distill(
     experts = config.check(dataset, net, experts)
     state = config.initial(dataset, net, experts) if state is None else state
     while state.iteration < config.iterations:
-        with rounded(resolved(config.precision, device), device):  # what a method leaves to torch's switches, too
+        with switches(config.precision, device):  # what a method leaves to torch's switches, too
             record = _finite_step(config, state, dataset, net, experts)
         state.iteration += 1
         if on_step is not None:

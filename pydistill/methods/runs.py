@@ -15,6 +15,7 @@ from torch import Tensor
 from pydistill.data import read_safetensors, write_atomic, write_safetensors
 from pydistill.methods.folder import Folder, append_line, as_json, kept_lines, options_in
 from pydistill.methods.method import Inputs, Job, Method, OptionError, device_of
+from pydistill.methods.precision import switches
 from pydistill.methods.ranks import joined, wait_for_ranks, world
 
 __all__ = ["Interrupted", "Progress", "Run", "run"]
@@ -56,10 +57,10 @@ class Run:
     ):
         if resume and not method.resumable:
             raise OptionError("resume", f"expected none, {method.name} starts anew")
-        self.folder, self.resume = Path(out), resume
-        kept = options_in(self.folder, method.name) if resume else {}
-        self.method = method.resumed(kept) if resume else method
-        self.inputs = inputs.resumed(kept) if resume else inputs
+        self.folder = Path(out)
+        self._kept = options_in(self.folder, method.name) if resume else None
+        self.method = method
+        self.inputs = inputs if self._kept is None else inputs.resumed(self._kept)
         try:
             self.device = device_of(self.inputs.device)
         except OptionError as error:
@@ -73,13 +74,15 @@ class Run:
         """Does the job and returns it with its results; raises as `run` does."""
         with joined(self.device):
             self.first = world()[0] == 0
-            return self._go()
+            self.method = self.method.on(self.device, self._kept)
+            # what the job leaves to torch's switches, tests among it, is in each process as when the run began
+            with switches(getattr(self.method, "precision", "auto"), self.device):
+                return self._go()
 
     def _go(self) -> Job:
         if world()[1] > 1 and not self.method.shared:
             raise ValueError(f"{self.method.name}: expected one process, whose work no others share, got {world()[1]}")
-        resume = self.resume if self.method.resumable else None
-        folder = Folder(self.folder, self.method.name, resume=resume, first=self.first)
+        folder = Folder(self.folder, self._kept, resumable=self.method.resumable, first=self.first)
         free = (*self.method.free, *self.inputs.how())
         folder.check_given(self._given(), free)  # before any other check
         folder.check_files(self.inputs.files())

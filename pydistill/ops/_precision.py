@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -30,6 +30,19 @@ _PRODUCTS: Any = torch.backends.cuda.matmul
 switching = threading.RLock()  # torch's switches are the process's
 
 
+def check_name(precision: str, *more: str) -> None:
+    """ValueError for a precision that there is not; ``more``: names that a caller has besides."""
+    if precision not in (*_NAMES, *more):
+        *most, last = map(repr, (*_RESOLVED, *more))
+        raise ValueError(f"precision: expected 'auto', {', '.join(most)} or {last}, got {precision!r}")
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """ValueError for TF32 and float16 on another device than CUDA's."""
+    if precision.startswith(("tf32", "fp16")) and device.type != "cuda":
+        raise ValueError(f"precision: expected 'ieee' or 'bf16' on {device.type}, got {precision!r}")
+
+
 def named(precision: str, dtype: torch.dtype) -> Precision:
     """The precision by its present name: "fp32" is the former one of "ieee".
 
@@ -37,9 +50,7 @@ def named(precision: str, dtype: torch.dtype) -> Precision:
         ValueError: there is none of that name.
         TypeError: it is not one of tensors of this dtype.
     """
-    if precision not in _NAMES:
-        *most, last = map(repr, _RESOLVED)
-        raise ValueError(f"precision: expected 'auto', {', '.join(most)} or {last}, got {precision!r}")
+    check_name(precision)
     name = "ieee" if precision == "fp32" else cast(Precision, precision)
     if name not in ("auto", "ieee") and dtype != torch.float32:
         raise TypeError(f"precision: expected float32 images and parameters for {name!r}, got {dtype}")
@@ -52,8 +63,7 @@ def resolved(precision: str, device: torch.device, dtype: torch.dtype = torch.fl
     name = named(precision, dtype)
     if name == "auto":
         return _switched_to(device) if dtype == torch.float32 else "ieee"
-    if name.startswith("tf32") and device.type != "cuda":
-        raise ValueError(f"precision: expected 'ieee' or 'bf16' on {device.type}, got {name!r}")
+    check_device(name, device)
     return cast(Resolved, name)
 
 
@@ -76,12 +86,17 @@ def rounded(precision: Resolved, device: torch.device) -> Iterator[None]:
 
     They are the process's: where threads compute in several precisions, this is to be done with `switching` held. Not
     around a backward pass, whose thread may wait for that."""
-    if device.type != "cuda":
+    roundings = zip((_CONVOLUTIONS, _PRODUCTS), _ROUNDINGS[precision], strict=True)
+    with switched(roundings if device.type == "cuda" else ()):
         yield
-        return
+
+
+@contextlib.contextmanager
+def switched(roundings: Iterable[tuple[Any, str]]) -> Iterator[None]:
+    """Sets each of torch's switches to what is beside it; afterwards they are as before."""
     before = []
     try:
-        for switch, rounding in zip((_CONVOLUTIONS, _PRODUCTS), _ROUNDINGS[precision], strict=True):
+        for switch, rounding in roundings:
             if (now := switch.fp32_precision) != rounding:
                 before.append((switch, now))
                 switch.fp32_precision = rounding

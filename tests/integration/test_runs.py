@@ -154,7 +154,7 @@ with locked(pathlib.Path(sys.argv[1]) / ".lock", ""):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / ".lock").exists()
-    folder = Folder(tmp_path, "mtt", resume=False)  # empty but for that
+    folder = Folder(tmp_path, None)  # empty but for that
     with folder.held():
         folder.begin({"a": 1})
     assert [each.name for each in tmp_path.iterdir()] == ["config.json"]

@@ -176,7 +176,7 @@ def test_dwas_steps_accumulate_as_in_the_published_code(teacher, data):
 
 @pytest.mark.parametrize(
     ("method", "precision"),
-    [(SRe2L, None), (CDA, None), (DWA, None), (INFER, None), (SRe2L, "bf16"), (DWA, "bf16"), (INFER, "bf16")],
+    [(SRe2L, "auto"), (CDA, "auto"), (DWA, "auto"), (INFER, "auto"), (SRe2L, "bf16"), (DWA, "bf16"), (INFER, "bf16")],
 )
 def test_shares_and_interruptions_change_no_bit(method, precision, teacher, data, tmp_path):
     config = method(**SMALL, precision=precision)

@@ -40,7 +40,7 @@ def test_a_teacher_is_kept_and_read(teacher, data, tmp_path):
         build("vgg", 1, 2, 8, 4, 2)
 
 
-@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_squeezing_goes_on_bit_for_bit(precision, data):
     kept, config = [], replace(SQUEEZE, precision=precision)
     whole = squeeze(config, data, on_epoch=lambda record, state: kept.append({k: v.clone() for k, v in state.items()}))
@@ -159,7 +159,7 @@ def share(x, a, b):
     return float(((x - b) * d).sum() / d.square().sum().clamp_min(1e-12)) if d.abs().max() > 0 else 1.0
 
 
-@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_relabelling_goes_on_where_the_store_ends_and_post_training_where_it_stopped(
     precision, teacher, data, distilled, tmp_path
 ):

@@ -24,8 +24,9 @@ FLOORS = (
 )
 # within pydistill.methods; its __init__ is above them all
 METHODS = (
-    ("_moved", "method", "ranks"),
-    ("folder", "settings", "training", "outer", "precision"),
+    ("_moved", "precision", "ranks"),
+    ("method",),
+    ("folder", "settings", "training", "outer"),
     ("picture", "runs"),
     ("distilling",),
     ("config",),

@@ -27,6 +27,7 @@ def test_report_names_every_operator_and_reason():
     assert "stored top-k labels are decoded and graph cuts computed on the CPU" in report
     assert re.search(r"nn.freeze on CPU +3x3 convolutions in Winograd's form, .*\n", report)
     assert re.search(r"nn.freeze on GPUs +no kernel of ours: channels-last .* --precision bf16, fp16 or tf32", report)
+    assert re.search(r'precision "auto" +on GPUs what torch\'s switches say when a run begins, on the CPU ieee', report)
     facts = info.collect()
     ops = {p.stem for p in (ROOT / "pydistill/ops").glob("*.py") if not p.stem.startswith("_")}
     assert set(facts["operators"]) == ops

@@ -40,7 +40,7 @@ from pydistill.trajectory import release_graphs
 from tests.bars import make_net
 from tests.matrices import sample
 from tests.methods.test_methods import CONFIGS as DISTILLING
-from tests.stand_in.precisions import CONV, MATMUL, Precisions, switched_to
+from tests.stand_in.precisions import CONV, IEEE, MATMUL, Precisions, switched_to
 
 CONFIGS = {name: replace(config, iterations=2) for name, config in DISTILLING.items()}
 CONFIGS["fedlgd"] = FedLGD(
@@ -148,7 +148,7 @@ DECOUPLED = (SRe2L, CDA, DWA, INFER)
 def steps(
     device: str,
     out: Path,
-    precision: str | None = None,
+    precision: str = "auto",
     methods: Sequence[type] = DECOUPLED,
     run: Callable[..., dict[str, Any]] = run,
 ) -> dict[str, Any]:
@@ -196,10 +196,34 @@ def test_a_run_keeps_what_it_decided_when_it_began(name: str, tmp_path: Path, mo
         run(METHODS[name](**method, precision="ieee"), resume=True, **given)
 
 
+def test_the_decoupled_steps_keep_what_torch_said_when_they_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is begun on the CPU, where nothing is to be decided, is float32 without TF32 on a GPU."""
+    begin_on, wanted, kept = "cuda", CONV, "tf32-conv"
+
+    def begun_and_resumed(method: Method, *, device: str, **options: Any) -> dict[str, Any]:
+        asked = iter([False] + 99 * [True])
+        with switched_to(*CONV), pytest.raises(Interrupted):
+            run(method, stop=lambda: next(asked), device=begin_on, **options)
+        with switched_to(*MATMUL), Precisions(monkeypatch) as found:
+            results = run(method, resume=True, device=device, **options)
+        assert found.seen == {wanted}
+        now = json.loads((options["out"] / "config.json").read_text())
+        assert now.get("config", now)["precision"] == kept
+        with pytest.raises(ValueError, match=f"precision: expected {kept} as the run in .* has, got tf32-matmul"):
+            run(replace(method, precision="tf32-matmul"), resume=True, device=device, **options)
+        return results
+
+    steps("cuda", tmp_path / "gpu", methods=(SRe2L, DWA), run=begun_and_resumed)
+    begin_on, wanted, kept = "cpu", IEEE, "ieee"
+    steps("cuda", tmp_path / "moved", methods=(SRe2L, DWA), run=begun_and_resumed)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", pytest.param("tf32", marks=pytest.mark.exhaustive)])
 def test_precisions_are_near_and_go_on_bit_for_bit(precision: str, tmp_path: Path) -> None:
     methods = (SRe2L, DWA, INFER)
-    for out, given in (("plain", None), ("whole", precision)):
+    for out, given in (("plain", "auto"), ("whole", precision)):
         steps("cuda", tmp_path / out, given, methods)
     found, wanted = (load_file(tmp_path / out / "teacher" / "teacher.safetensors") for out in ("whole", "plain"))
     for name, tensor in wanted.items():

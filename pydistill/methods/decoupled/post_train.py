@@ -75,8 +75,10 @@ class PostTrain(Method):
     """Weight decay of AdamW."""
     seed: int = 0
     """Seed of the initial parameters."""
-    precision: Precision | None = None
-    """What students are trained in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
+    precision: Precision = "auto"
+    """What students are trained in: ieee (also called fp32), bf16, or on a GPU fp16, tf32 (tf32-conv, tf32-matmul:
+    convolutions or matrix products alone). auto is, on a GPU, what torch's switches say when the run begins, which it
+    keeps: tf32-conv by torch's default; on the CPU ieee, unless torch's switches say otherwise."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32},

@@ -31,7 +31,7 @@ from pydistill.methods import ranks
 from pydistill.methods.decoupled.squeeze import SetName, Teacher, files_of, load_images
 from pydistill.methods.method import Inputs, Job, Method, OptionError, check_numbers
 from pydistill.methods.picture import write_picture
-from pydistill.methods.precision import Precision, Rounding, check_precision, rounded
+from pydistill.methods.precision import Precision, Rounding, agree, check_precision, rounded
 from pydistill.methods.training import half_cosine, restore_scaler, restored, scaler_state
 from pydistill.nn import BNStatMatcher, freeze
 from pydistill.ops import multi_crop
@@ -108,8 +108,10 @@ class Recover(Method):
     """Most pixels by which a batch is rolled, down and to the right."""
     seed: int = 0
     """Seed of all random draws."""
-    precision: Precision | None = None
-    """What images are recovered in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
+    precision: Precision = "auto"
+    """What images are recovered in: ieee (also called fp32), bf16, or on a GPU fp16, tf32 (tf32-conv, tf32-matmul:
+    convolutions or matrix products alone). auto is, on a GPU, what torch's switches say when the run begins, which it
+    keeps: tf32-conv by torch's default; on the CPU ieee, unless torch's switches say otherwise."""
 
     def unused(self, inputs: RecoverInputs) -> dict[str, str]:
         return {} if self.starts_real else {"root": f": {self.name} starts from noise"}
@@ -188,7 +190,7 @@ def real_images(config: Recover, dataset: Dataset, teachers: Sequence[Teacher]) 
     count = config.per_class(dataset.num_classes, len(teachers))[1]
     generator = seeded_generator(config.seed, Stream.REAL_START)
     if config.start == "kmeans":
-        device = next(teachers[0].net.parameters()).device
+        device = _device(teachers)
         with torch.no_grad():
             logits = torch.cat([teachers[0].net(x.to(device)).cpu() for x in dataset.train_images.split(500)])
         chosen = representatives(logits, dataset.train_labels.cpu(), count, generator)
@@ -234,7 +236,8 @@ def recover(
     check(config, teachers, real)
     parts = Path(folder) / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    device = next(teachers[0].net.parameters()).device
+    device = _device(teachers)
+    config = config.on(device)
     for batch in config.batches(teachers[0].num_classes, len(teachers))[rank::world]:
         path = parts / f"{batch.number:05d}.safetensors"
         if not path.exists():
@@ -253,7 +256,7 @@ def merge(config: Recover, teachers: Sequence[Teacher], folder: str | os.PathLik
     Raises:
         ValueError: a batch's file is missing, damaged, of other images, or of a run with other options; it is named.
     """
-    first = teachers[0]
+    first, config = teachers[0], config.on(_device(teachers))
     per_class, _ = config.per_class(first.num_classes, len(teachers))
     images = torch.empty(first.num_classes, per_class, *first.shape, dtype=torch.float32, device="cpu")
     for batch in config.batches(first.num_classes, len(teachers)):
@@ -283,7 +286,12 @@ def iterations_done(config: Recover, teachers: Sequence[Teacher], folder: str | 
 
 def stored(config: Recover, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """The options that determine the result, as the files keep them."""
+    config = config.on(_device(teachers))
     return {"method": config.name, **asdict(config), "teachers": [teacher.config for teacher in teachers]}
+
+
+def _device(teachers: Sequence[Teacher]) -> torch.device:
+    return next(teachers[0].net.parameters()).device
 
 
 def _make(
@@ -299,7 +307,7 @@ def _make(
 ) -> Tensor:
     """One batch's images, ``[B, C, H, W]`` on the CPU."""
     teacher = teachers[batch.teacher]
-    device = next(teacher.net.parameters()).device
+    device = _device(teachers)
     low, high = (bound.to(device) for bound in teacher.bounds())
     side, steps = teacher.shape[1], config.iterations if batch.moves else 0
 
@@ -369,7 +377,9 @@ def _state_path(parts: Path, batch: Batch) -> Path:
 def _read(path: Path, kind: str, config: Recover, teachers: Sequence[Teacher]) -> dict[str, Tensor]:
     tensors, header = read_safetensors(path, kind)
     wanted = stored(config, teachers)
-    kept = {"precision": None, **header["config"]}  # which older files do not name
+    kept = {"precision": "auto", **header["config"]}  # which older files do not name
+    if agree(kept["precision"], wanted["precision"]):
+        kept["precision"] = wanted["precision"]
     if kept != wanted:
         different = sorted(key for key in wanted if kept.get(key) != wanted[key])
         raise ValueError(f"{path}: expected a file of this run; its {', '.join(different) or 'options'} differ")
@@ -388,7 +398,7 @@ def check(config: Recover, teachers: Sequence[Teacher], real: Tensor | None) -> 
             wanted = f"{first.num_classes} classes and images of {list(first.shape)} as the first's"
             raise ValueError(f"teachers: expected {wanted}, got {teacher.num_classes} and {list(teacher.shape)}")
         BNStatMatcher(teacher.net).remove()  # raises for a network without BatchNorm, or with it in training mode
-    check_precision(config.precision, next(first.net.parameters()).device)
+    check_precision(config.precision, _device(teachers))
     if not config.starts_real:
         return
     count = config.per_class(first.num_classes, len(teachers))[1]

@@ -26,7 +26,7 @@ from pydistill.labels import SoftLabels, SoftLabelStore
 from pydistill.methods import ranks
 from pydistill.methods.decoupled.squeeze import Teacher, files_of
 from pydistill.methods.method import Inputs, Job, Method, check_numbers
-from pydistill.methods.precision import Precision, check_precision, rounded
+from pydistill.methods.precision import Precision, agree, check_precision, rounded
 from pydistill.nn import freeze
 from pydistill.seeding import Stream, seeded_generator
 from pydistill.trajectory.experts import data_crc32
@@ -85,8 +85,10 @@ class Relabel(Method):
     """Number of probabilities that topk and topk8 keep."""
     seed: int = 0
     """Seed of all random draws."""
-    precision: Precision | None = None
-    """What teachers run in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
+    precision: Precision = "auto"
+    """What teachers run in: ieee (also called fp32), bf16, or on a GPU fp16, tf32 (tf32-conv, tf32-matmul:
+    convolutions or matrix products alone). auto is, on a GPU, what torch's switches say when the run begins, which it
+    keeps: tf32-conv by torch's default; on the CPU ieee, unless torch's switches say otherwise."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"epochs": 200, "batch_size": 25, "crop": 0.5, "flip": 0.0},
@@ -169,6 +171,7 @@ def relabel(
         check_fit(distilled, teacher.num_classes, teacher.shape)
     device = next(teachers[0].net.parameters()).device
     check_precision(config.precision, device)
+    config = config.on(device)
     images = distilled.images.to(device)
     networks = [freeze(teacher.net) for teacher in teachers]
     nets: Sequence[Callable[[Tensor], Tensor]] = networks
@@ -312,7 +315,9 @@ def check_store(store: SoftLabelStore, config: Relabel, distilled: DistilledSet)
     wanted = _metadata(config, distilled)
     if store.metadata.get("images_crc32") != wanted["images_crc32"]:
         raise ValueError(f"{store.path}: expected labels of these images, got those of others")
-    kept = store.metadata.get("relabel", {})
+    kept = {"precision": "auto", **store.metadata.get("relabel", {})}  # which older stores do not name
+    if agree(kept["precision"], config.precision) or agree(config.precision, kept["precision"]):
+        kept = kept | {"precision": config.precision}
     different = [f"{name}={kept.get(name)!r}" for name, v in wanted["relabel"].items() if kept.get(name) != v]
     if different:
         raise ValueError(f"{store.path}: expected labels of {config}, got some of {', '.join(different)}")

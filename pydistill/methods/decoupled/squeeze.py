@@ -160,8 +160,10 @@ class Squeeze(Method):
     """Probability of a mirrored image."""
     seed: int = 0
     """Seed of the initial parameters and all random draws."""
-    precision: Precision | None = None
-    """What the network is trained in: ieee, bf16, on a GPU also tf32 and fp16; by default as torch's switches say."""
+    precision: Precision = "auto"
+    """What the network is trained in: ieee (also called fp32), bf16, or on a GPU fp16, tf32 (tf32-conv, tf32-matmul:
+    convolutions or matrix products alone). auto is, on a GPU, what torch's switches say when the run begins, which it
+    keeps: tf32-conv by torch's default; on the CPU ieee, unless torch's switches say otherwise."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "digits": {"network": "convnet", "width": 32, "epochs": 10, "lr": 0.05, "crop": 0.5, "flip": 0.0},
@@ -337,6 +339,7 @@ def squeeze(
         dataset: real images; the work is done on their device.
         state, on_epoch: as `pydistill.methods.training.train` takes them.
     """
+    config = config.on(dataset.train_images.device)
     teacher = untrained(config, dataset)
     images, labels = dataset.train_images, dataset.train_labels
     side = dataset.image_size
