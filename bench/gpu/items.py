@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .. import ours
 from ..block_forms import minimum_bytes
@@ -303,10 +305,52 @@ def block_forms(tiny: bool) -> Line:
 
 
 def of_case(name: str, providers: Sequence[str], tiny: bool) -> Line:
-    """A case of `bench.run` with its problem on the device: its first point, its checks, these providers."""
+    """A case of `bench.run` with its problem on the device: its first point, its checks, these providers; and as the
+    work of each, however it does it, the products of the first and the fewest bytes that have to be moved."""
     case = CASES[name]
     point = case.points(case, case.config("quick" if tiny else "full"))[0]
-    return _measured(case, point, on_device(point.problem()), providers, 2 if tiny else 5)
+    problem = on_device(point.problem())
+    found = _measured(case, point, problem, providers, 2 if tiny else 5)
+    with Products() as products:
+        output = case.providers[providers[0]].prepare(problem)()
+    work = {"flops": products.flops, "bytes": held_bytes((problem, output))}
+    # most products are those of convolutions, which torch rounds by default
+    found["precision"] = "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+    return found | {name: dict.fromkeys(providers, amount) for name, amount in work.items()}
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products and convolutions. `FlopCounterMode` does not follow autograd.grad."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def held_bytes(value: Any) -> int:
+    """The bytes of all tensors in a value, each memory once: what a call reads and writes at least."""
+    found: dict[int, int] = {}
+    pending, seen = [value], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, nn.Module):
+            pending += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, (tuple, list)):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif is_dataclass(value):
+            pending += [getattr(value, f.name) for f in fields(value)]
+    return sum(found.values())
 
 
 def items() -> tuple[Item, ...]:

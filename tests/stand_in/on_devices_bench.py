@@ -57,6 +57,10 @@ def test_every_item_has_its_line(
     assert set(exact["ms"]) == {"eager", "replay", "pydistill"}
     assert exact["image gradient's relative error"]["pydistill"] < 1e-3
     assert exact["flops"]["pydistill"] > 0
+    by_name = {line["item"]: line for line in lines}
+    assert by_name["kd_divergence"]["bytes"]["pydistill"] > 0
+    for name in ("train_students", "datadam", "recovery"):
+        assert by_name[name]["flops"]["pydistill"] > by_name[name]["bytes"]["pydistill"] > 0
     asked = next(line for line in lines if line["item"] == "requests")["requests"]
     assert asked == dict.fromkeys(("eager", "replay", "pydistill", "pydistill, tf32", "pydistill, bf16"), ITS_COUNTS)
     table = capsys.readouterr().out.splitlines()
