@@ -153,7 +153,7 @@ class PackedImages(StoreFile):
         return bool((check_of(entries) == entries["check"]).all())
 
     def _began_with(self, source: ImageSource) -> bool:
-        """Whether what is done came from these images. Names do not tell: the first of up to 16 blocks are read again."""
+        """Whether what is done came from these images; names do not tell, so the first of up to 16 blocks are read."""
         done = [start for start in range(0, sum(self._parts), self._block) if self._is_done(start)]
         for start in done[:: -(-len(done) // 16) or 1]:
             damaged: dict[int, str] = {}
