@@ -27,7 +27,7 @@ class FolderImages(PictureSource):
         size: height and width in pixels to which pictures are resized and cropped.
 
     Raises:
-        ValueError: there are no folders of classes, or one is without pictures; it is named.
+        ValueError: there are no folders of classes, one is without pictures, or a link in it leads back; it is named.
     """
 
     def __init__(self, folder: Path, size: int):
@@ -71,7 +71,7 @@ class FolderImages(PictureSource):
     def _walk(self, labels: array[int]) -> Iterator[str]:
         """The names of all pictures, one class at a time; adds to ``labels``."""
         for label, name in enumerate(self.class_names):
-            for parent, _, files in sorted(os.walk(self.folder / name, followlinks=True)):
+            for parent, files in sorted(_below(self.folder / name)):
                 inside = os.path.relpath(parent, self.folder)
                 for file in sorted(files):
                     if file.lower().endswith(EXTENSIONS):
@@ -118,6 +118,15 @@ def folder_splits(root: Path, size: int) -> tuple[FolderImages, FolderImages]:
         ]
         raise ValueError(f"root: expected the same classes in train and {held_out.name} of {root}, {'; '.join(only)}")
     return train, test
+
+
+def _below(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from one on, and its files. Links are followed; ValueError for one that leads back, without end."""
+    for parent, inside, files in os.walk(folder, followlinks=True):
+        for link in (Path(parent, name) for name in inside if os.path.islink(os.path.join(parent, name))):
+            if link.resolve() in [above.resolve() for above in link.parents]:
+                raise ValueError(f"{link}: expected a link to other folders, it leads back to one that it is in")
+        yield parent, files
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

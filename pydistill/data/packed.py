@@ -152,6 +152,18 @@ class PackedImages(StoreFile):
         entries = self._table[start : start + self._block]
         return bool((check_of(entries) == entries["check"]).all())
 
+    def _began_with(self, source: ImageSource) -> bool:
+        """Whether what is done came from these images; names do not tell, so the first of up to 16 blocks are read."""
+        done = [start for start in range(0, sum(self._parts), self._block) if self._is_done(start)]
+        for start in done[:: -(-len(done) // 16) or 1]:
+            damaged: dict[int, str] = {}
+            image, entry = source.read([start], damaged)[0], self._table[start]
+            if bool(damaged) != (entry["label"] == _SKIPPED):
+                return False
+            if not damaged and _host.crc32(image.reshape(-1)) != entry["crc32"]:
+                return False
+        return True
+
     def _append(self, start: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Writes a block; it is on disk when this returns."""
         self._write(self._images_at + start * self._image_bytes, images.reshape(-1))
@@ -250,12 +262,12 @@ def pack(
         "source_crc32": [train.crc32(), test.crc32(), int(skip_damaged)],
     }
     partial = path.with_name(f".{path.name}.packing")
-    with naming(path), _begun(partial, header) as store:
-        total = len(train) + len(test)
+    joined, total = _Joined(train, test), len(train) + len(test)
+    with naming(path), _begun(partial, header, joined) as store:
         starts = [start for start in range(0, total, store._block) if not store._is_done(start)]
         if on_step is not None:
             on_step(total - sum(min(store._block, total - start) for start in starts))
-        joined, labels = _Joined(train, test), torch.cat([train.labels, test.labels]).numpy()
+        labels = torch.cat([train.labels, test.labels]).numpy()
         blocks = [torch.arange(start, min(start + store._block, total), device="cpu") for start in starts]
         read = read_ahead(joined, blocks, workers, skip_damaged=skip_damaged)
         for index, (images, damaged) in zip(blocks, read, strict=True):
@@ -278,11 +290,11 @@ def pack(
     return PackedImages(path)
 
 
-def _begun(partial: Path, header: dict[str, Any]) -> PackedImages:
+def _begun(partial: Path, header: dict[str, Any], images: ImageSource) -> PackedImages:
     """What a killed `pack` of the same images left, or an empty file."""
     try:
         store = PackedImages(partial, writable=True)
-        if store.header == header:
+        if store.header == header and store._began_with(images):
             return store
         store.close()
     except FileNotFoundError:

@@ -88,6 +88,11 @@ def emptied(path):
     return lambda root: [each.unlink() for each in (root / path).iterdir()]
 
 
+def back(root):
+    (root / "train" / "n01" / "more").mkdir()
+    (root / "train" / "n01" / "more" / "all").symlink_to("../..")
+
+
 def loose(root):
     shutil.rmtree(root / "val")
     (root / "val").mkdir()
@@ -102,6 +107,7 @@ def loose(root):
         (without("val/n01"), ValueError, r"root: .* same classes in train and val of .*, 'n01' only in train$"),
         (without("train/n02"), ValueError, r"root: .* same classes in train and val of .*, 'n02' only in val$"),
         (emptied("train/n02"), ValueError, r"train: expected pictures .* none in 'n02': add some, or remove it"),
+        (back, ValueError, r"train/n01/more/all: expected a link to other folders, it leads back to one"),
         (loose, ValueError, r"val: expected a folder of pictures for each class: .*; got none, and 1 pictures: sort"),
     ],
 )

@@ -1,6 +1,7 @@
 """Packed sets hold the very images, in equal bytes; cut off they continue, damaged they are refused by name."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -89,6 +90,14 @@ def test_what_was_left_of_other_images_is_not_continued(folder, tmp_path):
     packed(folder, tmp_path / "a")
     packed(folder, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    other = make_folders(tmp_path / "other", {"train": 4, "val": 1})  # the same names
+    for number, picture in enumerate(sorted((other / "train").rglob("*.png"))):
+        shutil.copyfile(folder / "train" / "n02" / f"{number % 3}.png", picture)
+    with pytest.raises(KeyboardInterrupt):
+        packed(folder, tmp_path / "c", on_step=stop)
+    packed(other, tmp_path / "c")
+    packed(other, tmp_path / "d")
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "d").read_bytes()
 
 
 def test_a_damaged_picture_is_refused_by_name_or_left_out(folder, tmp_path):
