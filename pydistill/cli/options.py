@@ -76,7 +76,9 @@ def _refusal(box: str, words: str) -> str:
         missing = [line.split()[0] for line in parts[0] if re.match(r" {4}\S", line)]
         return f"{', '.join(missing)}: expected a value, got none; {help_says}"
     if found := re.match(r"invalid choice '(.*)' for argument '([^']*)'. Expected one of (\(.*\))", said):
-        choices = [choice for choice in re.findall(r"'([^']*)'", found[3]) if choice != "None"]
+        choices = re.findall(r"'([^']*)'", found[3])
+        if "None" in choices:  # then they come from a set, in another order each time
+            choices = sorted({*choices} - {"None"})
         return f"{found[2]}: expected one of {', '.join(choices)}, got {found[1]!r}{meant(found[1], choices)}"
     if found := re.match(r"Error parsing (--[\w-]+): .*?(?:'(.*)'|\['(.*)'\].*)", said):
         metavar = next((line.split()[-1] for part in parts[1:] for line in part if line.strip().startswith("--")), "")

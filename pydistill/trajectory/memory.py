@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from pydistill._arguments import check_whole
+
 AUTO = 256 << 20  # bytes of kept steps that memory="auto" allows on the CPU
 
 
@@ -19,6 +21,10 @@ class KeptSteps:
     """
 
     number: int | None = None  # None: not decided yet
+
+    def __post_init__(self) -> None:
+        if self.number is not None:
+            check_whole("number", self.number, 0)
 
 
 Memory = Literal["auto"] | int | KeptSteps

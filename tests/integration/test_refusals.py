@@ -49,6 +49,12 @@ def complaint(capsys, *arguments):
     return error
 
 
+def test_choices_are_named_in_one_order(capsys):
+    assert "--precision: expected one of bf16, fp16, ieee, tf32, got 'x'" in complaint(
+        capsys, "squeeze", "--precision=x"
+    )
+
+
 @pytest.mark.parametrize("words", [*DISTILLING, *PICKING, "squeeze", *NEEDS, "experts", "evaluate"])
 def test_a_device_that_is_not_here(capsys, tmp_path, made, words):
     out = tmp_path / "out"

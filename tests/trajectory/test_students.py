@@ -284,6 +284,13 @@ def test_too_little_memory_names_the_least():
         pydistill.unroll(net, theta0, images, labels, lr, memory=least - 1, **options)
 
 
+def test_numbers_of_kept_steps_that_no_unroll_has():
+    with pytest.raises(ValueError, match="number: expected at least 0, got -1"):
+        pydistill.trajectory.KeptSteps(-1)
+    with pytest.raises(TypeError, match=r"number: expected a whole number, got 1\.5"):
+        pydistill.trajectory.KeptSteps(1.5)
+
+
 def test_second_backward_gives_the_same():
     net, theta0, _, images, labels, lr = students(2)
     images.requires_grad_()
