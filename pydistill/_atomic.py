@@ -80,6 +80,8 @@ def sync(file: IO[bytes]) -> None:
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
-    """FileExistsError for a file at ``path``, unless ``overwrite``."""
+    """FileExistsError for a file at ``path``, unless ``overwrite``, and for a folder."""
+    if overwrite and path.is_dir():
+        raise FileExistsError(f"{path}: expected a file to make or to replace, it is a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: it exists already, and is replaced with overwrite=True only")

@@ -164,6 +164,13 @@ def test_sets_that_are_no_pictures_keep_their_bits(tmp_path):
     assert found.class_names == unpacked.class_names
 
 
+def test_a_folder_is_not_replaced(folder, tmp_path):
+    begun = []
+    with pytest.raises(FileExistsError, match="expected a file to make or to replace, it is a folder"):
+        packed(folder, folder, overwrite=True, on_step=begun.append)
+    assert not begun
+
+
 def test_what_does_not_fit_is_named(folder, tmp_path):
     path = tmp_path / "a"
     packed(folder, path)
