@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +59,23 @@ class Dataset:
         """The same set with its images and labels on ``device``."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def marks(self) -> dict[str, Any]:
+        """What tells this set from others, as JSON values: of either part the number of images, a checksum of the
+        labels, and the mean of 16 images, which a change of the arithmetic's order may round otherwise."""
+        found = {}
+        for part, images, labels in (
+            ("train", self.train_images, self.train_labels),
+            ("test", self.test_images, self.test_labels),
+        ):
+            some = torch.linspace(0, len(labels) - 1, 16, device="cpu").long()
+            means = images[some.to(labels.device)].mean((1, 2, 3), dtype=torch.float64).tolist()
+            found[part] = {
+                "images": len(labels),
+                "labels_crc32": zlib.crc32(labels.cpu().contiguous().numpy().data),
+                "means": [round(mean, 4) for mean in means],
+            }
+        return found
 
     def pixels(self, images: Tensor) -> Tensor:
         """Images in the set's space as pixels, ``[..., C, H, W]``."""

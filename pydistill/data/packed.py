@@ -78,6 +78,7 @@ class PackedImages(StoreFile):
         count = sum(self._parts)
         self._table = self._bytes[self._table_at :][: count * _ENTRY.itemsize].view(_ENTRY)
         self._verified = np.zeros(count, bool)
+        self._written = os.fstat(self._file.fileno()).st_mtime_ns
         if not self._writable and not (check_of(self._table) == self._table["check"]).all():
             raise ValueError(f"{self.path}: its table is damaged: pack the set again")
 
@@ -135,6 +136,8 @@ class PackedImages(StoreFile):
 
     def _read_images(self, images: np.ndarray, places: np.ndarray) -> None:
         self._check_open()
+        if not self._writable and os.fstat(self._file.fileno()).st_mtime_ns != self._written:
+            raise ValueError(f"{self.path}: it was written to since it was opened: open it again")
         for image, place in zip(images, places.tolist(), strict=True):
             at = self._images_at + place * self._image_bytes
             self._check_reaches(at + self._image_bytes)

@@ -108,7 +108,7 @@ class DistillJob(Job):
                 raise OptionError("train_epochs", reason)
         self.config, self.inputs, self.device = config, inputs, device
         self.results: dict[str, Any] = {}
-        self.dataset = inputs.load(device, zca=config.zca, streams=config.streams)
+        self.data = self.dataset = inputs.load(device, zca=config.zca, streams=config.streams)
         self.title = self.dataset.name
         self.net = seeded_net(self.make_net, config.seed, device=device)
         self.dataset.sample(config.ipc)  # refuses more than there are

@@ -75,6 +75,18 @@ class Folder:
                 continue
             raise OptionError(name, f"expected {before} as the run in {self.path} has, got {now}")
 
+    def check_data(self, marks: dict[str, Any] | None) -> None:
+        """ValueError for other real images than the run began with, by their `Dataset.marks`."""
+        before = None if self._kept is None else self._kept.get("data")
+        if not before or marks is None:  # a run of an earlier version
+            return
+        for part, now in marks.items():
+            then = before[part]
+            same = all(now[name] == then[name] for name in ("images", "labels_crc32"))
+            if not same or any(abs(a - b) > 1e-3 for a, b in zip(now["means"], then["means"], strict=True)):
+                wanted = f"the {then['images']} images of {part} that the run in {self.path} began with"
+                raise OptionError("root", f"expected {wanted}, got {now['images']} others")
+
     def _refuse_other(self, kept: dict[str, Any], given: dict[str, Any], free: Collection[str]) -> None:
         for name, (before, now) in _differences(kept, given).items():
             if name not in free:

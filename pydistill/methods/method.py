@@ -285,6 +285,7 @@ class Job:
         made: the files that it makes, the most important one last.
         config, inputs: what it was made from.
         results: of the finished phases; a run writes them as results.json.
+        data: the real images, by which a run that is resumed knows whether they are still the same; None without any.
     """
 
     title: str
@@ -292,6 +293,7 @@ class Job:
     config: Any
     inputs: Any
     results: dict[str, Any]
+    data: Dataset | None = None
 
     def stored(self) -> dict[str, Any]:
         """The options that determine the result; a run can only be resumed with the same ones.

@@ -89,7 +89,9 @@ class Run:
         job = self.method.job(self.inputs, self.device)
         self._options = job.stored()
         record = {**self._options, **self.inputs.how()}
-        folder.check_same(record, free)
+        folder.check_same(record, (*free, "data"))
+        record["data"] = None if job.data is None else job.data.marks()
+        folder.check_data(record["data"])
         self.stop()
         with folder.held():
             self._done = {path: self._epoch(path) for path in sorted(self.folder.glob("*-state.safetensors"))}

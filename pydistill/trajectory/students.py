@@ -273,6 +273,8 @@ def choose_students(
     if output is not None and output != "any":
         check_whole("output", output)
     to = resolved(precision, images.device, images.dtype)
+    if precision not in ("auto", "bf16") and torch.is_autocast_enabled(images.device.type):
+        raise ValueError(f"precision: expected 'auto' or 'bf16' under autocast, got {precision!r}")
     if engine in ("auto", "student"):
         if torch.is_autocast_enabled(images.device.type):
             blocked = blocked or "autocast is on; precision='bf16' is the engine's own way"

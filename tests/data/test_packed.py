@@ -135,9 +135,10 @@ def flip(path, at):
 def test_damaged_files_are_refused_by_name(folder, tmp_path):
     path = tmp_path / "a"
     store = packed(folder, path)
+    whole = store.train.read([2, 4])
     flip(path, store._images_at + 3 * 192 + 5)
     again = PackedImages(path)
-    np.testing.assert_array_equal(again.train.read([2, 4]), store.train.read([2, 4]))
+    np.testing.assert_array_equal(again.train.read([2, 4]), whole)
     for use in (lambda: again.train.read([3]), again.verify):
         with pytest.raises(ValueError, match="a: image 3 is damaged: pack the set again"):
             use()
@@ -153,6 +154,18 @@ def test_damaged_files_are_refused_by_name(folder, tmp_path):
     path.write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match="a: expected a packed image set, which starts with"):
         load("image-folder", path)
+
+
+def test_a_file_that_is_copied_over_while_it_is_open_is_refused(folder, tmp_path):
+    """Its table is mapped, so that the new checksums would fit the new images, beside the old labels."""
+    packed, other = tmp_path / "packed", tmp_path / "other"
+    for path in (packed, other):
+        pack(*open_sources("image-folder", folder, image_size=8), path, name="image-folder")
+    with PackedImages(packed) as images:
+        images.train.read([0])
+        shutil.copyfile(other, packed)
+        with pytest.raises(ValueError, match="packed: it was written to since it was opened"):
+            images.train.read([1])
 
 
 def test_sets_that_are_no_pictures_keep_their_bits(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from pydistill.methods.decoupled.relabel import Relabel
 from pydistill.methods.decoupled.squeeze import Squeeze, Teacher, load_images, squeeze
 from pydistill.methods.runs import Interrupted
 from pydistill.trajectory import ExpertStore
-from tests.data.pictures import make_folders, make_tiny_imagenet, picture
+from tests.data.pictures import CLASSES, make_folders, make_tiny_imagenet, picture
 
 CONFIG = Squeeze(network="convnet", width=4, depth=1, epochs=2, batch_size=4)
 
@@ -178,6 +179,27 @@ def test_the_decoupled_steps_on_folders_packed_and_resumed(tmp_path):
     undisturbed = squeeze(config, streamed).net.state_dict()
     for name, value in Teacher.load(teacher).net.state_dict().items():
         assert torch.equal(value, undisturbed[name]), name
+
+
+@pytest.mark.parametrize("config", [Squeeze(network="convnet", width=4, depth=1, epochs=1), DM(ipc=1, iterations=1)])
+def test_a_run_goes_on_with_its_own_images_alone(tmp_path, config):
+    """A set may lie elsewhere, or be packed; another one of the same names and numbers is refused."""
+    root = make_folders(tmp_path / "set", {"train": 3, "val": 2})
+    size = {} if config.name == "squeeze" else {"width": 4, "depth": 1, "students": 1, "student_epochs": 1}
+    given = {"out": tmp_path / "run", "dataset": "image-folder", "image_size": 8, **size}
+    run(config, **given, root=root)
+    pack(*open_sources("image-folder", root, image_size=8), tmp_path / "packed", name="image-folder")
+    run(config, **given, root=tmp_path / "packed", resume=True)
+    for part in ("train", "val"):  # the other one alone
+        for path in (root / part / CLASSES[0]).iterdir():
+            picture(77 + int(path.stem)).save(path)
+        wanted = (
+            f"root: expected the {6 if part == 'train' else 4} images of (train|test) that the run in .* began with"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            run(config, **given, root=root, resume=True)
+        shutil.rmtree(root)
+        make_folders(root, {"train": 3, "val": 2})
 
 
 def test_the_presets_of_the_imagenets_can_be_reached(tmp_path):

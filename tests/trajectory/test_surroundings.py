@@ -102,6 +102,17 @@ def test_a_replay_finds_what_the_forward_pass_found(other_settings, store_every)
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_float32_by_name_is_not_computed_under_autocast():
+    net = ConvNet(3, 4, width=4, depth=1, image_size=4)
+    theta, x, y = problem(net, (3, 4, 4))
+    for precision in ("ieee", "fp32"):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(ValueError, match=f"precision: expected 'auto' or 'bf16' under autocast, got '{precision}'"),
+        ):
+            pydistill.unroll(net, theta, x, y, 0.1, steps=1, precision=precision)
+
+
 # ---- changes in place
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pydistill._devices import to_device
 from pydistill.augment import DiffAugment
+from pydistill.data import Dataset
 from pydistill.evaluate import accuracy, train_student
 from pydistill.labels import Projector, feature_distance
 from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, OptionError, check_numbers
@@ -269,6 +270,7 @@ class HeLlOJob(Job):
     """
 
     made = ("projector.safetensors",)
+    data: Dataset
 
     def __init__(self, config: HeLlO, inputs: DatasetInputs, device: torch.device):
         self.config, self.inputs, self.device = config, inputs, device

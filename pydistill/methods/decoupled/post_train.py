@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pydistill._devices import to_device
 from pydistill.augment import mix_labels
-from pydistill.data import DistilledSet, StreamedDataset, StreamedImages
+from pydistill.data import Dataset, DistilledSet, StreamedDataset, StreamedImages
 from pydistill.evaluate import accuracy
 from pydistill.labels import SoftLabelStore
 from pydistill.methods.decoupled.relabel import Relabel, check_store, replayed, told, views_of
@@ -186,6 +186,7 @@ class PostTrainJob(Job):
     """Trains fresh students on the images and their stored labels, and tests them: student.safetensors."""
 
     title, made = "post-train", ("results.json",)
+    data: Dataset
 
     def __init__(self, config: PostTrain, inputs: PostTrainInputs, device: torch.device):
         check_numbers(inputs, OptionError, students=1)

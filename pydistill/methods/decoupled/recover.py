@@ -422,7 +422,7 @@ class RecoverJob(Job):
             space = self.teachers[0].mean, self.teachers[0].std
             options: dict[str, Any] = {"workers": inputs.workers, "space": space}
             data = load_images(about["dataset"], inputs.root, about["image_size"], **options)
-            self.real = real_images(config, data, self.teachers)
+            self.data, self.real = data, real_images(config, data, self.teachers)
         check(config, self.teachers, self.real)
 
     def stored(self) -> dict[str, Any]:

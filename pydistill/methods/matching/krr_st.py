@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill._devices import to_device
+from pydistill.data import Dataset
 from pydistill.evaluate import linear_probe
 from pydistill.matching import krr_loss
 from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, OptionError, check_numbers
@@ -274,6 +275,7 @@ class KRRSTJob(Job):
     """
 
     made = ("distilled.safetensors",)
+    data: Dataset
 
     def __init__(self, config: KRRST, inputs: KRRSTInputs, device: torch.device):
         check_numbers(inputs, OptionError, checkpoint_every=1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pydistill import __version__
 from pydistill._devices import to_device
-from pydistill.data import write_safetensors
+from pydistill.data import Dataset, write_safetensors
 from pydistill.divergence import attention_nmi
 from pydistill.evaluate import linear_probe
 from pydistill.methods.method import DatasetInputs, Inputs, Job, Method, check_numbers
@@ -238,6 +238,7 @@ class UNIPJob(Job):
     """
 
     made = ("student.safetensors",)
+    data: Dataset
 
     def __init__(self, config: UNIP, inputs: DatasetInputs, device: torch.device):
         self.config, self.inputs, self.data = config, inputs, inputs.load(device)
