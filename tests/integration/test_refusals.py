@@ -50,9 +50,8 @@ def complaint(capsys, *arguments):
 
 
 def test_choices_are_named_in_one_order(capsys):
-    assert "--precision: expected one of bf16, fp16, ieee, tf32, got 'x'" in complaint(
-        capsys, "squeeze", "--precision=x"
-    )
+    found = complaint(capsys, "experts", "--norm=x")
+    assert "--norm: expected one of batch, group, instance, layer, none, got 'x'" in found, found
 
 
 @pytest.mark.parametrize("words", [*DISTILLING, *PICKING, "squeeze", *NEEDS, "experts", "evaluate"])
