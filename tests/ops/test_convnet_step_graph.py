@@ -55,10 +55,13 @@ def test_a_captured_function_is_warmed_up_and_its_buffers_are_its_own(monkeypatc
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("current"))
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", iter([100, 164]).__next__)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
 
     first, second = torch.ones(3), torch.full((3,), 5.0)
-    captured = _Captured(double, (first,), "pool", stream("side"))
+    pool = SimpleNamespace(handle="pool", nbytes=5)
+    captured = _Captured(double, (first,), pool, stream("side"))
+    assert pool.nbytes == 5 + 64  # what was reserved meanwhile
     assert journal == [
         *("side waits for current", "on side", "run", "run", "run", "off side", "current waits for side"),
         *("capture into pool on side, thread_local", "run", "captured"),

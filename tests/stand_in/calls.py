@@ -124,7 +124,7 @@ def outer_step(name: str) -> Callable[[], Counts]:
     return count
 
 
-def trained_by_torch(precision: str | None = None) -> Callable[[], Counts]:
+def trained_by_torch(precision: str = "auto") -> Callable[[], Counts]:
     """Three steps more of an epoch of a teacher or a student after distillation."""
 
     def call(steps: int) -> None:
